@@ -1,0 +1,93 @@
+"""LoRA-Gen's adapter: every prompt weighs the experts of a pool by its gates.
+
+In: gates [L, P, E] and a pool of E pairs (A_e, B_e) per FFN site. Adds ΔW = (α/r)·Σ_e G[l, p, e]·A_e·B_e to the
+FFN's weights, as a side path while training and for mixed-task batches, or merged (`merge`).
+"""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from lora_gen_jax.adapters.lora import dropout, group_rows, require_single
+
+
+class GatedPool(struct.PyTreeNode):
+    """Gates over a pool of LoRA experts; rows of the batch are grouped by prompt.
+
+    Attributes:
+        scanned: {"gates": [L, P, E]}, and {"pool": …} with a leading L when every layer has its own pool.
+        shared: {"pool": {site: {"a": [E, inputs, R], "b": [E, R, outputs]}}} when all layers share one pool.
+        scale: α/r.
+        top_k: at most this many gates of a row differ from zero; the others' experts are not computed.
+        mix: "products" sums G·A·B (equation 8); "factors" multiplies (ΣG·A)·(ΣG·B), which adds cross terms.
+        dropout_rate: on the LoRA input.
+    """
+
+    scanned: Any
+    shared: Any
+    scale: float = struct.field(pytree_node=False)
+    top_k: int = struct.field(pytree_node=False)
+    mix: Literal["products", "factors"] = struct.field(pytree_node=False, default="products")
+    dropout_rate: float = struct.field(pytree_node=False, default=0.0)
+
+    @property
+    def pool(self) -> Any:
+        return (self.shared or self.scanned)["pool"]
+
+    def delta(self, site: str, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array | None:
+        """(α/r)·Σ_e G_pe·B_e·A_e·dropout(x) for the prompt p of each row, [B, T, outputs]."""
+        if site not in self.pool:
+            return None
+        a, b = (self.pool[site][name].astype(x_BTD.dtype) for name in ("a", "b"))
+        gates_PE = self.scanned["gates"].astype(x_BTD.dtype)
+        x_PSD = group_rows(dropout(x_BTD, self.dropout_rate, key), gates_PE.shape[0])
+        if self.mix == "factors":
+            h = jnp.matmul(x_PSD, jnp.einsum("pe,edr->pdr", gates_PE, a))
+            y_PSF = jnp.matmul(h, jnp.einsum("pe,erf->prf", gates_PE, b))
+        else:
+            y_PSF = self._sum_products(x_PSD, gates_PE, a, b)
+        return y_PSF.reshape(*x_BTD.shape[:2], -1) * jnp.asarray(self.scale, x_BTD.dtype)
+
+    def _sum_products(self, x_PSD: jax.Array, gates_PE: jax.Array, a_EDR: jax.Array, b_ERF: jax.Array) -> jax.Array:
+        (P, E), (_, D, R), F = gates_PE.shape, a_EDR.shape, b_ERF.shape[-1]
+        if self.top_k == E:
+            # All experts side by side: one pair of matmuls for all prompts.
+            h_PSER = (x_PSD @ a_EDR.transpose(1, 0, 2).reshape(D, E * R)).reshape(P, -1, E, R)
+            h = (h_PSER * gates_PE[:, None, :, None]).reshape(P, -1, E * R)
+            return h @ b_ERF.reshape(E * R, F)
+        # The chosen experts side by side: one pair of matmuls per prompt, K/E of the work.
+        weight_PK, index_PK = jax.lax.top_k(gates_PE, self.top_k)
+        a_PDX = a_EDR[index_PK].transpose(0, 2, 1, 3).reshape(P, D, self.top_k * R)
+        b_PXF = b_ERF[index_PK] * weight_PK[:, :, None, None]
+        return jnp.matmul(jnp.matmul(x_PSD, a_PDX), b_PXF.reshape(P, self.top_k * R, F))
+
+    def weight_delta(self, site: str) -> jax.Array | None:
+        """ΔW of one layer in fp32, [inputs, outputs]; for a single prompt."""
+        if site not in self.pool:
+            return None
+        gates_PE = self.scanned["gates"].astype(jnp.float32)
+        require_single(gates_PE.shape[0])
+        a, b = (self.pool[site][name].astype(jnp.float32) for name in ("a", "b"))
+        if self.mix == "factors":
+            return mixed_factors(gates_PE[0], a, b, self.scale)
+        weight_K, index_K = jax.lax.top_k(gates_PE[0], self.top_k)
+        return gated_product(weight_K, a[index_K], b[index_K], self.scale)
+
+    def select(self, prompt: int) -> "GatedPool":
+        """The adapter of one prompt."""
+        gates = self.scanned["gates"][:, prompt : prompt + 1]
+        return self.replace(scanned={**self.scanned, "gates": gates})
+
+
+def gated_product(gates_E: jax.Array, a_EDR: jax.Array, b_ERF: jax.Array, scale: float) -> jax.Array:
+    """Equation 8: ΔW = scale·Σ_e G_e·A_e·B_e, [D, F], as one matmul of rank E·R."""
+    E, D, R = a_EDR.shape
+    a = (a_EDR * (gates_E * scale)[:, None, None]).transpose(1, 0, 2).reshape(D, E * R)
+    return a @ b_ERF.reshape(E * R, -1)
+
+
+def mixed_factors(gates_E: jax.Array, a_EDR: jax.Array, b_ERF: jax.Array, scale: float) -> jax.Array:
+    """The variant with cross terms: ΔW = scale·(Σ_e G_e·A_e)·(Σ_e G_e·B_e), [D, F], of rank R."""
+    return scale * jnp.einsum("e,edr->dr", gates_E, a_EDR) @ jnp.einsum("e,erf->rf", gates_E, b_ERF)

@@ -1,0 +1,121 @@
+"""LoRA: y += (α/r)·B·A·dropout(x), one pair per layer and site.
+
+In: factors a [L, inputs, R] and b [L, R, outputs] by site. The cloud model's own q and v LoRA is this adapter,
+and so is one prompt's LoRA from direct generation, whose factors carry a prompt axis: a [L, P, inputs, R].
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from lora_gen_jax.errors import ConfigError
+
+
+
+def factor_a_init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A of any number of stacked matrices [..., inputs, R]: U(±1/√inputs) for each."""
+    init = jax.nn.initializers.variance_scaling(
+        1 / 3, "fan_in", "uniform", in_axis=-2, out_axis=-1, batch_axis=tuple(range(len(shape) - 2))
+    )
+    return init(key, shape, jnp.float32)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes a share `rate` of x and scales up the rest; nothing without a key."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+class LoRA(struct.PyTreeNode):
+    """The same factors for every row of the batch.
+
+    Attributes:
+        scanned: {site: {"a": [L, inputs, R], "b": [L, R, outputs]}}.
+        scale: α/r.
+        dropout_rate: on the LoRA input.
+        shared: nothing.
+    """
+
+    scanned: Any
+    scale: float = struct.field(pytree_node=False)
+    dropout_rate: float = struct.field(pytree_node=False, default=0.0)
+    shared: Any = None
+
+    def delta(self, site: str, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array | None:
+        """(α/r)·B·A·dropout(x), [B, T, outputs]."""
+        if site not in self.scanned:
+            return None
+        a, b = (self.scanned[site][name].astype(x_BTD.dtype) for name in ("a", "b"))
+        return (dropout(x_BTD, self.dropout_rate, key) @ a) @ b * jnp.asarray(self.scale, x_BTD.dtype)
+
+    def weight_delta(self, site: str) -> jax.Array | None:
+        """(α/r)·A·B of one layer in fp32, [inputs, outputs]."""
+        if site not in self.scanned:
+            return None
+        a, b = (self.scanned[site][name].astype(jnp.float32) for name in ("a", "b"))
+        return self.scale * (a @ b)
+
+
+class PromptLoRA(struct.PyTreeNode):
+    """Other factors for every prompt: what direct generation emits.
+
+    Rows of the batch are grouped by prompt: row i belongs to prompt i // (B / P).
+
+    Attributes:
+        scanned: {site: {"a": [L, P, inputs, R], "b": [L, P, R, outputs]}}.
+        scale: α/r.
+        dropout_rate: on the LoRA input.
+        shared: nothing.
+    """
+
+    scanned: Any
+    scale: float = struct.field(pytree_node=False)
+    dropout_rate: float = struct.field(pytree_node=False, default=0.0)
+    shared: Any = None
+
+    def delta(self, site: str, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array | None:
+        """(α/r)·B_p·A_p·dropout(x) for the prompt p of each row, [B, T, outputs]."""
+        if site not in self.scanned:
+            return None
+        a, b = (self.scanned[site][name].astype(x_BTD.dtype) for name in ("a", "b"))
+        x_PSD = group_rows(dropout(x_BTD, self.dropout_rate, key), a.shape[0])
+        y = jnp.matmul(jnp.matmul(x_PSD, a), b) * jnp.asarray(self.scale, x_BTD.dtype)
+        return y.reshape(*x_BTD.shape[:2], -1)
+
+    def weight_delta(self, site: str) -> jax.Array | None:
+        """(α/r)·A·B of one layer in fp32, [inputs, outputs]; for a single prompt."""
+        if site not in self.scanned:
+            return None
+        a, b = (self.scanned[site][name].astype(jnp.float32) for name in ("a", "b"))
+        require_single(a.shape[0])
+        return self.scale * (a[0] @ b[0])
+
+    def select(self, prompt: int) -> "PromptLoRA":
+        """The adapter of one prompt."""
+        return self.replace(scanned=jax.tree.map(lambda x: x[:, prompt : prompt + 1], self.scanned))
+
+
+def group_rows(x_BTD: jax.Array, prompts: int) -> jax.Array:
+    """Rows of one prompt side by side: [B, T, D] -> [P, (B/P)·T, D].
+
+    Raises:
+        ConfigError: when the rows do not divide among the prompts.
+    """
+    if x_BTD.shape[0] % prompts:
+        raise ConfigError(f"{x_BTD.shape[0]} rows cannot be shared evenly by {prompts} prompts")
+    return x_BTD.reshape(prompts, -1, x_BTD.shape[-1])
+
+
+def require_single(prompts: int) -> None:
+    """Merging writes one prompt's weights.
+
+    Raises:
+        ConfigError: when there are several.
+    """
+    if prompts != 1:
+        raise ConfigError(f"weights can be merged for one prompt at a time, not for {prompts}: select one first")

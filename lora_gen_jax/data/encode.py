@@ -1,0 +1,87 @@
+"""Text to token ids, with the conventions of lm-evaluation-harness.
+
+In: a tokenizer, prompts, queries and answers. Out: lists of ids. Special tokens at the start (a BOS where the
+tokenizer adds one) stay; a query and its answer are tokenised together and then split, so that the answer's
+tokens are those the model would really read.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lora_gen_jax.data.prompts import separator
+from lora_gen_jax.errors import DataError, ModelError
+
+
+class Encoder:
+    """A tokenizer bound to the embedding it feeds.
+
+    Raises:
+        ModelError: when the tokenizer can emit ids beyond the embedding's rows. (An embedding with more rows than
+            the tokenizer has ids is padded, which is fine.)
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int):
+        if len(tokenizer) > vocab_size:
+            raise ModelError(
+                f"the tokenizer has ids up to {len(tokenizer) - 1}, the model's embedding only {vocab_size} rows:"
+                " use the tokenizer that belongs to the model"
+            )
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+
+    @property
+    def end(self) -> int | None:
+        """Id of the token that ends an answer, None where the tokenizer has none."""
+        return self.tokenizer.eos_token_id
+
+    def text(self, text: str) -> list[int]:
+        """Ids of a text, with the tokenizer's own special tokens.
+
+        Raises:
+            DataError: when nothing is left of the text.
+        """
+        ids = self.tokenizer(text, verbose=False)["input_ids"]
+        if not text.strip() or not ids:
+            raise DataError("a text is empty: there is nothing to read")
+        return ids
+
+    def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of a context and of what follows it; trailing spaces of the context count as part of the latter.
+
+        Raises:
+            DataError: when the context or the continuation has no tokens.
+        """
+        stripped = context.rstrip()
+        whole = self.text(stripped + context[len(stripped) :] + continuation)
+        start = self.text(stripped)
+        if len(whole) <= len(start):
+            raise DataError(f"the answer {continuation!r} adds no tokens to its query")
+        return start, whole[len(start) :]
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Ids of a conversation that waits for the assistant's turn.
+
+        Raises:
+            ModelError: when the tokenizer has no chat template.
+        """
+        if not self.tokenizer.chat_template:
+            raise ModelError("the edge model's tokenizer has no chat template: use plain queries instead of messages")
+        text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def query(self, query: str, response: str, chat: bool) -> tuple[list[int], list[int]]:
+        """Ids of a query as the edge model reads it, and of its response.
+
+        Raises:
+            DataError, ModelError: as `pair` and `chat`.
+        """
+        if not chat:
+            return self.pair(query, separator(query, response) + response)
+        answer = self.tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
+        if not answer:
+            raise DataError("a response is empty: there is nothing to learn")
+        return self.chat([{"role": "user", "content": query}]), answer
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens left out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)

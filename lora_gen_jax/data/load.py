@@ -1,0 +1,64 @@
+"""Tasks by name. In: names, directories and the user's files, as the configuration gives them. Out: name → `Task`."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from lora_gen_jax.data.reasoning import REASONING_TASKS, has_folder, load_reasoning
+from lora_gen_jax.data.records import load_records
+from lora_gen_jax.data.tasks import Task
+from lora_gen_jax.errors import DataError
+
+
+def load_tasks(
+    names: Iterable[str],
+    directory: str | Path | None = None,
+    tfds_dir: str | Path | None = None,
+    files: Sequence[str | Path] = (),
+) -> dict[str, Task]:
+    """The named reasoning tasks, in that order, and then every task in `files`.
+
+    Reasoning tasks come from `directory` where it is given (original files, one folder a task), else from
+    tensorflow-datasets prepared in `tfds_dir`, or in TFDS's default directory. With both given, the directory serves
+    the tasks it has a folder for. `names` may also name tasks in `files`.
+    Raises DataError: an unknown name (with the nearest known one), a missing directory (naming --data.dir), two tasks
+    of one name, and whatever the loaders raise.
+    """
+    own = _own_tasks(files)
+    wanted = list(dict.fromkeys(names))
+    for name in wanted:
+        if name not in REASONING_TASKS and name not in own:
+            raise DataError(_unknown(name, (*REASONING_TASKS, *own)))
+    reasoning = [name for name in wanted if name not in own]
+    from_files = reasoning
+    if directory is None:
+        from_files = []
+    elif not Path(directory).is_dir():
+        raise DataError(f"the data directory {directory} does not exist; set --data.dir to the directory of the tasks")
+    elif tfds_dir is not None:
+        from_files = [name for name in reasoning if has_folder(directory, name)]
+    loaded = load_reasoning(directory, from_files) if directory is not None else {}
+    others = [name for name in reasoning if name not in from_files]
+    if others:
+        # Imported only where used: a user with files of their own needs no tensorflow-datasets.
+        from lora_gen_jax.data.tfds_source import load_tfds
+
+        loaded |= load_tfds(tfds_dir, others)
+    return {name: loaded[name] for name in reasoning} | own
+
+
+def _own_tasks(files: Sequence[str | Path]) -> dict[str, Task]:
+    own: dict[str, Task] = {}
+    for path in files:
+        for task in load_records(path):
+            if task.name in own or task.name in REASONING_TASKS:
+                raise DataError(f'{path}: another task is already called {task.name!r}; rename the file or its "task"')
+            own[task.name] = task
+    return own
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    shown = ", ".join(known[:12]) + (", …" if len(known) > 12 else "")
+    return f"unknown task {name!r}; {hint}Known tasks: {shown}"

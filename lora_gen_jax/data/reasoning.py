@@ -1,0 +1,200 @@
+"""The eight reasoning tasks. In: a directory of their original files. Out: `Task`s, loaded only when named.
+
+Scored splits are lm-evaluation-harness's: test for ARC and OpenBookQA, validation for the others. `assemble` makes a
+task from any reader of splits, so that files and TFDS go through the same rules of hygiene.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_gen_jax.data.descriptions import DESCRIPTIONS
+from lora_gen_jax.data.jsonl import Row, map_rows, read_rows, read_text
+from lora_gen_jax.data.rows import ROW_TO_EXAMPLE
+from lora_gen_jax.data.tasks import Example, Task, hash_slice, without_queries
+from lora_gen_jax.errors import DataError
+
+SEEN_TASKS = ("arc_challenge", "arc_easy", "openbookqa", "boolq", "social_iqa")
+UNSEEN_TASKS = ("hellaswag", "winogrande", "piqa")
+REASONING_TASKS = SEEN_TASKS + UNSEEN_TASKS
+SCORED_ON_TEST = ("arc_challenge", "arc_easy", "openbookqa")
+DEFAULT_RESERVE = 1000
+"""Rows taken from the scored split for shots and training where a task has no train split of its own."""
+_VALIDATION_ROWS = 200
+# The same questions turn up in both sets: two stems of ARC-Easy's train split are in ARC-Challenge's test split.
+_SIBLING = {"arc_easy": "arc_challenge", "arc_challenge": "arc_easy"}
+_log = logging.getLogger(__name__)
+
+ReadSplit = Callable[[str, str], list[Example] | None]
+"""(task name, "train" | "validation" | "test") → its examples, or None where the source has no such split."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where a task's splits lie: folder names below the data directory, then file names, the first found wins."""
+
+    folders: tuple[str, ...]
+    train: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+
+    def names(self, split: str) -> tuple[str, ...]:
+        """File names of a split: ours, then the original release's; for train also any part of it."""
+        own = (f"{split}.jsonl", *getattr(self, split))
+        return (*own, "train_*.jsonl") if split == "train" else own
+
+
+def _arc_files(name: str) -> Files:
+    folders = (name, f"ARC-V1-Feb2018-2/{name}", f"ARC-V1-Feb2018/{name}")
+    return Files(folders, (f"{name}-Train.jsonl",), (f"{name}-Dev.jsonl",), (f"{name}-Test.jsonl",))
+
+
+FILES: dict[str, Files] = {
+    "arc_challenge": _arc_files("ARC-Challenge"),
+    "arc_easy": _arc_files("ARC-Easy"),
+    "openbookqa": Files(("OpenBookQA-V1-Sep2018", "OpenBookQA"), (), ("dev.jsonl",), ()),
+    "boolq": Files(("BoolQ",), (), ("dev.jsonl", "val.jsonl"), ()),
+    "social_iqa": Files(("socialiqa-train-dev", "socialiqa"), (), ("dev.jsonl",), ()),
+    "hellaswag": Files(("HellaSwag",), ("hellaswag_train.jsonl",), ("hellaswag_val.jsonl",), ()),
+    "winogrande": Files(
+        ("winogrande_1.1",),
+        tuple(f"train_{size}.jsonl" for size in ("xl", "l", "m", "s", "xs")),
+        ("dev.jsonl",),
+    ),
+    "piqa": Files(("physicaliqa-train-dev", "physicaliqa"), (), ("valid.jsonl", "dev.jsonl"), ()),
+}
+
+
+def load_reasoning(directory: str | Path, names: Iterable[str], *, reserve: int = DEFAULT_RESERVE) -> dict[str, Task]:
+    """The named reasoning tasks from their files, one folder a task (ours or the original release's layout).
+
+    `reserve` rows of the scored split serve as train split where a task has none (see `assemble`).
+    Raises DataError: an unknown name, a missing directory, folder or split, a malformed row (with file and line).
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise DataError(f"the data directory {root} does not exist; set --data.dir to the directory of the tasks")
+
+    def read(name: str, split: str) -> list[Example] | None:
+        return _read_split(root, name, split)
+
+    return {name: assemble(name, read, where=str(root), reserve=reserve) for name in names}
+
+
+def has_folder(directory: str | Path, name: str) -> bool:
+    """Whether `directory` holds a folder of the reasoning task `name`."""
+    return _folder(Path(directory), name) is not None
+
+
+def assemble(name: str, read: ReadSplit, *, where: str, reserve: int = DEFAULT_RESERVE) -> Task:
+    """One reasoning task from a reader of its splits; `where` says in errors what was read.
+
+    - A task without a usable train split lends a slice of `reserve` rows (at most half) of a labelled split, fixed by
+      a hash of the query; the slice is never scored.
+    - Validation rows are the validation split where test is scored, else a fixed slice of train: at most 200 rows
+      and 5 % of it (10 % of a lent slice).
+    - Train rows whose normalised query is validated or scored on are dropped, validation rows that are scored too.
+    Raises DataError: an unknown name or no scored split.
+    """
+    if name not in ROW_TO_EXAMPLE:
+        raise DataError(f"unknown reasoning task {name!r}; known: {', '.join(REASONING_TASKS)}")
+    split = "test" if name in SCORED_ON_TEST else "validation"
+    scored = read(name, split)
+    if not scored:
+        raise DataError(f"{where} has no {split} split of the task {name!r}, on which it is scored (--data.dir)")
+    train = read(name, "train") or []
+    held = (read(name, "validation") or []) if split == "test" else []
+    share = 20
+    if not train:
+        share = 10
+        train, scored, held = _lend(name, scored, held, reserve)
+    if not held:
+        held, train = hash_slice(train, min(_VALIDATION_ROWS, len(train) // share), f"{name}/validation")
+    scored_keys = {e.query_key for e in scored}
+    held = without_queries(held, scored_keys)
+    kept = without_queries(train, scored_keys | {e.query_key for e in held} | _sibling_keys(name, read))
+    if len(kept) < len(train):
+        _log.info("%s: dropped %d train rows whose query is validated or scored on", name, len(train) - len(kept))
+    seen = name in SEEN_TASKS
+    return Task(name, DESCRIPTIONS[name], tuple(kept), tuple(scored), tuple(held), source=name, seen=seen)
+
+
+def _lend(
+    name: str, scored: list[Example], held: list[Example], reserve: int
+) -> tuple[list[Example], list[Example], list[Example]]:
+    """(train, scored, validation) of a task without train split: rows from validation, else from the scored split."""
+    if held:
+        _log.info("%s: no usable train split; the %d validation rows serve for shots and training", name, len(held))
+        return held, scored, []
+    lent, rest = hash_slice(scored, min(reserve, len(scored) // 2), f"{name}/reserve")
+    _log.info(
+        "%s: no usable train split; %d of %d scored rows are reserved for shots and training, results are on the "
+        "other %d",
+        *(name, len(lent), len(scored), len(rest)),
+    )
+    return lent, rest, []
+
+
+def _sibling_keys(name: str, read: ReadSplit) -> set[str]:
+    sibling = _SIBLING.get(name)
+    if sibling is None:
+        return set()
+    return {e.query_key for split in ("validation", "test") for e in read(sibling, split) or []}
+
+
+def _folder(root: Path, name: str) -> Path | None:
+    candidates = (root / folder for folder in (name, *FILES[name].folders))
+    return next((folder for folder in candidates if folder.is_dir()), None)
+
+
+def _find(root: Path, name: str, split: str) -> Path | None:
+    """A split's file: directly in the task's folder, else anywhere below it (`Data/Main/train.jsonl`)."""
+    folder = _folder(root, name)
+    if folder is None:
+        return None
+    for pattern in FILES[name].names(split):
+        found = sorted(folder.glob(pattern)) or sorted(folder.rglob(pattern))
+        if found:
+            return found[0]
+    return None
+
+
+def _read_split(root: Path, name: str, split: str) -> list[Example] | None:
+    path = _find(root, name, split)
+    if path is None:
+        return None
+    rows = join_labels(path, read_rows(path))
+    # A BoolQ train file without passages exists: a question alone is another task, so such rows are no use.
+    usable = [row for row in rows if name != "boolq" or row[1].get("passage")]
+    if len(usable) < len(rows):
+        _log.info("%s: %d rows of %s have no passage and are left out", name, len(rows) - len(usable), path.name)
+    return map_rows(path, usable, example_maker(name, split))
+
+
+def example_maker(name: str, split: str) -> Callable[[int, Row], Example]:
+    """Makes examples of one split's rows: under their own ids where they have one not used before, else numbered."""
+    taken: set[str] = set()
+
+    def make(index: int, row: Row) -> Example:
+        example_id = str(row.get("id") or row.get("qID") or f"{split}-{index}")
+        if example_id in taken:
+            example_id = f"{example_id}#{split}-{index}"
+        taken.add(example_id)
+        return ROW_TO_EXAMPLE[name](example_id, row)
+
+    return make
+
+
+def join_labels(path: Path, rows: list[tuple[int, Row]]) -> list[tuple[int, Row]]:
+    """Adds "label" from `train-labels.lst` beside `train.jsonl` (PIQA, Social IQa) to rows that have no label.
+
+    Raises DataError where there are not as many labels as rows.
+    """
+    labels_path = path.with_name(f"{path.stem}-labels.lst")
+    if "label" in rows[0][1] or not labels_path.is_file():
+        return rows
+    labels = read_text(labels_path).split()
+    if len(labels) != len(rows):
+        raise DataError(f"{labels_path}: {len(labels)} labels for the {len(rows)} rows of {path.name}")
+    return [(line, {**row, "label": label}) for (line, row), label in zip(rows, labels, strict=True)]

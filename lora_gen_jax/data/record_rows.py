@@ -1,0 +1,142 @@
+"""One row of the user's data. In: a JSON object (forms in `records.py`). Out: its example, system text and split.
+
+Every function raises DataError that says what is wrong; the caller adds file and line.
+"""
+
+from dataclasses import dataclass
+
+from lora_gen_jax.data.jsonl import Row
+from lora_gen_jax.data.tasks import Example
+from lora_gen_jax.errors import DataError
+
+GENERIC_SYSTEM = "You receive a request. Carry it out accurately and completely, and reply with the result alone."
+"""The description of rows that bring no system text."""
+SPLITS = ("train", "validation", "test")
+_ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A parsed row; `task` and `split` are None where the row does not say."""
+
+    example: Example
+    system: str
+    chat: bool
+    task: str | None
+    split: str | None
+
+
+def parse_record(row: Row, example_id: str) -> Record:
+    """Reads a row of any of the three forms. Raises DataError (see `records.load_records`)."""
+    split = row.get("split")
+    if split is not None and split not in SPLITS:
+        raise DataError(f'"split" is {split!r}; it must be one of {", ".join(SPLITS)}')
+    task = None if row.get("task") is None else _text(row, "task")
+    chat = "messages" in row
+    system, query, output = _messages(row) if chat else _plain(row)
+    if "options" in row:
+        example = _multiple_choice(row, example_id, query, chat)
+        if output is not None and output.strip() != example.response.strip():
+            raise DataError("the output is not the option that is marked as gold")
+    elif output is None:
+        raise DataError('the field "output" is missing')
+    else:
+        example = Example(example_id, query, output)
+    return Record(example, system, chat, task, split)
+
+
+def _plain(row: Row) -> tuple[str, str, str | None]:
+    """(system, query, output) of a row without messages; the output may be left out where options are given."""
+    if not {"instruction", "system", "input"} & row.keys():
+        raise DataError('a row needs "system", "input", "output"; or "messages"; or "instruction", "output"')
+    output = None if "options" in row and "output" not in row else _text(row, "output")
+    if "instruction" not in row:
+        return _text(row, "system"), _text(row, "input"), output
+    instruction = _text(row, "instruction")
+    given = row.get("input")
+    if given is not None and not isinstance(given, str):
+        raise DataError(f'"input" must be text, found {type(given).__name__}')
+    # Alpaca's rows without an input: the instruction itself is what is asked.
+    return (instruction, given, output) if given and given.strip() else (GENERIC_SYSTEM, instruction, output)
+
+
+def _messages(row: Row) -> tuple[str, str, str | None]:
+    """(system, conversation, last assistant turn); with options the conversation may end at the user's turn."""
+    messages = row["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise DataError('"messages" must be a list with at least a user and an assistant turn')
+    turns: list[tuple[str, str]] = []
+    for message in messages:
+        if not isinstance(message, dict):
+            raise DataError('every message must be an object with "role" and "content"')
+        role = message.get("role")
+        if role not in _ROLES:
+            raise DataError(f"unknown role {role!r}; it must be one of {', '.join(_ROLES)}")
+        if role == "system" and turns:
+            raise DataError("only the first message may have the role 'system'")
+        empty_system = role == "system" and message.get("content") == ""
+        turns.append((role, GENERIC_SYSTEM if empty_system else _text(message, "content")))
+    system = turns.pop(0)[1] if turns[0][0] == "system" else GENERIC_SYSTEM
+    last = max((i for i, (role, _) in enumerate(turns) if role == "assistant"), default=None)
+    if last is None and "options" not in row:
+        raise DataError("no assistant turn, so there is no response to learn")
+    if last is not None and last < len(turns) - 1:
+        raise DataError("the last message must be the assistant's: a user turn after it has no response")
+    asked = turns if last is None else turns[:last]
+    if not asked or asked[-1][0] != "user":
+        raise DataError("a user turn must come right before the last assistant turn")
+    return system, _conversation(asked), None if last is None else turns[last][1]
+
+
+def _conversation(turns: list[tuple[str, str]]) -> str:
+    """One user turn as it is; of several turns a transcript, since a query is one text."""
+    if len(turns) == 1:
+        return turns[0][1]
+    return "\n".join(f"{role.capitalize()}: {content}" for role, content in turns)
+
+
+def _multiple_choice(row: Row, example_id: str, query: str, chat: bool) -> Example:
+    options = row["options"]
+    if not isinstance(options, list) or len(options) < 2:
+        raise DataError('"options" must be a list of at least two texts')
+    if not all(isinstance(option, str) and option.strip() for option in options):
+        raise DataError('every entry of "options" must be text and not empty')
+    if len(set(options)) < len(options):
+        raise DataError('"options" holds the same text twice')
+    gold = _gold(row, options)
+    # As in lm-evaluation-harness: " " between query and option, and none after a chat template.
+    delimiter = "" if chat or query[-1].isspace() else " "
+    texts = tuple(option if option[0].isspace() else delimiter + option for option in options)
+    return Example(example_id, query, texts[gold], texts, gold, option_lengths=tuple(map(len, options)))
+
+
+def _gold(row: Row, options: list[str]) -> int:
+    """The index of the right option, from "gold" (an index) or "answer" (an option's text, letter or index)."""
+    if "gold" not in row and "answer" not in row:
+        raise DataError('"options" needs "gold" (an index from 0) or "answer" (an option\'s text or letter)')
+    name = "gold" if "gold" in row else "answer"
+    value = row[name]
+    if name == "answer" and isinstance(value, str):
+        if value in options:
+            return options.index(value)
+        value = ord(value) - ord("A") if len(value) == 1 else None
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < len(options):
+        raise DataError(f'"{name}" is {row[name]!r}, which is none of the {len(options)} options')
+    return value
+
+
+def _text(row: Row, name: str) -> str:
+    """A field that must be text with more than whitespace in it."""
+    if name not in row:
+        raise DataError(f'the field "{name}" is missing')
+    value = row[name]
+    if not isinstance(value, str):
+        raise DataError(f'"{name}" must be text, found {type(value).__name__}')
+    if not value.strip():
+        raise DataError(f'"{name}" is empty')
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(f'"{name}" holds half of a surrogate pair, which is no text') from error
+    return value

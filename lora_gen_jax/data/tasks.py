@@ -1,0 +1,125 @@
+"""What a task is. In: examples made from rows. Out: frozen `Example` and `Task`, and the splits' hygiene.
+
+Every choice of rows (slices, splits, shots) goes by a BLAKE2 hash of the text, never by Python's `hash` or by the
+order of a file: the same rows are chosen in every process, from JSONL and from TFDS.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+_PUNCTUATION = re.compile(r"[\s.,;:!?\"'`\u2018\u2019\u201c\u201d]+")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One query with its gold answer.
+
+    Multiple choice: `options` holds every continuation and `options[gold] == response`. Free form: `options` is empty.
+    Partial evaluation (WinoGrande): `contexts[i] + response` is scored for every i, and `query` is `contexts[gold]`, so
+    that `query + response` reads as a shot; such a query contains the answer and is never shown when scoring.
+    """
+
+    id: str
+    query: str
+    """What the edge model reads, ending where the answer starts: `"Question: …\\nAnswer:"`."""
+    response: str
+    """The gold continuation. Multiple choice: with its leading space, `" Paris"`. Free form: the output verbatim."""
+    options: tuple[str, ...] = ()
+    gold: int = -1
+    contexts: tuple[str, ...] = ()
+    option_lengths: tuple[int, ...] = ()
+    """Characters of every option as lm-evaluation-harness counts them for `acc_norm`: without the delimiting space."""
+
+    @cached_property
+    def query_key(self) -> str:
+        """The normalised query: what "the same query" means wherever leakage is ruled out."""
+        return normalise(self.query)
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Examples that share a description. Two tasks are equal only when they are the same object.
+
+    `descriptions[0]` is the one used at evaluation. Shots and training queries come from `train` only, `test` is
+    scored, `validation` is held out of training for the validation loss. With `chat`, queries are user turns and the
+    tokeniser's side applies the chat template. Mixture weights are keyed by `source`.
+    """
+
+    name: str
+    descriptions: tuple[str, ...]
+    train: Sequence[Example]
+    test: Sequence[Example]
+    validation: Sequence[Example] = ()
+    chat: bool = False
+    source: str = field(kw_only=True)
+    seen: bool = True
+
+    @cached_property
+    def key_by_id(self) -> dict[str, str]:
+        """The normalised query of every example of the task, by the example's id."""
+        return {e.id: e.query_key for split in (self.train, self.validation, self.test) for e in split}
+
+    @cached_property
+    def train_rows_by_key(self) -> dict[str, list[int]]:
+        """The positions in `train` of every normalised query."""
+        rows: dict[str, list[int]] = {}
+        for i, example in enumerate(self.train):
+            rows.setdefault(example.query_key, []).append(i)
+        return rows
+
+    @cached_property
+    def held_out_keys(self) -> frozenset[str]:
+        """The normalised queries that are scored or validated on: never shots at evaluation."""
+        return frozenset(e.query_key for split in (self.validation, self.test) for e in split)
+
+
+def normalise(text: str) -> str:
+    """`text` without case, prose punctuation and runs of whitespace: equal results mean the same query.
+
+    Operators stay (`2 + 3` is not `2 - 3`); a text of punctuation alone is kept as it is.
+    """
+    return _PUNCTUATION.sub(" ", text.casefold()).strip() or text
+
+
+def stable_hash(*parts: str) -> int:
+    """A 64-bit hash of the texts, the same in every process and on every machine."""
+    digest = hashlib.blake2b("\x1f".join(parts).encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+def hash_slice(examples: Sequence[Example], count: int, salt: str) -> tuple[list[Example], list[Example]]:
+    """Splits off about `count` examples, chosen by a hash of their normalised query; both parts keep their order.
+
+    Examples with the same normalised query go to the same part, so the slice may exceed `count` by such a group.
+    """
+    groups: dict[str, int] = {}
+    keys = [e.query_key for e in examples]
+    for key in keys:
+        groups[key] = groups.get(key, 0) + 1
+    chosen: set[str] = set()
+    taken = 0
+    for key in sorted(groups, key=lambda k: (stable_hash(salt, k), k)):
+        if taken >= count:
+            break
+        chosen.add(key)
+        taken += groups[key]
+    return partition(examples, lambda i, _: keys[i] in chosen)
+
+
+def partition(
+    examples: Sequence[Example], belongs: Callable[[int, Example], bool]
+) -> tuple[list[Example], list[Example]]:
+    """The examples for which `belongs(index, example)` holds, and the others."""
+    inside: list[Example] = []
+    outside: list[Example] = []
+    for i, example in enumerate(examples):
+        (inside if belongs(i, example) else outside).append(example)
+    return inside, outside
+
+
+def without_queries(examples: Sequence[Example], keys: Collection[str]) -> list[Example]:
+    """The examples whose normalised query is not among `keys`."""
+    return [e for e in examples if e.query_key not in keys]

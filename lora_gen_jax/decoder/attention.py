@@ -1,0 +1,94 @@
+"""Who sees whom, the key/value cache, and attention itself.
+
+In: a position per token (-1 for padding) and, where several sequences share a row, a segment per token.
+Out: boolean masks [B, T, S] and attention outputs. Because visibility follows positions and not slots,
+left-padded, right-padded and packed rows need no case of their own.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+class KVCache(struct.PyTreeNode):
+    """Keys and values of the tokens read so far.
+
+    Attributes:
+        k_LBSGH, v_LBSGH: keys and values; S slots, of which the first `used` are filled.
+        position_BS: each slot's position in its own row, -1 for padding and empty slots.
+        used: number of filled slots, a scalar; the same for all rows.
+    """
+
+    k_LBSGH: jax.Array
+    v_LBSGH: jax.Array
+    position_BS: jax.Array
+    used: jax.Array
+
+    @classmethod
+    def empty(cls, config: Any, rows: int, slots: int, dtype: jax.typing.DTypeLike) -> "KVCache":
+        """A cache of B `rows` and S `slots` for a model of this `DecoderConfig`."""
+        shape = (config.num_layers, rows, slots, config.num_kv_heads, config.head_dim)
+        return cls(
+            k_LBSGH=jnp.zeros(shape, dtype),
+            v_LBSGH=jnp.zeros(shape, dtype),
+            position_BS=jnp.full((rows, slots), -1, jnp.int32),
+            used=jnp.zeros((), jnp.int32),
+        )
+
+    def advance(self, position_BT: jax.Array) -> "KVCache":
+        """Claims the next T slots for tokens at these positions; their keys and values come per layer."""
+        position_BS = jax.lax.dynamic_update_slice(self.position_BS, position_BT, (0, self.used))
+        return self.replace(position_BS=position_BS, used=self.used + position_BT.shape[1])
+
+    def segments(self, newest_BT: jax.Array) -> jax.Array:
+        """Segments of all slots [B, S] from those of the T tokens added last; all earlier tokens are segment 0."""
+        start = (0, self.used - newest_BT.shape[1])
+        return jax.lax.dynamic_update_slice(jnp.zeros_like(self.position_BS), newest_BT, start)
+
+
+def visible(
+    query_BT: jax.Array, key_BS: jax.Array, segments: tuple[jax.Array, jax.Array] | None = None
+) -> jax.Array:
+    """Boolean [B, T, S]: key s is no later than query t, is no padding, and is of its segment.
+
+    Segment 0 is a prefix that all segments of the row see: the options of a question score in one row, each
+    seeing the question and itself.
+    """
+    mask = (key_BS[:, None, :] <= query_BT[:, :, None]) & (key_BS[:, None, :] >= 0)
+    if segments is not None:
+        query_segment, key_segment = segments[0][:, :, None], segments[1][:, None, :]
+        mask &= (query_segment == key_segment) | (key_segment == 0)
+    return mask
+
+
+def within_window(query_BT: jax.Array, key_BS: jax.Array, window: int) -> jax.Array:
+    """Boolean [B, T, S]: key s is among the last `window` positions up to query t."""
+    return query_BT[:, :, None] - key_BS[:, None, :] < window
+
+
+def attend(q_BTNH: jax.Array, kv: tuple[jax.Array, jax.Array], mask_BTS: jax.Array, config: Any) -> jax.Array:
+    """Softmax attention with grouped heads, [B, T, N, H]; the softmax is in fp32.
+
+    Args:
+        q_BTNH: queries.
+        kv: keys and values, each [B, S, G, H]; G divides N.
+        mask_BTS: True where attention is allowed. Rows without any True (padding) give a finite, unused result.
+        config: supplies `attention_scale` and `attention_softcap`.
+    """
+    k_BSGH, v_BSGH = kv
+    if config.attention_softcap is None:
+        return jax.nn.dot_product_attention(
+            q_BTNH, k_BSGH, v_BSGH, mask=mask_BTS[:, None], scale=config.attention_scale
+        )
+    # The library's function has no soft-cap (Gemma 2): c·tanh(score / c) comes between score and mask.
+    B, T, N, H = q_BTNH.shape
+    G = k_BSGH.shape[2]
+    q_BTGMH = q_BTNH.reshape(B, T, G, N // G, H)
+    score = jnp.einsum("btgmh,bsgh->bgmts", q_BTGMH, k_BSGH, preferred_element_type=jnp.float32)
+    cap = config.attention_softcap
+    score = cap * jnp.tanh(score * config.attention_scale / cap)
+    score = jnp.where(mask_BTS[:, None, None], score, jnp.finfo(jnp.float32).min)
+    weight = jax.nn.softmax(score, axis=-1).astype(q_BTNH.dtype)
+    return jnp.einsum("bgmts,bsgh->btgmh", weight, v_BSGH).reshape(B, T, N, H)

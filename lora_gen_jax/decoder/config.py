@@ -1,0 +1,233 @@
+"""What distinguishes one decoder family from another, as data.
+
+In: the dictionary of a Hugging Face ``config.json``. Out: a `DecoderConfig`, which is all the `Decoder` knows.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+from lora_gen_jax.errors import ModelError
+
+FAMILIES = ("llama", "qwen2", "gemma", "gemma2", "opt")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's frequency-dependent stretching of rotary wavelengths (`rope_type: llama3`)."""
+
+    factor: float
+    low_frequency_factor: float
+    high_frequency_factor: float
+    original_max_positions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and switches of a decoder-only language model.
+
+    Sizes are numbers of elements; letters refer to the package's shape glossary.
+
+    Attributes:
+        family: one of `FAMILIES`; used for reading weights and for error messages only, never inside the model.
+        vocab_size: V, the rows of the embedding (padded rows included).
+        num_layers: L.
+        width: D, the residual stream.
+        ffn_width: F.
+        num_heads: N query heads.
+        num_kv_heads: G key/value heads; divides N.
+        head_dim: H per head.
+        max_positions: longest sequence the model was built for.
+        norm: root-mean-square norm, or LayerNorm with a bias.
+        norm_eps: added to the variance.
+        norm_offset: added to the RMS scale; Gemma stores w and applies (1 + w).
+        post_norms: also normalise the outputs of attention and FFN (Gemma 2).
+        activation: of the FFN.
+        gated_ffn: gate, up and down matrices; otherwise up and down alone (OPT).
+        qkv_bias, out_bias, ffn_bias: whether those linear layers add a bias.
+        rope_theta: rotary base; None means learned positions.
+        rope_scaling: Llama 3's scaling, if any.
+        learned_position_offset: rows skipped at the start of a learned position table (OPT: 2).
+        attention_scale: multiplies query·key.
+        attention_softcap, logit_softcap: c in c·tanh(x/c); None means no cap.
+        sliding_window: keys visible to a query in a windowed layer; None means all.
+        windowed_layers: per layer, whether `sliding_window` applies to it.
+        embedding_scale: multiplies input embeddings (Gemma: √D).
+        tied_embeddings: the unembedding is the embedding transposed.
+    """
+
+    family: str
+    vocab_size: int
+    num_layers: int
+    width: int
+    ffn_width: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int = 2048
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    activation: Literal["silu", "gelu_tanh", "gelu", "relu"] = "silu"
+    gated_ffn: bool = True
+    qkv_bias: bool = False
+    out_bias: bool = False
+    ffn_bias: bool = False
+    rope_theta: float | None = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    learned_position_offset: int = 0
+    attention_scale: float = 0.125
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    sliding_window: int | None = None
+    windowed_layers: tuple[bool, ...] = ()
+    embedding_scale: float = 1.0
+    tied_embeddings: bool = False
+
+    @property
+    def ffn_sites(self) -> tuple[str, ...]:
+        """Linear layers of the FFN, where LoRA-Gen's experts attach."""
+        return ("gate", "up", "down") if self.gated_ffn else ("up", "down")
+
+    def site_shape(self, site: str) -> tuple[int, int]:
+        """(inputs, outputs) of a linear layer: q, k, v, o, gate, up or down."""
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        shapes = {
+            "q": (self.width, queries),
+            "k": (self.width, keys),
+            "v": (self.width, keys),
+            "o": (queries, self.width),
+            "gate": (self.width, self.ffn_width),
+            "up": (self.width, self.ffn_width),
+            "down": (self.ffn_width, self.width),
+        }
+        if site not in shapes or (site == "gate" and not self.gated_ffn):
+            known = [s for s in shapes if s != "gate" or self.gated_ffn]
+            raise ModelError(f"a {self.family} layer has no linear layer {site!r}; it has {', '.join(known)}")
+        return shapes[site]
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any]) -> "DecoderConfig":
+        """Reads the dictionary of a ``config.json``, as written by transformers 4 or 5.
+
+        Raises:
+            ModelError: for a family, rotary scaling or activation that is not supported, or a missing field.
+        """
+        family = hf.get("model_type")
+        if family not in FAMILIES:
+            raise ModelError(f"config.json: model_type {family!r} is not supported; use one of {', '.join(FAMILIES)}")
+        try:
+            return _opt(hf) if family == "opt" else _rotary(family, hf)
+        except KeyError as error:
+            raise ModelError(f"config.json of this {family} model lacks the field {error.args[0]!r}") from error
+
+
+def _rotary(family: str, hf: dict[str, Any]) -> DecoderConfig:
+    heads, width = hf["num_attention_heads"], hf["hidden_size"]
+    head_dim = hf.get("head_dim") or width // heads
+    gemma = family in ("gemma", "gemma2")
+    theta, scaling = _rope(hf)
+    config = DecoderConfig(
+        family=family,
+        vocab_size=hf["vocab_size"],
+        num_layers=hf["num_hidden_layers"],
+        width=width,
+        ffn_width=hf["intermediate_size"],
+        num_heads=heads,
+        num_kv_heads=hf.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        max_positions=hf.get("max_position_embeddings", 2048),
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        norm_offset=1.0 if gemma else 0.0,
+        activation=_activation(hf, "gelu_pytorch_tanh" if gemma else "silu", gemma),
+        qkv_bias=family == "qwen2" or bool(hf.get("attention_bias")),
+        out_bias=family != "qwen2" and bool(hf.get("attention_bias")),
+        ffn_bias=bool(hf.get("mlp_bias")),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        attention_scale=head_dim**-0.5,
+        embedding_scale=width**0.5 if gemma else 1.0,
+        tied_embeddings=hf.get("tie_word_embeddings", gemma),
+    )
+    if family == "qwen2" and hf.get("use_sliding_window"):
+        windowed = _windowed_layers(hf, lambda i: i >= hf.get("max_window_layers", 28))
+        config = dataclasses.replace(config, sliding_window=hf["sliding_window"], windowed_layers=windowed)
+    if family == "gemma2":
+        config = dataclasses.replace(
+            config,
+            post_norms=True,
+            attention_scale=hf.get("query_pre_attn_scalar", 256) ** -0.5,
+            attention_softcap=hf.get("attn_logit_softcapping", 50.0),
+            logit_softcap=hf.get("final_logit_softcapping", 30.0),
+            sliding_window=hf.get("sliding_window", 4096),
+            windowed_layers=_windowed_layers(hf, lambda i: i % 2 == 0),
+        )
+    return config
+
+
+def _opt(hf: dict[str, Any]) -> DecoderConfig:
+    heads, width = hf["num_attention_heads"], hf["hidden_size"]
+    if not hf.get("do_layer_norm_before", True) or (hf.get("word_embed_proj_dim") or width) != width:
+        raise ModelError("OPT with post-norm layers or projected embeddings (350m) is not supported; use another size")
+    if hf.get("_remove_final_layer_norm"):
+        raise ModelError("OPT without a final layer norm (_remove_final_layer_norm) is not supported")
+    if not hf.get("layer_norm_elementwise_affine", True):
+        raise ModelError("OPT without layer norm parameters (layer_norm_elementwise_affine false) is not supported")
+    bias = hf.get("enable_bias", True)
+    return DecoderConfig(
+        family="opt",
+        vocab_size=hf["vocab_size"],
+        num_layers=hf["num_hidden_layers"],
+        width=width,
+        ffn_width=hf["ffn_dim"],
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=width // heads,
+        max_positions=hf.get("max_position_embeddings", 2048),
+        norm="layer",
+        activation=_activation({"hidden_act": hf.get("activation_function", "relu")}, "relu", False),
+        gated_ffn=False,
+        qkv_bias=bias,
+        out_bias=bias,
+        ffn_bias=bias,
+        rope_theta=None,
+        learned_position_offset=2,
+        attention_scale=(width // heads) ** -0.5,
+        tied_embeddings=hf.get("tie_word_embeddings", True),
+    )
+
+
+def _rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    # transformers 5 writes rope_parameters; transformers 4 wrote rope_theta and rope_scaling.
+    parameters = hf.get("rope_parameters") or {}
+    theta = parameters.get("rope_theta", hf.get("rope_theta", 10_000.0))
+    scaling = parameters or hf.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise ModelError(f"config.json: rope type {kind!r} is not supported; use 'default' or 'llama3'")
+    return theta, RopeScaling(
+        factor=scaling["factor"],
+        low_frequency_factor=scaling["low_freq_factor"],
+        high_frequency_factor=scaling["high_freq_factor"],
+        original_max_positions=scaling["original_max_position_embeddings"],
+    )
+
+
+def _activation(hf: dict[str, Any], default: str, gemma: bool) -> Any:
+    name = hf.get("hidden_activation") or hf.get("hidden_act") or default
+    # The first Gemma configs say "gelu" and mean the tanh approximation, which transformers applies as well.
+    if gemma and name == "gelu":
+        name = "gelu_pytorch_tanh"
+    names = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+    if name not in names:
+        raise ModelError(f"config.json: activation {name!r} is not supported; use one of {', '.join(names)}")
+    return names[name]
+
+
+def _windowed_layers(hf: dict[str, Any], rule: Any) -> tuple[bool, ...]:
+    kinds = hf.get("layer_types")
+    if kinds:
+        return tuple(kind == "sliding_attention" for kind in kinds)
+    return tuple(bool(rule(i)) for i in range(hf["num_hidden_layers"]))

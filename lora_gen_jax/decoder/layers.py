@@ -1,0 +1,96 @@
+"""The parts of a decoder layer that hold parameters: linear layers with an adapter hook, norms, rotary angles.
+
+In: activations [..., D]. Out: activations. Parameters may be stored in any float type; `dtype` is the type
+that is computed in, norms and angles always in fp32.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lora_gen_jax.adapters.protocol import Adapter
+from lora_gen_jax.decoder.config import DecoderConfig
+from lora_gen_jax.sharding import partitioned
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class Linear(nn.Module):
+    """x·W (+ b) (+ what an adapter adds for the site that this module is named after)."""
+
+    features: int
+    axes: tuple[str, str]
+    use_bias: bool = False
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, adapter: Adapter | None = None) -> jax.Array:
+        """[B, T, inputs] -> [B, T, features]."""
+        init = partitioned(nn.initializers.lecun_normal(), *self.axes)
+        kernel = self.param("kernel", init, (x_BTD.shape[-1], self.features))
+        y = x_BTD @ kernel.astype(self.dtype)
+        if self.use_bias:
+            init = partitioned(nn.initializers.zeros_init(), self.axes[1])
+            bias = self.param("bias", init, (self.features,))
+            y = y + bias.astype(self.dtype)[None, None]
+        if adapter is not None and self.name is not None:
+            key = self.make_rng("dropout") if self.has_rng("dropout") else None
+            delta = adapter.delta(self.name, x_BTD, key)
+            y = y if delta is None else y + delta.astype(self.dtype)
+        return y
+
+
+class Norm(nn.Module):
+    """RMS norm with scale (offset + w), or LayerNorm with a bias, computed in fp32."""
+
+    config: DecoderConfig
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        c = self.config
+        x = x_BTD.astype(jnp.float32)
+        # Random initial weights of families with an offset start at scale 1, as the others do.
+        init = partitioned(nn.initializers.constant(1.0 - c.norm_offset), "norm")
+        scale = self.param("scale", init, (x.shape[-1],))
+        if c.norm == "layer":
+            x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + c.norm_eps)
+        x = x * (c.norm_offset + scale.astype(jnp.float32))[None, None]
+        if c.norm == "layer":
+            init = partitioned(nn.initializers.zeros_init(), "norm")
+            bias = self.param("bias", init, (x.shape[-1],))
+            x = x + bias.astype(jnp.float32)[None, None]
+        return x.astype(self.dtype)
+
+
+def rotary_angles(config: DecoderConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of the rotary angles, each [B, T, 1, H/2] in fp32.
+
+    The frequencies of Llama 3 (`rope_type: llama3`) are divided by `factor` where the wavelength exceeds
+    original_max_positions / low_frequency_factor, kept below original_max_positions / high_frequency_factor,
+    and interpolated in between.
+    """
+    assert config.rope_theta is not None
+    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequency = 1.0 / (config.rope_theta**exponent)
+    if (s := config.rope_scaling) is not None:
+        turns = s.original_max_positions * frequency / (2 * jnp.pi)
+        smooth = (turns - s.low_frequency_factor) / (s.high_frequency_factor - s.low_frequency_factor)
+        smooth = jnp.clip(smooth, 0.0, 1.0)
+        frequency = frequency * (smooth + (1 - smooth) / s.factor)
+    angles = positions_BT.astype(jnp.float32)[..., None, None] * frequency[None, None, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTNH: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the pairs (i, i + H/2) of every head, in fp32."""
+    cos, sin = cos_sin
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)

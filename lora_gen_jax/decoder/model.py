@@ -1,0 +1,265 @@
+"""The decoder-only language model that serves as cloud and as edge model.
+
+In: tokens and positions [B, T], an optional adapter and an optional key/value cache.
+Out: hidden states [B, T, D] after the final norm; logits on request, for the positions that need them.
+It knows no method: adapters enter as pytrees (`lora_gen_jax.adapters.protocol`).
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from lora_gen_jax.adapters.protocol import Adapter
+from lora_gen_jax.decoder.attention import KVCache, attend, visible, within_window
+from lora_gen_jax.decoder.config import DecoderConfig
+from lora_gen_jax.decoder.layers import ACTIVATIONS, Linear, Norm, rotary_angles, rotate
+from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.sharding import partitioned
+
+# What the backward pass keeps of each layer: everything, the results of matmuls, or the layer's input alone.
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Context(struct.PyTreeNode):
+    """What every layer reads alike.
+
+    Attributes:
+        mask_BTS: visible keys.
+        window_BTS: visible keys of windowed layers; None where the model has none.
+        cos_sin: rotary angles; None for learned positions.
+        adapter: the adapter without its scanned part; None for the base model.
+        slot: first cache slot that this call fills; None without a cache.
+    """
+
+    mask_BTS: jax.Array
+    window_BTS: jax.Array | None
+    cos_sin: tuple[jax.Array, jax.Array] | None
+    adapter: Any
+    slot: jax.Array | None
+
+
+class PerLayer(struct.PyTreeNode):
+    """What the scan slices: the adapter's scanned part, the layer's index, and whether it is windowed."""
+
+    adapter: Any
+    index: jax.Array
+    windowed: jax.Array | None
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with linear layers q, k, v, o."""
+
+    config: DecoderConfig
+    dtype: jax.typing.DTypeLike
+
+    @nn.compact
+    def __call__(self, x_BTD, kv, per_layer: PerLayer, context: Context, adapter: Adapter | None):
+        c, (B, T, _) = self.config, x_BTD.shape
+
+        def heads(name: str, count: int) -> jax.Array:
+            axes = ("embed", "heads" if name == "q" else "kv_heads")
+            y = Linear(count * c.head_dim, axes, c.qkv_bias, self.dtype, name=name)(x_BTD, adapter)
+            return y.reshape(B, T, count, c.head_dim)
+
+        q, k, v = heads("q", c.num_heads), heads("k", c.num_kv_heads), heads("v", c.num_kv_heads)
+        if context.cos_sin is not None:
+            q, k = rotate(q, context.cos_sin), rotate(k, context.cos_sin)
+        if kv is not None:
+            start = (per_layer.index, 0, context.slot, 0, 0)
+            kv = tuple(
+                jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), start)
+                for old, new in zip(kv, (k, v), strict=True)
+            )
+            k, v = (jax.lax.dynamic_index_in_dim(x, per_layer.index, keepdims=False) for x in kv)
+        mask_BTS = context.mask_BTS
+        if per_layer.windowed is not None:
+            mask_BTS = jnp.where(per_layer.windowed, context.window_BTS, mask_BTS)
+        y = attend(q, (k, v), mask_BTS, c).reshape(B, T, c.num_heads * c.head_dim)
+        return Linear(c.width, ("heads", "embed"), c.out_bias, self.dtype, name="o")(y, adapter), kv
+
+
+class FFN(nn.Module):
+    """act(x·gate) * (x·up) · down, or act(x·up) · down without a gate."""
+
+    config: DecoderConfig
+    dtype: jax.typing.DTypeLike
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, adapter: Adapter | None) -> jax.Array:
+        c, act = self.config, ACTIVATIONS[self.config.activation]
+        h_BTF = Linear(c.ffn_width, ("embed", "mlp"), c.ffn_bias, self.dtype, name="up")(x_BTD, adapter)
+        if c.gated_ffn:
+            gate = Linear(c.ffn_width, ("embed", "mlp"), c.ffn_bias, self.dtype, name="gate")(x_BTD, adapter)
+            h_BTF = act(gate) * h_BTF
+        else:
+            h_BTF = act(h_BTF)
+        return Linear(c.width, ("mlp", "embed"), c.ffn_bias, self.dtype, name="down")(h_BTF, adapter)
+
+
+class Layer(nn.Module):
+    """One layer, in the form `nn.scan` wants: carry, slice, broadcast -> carry, output."""
+
+    config: DecoderConfig
+    dtype: jax.typing.DTypeLike
+
+    @nn.compact
+    def __call__(self, carry, per_layer: PerLayer, context: Context):
+        c, (x, kv) = self.config, carry
+        adapter = None if context.adapter is None else context.adapter.replace(scanned=per_layer.adapter)
+
+        def norm(name: str, y: jax.Array) -> jax.Array:
+            return Norm(c, self.dtype, name=name)(y)
+
+        attention = Attention(c, self.dtype, name="attention")
+        y, kv = attention(norm("attention_norm", x), kv, per_layer, context, adapter)
+        x = x + (norm("post_attention_norm", y) if c.post_norms else y)
+        y = FFN(c, self.dtype, name="ffn")(norm("ffn_norm", x), adapter)
+        x = x + (norm("post_ffn_norm", y) if c.post_norms else y)
+        return (x, kv), None
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model.
+
+    ``Decoder(config).apply({"params": params}, tokens_BT, positions_BT)`` gives hidden states; the methods
+    `embed`, `encode` and `logits` are its three stages, for callers that need one alone.
+
+    Attributes:
+        config: sizes and switches.
+        dtype: computed in; parameters keep their own type.
+        remat: a key of `REMAT_POLICIES`.
+        unroll: layers per iteration of the scan.
+    """
+
+    config: DecoderConfig
+    dtype: jax.typing.DTypeLike = jnp.float32
+    remat: str = "none"
+    unroll: int = 1
+
+    def setup(self):
+        c = self.config
+        if self.remat not in REMAT_POLICIES:
+            raise ConfigError(f"remat={self.remat!r} is unknown; use one of {', '.join(REMAT_POLICIES)}")
+        self.embedding = self.table("embed", (c.vocab_size, c.width), ("vocab", "embed"))
+        if c.rope_theta is None:
+            rows = c.max_positions + c.learned_position_offset
+            self.position_embedding = self.table("positions", (rows, c.width), ("positions", "embed"))
+        layer: Any = Layer
+        if self.remat != "none":
+            layer = nn.remat(Layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        self.layers = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast),
+            length=c.num_layers,
+            unroll=self.unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, self.dtype)
+        self.final_norm = Norm(c, self.dtype)
+        if not c.tied_embeddings:
+            self.unembed = Linear(c.vocab_size, ("embed", "vocab"), dtype=self.dtype)
+
+    def table(self, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> nn.Module:
+        return _Table(shape, axes, name=name)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        *,
+        segments_BT: jax.Array | None = None,
+        adapter: Adapter | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Tokens to hidden states.
+
+        Args:
+            tokens_BT: ids below `vocab_size`; the caller checks, an id beyond it would read the last row.
+            positions_BT: position of each token in its sequence, -1 for padding; 0, 1, 2, … when left out.
+            segments_BT: which of several sequences packed into a row a token is of; see `visible`.
+            adapter: a method's adapter; None for the base model.
+            cache: keys and values of earlier tokens; must have T free slots.
+
+        Returns:
+            hidden states [B, T, D] after the final norm, and the cache with these tokens added (None without).
+        """
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
+        hidden, cache = self.encode(
+            self.embed(tokens_BT), positions_BT, segments_BT=segments_BT, adapter=adapter, cache=cache
+        )
+        if self.is_initializing():
+            self.logits(hidden[:, -1:])
+        return hidden, cache
+
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        """Input embeddings [B, T, D]."""
+        x = self.embedding(tokens_BT).astype(self.dtype)
+        # transformers rounds Gemma's √D to the compute type before multiplying.
+        return x if self.config.embedding_scale == 1.0 else x * jnp.asarray(self.config.embedding_scale, self.dtype)
+
+    def encode(self, x_BTD, positions_BT, *, segments_BT=None, adapter=None, cache=None):
+        """Input embeddings to hidden states; arguments and results as of `__call__`."""
+        c = self.config
+        slot = None if cache is None else cache.used
+        cache = None if cache is None else cache.advance(positions_BT)
+        key_BS = positions_BT if cache is None else cache.position_BS
+        segments = None
+        if segments_BT is not None:
+            segments = (segments_BT, segments_BT if cache is None else cache.segments(segments_BT))
+        windowed = any(c.windowed_layers) and c.sliding_window is not None
+        mask = visible(positions_BT, key_BS, segments)
+        at_BT = jnp.maximum(positions_BT, 0)
+        if c.rope_theta is None:
+            x_BTD = x_BTD + self.position_embedding(at_BT + c.learned_position_offset).astype(self.dtype)
+        context = Context(
+            mask_BTS=mask,
+            window_BTS=mask & within_window(positions_BT, key_BS, c.sliding_window) if windowed else None,
+            cos_sin=None if c.rope_theta is None else rotary_angles(c, at_BT),
+            adapter=None if adapter is None else adapter.replace(scanned=None),
+            slot=slot,
+        )
+        per_layer = PerLayer(
+            adapter=None if adapter is None else adapter.scanned,
+            index=jnp.arange(c.num_layers),
+            windowed=jnp.array(c.windowed_layers) if windowed else None,
+        )
+        kv = None if cache is None else (cache.k_LBSGH, cache.v_LBSGH)
+        (x_BTD, kv), _ = self.layers((x_BTD, kv), per_layer, context)
+        cache = None if cache is None else cache.replace(k_LBSGH=kv[0], v_LBSGH=kv[1])
+        return self.final_norm(x_BTD), cache
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Next-token logits [B, T, V] in fp32, soft-capped where the family says so."""
+        if self.config.tied_embeddings:
+            logits = self.embedding.attend(hidden_BTD)
+        else:
+            logits = self.unembed(hidden_BTD).astype(jnp.float32)
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+class _Table(nn.Module):
+    """An embedding table that can also serve as the unembedding."""
+
+    shape: tuple[int, int]
+    axes: tuple[str, str]
+
+    def setup(self):
+        init = partitioned(nn.initializers.normal(0.02), *self.axes)
+        self.embedding = self.param("embedding", init, self.shape)
+
+    def __call__(self, ids_BT: jax.Array) -> jax.Array:
+        return jnp.take(self.embedding, ids_BT, axis=0, mode="clip")
+
+    def attend(self, hidden_BTD: jax.Array) -> jax.Array:
+        table = self.embedding.astype(hidden_BTD.dtype)
+        return jnp.einsum("btd,vd->btv", hidden_BTD, table, preferred_element_type=jnp.float32)

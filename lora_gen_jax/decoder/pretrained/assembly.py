@@ -1,0 +1,145 @@
+"""Builds the parameter tree of a decoder from the tensors of a checkpoint, one leaf at a time.
+
+In: a `DecoderConfig` and a `Checkpoint` (Hugging Face or GGUF). Out: nested dicts of jax arrays, layers stacked on a
+leading axis. Tensors are read in row blocks straight into the target dtype, and a sharded leaf is read one shard at
+a time, so that host memory holds the model and about one leaf more, never two copies of the model.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from lora_gen_jax.decoder.config import DecoderConfig
+from lora_gen_jax.decoder.pretrained.layout import Leaf, leaves
+from lora_gen_jax.errors import ModelError
+
+_BLOCK_ELEMENTS = 1 << 22  # read at once: bounds the temporaries of casting and dequantising
+Index = tuple[slice, ...]
+
+
+class Checkpoint(Protocol):
+    """Tensors of a model by their Hugging Face names, in PyTorch's axis order."""
+
+    description: str  # the file or directory, for error messages
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the checkpoint holds this tensor."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor as PyTorch sees it."""
+        ...
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """The values of tensor[index] in a floating dtype; one slice per axis."""
+        ...
+
+    def stored_dtype(self, name: str) -> str:
+        """Name of the format the tensor is stored in."""
+        ...
+
+    def stored_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows start..stop as stored: any dtype, quantised blocks included."""
+        ...
+
+
+def assemble(config: DecoderConfig, checkpoint: Checkpoint, dtype: Any, shardings: Any = None) -> dict[str, Any]:
+    """Reads all parameters.
+
+    Args:
+        config: of the decoder.
+        checkpoint: where the tensors are.
+        dtype: of the parameters.
+        shardings: None, one `jax.sharding.Sharding`, or the tree of the parameters with a sharding (or None, for the
+            default device) at every leaf or in place of a subtree.
+
+    Returns:
+        Nested dicts of jax arrays: kernels [L, inputs, outputs], norms [L, D], embedding [V, D].
+
+    Raises:
+        ModelError: a tensor is missing or its shape does not fit the config.
+    """
+    table = list(leaves(config))
+    check(config, checkpoint, table)
+    params: dict[str, Any] = {}
+    for leaf in table:
+        node = params
+        for key in leaf.path[:-1]:
+            node = node.setdefault(key, {})
+        node[leaf.path[-1]] = _load_leaf(config, checkpoint, leaf, np.dtype(dtype), _sharding_of(shardings, leaf))
+    return params
+
+
+def check(config: DecoderConfig, checkpoint: Checkpoint, table: list[Leaf]) -> None:
+    """Compares names and shapes with the config before anything is read.
+
+    Raises:
+        ModelError: a tensor is missing or of another shape, or there are more layers than the config says.
+    """
+    for leaf in table:
+        for name in leaf.tensor_names(config.num_layers):
+            if name not in checkpoint:
+                hint = "; set tie_word_embeddings if the model has none" if name == "lm_head.weight" else ""
+                raise ModelError(
+                    f"{checkpoint.description}: tensor {name!r} is missing, which a {config.family} model with this "
+                    f"config needs{hint}. Download the checkpoint again or correct its config"
+                )
+            if checkpoint.shape(name) != leaf.stored_shape:
+                raise ModelError(
+                    f"{checkpoint.description}: tensor {name!r} has shape {checkpoint.shape(name)}, its config asks "
+                    f"for {leaf.stored_shape}. Use the config that belongs to these weights"
+                )
+        if leaf.stacked and leaf.name.format(layer=config.num_layers) in checkpoint:
+            raise ModelError(
+                f"{checkpoint.description}: it holds more layers than the {config.num_layers} of its config "
+                f"({leaf.name.format(layer=config.num_layers)!r} exists). Use the config that belongs to these weights"
+            )
+
+
+def _sharding_of(shardings: Any, leaf: Leaf) -> jax.sharding.Sharding | None:
+    node = shardings
+    for key in leaf.path:
+        if not isinstance(node, Mapping):
+            break
+        if key not in node:
+            raise ModelError(f"shardings has no entry {'/'.join(leaf.path)}; give it the tree of the parameters")
+        node = node[key]
+    return node
+
+
+def _load_leaf(
+    config: DecoderConfig,
+    checkpoint: Checkpoint,
+    leaf: Leaf,
+    dtype: np.dtype,
+    sharding: jax.sharding.Sharding | None,
+) -> jax.Array:
+    shape = leaf.full_shape(config.num_layers)
+    names = leaf.tensor_names(config.num_layers)
+
+    def part(index: Index | None) -> np.ndarray:
+        index = index or (slice(None),) * len(shape)
+        bounds = [slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True)]
+        out = np.empty([b.stop - b.start for b in bounds], dtype)
+        if not leaf.stacked:
+            _fill(out, checkpoint, names[0], tuple(bounds), leaf.transpose)
+        else:
+            for layer, name in enumerate(names[bounds[0]]):
+                _fill(out[layer], checkpoint, name, tuple(bounds[1:]), leaf.transpose)
+        return out
+
+    if sharding is None:
+        return jax.device_put(part(None))
+    return jax.make_array_from_callback(shape, sharding, part, dtype=dtype)
+
+
+def _fill(out: np.ndarray, checkpoint: Checkpoint, name: str, index: Index, transpose: bool) -> None:
+    # Assigning into a (transposed) view casts, transposes and copies in one pass.
+    target, index = (out.T, index[::-1]) if transpose else (out, index)
+    step = max(1, _BLOCK_ELEMENTS // max(1, int(np.prod(target.shape[1:]))))
+    first, last = index[0].start, index[0].stop
+    for start in range(first, last, step):
+        stop = min(start + step, last)
+        target[start - first : stop - first] = checkpoint.read(name, (slice(start, stop), *index[1:]))

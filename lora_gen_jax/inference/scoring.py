@@ -1,0 +1,168 @@
+"""Log-likelihoods of continuations, as lm-eval's multiple-choice tasks want them.
+
+In: requests (a context and its continuations), an optional adapter and prefix. Out: a `Score` per request, in
+order. A context is read once for all its continuations, a prefix once for all requests, and logits are computed
+only where they predict a continuation's token, a chunk of positions at a time.
+"""
+
+import functools
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_gen_jax.adapters.protocol import Adapter
+from lora_gen_jax.decoder.attention import KVCache
+from lora_gen_jax.decoder.model import Decoder
+from lora_gen_jax.inference.mixed import require_single_prompt
+from lora_gen_jax.inference.prefix import Prefix, forward_only, start_cache
+from lora_gen_jax.inference.rows import Request, Row, RowBatch, batches, check_requests, pack, split_rows, truncated_rows
+
+# Logits held at a time: 2^24 fp32 numbers are 64 MiB, 341 positions of a vocabulary of 49k or 64 of one of 256k.
+LOGITS_IN_MEMORY = 1 << 24
+
+log = logging.getLogger(__name__)
+
+
+class Score(NamedTuple):
+    """What the model says about one request.
+
+    Attributes:
+        logprobs: natural-log probability of each continuation given the context, summed over its tokens.
+        is_greedy: whether greedy decoding would give exactly that continuation.
+    """
+
+    logprobs: tuple[float, ...]
+    is_greedy: tuple[bool, ...]
+
+
+def score(
+    decoder: Decoder,
+    params: Any,
+    requests: Sequence[Request],
+    *,
+    batch_tokens: int,
+    adapter: Adapter | None = None,
+    prefix: Prefix | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Score]:
+    """Scores all continuations of all requests.
+
+    Requests that are too long for the model lose context from the left, as in lm-eval; how many is logged.
+
+    Args:
+        decoder, params: the model.
+        requests: `Request`s, or pairs (context ids, continuations).
+        batch_tokens: about how many tokens, padding included, are read at a time; a longer row goes alone.
+        adapter: of a single prompt, for all requests.
+        prefix: read before every context, which leaves it out. A request too long for the model loses the
+            prefix's ids first; of a soft prompt, which has none, nothing is cut.
+        progress: called after each batch with the number of continuations scored so far and their total.
+
+    Returns:
+        one `Score` per request, in order.
+
+    Raises:
+        DataError: for an empty context, an empty or too long continuation, a token id that the model lacks, or an
+            adapter of several prompts.
+    """
+    require_single_prompt(adapter)
+    requests = [Request(*request) for request in requests]
+    following, cut = _plan(decoder, requests, prefix, batch_tokens)
+    logprobs = [[0.0] * len(request.continuations) for request in requests]
+    greedy = [[False] * len(request.continuations) for request in requests]
+    done, total = 0, sum(map(len, logprobs))
+    model = (forward_only(decoder), params, adapter)
+    runs = (_run(model, following, prefix, batch_tokens), _run(model, cut, None, batch_tokens))
+    for rows, logprob_M, greedy_M in itertools.chain(*runs):
+        at = 0
+        for row in rows:
+            for k, continuation in enumerate(row.continuations, start=row.first):
+                tokens = slice(at, at := at + len(continuation))
+                logprobs[row.request][k] = float(logprob_M[tokens].sum(dtype=np.float64))
+                greedy[row.request][k] = bool(greedy_M[tokens].all())
+                done += 1
+        if progress is not None:
+            progress(done, total)
+    return [Score(tuple(sums), tuple(flags)) for sums, flags in zip(logprobs, greedy, strict=True)]
+
+
+def _plan(
+    decoder: Decoder, requests: Sequence[Request], prefix: Prefix | None, batch_tokens: int
+) -> tuple[list[Row], list[Row]]:
+    """Rows that follow the prefix, and rows that had to cut it."""
+    before, limit = 0 if prefix is None else prefix.length, decoder.config.max_positions
+    soft = prefix is not None and not prefix.ids
+    check_requests(requests, decoder.config.vocab_size, limit - (before if soft else 0))
+    following, cut, truncated = [], [], 0
+    for i, request in enumerate(requests):
+        longest = max(map(len, request.continuations), default=1)
+        if before + len(request.context) + longest - 1 <= limit:
+            following += split_rows(i, request, batch_tokens)
+            continue
+        truncated += 1
+        if soft:
+            following += truncated_rows(i, request, (), limit - before)
+        else:
+            cut += truncated_rows(i, request, () if prefix is None else prefix.ids, limit)
+    if truncated:
+        message = "%d of %d requests exceed the model's %d positions: their contexts were cut from the left"
+        log.warning(message, truncated, len(requests), limit)
+    return following, cut
+
+
+def _run(
+    model: tuple[Decoder, Any, Any], rows: Sequence[Row], prefix: Prefix | None, batch_tokens: int
+) -> Iterator[tuple[list[Row], np.ndarray, np.ndarray]]:
+    """Batches of rows with log-probability and greediness of each predicted token, in the rows' order.
+
+    The next batch is dispatched before the results of the last are waited for.
+    """
+    decoder, params, adapter = model
+    cache, offset = (None, 0) if prefix is None else (prefix.cache, prefix.length)
+    waiting: list[tuple[list[Row], tuple[jax.Array, jax.Array]]] = []
+    for batch in batches(rows, batch_tokens):
+        waiting.append((batch, _score_batch(decoder, params, adapter, pack(batch, offset), cache)))
+        if len(waiting) > 1:
+            yield _fetch(waiting.pop(0))
+    for item in waiting:
+        yield _fetch(item)
+
+
+def _fetch(item: tuple[list[Row], tuple[jax.Array, jax.Array]]) -> tuple[list[Row], np.ndarray, np.ndarray]:
+    rows, arrays = item
+    logprob_M, greedy_M = jax.device_get(arrays)
+    return rows, logprob_M, greedy_M
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score_batch(
+    decoder: Decoder, params: Any, adapter: Any, batch: RowBatch, prefix: KVCache | None
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability and greediness [M] of the predicted tokens."""
+    variables, (B, T) = {"params": params}, jnp.shape(batch.tokens_BT)
+    cache = None if prefix is None else start_cache(decoder, B, T, prefix)
+    hidden_BTD, _ = decoder.apply(
+        variables, batch.tokens_BT, batch.positions_BT, segments_BT=batch.segments_BT, adapter=adapter, cache=cache
+    )
+    hidden_XD = hidden_BTD.reshape(B * T, -1)
+    (M,) = jnp.shape(batch.source_M)
+    chunk = min(M, max(1, LOGITS_IN_MEMORY // decoder.config.vocab_size))
+
+    def score_chunk(i: jax.Array, results: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        # The last chunk may start early, so as to end at M: what it computes again comes out the same.
+        start = (i * chunk,)
+        source_C = jax.lax.dynamic_slice(batch.source_M, start, (chunk,))
+        target_C = jax.lax.dynamic_slice(batch.target_M, start, (chunk,))
+        logits_CV = decoder.apply(variables, hidden_XD[source_C][None], method="logits")[0]
+        chosen_C = jnp.take_along_axis(logits_CV, target_C[:, None], axis=1)[:, 0]
+        logprob_C = chosen_C - jax.nn.logsumexp(logits_CV, axis=1)
+        new = (logprob_C, jnp.argmax(logits_CV, axis=1) == target_C)
+        return jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice(old, x, start), results, new)
+
+    chunks = (batch.used + chunk - 1) // chunk
+    return jax.lax.fori_loop(0, chunks, score_chunk, (jnp.zeros(M, jnp.float32), jnp.zeros(M, bool)))

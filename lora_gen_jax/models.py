@@ -1,0 +1,104 @@
+"""The two frozen language models of an experiment, with their tokenizers and fingerprints.
+
+In: a `Config`. Out: a `Pair`. Where cloud and edge are the same model, they share one copy of the weights.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from lora_gen_jax.config import Config, ModelConfig
+from lora_gen_jax.data.encode import Encoder
+from lora_gen_jax.decoder.config import DecoderConfig
+from lora_gen_jax.decoder.model import Decoder
+from lora_gen_jax.decoder.pretrained import fingerprint, load_config, load_params, load_tokenizer, resolve
+from lora_gen_jax.generator.lora_gen import LoRAGen
+from lora_gen_jax.sharding import param_shardings
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A frozen language model.
+
+    Attributes:
+        decoder: the module; its `config` has the sizes.
+        params: its weights.
+        encoder: its tokenizer.
+        fingerprint: identifies the weights.
+    """
+
+    decoder: Decoder
+    params: Any
+    encoder: Encoder
+    fingerprint: str
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self.decoder.config
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pair:
+    """The model that reads prompts and the model that is specialised."""
+
+    cloud: Model
+    edge: Model
+
+    @property
+    def frozen(self) -> dict[str, Any]:
+        """Both weight trees."""
+        return {"cloud": self.cloud.params, "edge": self.edge.params}
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {"cloud": self.cloud.fingerprint, "edge": self.edge.fingerprint}
+
+
+def compute_dtype(name: str) -> Any:
+    """float32 or bfloat16; "auto" is bfloat16 on an accelerator (on a CPU, XLA runs it slower than float32)."""
+    if name == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.dtype(name).type
+
+
+def load_model(settings: ModelConfig, mesh: Mesh | None = None) -> Model:
+    """Reads a model's config, weights and tokenizer.
+
+    Raises:
+        ModelError: as the functions of `lora_gen_jax.decoder.pretrained`.
+    """
+    source = resolve(settings.source)
+    config, dtype = load_config(source), compute_dtype(settings.dtype)
+    decoder = Decoder(config, dtype, settings.remat, settings.unroll)
+    encoder = Encoder(load_tokenizer(source), config.vocab_size)
+    shardings = None if mesh is None else param_shardings(mesh, lambda: init_params(decoder))
+    return Model(decoder, load_params(source, config, dtype, shardings), encoder, fingerprint(source))
+
+
+def init_params(decoder: Decoder, seed: int = 0) -> Any:
+    """Random parameters, boxed with their logical axes."""
+    return decoder.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def load_pair(config: Config, mesh: Mesh | None = None) -> Pair:
+    """Both models of an experiment.
+
+    Raises:
+        ModelError: as `load_model`.
+    """
+    edge = load_model(config.edge, mesh)
+    if (config.cloud.source, config.cloud.dtype) == (config.edge.source, config.edge.dtype):
+        decoder = edge.decoder.clone(remat=config.cloud.remat, unroll=config.cloud.unroll)
+        return Pair(dataclasses.replace(edge, decoder=decoder), edge)
+    return Pair(load_model(config.cloud, mesh), edge)
+
+
+def make_generator(config: Config, pair: Pair) -> LoRAGen:
+    """The trainable module for a pair of models."""
+    cloud = pair.cloud.decoder
+    return LoRAGen(
+        cloud.config, pair.edge.config, config.generator, dtype=cloud.dtype, remat=cloud.remat, unroll=cloud.unroll
+    )

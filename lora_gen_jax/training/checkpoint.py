@@ -1,0 +1,194 @@
+"""Checkpoints of the trainable tree: written while training, read back to resume or to specialise.
+
+A step's directory holds three items, so that each reader takes what it needs: `generator` (params and batch
+statistics), `optimizer` (its state and the step), `data` (the input iterator's place), beside `metadata` with the
+config, the fingerprints of the frozen models and versions.
+"""
+
+import dataclasses
+import logging
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from lora_gen_jax.config import Config, from_json, to_json
+from lora_gen_jax.errors import CheckpointError
+from lora_gen_jax.training.step import TrainState
+
+PACKAGES = ("lora_gen_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
+ITEMS = ("generator", "optimizer", "data", "metadata")
+
+# Orbax logs every save and restore at INFO and reports on its own threads; a run has its own progress.
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that results depend on."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except ModuleNotFoundError:  # the package itself, imported from a checkout that is not installed
+            found[name] = "not installed"
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A generator as a checkpoint holds it.
+
+    Attributes:
+        step: updates made.
+        variables: {"params", "batch_stats"}.
+        config: of the run.
+        fingerprints: of the cloud and the edge model it was trained on.
+        path: the step's directory.
+    """
+
+    step: int
+    variables: dict[str, Any]
+    config: Config
+    fingerprints: dict[str, str]
+    path: Path
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest `keep` ones and the best (lowest validation loss)."""
+
+    def __init__(self, directory: Path, keep: int):
+        policies = ocp.checkpoint_managers
+        preserve = policies.AnyPreservationPolicy(
+            [
+                policies.LatestN(keep),
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics["validation_loss"],
+                    reverse=True,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(preservation_policy=preserve, cleanup_tmp_directories=True)
+        self.manager = ocp.CheckpointManager(directory.absolute(), options=options, item_names=ITEMS)
+
+    def save(self, state: TrainState, data_state: Any, metadata: dict[str, Any], validation_loss: float | None) -> None:
+        """Starts writing; training goes on meanwhile. A checkpoint appears under its step only when complete."""
+        items = ocp.args.Composite(
+            generator=ocp.args.StandardSave(state.variables),
+            optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "step": state.step}),
+            data=ocp.args.JsonSave(data_state),
+            metadata=ocp.args.JsonSave(metadata),
+        )
+        metrics = None if validation_loss is None else {"validation_loss": validation_loss}
+        self.manager.save(int(state.step), args=items, metrics=metrics)
+
+    @property
+    def latest(self) -> int | None:
+        """The newest complete step."""
+        return self.manager.latest_step()
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of the models that the newest checkpoint was trained on."""
+        items = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+        return self.manager.restore(self.latest, args=items).metadata["fingerprints"]
+
+    def restore(self, state: TrainState) -> tuple[TrainState, Any]:
+        """The newest state, in the shapes, types and shardings of `state`, and the data iterator's place.
+
+        Raises:
+            CheckpointError: when the checkpoint cannot be read or has other shapes.
+        """
+        step = self.latest
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        items = ocp.args.Composite(
+            generator=ocp.args.StandardRestore(like.variables),
+            optimizer=ocp.args.StandardRestore({"opt_state": like.opt_state, "step": like.step}),
+            data=ocp.args.JsonRestore(),
+        )
+        try:
+            found = self.manager.restore(step, args=items)
+        except (ValueError, KeyError, OSError) as error:
+            raise CheckpointError(
+                f"checkpoint {self.manager.directory / str(step)} cannot be restored: {error}. Delete that step's"
+                " directory to go on from the one before"
+            ) from error
+        restored = TrainState(
+            found.optimizer["step"],
+            found.generator["params"],
+            found.generator["batch_stats"],
+            found.optimizer["opt_state"],
+        )
+        return restored, found.data
+
+    def close(self) -> None:
+        """Waits until everything is on disk."""
+        self.manager.wait_until_finished()
+        self.manager.close()
+
+
+def step_directory(path: Path) -> Path:
+    """The step's directory that `path` means: itself, or the newest of a work directory.
+
+    Raises:
+        CheckpointError: when there is none.
+    """
+    if (path / "generator").is_dir():
+        return path
+    for parent in (path / "checkpoints", path):
+        steps = [p for p in parent.glob("*") if p.name.isdigit() and (p / "generator").is_dir()]
+        if steps:
+            return max(steps, key=lambda p: int(p.name))
+    raise CheckpointError(
+        f"{path} holds no checkpoint: give a run's work directory or one of its checkpoints/<step> directories"
+    )
+
+
+def load_checkpoint(path: Path) -> Loaded:
+    """The generator of a run's newest checkpoint, or of one step's directory; no optimiser state is read.
+
+    Raises:
+        CheckpointError: when there is none or it is damaged.
+    """
+    directory = step_directory(path).absolute()
+    try:
+        handler = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+        items = ocp.args.Composite(
+            generator=ocp.args.StandardRestore(None, fallback_sharding=_one_device()), metadata=ocp.args.JsonRestore()
+        )
+        found = handler.restore(directory, args=items)
+        metadata = found.metadata
+        return Loaded(
+            step=int(metadata["step"]),
+            variables=found.generator,
+            config=from_json(metadata["config"]),
+            fingerprints=metadata["fingerprints"],
+            path=directory,
+        )
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {directory} is damaged or incomplete: {error}") from error
+
+
+def _one_device() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def metadata_of(config: Config, fingerprints: dict[str, str], step: int) -> dict[str, Any]:
+    """What a checkpoint says about itself."""
+    return {"step": step, "config": to_json(config), "fingerprints": fingerprints, "versions": versions()}
+
+
+def check_models(expected: dict[str, str], found: dict[str, str], what: str) -> None:
+    """A generator works with the models it was trained on alone.
+
+    Raises:
+        CheckpointError: naming the model that differs.
+    """
+    for name in ("cloud", "edge"):
+        if expected[name] != found[name]:
+            raise CheckpointError(
+                f"{what} was made for another {name} model (fingerprint {expected[name]}, loaded {found[name]}):"
+                f" load the model it was trained on ({name}.source)"
+            )

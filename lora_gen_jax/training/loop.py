@@ -1,0 +1,230 @@
+"""A training run from config to last checkpoint.
+
+In: a `Config`. Out: the work directory: config.json, metrics.jsonl, tensorboard/, checkpoints/<step>/.
+A run starts in this order: its own checkpoint (resume), else fresh parameters. Running the same command again
+resumes; another config in the same directory is an error that shows the difference.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lora_gen_jax.config import Config, difference, to_json
+from lora_gen_jax.data.load import load_tasks
+from lora_gen_jax.data.pipeline import Batch, GroupSampler, Shard, training_batches, validation_batches
+from lora_gen_jax.data.tasks import Task
+from lora_gen_jax.errors import CheckpointError, LoraGenError
+from lora_gen_jax.models import Pair, load_pair, make_generator
+from lora_gen_jax.sharding import make_mesh, spec
+from lora_gen_jax.training.checkpoint import Checkpoints, check_models, metadata_of
+from lora_gen_jax.training.optimizer import make_optimizer
+from lora_gen_jax.training.progress import Recorder
+from lora_gen_jax.training.step import TrainState, init_state, make_train_step, make_validation_step
+
+
+class TrainingDivergedError(LoraGenError):
+    """A loss or gradient is not finite; the last good checkpoint is kept."""
+
+
+@dataclasses.dataclass
+class Run:
+    """What a training run works with, after set-up."""
+
+    config: Config
+    pair: Pair
+    mesh: Mesh
+    state: TrainState
+    train_step: Any
+    validate: Any
+    batches: grain.DatasetIterator
+    held_out: list[Batch]
+    checkpoints: Checkpoints
+
+    def place(self, batch: Batch) -> Batch:
+        """This process's part of a batch as global arrays, rows split over the mesh."""
+        return place(batch, self.mesh)
+
+
+def place(batch: Any, mesh: Mesh) -> Any:
+    """NumPy arrays of this process as global arrays whose rows are split over `data` and `fsdp`."""
+    sharding = NamedSharding(mesh, spec("batch"))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def train(config: Config) -> TrainState:
+    """Trains, or goes on training, and returns the last state.
+
+    Raises:
+        LoraGenError: for bad input, before anything is written; `TrainingDivergedError` for a loss that is not finite.
+    """
+    # Tasks and models first: bad input must not leave a work directory behind.
+    tasks = training_tasks(config)
+    mesh = make_mesh()
+    pair = load_pair(config, mesh)
+    samplers = {split: make_sampler(config, pair, tasks, split) for split in ("train", "validation")}
+    prepare_directory(config)
+    run = set_up(config, pair, mesh, samplers)
+    try:
+        return loop(run)
+    finally:
+        run.checkpoints.close()
+
+
+def training_tasks(config: Config) -> list[Task]:
+    """The tasks that a config trains on."""
+    d = config.data
+    return list(load_tasks(d.tasks, d.dir, d.tfds_dir, d.files).values())
+
+
+def make_sampler(config: Config, pair: Pair, tasks: list[Task], split: str) -> GroupSampler | None:
+    """Groups of one split; None where no task has validation examples."""
+    if split == "validation" and (config.train.validation_batches == 0 or not any(t.validation for t in tasks)):
+        return None
+    layers = pair.edge.config.num_layers
+    return GroupSampler(tasks, pair.cloud.encoder, pair.edge.encoder, config.data, layers, split)
+
+
+def prepare_directory(config: Config) -> None:
+    """Writes config.json, or compares with the one there.
+
+    Raises:
+        CheckpointError: when the directory belongs to a run with another config.
+    """
+    directory, new = config.directory, to_json(config)
+    path = directory / "config.json"
+    if path.exists():
+        lines = difference(json.loads(path.read_text(encoding="utf-8")), new)
+        if lines:
+            raise CheckpointError(
+                f"{directory} holds a run with another config; choose another --workdir, or undo:\n  "
+                + "\n  ".join(lines)
+            )
+        return
+    if jax.process_index() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+
+def set_up(config: Config, pair: Pair, mesh: Mesh, samplers: dict[str, GroupSampler | None]) -> Run:
+    """Compiled steps, batches, and the state: restored where the directory has a checkpoint.
+
+    Raises:
+        CheckpointError: when the checkpoint there was trained on other models.
+    """
+    shard = Shard(jax.process_index(), jax.process_count())
+    sampler, held_out = samplers["train"], samplers["validation"]
+    assert sampler is not None
+    batches = iter(training_batches(sampler, config.train.seed, config.train.steps, shard))
+    fixed = [] if held_out is None else validation_batches(held_out, config.train.validation_batches, shard)
+    generator, optimizer = make_generator(config, pair), make_optimizer(config.train)
+    checkpoints = Checkpoints(config.directory / "checkpoints", config.train.keep_checkpoints)
+    example = training_batches(sampler, config.train.seed, 1, shard)
+    state = init_state(generator, optimizer, pair.cloud.params, place(next(iter(example)), mesh), config.train.seed)
+    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+    if checkpoints.latest is not None:
+        expected = checkpoints.fingerprints()
+        check_models(expected, pair.fingerprints, f"the run in {config.directory}")
+        state, data_state = checkpoints.restore(state)
+        batches.set_state(data_state)
+    return Run(
+        config=config,
+        pair=pair,
+        mesh=mesh,
+        state=state,
+        train_step=make_train_step(generator, pair.edge.decoder, optimizer, config),
+        validate=make_validation_step(generator, pair.edge.decoder),
+        batches=batches,
+        held_out=[place(batch, mesh) for batch in fixed],
+        checkpoints=checkpoints,
+    )
+
+
+def loop(run: Run) -> TrainState:
+    """Steps until the last; metrics of a step are fetched while the next one runs."""
+    config, t = run.config, run.config.train
+    start, frozen = int(run.state.step), run.pair.frozen
+    with Recorder(config.directory, start, t.steps) as recorder:
+        announce(run, recorder, start)
+        if start == 0:
+            _validate(run, recorder, 0)
+        pending: _Pending | None = None
+        for step in range(start + 1, t.steps + 1):
+            batch = next(run.batches)
+            if t.profile and step == start + 5:
+                jax.profiler.start_trace(str(config.directory / "profile"))
+            run.state, metrics = run.train_step(run.state, frozen, run.place(batch))
+            if pending is not None:
+                pending.finish(recorder)
+            pending = _Pending(step, metrics, _tokens(batch))
+            if t.profile and step == min(start + 8, t.steps):
+                jax.block_until_ready(metrics)
+                jax.profiler.stop_trace()
+            last = step == t.steps
+            if last or step % t.checkpoint_every == 0 or step % t.validate_every == 0:
+                # Nothing is validated or saved before this step's loss is known to be finite.
+                pending.finish(recorder)
+                pending = None
+                validated = _validate(run, recorder, step) if last or step % t.validate_every == 0 else None
+                if last or step % t.checkpoint_every == 0:
+                    metadata = metadata_of(config, run.pair.fingerprints, step)
+                    run.checkpoints.save(run.state, run.batches.get_state(), metadata, validated)
+    return run.state
+
+
+def announce(run: Run, recorder: Recorder, start: int) -> None:
+    """Says what will happen and where."""
+    count = sum(x.size for x in jax.tree.leaves(run.state.params))
+    where = f"resuming at step {start}" if start else "starting"
+    recorder.say(
+        f"{where}: {run.config.train.steps} steps, {count:,} trainable parameters, "
+        f"{jax.device_count()} {jax.devices()[0].platform} device(s), into {run.config.directory}"
+    )
+
+
+def _tokens(batch: Batch) -> int:
+    return int(np.sum(batch.prompts.positions_BT >= 0) + np.sum(batch.positions_PT >= 0)) * jax.process_count()
+
+
+class _Pending:
+    """A step that was dispatched and whose metrics have not been looked at."""
+
+    # When the step before was finished: steps overlap with the host, so time runs from one end to the next.
+    previous_end: float | None = None
+
+    def __init__(self, step: int, metrics: dict[str, jax.Array], tokens: int):
+        self.step, self.metrics, self.tokens, self.began = step, metrics, tokens, time.monotonic()
+
+    def finish(self, recorder: Recorder) -> None:
+        """Waits for the step, checks that it is finite and records it."""
+        values = {name: float(value) for name, value in jax.device_get(self.metrics).items()}
+        end = time.monotonic()
+        began = max(self.began, _Pending.previous_end or 0.0)
+        _Pending.previous_end = end
+        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+        if bad:
+            raise TrainingDivergedError(
+                f"step {self.step}: {bad[0]} is {values[bad[0]]}. Training stopped; the last checkpoint is good. Lower"
+                " train.learning_rate, lengthen train.warmup_steps or set train.clip_norm"
+            )
+        seconds = end - began
+        recorder.record(self.step, values | {"tokens_per_second": self.tokens / seconds, "step_seconds": seconds})
+
+
+def _validate(run: Run, recorder: Recorder, step: int) -> float | None:
+    if not run.held_out:
+        return None
+    variables = run.state.variables if step else None
+    losses = [run.validate(variables, run.pair.frozen, batch) for batch in run.held_out]
+    loss = float(np.mean([float(x) for x in losses]))
+    recorder.record(step, {"validation_loss": loss})
+    recorder.say(f"step {step}: validation loss {loss:.4f}" + ("" if step else " (the base model's own)"))
+    return loss

@@ -1,0 +1,34 @@
+"""AdamW with warm-up and cosine decay, weight decay on matrices alone.
+
+In: a `TrainConfig`. Out: an Optax transformation and the schedule it follows.
+"""
+
+from typing import Any
+
+import jax
+import optax
+
+from lora_gen_jax.config import TrainConfig
+
+
+def schedule(config: TrainConfig) -> optax.Schedule:
+    """Learning rate of update number n = 0, 1, …: linear to the peak, cosine towards zero, never exactly zero."""
+    curve = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup_steps, config.steps + 1)
+    return lambda count: curve(count + 1)
+
+
+def decayed(params: Any) -> Any:
+    """True for the leaves that weight decay applies to: not for vectors (norms, biases) nor for embeddings."""
+
+    def is_matrix(path: Any, leaf: jax.Array) -> bool:
+        return leaf.ndim >= 2 and not any("embedding" in str(key) for key in path)
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Clipping by global norm if asked for, then AdamW."""
+    adamw = optax.adamw(
+        schedule(config), config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decayed
+    )
+    return adamw if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)

@@ -1,0 +1,86 @@
+"""What a run shows and records: a progress bar, ``metrics.jsonl`` and TensorBoard.
+
+In: metrics of finished steps. Out: lines and files in the work directory. Only process 0 has one.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+
+class Recorder:
+    """Records the metrics of a run that starts, or goes on, at a step.
+
+    Lines of `metrics.jsonl` from steps that a resumed run repeats are dropped, so that each step appears once.
+    On a terminal there is a live bar; elsewhere (a log file) a line every `every` steps.
+    """
+
+    def __init__(self, directory: Path, start: int, steps: int, every: int = 10):
+        self.path, self.start, self.steps, self.every = directory / "metrics.jsonl", start, steps, every
+        self._drop_repeated(start)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
+        self.console = Console(file=sys.stderr)
+        columns = (
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
+        self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.bar = self.progress.add_task("compiling", total=steps, completed=start)
+        self.began = time.monotonic()
+
+    def __enter__(self) -> "Recorder":
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+        self.file.close()
+        self.board.close()
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self.progress.console.print(text, highlight=False)
+
+    def record(self, step: int, metrics: dict[str, Any]) -> None:
+        """Writes one step's metrics and moves the bar."""
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.file.flush()
+        for name, value in metrics.items():
+            self.board.add_scalar(name, value, step)
+        if "loss" not in metrics:
+            return
+        text = "  ".join(f"{name} {metrics[name]:.3g}" for name in SHOWN if name in metrics)
+        self.progress.update(self.bar, completed=step, description=text)
+        if not self.console.is_terminal and (step % self.every == 0 or step in (self.start + 1, self.steps)):
+            left = (time.monotonic() - self.began) / (step - self.start) * (self.steps - step)
+            self.say(f"step {step}/{self.steps}  {text}  eta {left / 60:.1f} min")
+
+    def _drop_repeated(self, start: int) -> None:
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= start:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):  # the line that a kill cut short
+                continue
+        self.path.write_text("".join(kept), encoding="utf-8")
+
+
+SHOWN = ("loss", "cv", "gate_entropy", "tokens_per_second")

@@ -1,0 +1,23 @@
+"""Strictness for every test: dtype and rank promotion are errors, warnings are errors, several CPU devices."""
+
+import os
+
+# Before JAX starts: four devices, so that sharding is tested as it runs on several chips.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# The exact matmul: parity with other libraries is judged in fp32.
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _bounded_compilation_memory():
+    yield
+    jax.clear_caches()

@@ -1,0 +1,239 @@
+"""The user's own files: every accepted form, grouping, splits, and every error with its file and line."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_gen_jax.data.records import GENERIC_SYSTEM, load_records
+from lora_gen_jax.data.tasks import Task
+from lora_gen_jax.errors import DataError
+
+
+def _load(path: Path, *rows: Any) -> list[Task]:
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    return load_records(path)
+
+
+def _plain(query: str, output: str = "out", **more: Any) -> dict[str, Any]:
+    return {"system": "Translate to English.", "input": query, "output": output, **more}
+
+
+def _turns(*contents: str, first: str = "user") -> list[dict[str, str]]:
+    roles = ["user", "assistant"] if first == "user" else ["system", "user", "assistant"]
+    order = roles[:1] + ["user", "assistant"] * len(contents) if first == "system" else roles * len(contents)
+    return [{"role": role, "content": text} for role, text in zip(order, contents, strict=False)]
+
+
+def test_system_input_output(tmp_path: Path) -> None:
+    (task,) = _load(tmp_path / "french.jsonl", _plain("chat", "cat"), _plain("naïve\u2028ligne", "naive", other=1))
+    assert (task.name, task.source, task.chat, task.seen) == ("french", "french", False, True)
+    assert task.descriptions == ("Translate to English.",)
+    assert [(e.query, e.response) for e in task.train] == [("chat", "cat"), ("naïve\u2028ligne", "naive")]
+    assert task.train[0].options == ()
+    assert not task.test
+
+
+def test_messages(tmp_path: Path) -> None:
+    long = _turns("Be brief.", "Hi", "Hello", "Bye", "Farewell", first="system")
+    tasks = _load(
+        tmp_path / "talk.jsonl",
+        {"messages": _turns("Be brief.", "Hi", "Hello", first="system")},
+        {"messages": long},
+        {"messages": _turns("One?", "Two.")},
+        {"messages": [{"role": "system", "content": ""}, *_turns("Three?", "Four.")]},
+    )
+    brief, generic = tasks
+    assert brief.chat
+    assert generic.chat
+    assert (brief.descriptions, generic.descriptions) == (("Be brief.",), (GENERIC_SYSTEM,))
+    assert [(e.query, e.response) for e in brief.train] == [
+        ("Hi", "Hello"),
+        ("User: Hi\nAssistant: Hello\nUser: Bye", "Farewell"),
+    ]
+    assert len(generic.train) == 2
+    assert len({brief.name, generic.name, "talk"}) == 3
+    assert brief.name.startswith("talk/")
+
+
+def test_alpaca_rows(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "Count the words.", "input": "a b", "output": "2"},
+        {"instruction": "Name a colour.", "input": "", "output": "Red"},
+        {"instruction": "Count the words.", "input": "a b c", "output": "3"},
+        {"instruction": "Name a fish.", "output": "Cod"},
+    ]
+    path = tmp_path / "alpaca.json"
+    path.write_text(json.dumps(rows, indent=2))
+    counting, generic = load_records(path)
+    assert counting.descriptions == ("Count the words.",)
+    assert [e.query for e in counting.train] == ["a b", "a b c"]
+    assert generic.descriptions == (GENERIC_SYSTEM,)
+    assert [(e.query, e.response) for e in generic.train] == [("Name a colour.", "Red"), ("Name a fish.", "Cod")]
+
+
+def test_multiple_choice(tmp_path: Path) -> None:
+    options = ["red", "green"]
+    row = {"system": "Say.", "input": "Grass is", "options": options}
+    (task,) = _load(
+        tmp_path / "mc.jsonl",
+        {**row, "gold": 1},
+        {**row, "answer": "green"},
+        {**row, "answer": "B"},
+        {**row, "answer": 1, "output": "green"},
+    )
+    for example in task.train:
+        assert (example.options, example.gold, example.response) == ((" red", " green"), 1, " green")
+        assert example.option_lengths == (3, 5)
+    (chat,) = _load(tmp_path / "c.jsonl", {"messages": _turns("Grass is"), "options": options, "gold": 0})
+    assert chat.train[0].options == ("red", "green")
+
+
+def test_task_field_groups_rows_over_files(tmp_path: Path) -> None:
+    second = {"system": "Into English:", "input": "chien", "output": "dog", "task": "fr-en"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(_plain("chat", task="fr-en")) + "\n" + json.dumps(_plain("x")))
+    (tmp_path / "b.json").write_text(json.dumps([second]))
+    (tmp_path / "notes.txt").write_text("not data")
+    grouped, rest = load_records(tmp_path)
+    assert (grouped.name, grouped.source) == ("fr-en", "a")
+    assert grouped.descriptions == ("Translate to English.", "Into English:")
+    assert [e.query for e in grouped.train] == ["chat", "chien"]
+    assert rest.name == "a"
+
+
+def test_split_field(tmp_path: Path) -> None:
+    rows = [_plain(f"q{i}", split=split) for i, split in enumerate(["train", "validation", "test"] * 10)]
+    (task,) = _load(tmp_path / "t.jsonl", *rows, _plain("Q2!", split="train"))
+    # The last row is test row 2 in other dress.
+    assert (len(task.train), len(task.validation), len(task.test)) == (10, 10, 10)
+
+
+def test_hash_split(tmp_path: Path) -> None:
+    small = _load(tmp_path / "small.jsonl", *[_plain(f"q{i}") for i in range(19)])[0]
+    assert (len(small.train), len(small.validation), len(small.test)) == (19, 0, 0)
+    least = _load(tmp_path / "least.jsonl", *[_plain(f"q{i}") for i in range(20)])[0]
+    assert least.test
+    assert least.validation
+    rows = [_plain(f"q{i}") for i in range(2000)]
+    task = _load(tmp_path / "big.jsonl", *rows)[0]
+    assert 60 < len(task.test) < 140
+    assert 60 < len(task.validation) < 140
+    assert len(task.train) + len(task.validation) + len(task.test) == 2000
+    # Rows added later move no other row, nor does their order.
+    grown = _load(tmp_path / "big.jsonl", *[_plain(f"p{i}") for i in range(500)], *rows[::-1])[0]
+    assert {e.query for e in task.test} <= {e.query for e in grown.test}
+
+
+def test_fifty_thousand_distinct_instructions(tmp_path: Path) -> None:
+    rows = ({"instruction": f"Do {i}.", "input": f"on {i}", "output": "done"} for i in range(50_000))
+    path = tmp_path / "alpaca.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    start = time.process_time()
+    tasks = load_records(path)
+    # Far above what it takes: it catches a quadratic grouping, not a slow machine.
+    assert time.process_time() - start < 30
+    assert len(tasks) == 50_000
+    assert len({task.name for task in tasks}) == 50_000
+
+
+_GOOD = json.dumps(_plain("fine"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{oops", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ('"text"', "expected a JSON object, found a string"),
+        ("null", "found null"),
+        ({"text": "x"}, 'a row needs "system"'),
+        ({"input": "x", "output": "y"}, 'the field "system" is missing'),
+        ({"system": "s", "output": "y"}, 'the field "input" is missing'),
+        ({"system": "s", "input": "x"}, 'the field "output" is missing'),
+        ({"instruction": "s", "input": ["x"], "output": "y"}, '"input" must be text, found list'),
+        (_plain("x", output=3), '"output" must be text, found int'),  # type: ignore[arg-type]
+        (_plain("x", output=" \n"), '"output" is empty'),
+        (_plain(" "), '"input" is empty'),
+        ({**_plain("x"), "system": ""}, '"system" is empty'),
+        (_plain("x", split="dev"), "\"split\" is 'dev'"),
+        (_plain("x", task=5), '"task" must be text'),
+        ({"messages": []}, '"messages" must be a list'),
+        ({"messages": ["hi"]}, "every message must be an object"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "unknown role 'robot'"),
+        ({"messages": [{"role": "user"}]}, 'the field "content" is missing'),
+        ({"messages": _turns("only a question")}, "no assistant turn"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "a user turn must come right before"),
+        ({"messages": _turns("a", "b", "c")}, "the last message must be the assistant's"),
+        ({"messages": [*_turns("a"), {"role": "system", "content": "s"}]}, "only the first message"),
+        ({"system": "s", "input": "x", "options": ["a", "b"]}, 'needs "gold"'),
+        ({"system": "s", "input": "x", "options": ["a", "b"], "gold": 2}, "none of the 2 options"),
+        ({"system": "s", "input": "x", "options": ["a", "b"], "gold": True}, "none of the 2 options"),
+        ({"system": "s", "input": "x", "options": ["a", "b"], "answer": "c"}, "none of the 2 options"),
+        ({"system": "s", "input": "x", "options": ["a"], "gold": 0}, "at least two"),
+        ({"system": "s", "input": "x", "options": ["a", "a"], "gold": 0}, "same text twice"),
+        ({"system": "s", "input": "x", "options": ["a", ""], "gold": 0}, "must be text and not empty"),
+        ({"system": "s", "input": "x", "options": ["a", "b"], "gold": 0, "output": "b"}, "not the option"),
+        (r'{"system": "s", "input": "\ud800", "output": "y"}', "half of a surrogate pair"),
+    ],
+)
+def test_malformed_rows(tmp_path: Path, line: Any, message: str) -> None:
+    path = tmp_path / "mine.jsonl"
+    text = line if isinstance(line, str) else json.dumps(line)
+    path.write_text(f"{_GOOD}\n\n{text}\n{_GOOD}\n")
+    with pytest.raises(DataError) as error:
+        load_records(path)
+    assert str(error.value).startswith(f"{path}:3: ")
+    assert message in str(error.value)
+
+
+def test_malformed_files(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(_GOOD.encode() + b"\n" + '{"system": "é"}'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"mine\.jsonl:2: not UTF-8"):
+        load_records(path)
+    path.write_text(" \n")
+    with pytest.raises(DataError, match="the file is empty"):
+        load_records(path)
+    with pytest.raises(DataError, match="does not exist"):
+        load_records(tmp_path / "none.jsonl")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(DataError, match=r"holds no \.jsonl"):
+        load_records(folder)
+    (folder / "a.jsonl").write_text(json.dumps(_plain("x", task="t")))
+    (folder / "b.jsonl").write_text(json.dumps({"messages": _turns("a", "b"), "task": "t"}))
+    with pytest.raises(DataError, match=r"b\.jsonl:1: the task 't' mixes"):
+        load_records(folder)
+    (folder / "b.jsonl").write_text(json.dumps(_plain("y", task="c")))
+    (folder / "c.jsonl").write_text(_GOOD)
+    with pytest.raises(DataError, match="two tasks are called 'c'"):
+        load_records(folder)
+    path.write_text("\n".join([json.dumps(_plain("x", id=1)), json.dumps(_plain("y", id=1))]))
+    with pytest.raises(DataError, match=r"mine\.jsonl:2: the id 1 occurs twice"):
+        load_records(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[\n\n%s\n", ":3: .*not closed"),
+        ("[%s,\n]", ":2: not valid JSON"),
+        ("[%s,\n%s\n7]", ":2: .*comma is missing"),
+        ("[\n%s,\n7]", ":3: expected a JSON object, found a number"),
+        ("[%s] more", "text after the array"),
+        ("[]", "holds no rows"),
+    ],
+)
+def test_malformed_arrays(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(text.replace("%s", _GOOD))
+    with pytest.raises(DataError, match=message):
+        load_records(path)
+
+
+def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + f"{_GOOD}\r\n{_GOOD}\r\n".encode())
+    assert len(load_records(path)[0].train) == 2
