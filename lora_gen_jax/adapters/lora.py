@@ -24,11 +24,16 @@ def factor_a_init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes a share `rate` of x and scales up the rest; nothing without a key."""
-    if key is None or rate == 0.0:
+    """Zeroes a share `rate` of x, to the nearest 1/256, and scales up the rest; nothing without a key.
+
+    One random byte an element: of the cost of dropout, which stands beside matmuls of rank 16, nearly all is
+    random bits.
+    """
+    dropped = round(rate * 256)
+    if key is None or dropped == 0:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
+    keep = jax.random.bits(key, x.shape, jnp.uint8) >= jnp.uint8(dropped)
+    return jnp.where(keep, x * jnp.asarray(256 / (256 - dropped), x.dtype), jnp.zeros((), x.dtype))
 
 
 class LoRA(struct.PyTreeNode):

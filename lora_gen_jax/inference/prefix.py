@@ -19,6 +19,7 @@ from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.inference.buckets import bucket, check_tokens, pad_rows
+from lora_gen_jax.inference.forward import forward_only
 from lora_gen_jax.inference.mixed import require_single_prompt
 
 
@@ -63,7 +64,9 @@ def encode_prefix(decoder: Decoder, params: Any, ids: Sequence[int], adapter: Ad
 def _encode(decoder: Decoder, params: Any, batch: tuple[np.ndarray, np.ndarray], adapter: Any) -> KVCache:
     tokens_BT, positions_BT = batch
     cache = KVCache.empty(decoder.config, 1, tokens_BT.shape[1], decoder.dtype)
-    return decoder.apply({"params": params}, tokens_BT, positions_BT, adapter=adapter, cache=cache)[1]
+    _, cache = decoder.apply({"params": params}, tokens_BT, positions_BT, adapter=adapter, cache=cache)
+    assert isinstance(cache, KVCache)
+    return cache
 
 
 def start_cache(decoder: Decoder, rows: int, slots: int, prefix: KVCache | None) -> KVCache:
@@ -98,16 +101,6 @@ def grow_cache(cache: KVCache, slots: int) -> KVCache:
 def prefix_slots(prefix: Prefix | None) -> tuple[int, int]:
     """(tokens, slots) that a prefix takes; (0, 0) without one."""
     return (0, 0) if prefix is None else (prefix.length, prefix.cache.position_BS.shape[1])
-
-
-def forward_only(decoder: Decoder) -> Decoder:
-    """The decoder without what only training wants; the parameters are the same.
-
-    Rematerialisation does nothing here. One layer per iteration is the fastest at decoding: SmolLM2-135M's sizes in
-    fp32 on two CPU cores take 19 ms a token, and 26 to 43 ms with 2 to 30 layers, whose weights XLA copies from the
-    stack before each matmul; one layer's copy stays in the processor's cache.
-    """
-    return decoder.clone(remat="none", unroll=1)
 
 
 def past_prefix(positions_BT: np.ndarray, length: int) -> np.ndarray:

@@ -58,12 +58,12 @@ class RowBatch(struct.PyTreeNode):
         used: how many of the M are not padding, a scalar.
     """
 
-    tokens_BT: jax.typing.ArrayLike
-    positions_BT: jax.typing.ArrayLike
-    segments_BT: jax.typing.ArrayLike
-    source_M: jax.typing.ArrayLike
-    target_M: jax.typing.ArrayLike
-    used: jax.typing.ArrayLike
+    tokens_BT: jax.Array | np.ndarray
+    positions_BT: jax.Array | np.ndarray
+    segments_BT: jax.Array | np.ndarray
+    source_M: jax.Array | np.ndarray
+    target_M: jax.Array | np.ndarray
+    used: jax.Array | np.ndarray
 
 
 def check_requests(requests: Sequence[Request], vocab_size: int, room: int) -> None:
@@ -159,4 +159,4 @@ def pack(rows: Sequence[Row], offset: int) -> RowBatch:
     M = max(B * T, power_of_two(len(targets)))
     source_M, target_M = np.zeros(M, np.int32), np.zeros(M, np.int32)
     source_M[: len(sources)], target_M[: len(targets)] = sources, targets
-    return RowBatch(tokens_BT, positions_BT, segments_BT, source_M, target_M, np.int32(len(targets)))
+    return RowBatch(tokens_BT, positions_BT, segments_BT, source_M, target_M, np.array(len(targets), np.int32))

@@ -5,7 +5,6 @@ In: logits [B, V]. Out: ids [B]. The settings are arrays, not constants: other v
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from lora_gen_jax.errors import ConfigError
@@ -20,12 +19,12 @@ class Sampling(struct.PyTreeNode):
         top_p: only the smallest set of most likely tokens whose probability reaches p remains; 1 keeps all.
     """
 
-    temperature: jax.typing.ArrayLike = 0.0
-    top_k: jax.typing.ArrayLike = 0
-    top_p: jax.typing.ArrayLike = 1.0
+    temperature: float | jax.Array = 0.0
+    top_k: int | jax.Array = 0
+    top_p: float | jax.Array = 1.0
 
     def checked(self) -> "Sampling":
-        """The same settings as typed scalars.
+        """The same settings as typed arrays.
 
         Raises:
             ConfigError: for a value outside its range.
@@ -36,7 +35,7 @@ class Sampling(struct.PyTreeNode):
             raise ConfigError(f"top_k={self.top_k} must be 0 (off) or a positive whole number")
         if not 0.0 < float(self.top_p) <= 1.0:
             raise ConfigError(f"top_p={self.top_p} must be above 0 and at most 1 (off)")
-        return Sampling(np.float32(self.temperature), np.int32(self.top_k), np.float32(self.top_p))
+        return Sampling(jnp.float32(self.temperature), jnp.int32(self.top_k), jnp.float32(self.top_p))
 
 
 def sample(logits_BV: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:

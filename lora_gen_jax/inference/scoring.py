@@ -18,9 +18,19 @@ import numpy as np
 from lora_gen_jax.adapters.protocol import Adapter
 from lora_gen_jax.decoder.attention import KVCache
 from lora_gen_jax.decoder.model import Decoder
+from lora_gen_jax.inference.forward import forward_only, logits_at
 from lora_gen_jax.inference.mixed import require_single_prompt
-from lora_gen_jax.inference.prefix import Prefix, forward_only, start_cache
-from lora_gen_jax.inference.rows import Request, Row, RowBatch, batches, check_requests, pack, split_rows, truncated_rows
+from lora_gen_jax.inference.prefix import Prefix, start_cache
+from lora_gen_jax.inference.rows import (
+    Request,
+    Row,
+    RowBatch,
+    batches,
+    check_requests,
+    pack,
+    split_rows,
+    truncated_rows,
+)
 
 # Logits held at a time: 2^24 fp32 numbers are 64 MiB, 341 positions of a vocabulary of 49k or 64 of one of 256k.
 LOGITS_IN_MEMORY = 1 << 24
@@ -144,13 +154,18 @@ def _score_batch(
     decoder: Decoder, params: Any, adapter: Any, batch: RowBatch, prefix: KVCache | None
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability and greediness [M] of the predicted tokens."""
-    variables, (B, T) = {"params": params}, jnp.shape(batch.tokens_BT)
+    B, T = batch.tokens_BT.shape
     cache = None if prefix is None else start_cache(decoder, B, T, prefix)
     hidden_BTD, _ = decoder.apply(
-        variables, batch.tokens_BT, batch.positions_BT, segments_BT=batch.segments_BT, adapter=adapter, cache=cache
+        {"params": params},
+        batch.tokens_BT,
+        batch.positions_BT,
+        segments_BT=batch.segments_BT,
+        adapter=adapter,
+        cache=cache,
     )
     hidden_XD = hidden_BTD.reshape(B * T, -1)
-    (M,) = jnp.shape(batch.source_M)
+    M = batch.source_M.shape[0]
     chunk = min(M, max(1, LOGITS_IN_MEMORY // decoder.config.vocab_size))
 
     def score_chunk(i: jax.Array, results: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -158,7 +173,7 @@ def _score_batch(
         start = (i * chunk,)
         source_C = jax.lax.dynamic_slice(batch.source_M, start, (chunk,))
         target_C = jax.lax.dynamic_slice(batch.target_M, start, (chunk,))
-        logits_CV = decoder.apply(variables, hidden_XD[source_C][None], method="logits")[0]
+        logits_CV = logits_at(decoder, params, hidden_XD[source_C])
         chosen_C = jnp.take_along_axis(logits_CV, target_C[:, None], axis=1)[:, 0]
         logprob_C = chosen_C - jax.nn.logsumexp(logits_CV, axis=1)
         new = (logprob_C, jnp.argmax(logits_CV, axis=1) == target_C)

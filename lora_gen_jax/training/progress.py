@@ -54,7 +54,7 @@ class Recorder:
 
     def say(self, text: str) -> None:
         """A line above the bar."""
-        self.progress.console.print(text, highlight=False)
+        self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:
         """Writes one step's metrics and moves the bar."""

@@ -1,0 +1,65 @@
+"""Output directories that appear complete or not at all, and texts from flags.
+
+In: a path and a function that fills a directory. Out: the directory under its own name, once it is complete.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lora_gen_jax.errors import DataError, OutputError
+
+
+def check_output(path: Path) -> None:
+    """An output directory must not exist, or be empty.
+
+    Raises:
+        OutputError: when it holds something or is a file.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputError(f"output {path} exists already: choose another --out, or remove it first")
+
+
+@contextmanager
+def complete_directory(path: Path) -> Iterator[Path]:
+    """A temporary directory beside `path` that takes its name when the block ends without an error.
+
+    Raises:
+        OutputError: when `path` holds something, or cannot be written.
+    """
+    check_output(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        os.chmod(temporary, 0o755)  # mkdtemp's 0700 would outlive the rename
+    except OSError as error:
+        raise OutputError(f"output {path} cannot be written: {error.strerror}") from error
+    try:
+        yield temporary
+        if path.exists():
+            path.rmdir()
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def text_argument(value: str, flag: str) -> str:
+    """A flag's text: itself, or the content of the file that ``@FILE`` names.
+
+    Raises:
+        DataError: when the file cannot be read as UTF-8, or the text is empty.
+    """
+    text = value
+    if value.startswith("@"):
+        try:
+            text = Path(value[1:]).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise DataError(f"{flag} names the file {value[1:]}, which cannot be read: {reason}") from error
+    if not text.strip():
+        raise DataError(f"{flag} is empty: give a text, or @FILE")
+    return text

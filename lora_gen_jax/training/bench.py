@@ -1,0 +1,68 @@
+"""One training step against the machine: its time, its multiply-adds, and the share of the matmul rate it reaches.
+
+In: a config. Out: lines on standard output. The matmul rate is measured before and after the steps, and the better
+is taken, so that the share is not flattered by a slow moment.
+"""
+
+import statistics
+import time
+
+import jax
+import numpy as np
+
+from lora_gen_jax.config import Config
+from lora_gen_jax.data.pipeline import Shard, build_batch
+from lora_gen_jax.models import load_pair, make_generator
+from lora_gen_jax.sharding import make_mesh
+from lora_gen_jax.training.cost import matmul_rate, step_cost
+from lora_gen_jax.training.loop import make_sampler, place, training_tasks
+from lora_gen_jax.training.optimizer import make_optimizer
+from lora_gen_jax.training.step import init_state, make_train_step
+
+STEPS = 5
+
+
+def bench(config: Config) -> dict[str, float]:
+    """Prints and returns the figures: seconds, GMACs, the matmul rate and the share of it that is reached.
+
+    Raises:
+        LoraGenError: as training, for bad input.
+    """
+    mesh = make_mesh()
+    pair = load_pair(config, mesh)
+    sampler = make_sampler(config, pair, training_tasks(config), "train")
+    assert sampler is not None
+    host = build_batch(sampler, (config.train.seed, 0), Shard())
+    batch = place(host, mesh)
+    generator, optimizer = make_generator(config, pair), make_optimizer(config.train)
+    state = init_state(generator, optimizer, pair.cloud.params, batch, config.train.seed)
+    compiled = make_train_step(generator, pair.edge.decoder, optimizer, config).lower(state, pair.frozen, batch).compile()
+    dtype = pair.edge.decoder.dtype
+    rate, times = matmul_rate(dtype=dtype), []
+    for _ in range(STEPS + 1):
+        began = time.perf_counter()
+        state, metrics = compiled(state, pair.frozen, batch)
+        jax.block_until_ready(metrics)
+        times.append(time.perf_counter() - began)
+    rate = max(rate, matmul_rate(dtype=dtype))
+    cost = step_cost(pair.cloud.config, pair.edge.config, config.generator, host)
+    seconds = statistics.median(times[1:])
+    figures = {
+        "seconds": seconds,
+        "gmacs": cost.total / 1e9,
+        "matmul_gmacs_per_second": rate / 1e9,
+        "share": cost.total / rate / seconds,
+        "cloud_fill": float(np.mean(host.prompts.positions_BT >= 0)),
+        "edge_fill": float(np.mean(host.positions_PT >= 0)),
+    }
+    parts = ", ".join(f"{name} {value / 1e9:.0f}" for name, value in vars(cost).items())
+    print(f"step         {seconds:.2f} s (median of {STEPS}; {min(times[1:]):.2f} to {max(times[1:]):.2f})")
+    print(f"multiply-adds {cost.total / 1e9:.0f} G, forward and backward without recomputation ({parts})")
+    print(f"matmul rate  {rate / 1e9:.0f} GMAC/s in {np.dtype(dtype).name}, {jax.device_count()} device(s)")
+    print(f"share        {100 * figures['share']:.0f} % of the matmul rate")
+    print(f"tokens       {100 * figures['cloud_fill']:.0f} % of the cloud's slots, {100 * figures['edge_fill']:.0f} %"
+          f" of the edge's are no padding")  # fmt: skip
+    memory = compiled.memory_analysis()
+    if memory is not None:
+        print(f"memory       {memory.temp_size_in_bytes / 1e9:.2f} GB beside weights and state")
+    return figures

@@ -1,0 +1,86 @@
+"""What a training step costs: multiply-adds counted by hand, and the rate at which this machine does them.
+
+In: decoder configs, a `GeneratorConfig` and the shapes of a batch. Out: multiply-adds (MACs; a MAC is two flops)
+by part. Counted is what the matmuls of the step execute, padding included and recomputation not.
+"""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_gen_jax.config import GeneratorConfig
+from lora_gen_jax.data.pipeline import Batch
+from lora_gen_jax.decoder.config import DecoderConfig
+from lora_gen_jax.generator.cloud import CLOUD_SITES
+
+# A frozen matmul runs forward and once more for the gradient of its input; a trained one a third time.
+FROZEN_PASSES, TRAINED_PASSES = 2, 3
+# Attention has two matmuls forward (scores, mixing) and four backward.
+ATTENTION_PASSES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+    """MACs of one training step, forward and backward.
+
+    Attributes:
+        cloud, edge: frozen linear layers.
+        attention: scores and mixing of both models.
+        adapters: cloud LoRA and the gated side path (or the direct head), trained.
+        logits: at the supervised slots of the edge alone; the cloud computes none.
+    """
+
+    cloud: int
+    edge: int
+    attention: int
+    adapters: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return self.cloud + self.edge + self.attention + self.adapters + self.logits
+
+
+def linear_macs(config: DecoderConfig) -> int:
+    """MACs of all linear layers for one token, the unembedding not among them."""
+    sites = ("q", "k", "v", "o", *config.ffn_sites)
+    return config.num_layers * sum(inputs * outputs for inputs, outputs in map(config.site_shape, sites))
+
+
+def step_cost(cloud: DecoderConfig, edge: DecoderConfig, settings: GeneratorConfig, batch: Batch) -> StepCost:
+    """MACs of one step on batches of this shape."""
+    rows, cloud_length = batch.prompts.tokens_BT.shape
+    prompts, edge_length = batch.tokens_PT.shape
+    cloud_tokens, edge_tokens = rows * cloud_length, prompts * edge_length
+    attention = rows * cloud_length**2 * cloud.num_heads * cloud.head_dim * cloud.num_layers * 2
+    attention += prompts * edge_length**2 * edge.num_heads * edge.head_dim * edge.num_layers * 2
+    side = sum(sum(cloud.site_shape(site)) for site in CLOUD_SITES) * settings.cloud_rank
+    adapters = cloud_tokens * side * cloud.num_layers
+    experts = settings.active_experts if settings.generator == "meta_tokens" and settings.mix == "products" else 1
+    side = sum(sum(edge.site_shape(site)) for site in edge.ffn_sites) * settings.rank
+    adapters += edge_tokens * experts * side * edge.num_layers
+    if settings.generator == "direct":
+        adapters += prompts * edge.num_layers * settings.direct_width * (cloud.width + side)
+    return StepCost(
+        cloud=FROZEN_PASSES * cloud_tokens * linear_macs(cloud),
+        edge=FROZEN_PASSES * edge_tokens * linear_macs(edge),
+        attention=ATTENTION_PASSES * attention,
+        adapters=TRAINED_PASSES * adapters,
+        logits=FROZEN_PASSES * batch.target_PS.size * edge.width * edge.vocab_size,
+    )
+
+
+def matmul_rate(size: int = 2048, repeats: int = 5, dtype: Any = jnp.float32) -> float:
+    """MACs per second of the best of several square matmuls of this `size` on the default device."""
+    x = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    multiply = jax.jit(lambda a, b: a @ b)
+    multiply(x, x).block_until_ready()
+    best = float("inf")
+    for _ in range(repeats):
+        began = time.perf_counter()
+        multiply(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    return size**3 / best
