@@ -150,17 +150,17 @@ def stream(
         for step in range(max_new_tokens):
             if step:
                 state = _decode(forward_only(decoder), inputs, state, np.int32(step + 1))
-            new_B, done_B = jax.device_get((state.tokens_BS[:, step], state.done_B))
+            # Indexed on the host: on the device every step would be a program of its own.
+            tokens_BS, done_B = jax.device_get((state.tokens_BS, state.done_B))
             if done_B.all():
                 return
-            yield [None if done else int(new) for new, done in zip(new_B, done_B, strict=True)][: len(prompts)]
+            rows = zip(tokens_BS[: len(prompts), step], done_B, strict=False)
+            yield [None if done else int(token) for token, done in rows]
 
     return steps(state)
 
 
-def _check(
-    decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, prefix: Prefix | None
-) -> None:
+def _check(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, prefix: Prefix | None) -> None:
     if max_new_tokens < 1:
         raise DataError(f"max_new_tokens={max_new_tokens} generates nothing: use at least 1")
     before, _ = prefix_slots(prefix)

@@ -1,0 +1,304 @@
+"""The decoder says what transformers says, token by token, however its rows are padded, packed, cached or recomputed."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import EDGE, logits, padded, random_params, token_rows
+
+from lora_gen_jax.adapters.lora import LoRA
+from lora_gen_jax.decoder import attention
+from lora_gen_jax.decoder.config import DecoderConfig
+from lora_gen_jax.decoder.model import Decoder
+from lora_gen_jax.decoder.pretrained import load_config, load_params
+from lora_gen_jax.errors import ConfigError, ModelError
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+# Logits are of order 1; fp32 sums of a few dozen terms in another order differ by some 1e-6.
+TOLERANCE = 1e-4
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+OPT_SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "word_embed_proj_dim": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+GEMMA2 = {
+    "num_hidden_layers": 4,
+    "sliding_window": 5,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+    "query_pre_attn_scalar": 12,
+}
+MODELS = {
+    "llama": ("Llama", SIZES),
+    "llama_tied": ("Llama", SIZES | {"tie_word_embeddings": True}),
+    "llama3_rope": ("Llama", SIZES | {"rope_parameters": LLAMA3_ROPE}),
+    "llama_biases": ("Llama", SIZES | {"attention_bias": True, "mlp_bias": True}),
+    "qwen2": ("Qwen2", SIZES),
+    "qwen2_window": ("Qwen2", SIZES | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "gemma": ("Gemma", SIZES),
+    "gemma2": ("Gemma2", SIZES | GEMMA2),
+    "opt": ("OPT", OPT_SIZES),
+    "opt_gelu": ("OPT", OPT_SIZES | {"activation_function": "gelu", "enable_bias": False}),
+}
+LENGTHS = [12, 7, 1, 10]
+ROWS = token_rows(LENGTHS, 61)
+
+
+def _torch_model(name):
+    family, sizes = MODELS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**sizes, attn_implementation="eager")
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            noise = torch.randn_like(weight)
+            if weight.ndim == 2:
+                # Sharp queries and keys: soft-caps then bite, and a wrong key in sight is seen in the logits.
+                weight.copy_(noise * (0.35 if "q_proj" in key or "k_proj" in key else 0.18))
+            else:
+                weight.add_(0.2 * noise)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model_of(tmp_path_factory):
+    """(torch model, decoder, params) of each model, loaded through its saved directory; made once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            reference = _torch_model(name)
+            directory = tmp_path_factory.mktemp(name)
+            reference.save_pretrained(directory)
+            made[name] = reference, Decoder(load_config(directory)), load_params(directory)
+        return made[name]
+
+    return get
+
+
+def _reference_logits(model, tokens, positions):
+    mask = torch.tensor(positions >= 0).long()
+    inputs = {"input_ids": torch.tensor(tokens).long(), "attention_mask": mask}
+    if model.config.model_type != "opt":  # OPT counts positions from the mask itself
+        inputs["position_ids"] = torch.tensor(np.maximum(positions, 0)).long()
+    with torch.no_grad():
+        return model(**inputs).logits.float().numpy()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", list(MODELS))
+def test_logits_are_those_of_transformers_at_every_real_position(model_of, name, side):
+    reference, decoder, params = model_of(name)
+    tokens, positions = padded(ROWS, 14, side)
+    ours = np.asarray(logits(decoder, params, tokens, positions))
+    theirs, real = _reference_logits(reference, tokens, positions), positions >= 0
+    assert np.all(np.isfinite(ours)), "padding must stay finite"
+    assert 0.3 < np.std(theirs[real]) < 5
+    assert np.max(np.abs(ours - theirs)[real]) <= TOLERANCE
+
+
+def test_all_three_bands_of_llama3_scaling_occur_in_the_test_model(model_of):
+    config = model_of("llama3_rope")[1].config
+    wavelength = 2 * np.pi * config.rope_theta ** (np.arange(0, config.head_dim, 2) / config.head_dim)
+    s = config.rope_scaling
+    low = s.original_max_positions / s.low_frequency_factor
+    high = s.original_max_positions / s.high_frequency_factor
+    counts = np.sum(wavelength < high), np.sum((wavelength >= high) & (wavelength <= low)), np.sum(wavelength > low)
+    assert min(counts) >= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "without"),
+    [
+        ("gemma2", {"attention_softcap": None}),
+        ("gemma2", {"logit_softcap": None}),
+        ("gemma2", {"windowed_layers": (False,) * 4}),
+        ("gemma2", {"windowed_layers": (False, True, False, True)}),
+        ("gemma2", {"post_norms": False}),
+        ("gemma2", {"attention_scale": 0.25}),
+        ("gemma", {"embedding_scale": 1.0}),
+        ("gemma", {"norm_offset": 0.0}),
+        ("qwen2_window", {"windowed_layers": (True, False, False)}),
+        ("llama3_rope", {"rope_scaling": None}),
+        ("opt", {"learned_position_offset": 0}),
+        ("opt", {"activation": "gelu"}),
+    ],
+)
+def test_each_peculiarity_of_a_family_matters_in_the_test_model(model_of, name, without):
+    """Otherwise the comparison above would hold without it."""
+    _, decoder, params = model_of(name)
+    tokens, positions = padded(ROWS, 14)
+    changed = Decoder(dataclasses.replace(decoder.config, **without))
+    if "learned_position_offset" in without:
+        table = params["positions"]["embedding"]
+        params = {**params, "positions": {"embedding": table[: decoder.config.max_positions]}}
+    difference = np.asarray(logits(changed, params, tokens, positions)) - logits(decoder, params, tokens, positions)
+    assert np.max(np.abs(difference[positions >= 0])) > 100 * TOLERANCE
+
+
+def test_gemma_config_that_says_gelu_means_the_tanh_approximation():
+    hf = transformers.GemmaConfig(**SIZES).to_dict() | {"hidden_act": "gelu", "hidden_activation": None}
+    assert DecoderConfig.from_hf(hf).activation == "gelu_tanh"
+
+
+FAMILIES = ["llama", "qwen2_window", "gemma", "gemma2", "opt"]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_cached_decode_gives_the_logits_of_a_full_forward_pass(model_of, name, side):
+    """Rows of different length are read together, then go on token by token and at last by three tokens at once."""
+    _, decoder, params = model_of(name)
+    ids = np.asarray(token_rows([16] * 3, 61, seed=3))
+    full = np.asarray(logits(decoder, params, ids))
+    first = [7, 4, 1]
+
+    @jax.jit
+    def step(cache, tokens, positions):
+        hidden, cache = decoder.apply({"params": params}, tokens, positions, cache=cache)
+        return decoder.apply({"params": params}, hidden, method="logits"), cache
+
+    tokens, positions = padded([row[:n].tolist() for row, n in zip(ids, first, strict=True)], 8, side)
+    cache = attention.KVCache.empty(decoder.config, 3, 8 + 1 + 1 + 3 + 2, jnp.float32)
+    got, cache = step(cache, tokens, positions)
+    for b in range(3):
+        assert np.max(np.abs(got[b][positions[b] >= 0] - full[b, : first[b]])) <= TOLERANCE
+    read = np.array(first)
+    for count in (1, 1, 3):
+        at = read[:, None] + np.arange(count)[None]
+        got, cache = step(cache, np.take_along_axis(ids, at, axis=1).astype(np.int32), at.astype(np.int32))
+        expected = np.take_along_axis(full, at[..., None], axis=1)
+        assert np.max(np.abs(got - expected)) <= TOLERANCE
+        read += count
+    assert int(cache.used) == 8 + 5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sequences_packed_into_a_row_do_not_see_each_other(model_of, name):
+    _, decoder, params = model_of(name)
+    alone = [np.asarray(logits(decoder, params, np.asarray([row], np.int32)))[0] for row in ROWS[:3]]
+    packed = np.concatenate([*ROWS[:3], [0, 0]]).astype(np.int32)[None]
+    positions = np.concatenate([*(np.arange(n) for n in LENGTHS[:3]), [-1, -1]]).astype(np.int32)[None]
+    segments = np.repeat([1, 2, 3, 0], [*LENGTHS[:3], 2]).astype(np.int32)[None]
+    together = np.asarray(logits(decoder, params, packed, positions, segments_BT=segments))[0]
+    assert np.max(np.abs(together[: sum(LENGTHS[:3])] - np.concatenate(alone))) <= TOLERANCE
+
+
+def test_segment_zero_is_a_prefix_that_every_segment_sees(model_of):
+    _, decoder, params = model_of("llama")
+    prefix, a, b = ROWS[1], ROWS[0][:4], ROWS[3][:3]
+    alone = [np.asarray(logits(decoder, params, np.asarray([prefix + x], np.int32)))[0, -len(x) :] for x in (a, b)]
+    positions = np.concatenate([np.arange(7), 7 + np.arange(4), 7 + np.arange(3)]).astype(np.int32)[None]
+    segments = np.repeat([0, 1, 2], [7, 4, 3]).astype(np.int32)[None]
+    row = np.asarray([prefix + a + b], np.int32)
+    together = np.asarray(logits(decoder, params, row, positions, segments_BT=segments))[0, 7:]
+    assert np.max(np.abs(together - np.concatenate(alone))) <= TOLERANCE
+
+
+@pytest.mark.parametrize("variant", [{"remat": "dots"}, {"remat": "full"}, {"unroll": 2}])
+def test_recomputation_and_unrolling_change_no_value_and_no_gradient(variant):
+    params, tokens = random_params(EDGE), np.asarray(token_rows([9, 9], EDGE.vocab_size), np.int32)
+    rng, factors = np.random.default_rng(5), {}
+    for site in ("q", "v", "up", "down"):
+        inputs, outputs = EDGE.site_shape(site)
+        shapes = {"a": (EDGE.num_layers, inputs, 2), "b": (EDGE.num_layers, 2, outputs)}
+        factors[site] = {k: jnp.asarray(0.3 * rng.standard_normal(s, np.float32)) for k, s in shapes.items()}
+
+    def loss(decoder, factors):
+        adapter = LoRA(factors, scale=2.0, dropout_rate=0.25)
+        # The same dropout must be drawn again in the backward pass.
+        rngs = {"dropout": jax.random.key(0)}
+        hidden, _ = decoder.apply({"params": params}, tokens, adapter=adapter, rngs=rngs)
+        return jnp.mean(jnp.square(decoder.apply({"params": params}, hidden, method="logits")))
+
+    plain, changed = (
+        jax.jit(jax.value_and_grad(partial(loss, decoder)))(factors) for decoder in (Decoder(EDGE), Decoder(EDGE, **variant))
+    )
+    for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(changed), strict=True):
+        assert np.max(np.abs(one)) > 1e-3
+        # The same operations, fused otherwise: a few units in the last place of the largest entry.
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * float(np.max(np.abs(one))))
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+def test_the_cpus_attention_is_the_accelerators(heads):
+    N, G = heads
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((3, 9, n, 8), np.float32)) for n in (N, G, G))
+    positions = padded([[1] * 9, [1] * 5, [1] * 7], 9)[1]
+    mask = attention.visible(positions, positions)
+    config = dataclasses.replace(EDGE, attention_scale=0.7)
+    ours = attention.attend(q, (k, v), mask, config)
+    theirs = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=0.7)
+    real = positions >= 0
+    assert np.max(np.abs(np.asarray(ours - theirs)[real])) <= 1e-5
+    assert np.all(np.isfinite(ours))
+
+
+def test_attention_is_a_plain_loop_over_visible_keys():
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.standard_normal((1, 5, n, 4)).astype(np.float32) for n in (4, 2, 2))
+    positions = np.array([[0, 1, 2, 3, 4]], np.int32)
+    mask = attention.visible(positions, positions) & attention.within_window(positions, positions, 2)
+    config = dataclasses.replace(EDGE, attention_scale=0.9, attention_softcap=1.5)
+    ours = np.asarray(attention.attend(jnp.asarray(q), (jnp.asarray(k), jnp.asarray(v)), mask, config))
+    for t in range(5):
+        for n in range(4):
+            keys = [s for s in range(5) if t - 2 < s <= t]
+            score = np.array([1.5 * np.tanh(0.9 * float(q[0, t, n] @ k[0, s, n // 2]) / 1.5) for s in keys])
+            weight = np.exp(score) / np.exp(score).sum()
+            expected = sum(w * v[0, s, n // 2] for w, s in zip(weight, keys, strict=True))
+            np.testing.assert_allclose(ours[0, t, n], expected, atol=1e-5)
+
+
+def test_an_unknown_recomputation_policy_is_named():
+    with pytest.raises(ConfigError, match="remat='some' is unknown; use one of none, dots, full"):
+        logits(Decoder(EDGE, remat="some"), {}, np.zeros((1, 2), np.int32))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba' is not supported; use one of llama, qwen2"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope type 'yarn' is not supported"),
+        ({"hidden_act": "relu6"}, "activation 'relu6' is not supported"),
+    ],
+)
+def test_a_config_that_cannot_be_run_is_refused_by_name(change, message):
+    hf = transformers.LlamaConfig(**SIZES).to_dict() | change
+    with pytest.raises(ModelError, match=message):
+        DecoderConfig.from_hf(hf)
+
+
+def test_a_config_without_a_needed_field_names_it():
+    hf = transformers.LlamaConfig(**SIZES).to_dict()
+    del hf["intermediate_size"]
+    with pytest.raises(ModelError, match="lacks the field 'intermediate_size'"):
+        DecoderConfig.from_hf(hf)

@@ -1,0 +1,228 @@
+"""Shared tiny models: decoders with random weights, generators with B away from zero, and an experiment on disk.
+
+Everything here is small enough to compile in a second or two; nothing is downloaded.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_gen_jax.config import Config, DataConfig, EvalConfig, GeneratorConfig, ModelConfig, TrainConfig
+from lora_gen_jax.decoder.config import DecoderConfig
+from lora_gen_jax.decoder.model import Decoder
+from lora_gen_jax.generator.cloud import PackedPrompts, pack_prompts
+from lora_gen_jax.generator.lora_gen import LoRAGen
+
+EDGE = DecoderConfig(
+    family="llama",
+    vocab_size=53,
+    num_layers=3,
+    width=16,
+    ffn_width=24,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    max_positions=64,
+    attention_scale=0.5,
+    tied_embeddings=True,
+)
+# Another depth and width than the edge model, so that a mix-up of the two shows.
+CLOUD = dataclasses.replace(EDGE, num_layers=2, width=20, ffn_width=28, num_heads=5, num_kv_heads=5)
+OPT = dataclasses.replace(
+    EDGE,
+    family="opt",
+    num_kv_heads=4,
+    norm="layer",
+    activation="relu",
+    gated_ffn=False,
+    qkv_bias=True,
+    out_bias=True,
+    ffn_bias=True,
+    rope_theta=None,
+    learned_position_offset=2,
+)
+SETTINGS = GeneratorConfig(
+    num_experts=4, top_k=2, rank=3, alpha=6.0, dropout=0.0, cloud_rank=2, cloud_alpha=4.0, direct_width=8
+)
+
+
+def perturbed(tree: Any, seed: int, scale: float = 0.15) -> Any:
+    """The tree plus normal noise in every leaf: biases, norms and LoRA's B then do something."""
+    leaves, treedef = jax.tree.flatten(tree)
+    rng = np.random.default_rng(seed)
+    return jax.tree.unflatten(
+        treedef, [jnp.asarray(np.asarray(x) + scale * rng.standard_normal(x.shape, np.float32)) for x in leaves]
+    )
+
+
+def random_params(config: DecoderConfig, seed: int = 0) -> Any:
+    """Decoder weights large enough for tokens to matter."""
+    decoder = Decoder(config)
+    init = jax.jit(lambda key: nn.unbox(decoder.init(key, jnp.zeros((1, 2), jnp.int32)))["params"])
+    return perturbed(init(jax.random.key(seed)), seed)
+
+
+@jax.jit(static_argnums=0)
+def logits(decoder: Decoder, params: Any, tokens_BT: Any, positions_BT: Any = None, **kwargs: Any) -> jax.Array:
+    """Logits [B, T, V] of one forward pass."""
+    hidden, _ = decoder.apply({"params": params}, tokens_BT, positions_BT, **kwargs)
+    return decoder.apply({"params": params}, hidden, method="logits")
+
+
+def padded(rows: list[list[int]], length: int, side: str = "right") -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, positions), each [B, T]; padding at position -1."""
+    tokens = np.zeros((len(rows), length), np.int32)
+    positions = np.full((len(rows), length), -1, np.int32)
+    for i, row in enumerate(rows):
+        place = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
+        tokens[i, place], positions[i, place] = row, np.arange(len(row))
+    return tokens, positions
+
+
+def token_rows(lengths: list[int], vocab_size: int, seed: int = 0) -> list[list[int]]:
+    """Random token ids, never 0 or 1 (the padding of some families)."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(2, vocab_size, n).tolist() for n in lengths]
+
+
+def prompts_of(lengths: list[int], rows: int, length: int, num_meta: int = EDGE.num_layers) -> PackedPrompts:
+    """Random prompts for the cloud model, packed."""
+    return pack_prompts(token_rows(lengths, CLOUD.vocab_size, seed=1), num_meta, rows, length)
+
+
+def generator_variables(generator: LoRAGen, frozen_cloud: Any, prompts: PackedPrompts, seed: int = 0) -> Any:
+    """Fresh variables with B perturbed: at B = 0 the gradients of A, gates and router are exactly zero."""
+    keys = dict(zip(("params", "dropout", "gumbel"), jax.random.split(jax.random.key(seed), 3), strict=True))
+    variables = jax.jit(generator.init)(keys, frozen_cloud, prompts)
+    return {**variables, "params": perturbed(variables["params"], seed, 0.1)}
+
+
+WORDS = (
+    "red green blue sun moon star cat dog bird fish apple pear stone water is are was color of the a an what which "
+    "answer question kind say name one two three four five six yes no maybe hot cold big small fast slow tree"
+).split()
+
+
+def write_tokenizer(directory: Path, extra: int = 0) -> int:
+    """A word tokenizer over `WORDS` plus `extra` filler words; returns its number of ids."""
+    from tokenizers import Tokenizer
+    from tokenizers.decoders import WordPiece
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    names = ["<unk>", "<s>", "</s>", ".", ",", ":", "?", *WORDS, *(f"filler{i}" for i in range(extra))]
+    tokenizer = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.decoder = WordPiece(prefix="##", cleanup=False)
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "bos_token": "<s>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return len(names)
+
+
+def write_model(directory: Path, seed: int = 0, layers: int = 2, vocab_size: int = 72, filler: int = 0) -> Path:
+    """A random llama with its tokenizer, as `save_pretrained` would leave it; the embedding has padding rows."""
+    from safetensors.numpy import save_file
+
+    from lora_gen_jax.decoder.pretrained import leaves
+
+    directory.mkdir(parents=True)
+    write_tokenizer(directory, filler)
+    hf = {
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 160,
+        "tie_word_embeddings": True,
+    }
+    (directory / "config.json").write_text(json.dumps(hf))
+    rng, tensors = np.random.default_rng(seed), {}
+    for leaf in leaves(DecoderConfig.from_hf(hf)):
+        for name in leaf.tensor_names(layers):
+            noise = rng.standard_normal(leaf.stored_shape).astype(np.float32)
+            tensors[name] = 1 + 0.1 * noise if "norm" in name else 0.15 * noise
+    save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def color_rows() -> list[dict[str, Any]]:
+    """Two learnable tasks of a user's own: each always gives the same answer to its questions."""
+    things = ["sun", "moon", "star", "cat", "dog", "bird", "fish", "apple", "pear", "stone"]
+    rows = []
+    for task, system, answers in (
+        ("warm", "say the color of the sun", ("red", "green", "blue")),
+        ("count", "say one two three", ("two", "one", "three")),
+    ):
+        for i, thing in enumerate(things):
+            row = {"task": task, "system": system, "input": f"what kind is the {thing} ?", "output": answers[0]}
+            split = "train" if i < 7 else "validation" if i < 8 else "test"
+            options = {"options": list(answers), "gold": 0} if split == "test" else {}
+            rows.append({**row, **options, "split": split})
+    return rows
+
+
+def experiment(root: Path, workdir: Path, **train: Any) -> Config:
+    """A config on a model and rows that are written below `root` at the first call; trains in seconds."""
+    if not (root / "model").exists():
+        write_model(root / "model")
+        write_rows(root / "rows.jsonl", color_rows())
+    model = ModelConfig(str(root / "model"), dtype="float32")
+    settings = {
+        "steps": 6,
+        "learning_rate": 1e-2,
+        "warmup_steps": 1,
+        "validation_batches": 1,
+        "validate_every": 3,
+        "checkpoint_every": 3,
+    }
+    return Config(
+        name="tiny",
+        cloud=model,
+        edge=model,
+        generator=GeneratorConfig(num_experts=4, top_k=2, rank=4, cloud_rank=4, cloud_alpha=4.0, dropout=0.05),
+        data=DataConfig(
+            files=(root / "rows.jsonl",),
+            tasks=(),
+            prompts_per_step=8,
+            prompts_per_row=2,
+            cloud_length=96,
+            edge_length=48,
+            queries_per_prompt=4,
+            response_slots=16,
+            max_shots=2,
+            query_length=24,
+        ),
+        train=TrainConfig(**(settings | train)),
+        eval=EvalConfig(tasks=("warm", "count"), shots=2, prompt_limit=128),
+        workdir=workdir,
+    )
+
+
+def write_config(path: Path, config: Config) -> Path:
+    """A config file whose ``get_config()`` returns this config."""
+    text = (
+        "import json\nfrom lora_gen_jax.config import from_json, to_json\n\n\n"
+        f"def get_config():\n    return from_json(json.loads({json.dumps(json.dumps(_jsonable(config)))}))\n"
+    )
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _jsonable(config: Config) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
