@@ -1,4 +1,4 @@
-"""Scores methods on tasks: ``python eval.py configs/smollm2_135m.py [--tasks a,b] [--limit N] [--methods base,icl]``."""
+"""Scores methods on tasks: ``python eval.py CONFIG.py [--tasks a,b] [--limit N] [--methods base,icl,lora_gen]``."""
 
 from lora_gen_jax.cli import eval_main
 

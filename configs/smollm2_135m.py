@@ -8,13 +8,13 @@ from lora_gen_jax.config import Config, DataConfig, GeneratorConfig, ModelConfig
 
 def get_config() -> Config:
     return Config(
-        cloud=ModelConfig("smollm2-135m"),
-        edge=ModelConfig("smollm2-135m"),
+        cloud=ModelConfig("smollm2-135m", remat="dots"),
+        edge=ModelConfig("smollm2-135m", remat="dots"),
         generator=GeneratorConfig(num_experts=8, top_k=2),
         data=DataConfig(
             prompts_per_step=8,
             prompts_per_row=2,
-            cloud_length=448,
+            cloud_length=384,
             edge_length=256,
             queries_per_prompt=8,
             response_slots=64,

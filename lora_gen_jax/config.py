@@ -210,18 +210,23 @@ def check(config: Config) -> Config:
         "generator.num_experts": g.num_experts,
         "generator.top_k": g.top_k,
         "generator.rank": g.rank,
+        "generator.direct_width": g.direct_width,
+        "generator.router_width": 1 if g.router_width is None else g.router_width,
         "data.prompts_per_step": d.prompts_per_step,
         "data.prompts_per_row": d.prompts_per_row,
         "data.cloud_length": d.cloud_length,
         "data.edge_length": d.edge_length,
         "data.queries_per_prompt": d.queries_per_prompt,
         "data.response_slots": d.response_slots,
+        "data.query_length": d.query_length,
         "train.steps": t.steps,
         "train.validate_every": t.validate_every,
         "train.checkpoint_every": t.checkpoint_every,
         "train.keep_checkpoints": t.keep_checkpoints,
         "cloud.unroll": config.cloud.unroll,
         "edge.unroll": config.edge.unroll,
+        "eval.batch_tokens": config.eval.batch_tokens,
+        "eval.prompt_limit": config.eval.prompt_limit,
     }
     for field, value in positive.items():
         if value < 1:
@@ -230,6 +235,11 @@ def check(config: Config) -> Config:
         (g.top_k <= g.num_experts, f"generator.top_k is {g.top_k}; at most generator.num_experts = {g.num_experts}"),
         (0 <= g.dropout < 1, f"generator.dropout is {g.dropout}; it must lie in [0, 1)"),
         (g.cloud_rank >= 0, f"generator.cloud_rank is {g.cloud_rank}; it must be 0 or more"),
+        (g.cv_coefficient >= 0, f"generator.cv_coefficient is {g.cv_coefficient}; it must be 0 or more"),
+        (
+            g.gumbel_temperature > 0,
+            f"generator.gumbel_temperature is {g.gumbel_temperature}; it must be positive",
+        ),
         (
             d.prompts_per_step % d.prompts_per_row == 0,
             f"data.prompts_per_row = {d.prompts_per_row} must divide data.prompts_per_step = {d.prompts_per_step}",
@@ -243,6 +253,10 @@ def check(config: Config) -> Config:
             f"data.query_length = {d.query_length} is more than data.edge_length = {d.edge_length} holds",
         ),
         (t.learning_rate > 0, f"train.learning_rate is {t.learning_rate}; it must be positive"),
+        (0 <= t.beta1 < 1, f"train.beta1 is {t.beta1}; it must lie in [0, 1)"),
+        (0 <= t.beta2 < 1, f"train.beta2 is {t.beta2}; it must lie in [0, 1)"),
+        (t.weight_decay >= 0, f"train.weight_decay is {t.weight_decay}; it must be 0 or more"),
+        (t.validation_batches >= 0, f"train.validation_batches is {t.validation_batches}; it must be 0 or more"),
         (0 <= t.warmup_steps < t.steps, f"train.warmup_steps = {t.warmup_steps} must be below train.steps = {t.steps}"),
         (t.clip_norm is None or t.clip_norm > 0, f"train.clip_norm is {t.clip_norm}; it must be positive or left out"),
         (config.eval.shots >= 0, f"eval.shots is {config.eval.shots}; it must be 0 or more"),
@@ -268,10 +282,10 @@ def read_config(path: Path) -> Config:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+        get_config = getattr(module, "get_config", None)
+        config = get_config() if callable(get_config) else None
     except Exception as error:
         raise ConfigError(f"config file {path} failed: {type(error).__name__}: {error}") from error
-    get_config = getattr(module, "get_config", None)
-    config = get_config() if callable(get_config) else None
     if not isinstance(config, Config):
         raise ConfigError(f"config file {path} needs a function get_config() that returns a lora_gen_jax.config.Config")
     return config if config.name else dataclasses.replace(config, name=path.stem)
@@ -338,9 +352,7 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Lines 'field: old -> new' for two configs as `to_json` gives them, locations left out."""
     flat_old, flat_new = _flatten(old), _flatten(new)
     fields = sorted((flat_old.keys() | flat_new.keys()) - set(LOCATION_FIELDS))
-    return [
-        f"{f}: {flat_old.get(f)!r} -> {flat_new.get(f)!r}" for f in fields if flat_old.get(f) != flat_new.get(f)
-    ]
+    return [f"{f}: {flat_old.get(f)!r} -> {flat_new.get(f)!r}" for f in fields if flat_old.get(f) != flat_new.get(f)]
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

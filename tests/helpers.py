@@ -3,8 +3,11 @@
 Everything here is small enough to compile in a second or two; nothing is downloaded.
 """
 
+import atexit
 import dataclasses
+import functools
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +215,19 @@ def experiment(root: Path, workdir: Path, **train: Any) -> Config:
         eval=EvalConfig(tasks=("warm", "count"), shots=2, prompt_limit=128),
         workdir=workdir,
     )
+
+
+@functools.cache
+def trained() -> Config:
+    """The config of a finished run of 24 steps, made once for all test files; leave its directory as it is."""
+    from lora_gen_jax.training.loop import train
+
+    directory = tempfile.TemporaryDirectory(prefix="lora_gen_test")
+    atexit.register(directory.cleanup)
+    root = Path(directory.name)
+    config = experiment(root, root / "run", steps=24, validate_every=12, checkpoint_every=12)
+    train(config)
+    return config
 
 
 def write_config(path: Path, config: Config) -> Path:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from lora_gen_jax.adapters.lora import dropout, group_rows, require_single
@@ -75,10 +76,18 @@ class GatedPool(struct.PyTreeNode):
         weight_K, index_K = jax.lax.top_k(gates_PE[0], self.top_k)
         return gated_product(weight_K, a[index_K], b[index_K], self.scale)
 
+    @property
+    def prompts(self) -> int:
+        """P."""
+        return self.scanned["gates"].shape[1]
+
+    def take(self, index: Any) -> "GatedPool":
+        """The adapter of the prompts that `index` (integers) names, in that order."""
+        return self.replace(scanned={**self.scanned, "gates": self.scanned["gates"][:, index]})
+
     def select(self, prompt: int) -> "GatedPool":
         """The adapter of one prompt."""
-        gates = self.scanned["gates"][:, prompt : prompt + 1]
-        return self.replace(scanned={**self.scanned, "gates": gates})
+        return self.take(np.array([prompt]))
 
 
 def gated_product(gates_E: jax.Array, a_EDR: jax.Array, b_ERF: jax.Array, scale: float) -> jax.Array:

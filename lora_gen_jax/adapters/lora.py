@@ -4,15 +4,14 @@ In: factors a [L, inputs, R] and b [L, R, outputs] by site. The cloud model's ow
 and so is one prompt's LoRA from direct generation, whose factors carry a prompt axis: a [L, P, inputs, R].
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from lora_gen_jax.errors import ConfigError
-
 
 
 def factor_a_init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -24,16 +23,17 @@ def factor_a_init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes a share `rate` of x, to the nearest 1/256, and scales up the rest; nothing without a key.
+    """Zeroes a share `rate` of x, to the nearest 1/256 below 1, and scales up the rest; nothing without a key.
 
-    One random byte an element: of the cost of dropout, which stands beside matmuls of rank 16, nearly all is
-    random bits.
+    One random byte an element, four to a random word: beside matmuls of rank 16, random bits are most of the cost.
     """
-    dropped = round(rate * 256)
+    dropped = min(round(rate * 256), 255)
     if key is None or dropped == 0:
         return x
-    keep = jax.random.bits(key, x.shape, jnp.uint8) >= jnp.uint8(dropped)
-    return jnp.where(keep, x * jnp.asarray(256 / (256 - dropped), x.dtype), jnp.zeros((), x.dtype))
+    words = jax.random.bits(key, (*x.shape[:-1], -(-x.shape[-1] // 4)), jnp.uint32)
+    bytes_ = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+    scale = jnp.asarray(256 / (256 - dropped), x.dtype)
+    return jnp.where(bytes_ >= jnp.uint8(dropped), x * scale, jnp.zeros((), x.dtype))
 
 
 class LoRA(struct.PyTreeNode):
@@ -100,9 +100,18 @@ class PromptLoRA(struct.PyTreeNode):
         require_single(a.shape[0])
         return self.scale * (a[0] @ b[0])
 
+    @property
+    def prompts(self) -> int:
+        """P."""
+        return jax.tree.leaves(self.scanned)[0].shape[1]
+
+    def take(self, index: Any) -> "PromptLoRA":
+        """The adapter of the prompts that `index` (integers) names, in that order."""
+        return self.replace(scanned=jax.tree.map(lambda x: x[:, index], self.scanned))
+
     def select(self, prompt: int) -> "PromptLoRA":
         """The adapter of one prompt."""
-        return self.replace(scanned=jax.tree.map(lambda x: x[:, prompt : prompt + 1], self.scanned))
+        return self.take(np.array([prompt]))
 
 
 def group_rows(x_BTD: jax.Array, prompts: int) -> jax.Array:

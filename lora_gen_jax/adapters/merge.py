@@ -72,5 +72,3 @@ def unmerge(params: Any, adapter: Mergeable) -> Any:
 def unmerge_donated(params: Any, adapter: Mergeable) -> Any:
     """As `unmerge`, in the memory of `params`."""
     return _donating(params, adapter, -1.0)
-
-

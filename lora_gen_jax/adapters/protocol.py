@@ -43,6 +43,19 @@ class Adapter(Protocol):
         ...
 
 
+class PerPrompt(Adapter, Protocol):
+    """An adapter that tells prompts apart; rows of a batch are grouped by prompt."""
+
+    @property
+    def prompts(self) -> int:
+        """P."""
+        ...
+
+    def take(self, index: Any) -> Self:
+        """The adapter of the prompts that `index` (integers) names, in that order."""
+        ...
+
+
 class Mergeable(Adapter, Protocol):
     """An adapter whose effect is a change of weights."""
 

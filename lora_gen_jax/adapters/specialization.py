@@ -121,7 +121,7 @@ def save_specialization(specialization: Specialization, directory: Path) -> None
         ]
     with complete_directory(directory) as temporary:
         tensors = {name: np.ascontiguousarray(value) for name, value in s.tensors.items()}
-        safetensors.numpy.save_file(tensors, temporary / TENSORS, metadata)
+        (temporary / TENSORS).write_bytes(safetensors.numpy.save(tensors, metadata))
         (temporary / PROMPT).write_text(s.prompt, encoding="utf-8")
         (temporary / READABLE).write_text(json.dumps(readable, indent=2) + "\n", encoding="utf-8")
 

@@ -71,7 +71,7 @@ class Attention(nn.Module):
         q, k, v = heads("q", c.num_heads), heads("k", c.num_kv_heads), heads("v", c.num_kv_heads)
         if context.cos_sin is not None:
             q, k = rotate(q, context.cos_sin), rotate(k, context.cos_sin)
-        if kv is not None:
+        if kv is not None and context.slot is not None:
             start = (per_layer.index, 0, context.slot, 0, 0)
             kv = tuple(
                 jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), start)
@@ -79,7 +79,7 @@ class Attention(nn.Module):
             )
             k, v = (jax.lax.dynamic_index_in_dim(x, per_layer.index, keepdims=False) for x in kv)
         mask_BTS = context.mask_BTS
-        if per_layer.windowed is not None:
+        if per_layer.windowed is not None and context.window_BTS is not None:
             mask_BTS = jnp.where(per_layer.windowed, context.window_BTS, mask_BTS)
         y = attend(q, (k, v), mask_BTS, c).reshape(B, T, c.num_heads * c.head_dim)
         return Linear(c.width, ("heads", "embed"), c.out_bias, self.dtype, name="o")(y, adapter), kv
@@ -158,7 +158,7 @@ class Decoder(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  (flax types it as an int)
             length=c.num_layers,
             unroll=self.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -215,14 +215,14 @@ class Decoder(nn.Module):
         segments = None
         if segments_BT is not None:
             segments = (segments_BT, segments_BT if cache is None else cache.segments(segments_BT))
-        windowed = any(c.windowed_layers) and c.sliding_window is not None
+        window = c.sliding_window if any(c.windowed_layers) else None
         mask = visible(positions_BT, key_BS, segments)
         at_BT = jnp.maximum(positions_BT, 0)
         if c.rope_theta is None:
             x_BTD = x_BTD + self.position_embedding(at_BT + c.learned_position_offset).astype(self.dtype)
         context = Context(
             mask_BTS=mask,
-            window_BTS=mask & within_window(positions_BT, key_BS, c.sliding_window) if windowed else None,
+            window_BTS=None if window is None else mask & within_window(positions_BT, key_BS, window),
             cos_sin=None if c.rope_theta is None else rotary_angles(c, at_BT),
             adapter=None if adapter is None else adapter.replace(scanned=None),
             slot=slot,
@@ -230,7 +230,7 @@ class Decoder(nn.Module):
         per_layer = PerLayer(
             adapter=None if adapter is None else adapter.scanned,
             index=jnp.arange(c.num_layers),
-            windowed=jnp.array(c.windowed_layers) if windowed else None,
+            windowed=None if window is None else jnp.array(c.windowed_layers),
         )
         kv = None if cache is None else (cache.k_LBSGH, cache.v_LBSGH)
         (x_BTD, kv), _ = self.layers((x_BTD, kv), per_layer, context)

@@ -50,7 +50,7 @@ def evaluate_task(edge: Model, task: Task, system: System, settings: EvalConfig,
         raise DataError(f"task {task.name} has no test documents: give it a test split")
     for document in documents:
         if not document.options:
-            raise DataError(f"task {task.name}, document {document.id}: no options; only multiple choice is scored here")
+            raise DataError(f"task {task.name}, document {document.id}: it has no options to choose from")
     prompt = task_prompt(task, settings)
     params = system.params_for(prompt)
     requests = build_requests(edge, task, documents, settings, system.reads_prompt)
@@ -104,11 +104,11 @@ def run(
 
 def common_prefix(contexts: Sequence[Sequence[int]]) -> int:
     """How many ids all contexts begin with; each keeps at least one of its own."""
-    low, high = min(contexts), max(contexts)
+    first, *others = contexts
     length = min(map(len, contexts)) - 1
-    for i in range(length):
-        if low[i] != high[i]:
-            return i
+    for other in others:
+        differing = (i for i in range(length) if first[i] != other[i])
+        length = next(differing, length)
     return length
 
 

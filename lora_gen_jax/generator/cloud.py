@@ -92,7 +92,7 @@ class CloudEncoder(nn.Module):
         count = 1 if s.shared_meta_token else self.num_meta
         meta_LC = self.param("meta_embedding", nn.initializers.normal(0.02), (count, c.width))
         decoder = Decoder(c, self.dtype, self.remat, self.unroll, parent=None)
-        x_BTC = decoder.apply({"params": frozen}, prompts.tokens_BT, method="embed")
+        x_BTC: Any = decoder.apply({"params": frozen}, prompts.tokens_BT, method="embed")
         # The learned embeddings are of the size of the model's own inputs, whatever those are scaled by.
         scale = jnp.asarray(c.embedding_scale, jnp.float32)
         own_BTC = (meta_LC * scale)[jnp.maximum(prompts.meta_BT, 0) % count].astype(self.dtype)

@@ -108,9 +108,7 @@ class LoRAGen(nn.Module):
     @nn.compact
     def __call__(self, frozen_cloud: Any, prompts: PackedPrompts, train: bool = False) -> Generated:
         s, scale = self.settings, self.settings.alpha / self.settings.rank
-        encoder = CloudEncoder(
-            self.cloud, self.edge.num_layers, s, self.dtype, self.remat, self.unroll, name="cloud"
-        )
+        encoder = CloudEncoder(self.cloud, self.edge.num_layers, s, self.dtype, self.remat, self.unroll, name="cloud")
         meta_PLC = encoder(frozen_cloud, prompts, train)
         if s.generator == "direct":
             factors = DirectHead(self.edge, s.rank, s.direct_width, name="direct")(meta_PLC)

@@ -14,11 +14,11 @@ import numpy as np
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.generator.cloud import pack_prompts
 from lora_gen_jax.generator.lora_gen import Generated, LoRAGen
-from lora_gen_jax.inference.buckets import bucket, power_of_two
+from lora_gen_jax.inference.buckets import bucket, check_tokens, power_of_two
 
 
 @partial(jax.jit, static_argnums=0)
-def _generate(generator: LoRAGen, variables: Any, frozen_cloud: Any, prompts: Any) -> Generated:
+def _generate(generator: LoRAGen, variables: Any, frozen_cloud: Any, prompts: Any) -> Any:
     return generator.apply(variables, frozen_cloud, prompts)
 
 
@@ -38,8 +38,10 @@ def specialize(
         an adapter of P prompts; ``adapter.select(p)`` is one prompt's, ready for `merge`.
 
     Raises:
-        DataError: for an empty prompt, or one longer than the limit.
+        DataError: for no prompt, an empty one, one longer than the limit, or a token id that the cloud model lacks.
     """
+    if not prompts:
+        raise DataError("there is no prompt to specialise for: give at least one")
     layers = generator.edge.num_layers
     room = generator.cloud.max_positions - layers
     limit = room if limit is None else min(limit, room)
@@ -49,20 +51,13 @@ def specialize(
                 f"prompt {i} has {len(prompt)} tokens, the limit is {limit} ({layers} meta tokens follow it):"
                 " shorten it, or give fewer shots"
             )
-    rows, length = power_of_two(len(prompts)), bucket(max(map(len, prompts), default=0) + layers)
+        check_tokens(prompt, generator.cloud.vocab_size, f"prompt {i}")
+    rows, length = power_of_two(len(prompts)), bucket(max(map(len, prompts)) + layers)
     # Rows that only fill the bucket repeat the first prompt and are cut off again.
     padded = [list(p) for p in prompts] + [list(prompts[0])] * (rows - len(prompts))
     packed = pack_prompts(padded, layers, rows, length)
-    generated = _generate(generator, variables, frozen_cloud, jax.tree.map(np.asarray, packed))
+    generated = _generate(generator, variables, frozen_cloud, packed)
     if rows == len(prompts):
         return generated
-    gates = generated.gates_PLE
-    return Generated(
-        adapter=_first(generated.adapter, len(prompts)), gates_PLE=None if gates is None else gates[: len(prompts)]
-    )
-
-
-def _first(adapter: Any, count: int) -> Any:
-    if "gates" in adapter.scanned:
-        return adapter.replace(scanned={**adapter.scanned, "gates": adapter.scanned["gates"][:, :count]})
-    return adapter.replace(scanned=jax.tree.map(lambda x: x[:, :count], adapter.scanned))
+    wanted, gates = np.arange(len(prompts)), generated.gates_PLE
+    return Generated(generated.adapter.take(wanted), None if gates is None else gates[wanted])

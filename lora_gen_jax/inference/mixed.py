@@ -6,21 +6,14 @@ a batch of B rows is one program whatever the mixture of prompts.
 
 from typing import Any
 
-import jax
 import numpy as np
 
-from lora_gen_jax.adapters.gated_pool import GatedPool
-from lora_gen_jax.adapters.lora import PromptLoRA
 from lora_gen_jax.errors import DataError
 
 
 def prompt_count(adapter: Any) -> int:
     """P: how many prompts an adapter tells apart; 1 for those that treat all rows alike, and for None."""
-    if isinstance(adapter, GatedPool):
-        return adapter.scanned["gates"].shape[1]
-    if isinstance(adapter, PromptLoRA):
-        return jax.tree.leaves(adapter.scanned)[0].shape[1]
-    return 1
+    return getattr(adapter, "prompts", 1)
 
 
 def per_row(adapter: Any, rows: int, padded: int) -> Any:
@@ -41,9 +34,7 @@ def per_row(adapter: Any, rows: int, padded: int) -> Any:
     if rows % prompts:
         raise DataError(f"{rows} rows cannot be shared evenly by the adapter's {prompts} prompts: pass as many each")
     prompt_B = np.concatenate([np.arange(rows) // (rows // prompts), np.zeros(padded - rows, np.int64)])
-    if isinstance(adapter, GatedPool):
-        return adapter.replace(scanned={**adapter.scanned, "gates": adapter.scanned["gates"][:, prompt_B]})
-    return adapter.replace(scanned=jax.tree.map(lambda x: x[:, prompt_B], adapter.scanned))
+    return adapter.take(prompt_B)
 
 
 def require_single_prompt(adapter: Any) -> None:

@@ -93,7 +93,8 @@ class Checkpoints:
     def fingerprints(self) -> dict[str, str]:
         """Of the models that the newest checkpoint was trained on."""
         items = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-        return self.manager.restore(self.latest, args=items).metadata["fingerprints"]
+        found: Any = self.manager.restore(self.latest, args=items)
+        return found.metadata["fingerprints"]
 
     def restore(self, state: TrainState) -> tuple[TrainState, Any]:
         """The newest state, in the shapes, types and shardings of `state`, and the data iterator's place.
@@ -109,7 +110,7 @@ class Checkpoints:
             data=ocp.args.JsonRestore(),
         )
         try:
-            found = self.manager.restore(step, args=items)
+            found: Any = self.manager.restore(step, args=items)
         except (ValueError, KeyError, OSError) as error:
             raise CheckpointError(
                 f"checkpoint {self.manager.directory / str(step)} cannot be restored: {error}. Delete that step's"

@@ -5,9 +5,11 @@ A run starts in this order: its own checkpoint (resume), else fresh parameters. 
 resumes; another config in the same directory is an error that shows the difference.
 """
 
+import ctypes
 import dataclasses
 import json
 import math
+import sys
 import time
 from typing import Any
 
@@ -18,9 +20,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_gen_jax.config import Config, difference, to_json
 from lora_gen_jax.data.load import load_tasks
-from lora_gen_jax.data.pipeline import Batch, GroupSampler, Shard, training_batches, validation_batches
+from lora_gen_jax.data.pipeline import Batch, GroupSampler, Shard, build_batch, training_batches, validation_batches
 from lora_gen_jax.data.tasks import Task
-from lora_gen_jax.errors import CheckpointError, LoraGenError
+from lora_gen_jax.errors import CheckpointError, ConfigError, LoraGenError
 from lora_gen_jax.models import Pair, load_pair, make_generator
 from lora_gen_jax.sharding import make_mesh, spec
 from lora_gen_jax.training.checkpoint import Checkpoints, check_models, metadata_of
@@ -66,15 +68,64 @@ def train(config: Config) -> TrainState:
     """
     # Tasks and models first: bad input must not leave a work directory behind.
     tasks = training_tasks(config)
+    keep_freed_memory()
     mesh = make_mesh()
     pair = load_pair(config, mesh)
+    check_shapes(config, pair, mesh)
     samplers = {split: make_sampler(config, pair, tasks, split) for split in ("train", "validation")}
+    for sampler in samplers.values():
+        if sampler is not None:
+            build_batch(sampler, (config.train.seed, 0), Shard(jax.process_index(), jax.process_count()))
     prepare_directory(config)
     run = set_up(config, pair, mesh, samplers)
     try:
         return loop(run)
     finally:
         run.checkpoints.close()
+
+
+def keep_freed_memory() -> None:
+    """On a CPU with glibc: memory that a step frees stays with the process for the next step.
+
+    By default the C library returns gigabytes to the system after every step and the kernel clears them page by page
+    for the next one, a third of the processor time of a step of this size.
+    """
+    if jax.default_backend() != "cpu" or not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+# Names of <malloc.h>.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def check_shapes(config: Config, pair: Pair, mesh: Mesh) -> None:
+    """Batches must divide among the devices, and every token have a position of its own.
+
+    Raises:
+        ConfigError: naming the field. A position beyond a model's table would read its last row, silently.
+    """
+    d, layers = config.data, pair.edge.config.num_layers
+    rows, devices = d.prompts_per_step // d.prompts_per_row, mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % devices:
+        raise ConfigError(
+            f"data.prompts_per_step / data.prompts_per_row = {rows} rows cannot be split evenly over {devices} devices:"
+            " choose a multiple"
+        )
+    # The other prompts of a row have a token each at least, and their meta tokens.
+    longest = d.cloud_length - (d.prompts_per_row - 1) * (layers + 1)
+    for field, tokens, model in (
+        ("data.cloud_length", longest, pair.cloud.config),
+        ("data.query_length", d.query_length, pair.edge.config),
+    ):
+        if tokens > model.max_positions:
+            raise ConfigError(
+                f"{field} lets a sequence be {tokens} tokens long, but the model has {model.max_positions} positions:"
+                f" lower {field}"
+            )
 
 
 def training_tasks(config: Config) -> list[Task]:
@@ -159,7 +210,7 @@ def loop(run: Run) -> TrainState:
         pending: _Pending | None = None
         for step in range(start + 1, t.steps + 1):
             batch = next(run.batches)
-            if t.profile and step == start + 5:
+            if t.profile and step == min(start + 5, t.steps):
                 jax.profiler.start_trace(str(config.directory / "profile"))
             run.state, metrics = run.train_step(run.state, frozen, run.place(batch))
             if pending is not None:
@@ -197,25 +248,21 @@ def _tokens(batch: Batch) -> int:
 class _Pending:
     """A step that was dispatched and whose metrics have not been looked at."""
 
-    # When the step before was finished: steps overlap with the host, so time runs from one end to the next.
-    previous_end: float | None = None
-
     def __init__(self, step: int, metrics: dict[str, jax.Array], tokens: int):
         self.step, self.metrics, self.tokens, self.began = step, metrics, tokens, time.monotonic()
 
     def finish(self, recorder: Recorder) -> None:
         """Waits for the step, checks that it is finite and records it."""
         values = {name: float(value) for name, value in jax.device_get(self.metrics).items()}
+        # Steps overlap with the host: a step's time runs from the end of the one before, if that came later.
         end = time.monotonic()
-        began = max(self.began, _Pending.previous_end or 0.0)
-        _Pending.previous_end = end
+        seconds, recorder.step_end = end - max(self.began, recorder.step_end), end
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
         if bad:
             raise TrainingDivergedError(
                 f"step {self.step}: {bad[0]} is {values[bad[0]]}. Training stopped; the last checkpoint is good. Lower"
                 " train.learning_rate, lengthen train.warmup_steps or set train.clip_norm"
             )
-        seconds = end - began
         recorder.record(self.step, values | {"tokens_per_second": self.tokens / seconds, "step_seconds": seconds})
 
 

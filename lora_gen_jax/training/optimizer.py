@@ -28,7 +28,5 @@ def decayed(params: Any) -> Any:
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Clipping by global norm if asked for, then AdamW."""
-    adamw = optax.adamw(
-        schedule(config), config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decayed
-    )
+    adamw = optax.adamw(schedule(config), config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decayed)
     return adamw if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)

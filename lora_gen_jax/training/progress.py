@@ -39,7 +39,7 @@ class Recorder:
         )
         self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.bar = self.progress.add_task("compiling", total=steps, completed=start)
-        self.began = time.monotonic()
+        self.began = self.step_end = time.monotonic()
 
     def __enter__(self) -> "Recorder":
         self.progress.start()

@@ -50,7 +50,8 @@ def init_state(
     """A fresh state; `batch` only gives shapes."""
 
     def init(frozen_cloud: Any, prompts: Any) -> TrainState:
-        keys = dict(zip(("params", "dropout", "gumbel"), jax.random.split(jax.random.key(seed), 3), strict=True))
+        params_key, dropout_key, gumbel_key = jax.random.split(jax.random.key(seed), 3)
+        keys = {"params": params_key, "dropout": dropout_key, "gumbel": gumbel_key}
         variables = generator.init(keys, frozen_cloud, prompts)
         params = variables["params"]
         stats = variables.get("batch_stats", {})
@@ -127,12 +128,13 @@ def make_train_step(generator: LoRAGen, edge: Decoder, optimizer: optax.Gradient
 
 
 def make_validation_step(generator: LoRAGen, edge: Decoder) -> Any:
-    """Jitted ``f(variables, frozen, batch) -> loss``; running statistics, no dropout. ``variables=None``: base model."""
+    """Jitted ``f(variables, frozen, batch) -> loss``; running statistics, no dropout; without variables the base."""
 
     def step_fn(variables: Any, frozen: Any, batch: Batch) -> jax.Array:
         adapter = None
         if variables is not None:
-            adapter = generator.apply(variables, frozen["cloud"], batch.prompts).adapter
+            generated: Any = generator.apply(variables, frozen["cloud"], batch.prompts)
+            adapter = generated.adapter
         return edge_loss(edge, frozen["edge"], adapter, batch, {})
 
     return jax.jit(step_fn)

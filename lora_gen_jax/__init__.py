@@ -1,0 +1,76 @@
+"""LoRA-Gen in JAX/Flax: a cloud language model reads a prompt once and specialises a small edge model.
+
+Shape letters, used as suffixes of array names everywhere:
+
+    B batch rows        P prompts           Q queries of a prompt   T tokens of a row   S cache or loss slots
+    L edge layers       C cloud width       D edge width            F edge FFN width    H router width, head size
+    E experts           R rank              K top-k                 V vocabulary        N heads, G kv heads
+
+The pieces, each usable alone:
+
+    Decoder, DecoderConfig          the language model (`lora_gen_jax.decoder`)
+    load_params, load_tokenizer     pretrained weights from Hugging Face, GGUF or a known name
+    LoRAGen, Router, ExpertPool     the generator's modules, and its equations as plain functions:
+    keep_top_k, cv_squared          equations 6 and 7, and the balance loss
+    gated_product                   equation 8
+    specialize                      prompts -> adapters
+    merge, unmerge                  adapters in and out of weights
+    generate, stream, score         inference with any weights
+"""
+
+from lora_gen_jax.adapters.gated_pool import GatedPool, gated_product
+from lora_gen_jax.adapters.lora import LoRA, PromptLoRA
+from lora_gen_jax.adapters.merge import merge, merge_donated, unmerge, unmerge_donated
+from lora_gen_jax.config import Config, DataConfig, EvalConfig, GeneratorConfig, ModelConfig, TrainConfig
+from lora_gen_jax.decoder.config import DecoderConfig
+from lora_gen_jax.decoder.model import Decoder
+from lora_gen_jax.decoder.pretrained import load_config, load_params, load_tokenizer
+from lora_gen_jax.errors import LoraGenError
+from lora_gen_jax.generator.cloud import CloudEncoder, PackedPrompts, pack_prompts
+from lora_gen_jax.generator.lora_gen import ExpertPool, Generated, LoRAGen
+from lora_gen_jax.generator.router import BatchNorm, Router, cv_squared, keep_top_k
+from lora_gen_jax.generator.specialize import specialize
+from lora_gen_jax.inference.decode import Generation, generate, stream
+from lora_gen_jax.inference.sampling import Sampling
+from lora_gen_jax.inference.scoring import Request, Score, score
+
+__all__ = [
+    "BatchNorm",
+    "CloudEncoder",
+    "Config",
+    "DataConfig",
+    "Decoder",
+    "DecoderConfig",
+    "EvalConfig",
+    "ExpertPool",
+    "GatedPool",
+    "Generated",
+    "Generation",
+    "GeneratorConfig",
+    "LoRA",
+    "LoRAGen",
+    "LoraGenError",
+    "ModelConfig",
+    "PackedPrompts",
+    "PromptLoRA",
+    "Request",
+    "Router",
+    "Sampling",
+    "Score",
+    "TrainConfig",
+    "cv_squared",
+    "gated_product",
+    "generate",
+    "keep_top_k",
+    "load_config",
+    "load_params",
+    "load_tokenizer",
+    "merge",
+    "merge_donated",
+    "pack_prompts",
+    "score",
+    "specialize",
+    "stream",
+    "unmerge",
+    "unmerge_donated",
+]

@@ -1,0 +1,258 @@
+"""Merged weights say what the side path says, for every mergeable method; the base comes back."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from helpers import EDGE, OPT, logits, random_params, token_rows
+
+from lora_gen_jax.adapters import merge as merging
+from lora_gen_jax.adapters.gated_pool import GatedPool
+from lora_gen_jax.adapters.lora import LoRA, PromptLoRA, dropout
+from lora_gen_jax.adapters.merge import merge, merge_donated, unmerge, unmerge_donated
+from lora_gen_jax.decoder.model import Decoder
+from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.models import init_params
+from lora_gen_jax.sharding import make_mesh, param_shardings
+
+E, R, P = 4, 3, 2
+# ΔW of the weights' own order, so that an error in it cannot hide; sums of a few dozen fp32 products of order 1.
+TOLERANCE = 2e-5
+
+
+def _pair(rng, lead, inputs, outputs):
+    return {
+        "a": jnp.asarray(0.4 * rng.standard_normal((*lead, inputs, R), np.float32)),
+        "b": jnp.asarray(0.4 * rng.standard_normal((*lead, R, outputs), np.float32)),
+    }
+
+
+def gated_pool(config, pool="shared", mix="products", top_k=2, gumbel=False, seed=0):
+    rng, layers = np.random.default_rng(seed), config.num_layers
+    lead = (layers, E) if pool == "per_layer" else (E,)
+    experts = {site: _pair(rng, lead, *config.site_shape(site)) for site in config.ffn_sites}
+    gates = rng.random((layers, P, E), np.float32) + np.float32(0.05)
+    if not gumbel:
+        gates = np.where(gates >= np.sort(gates)[..., -top_k, None], gates, np.float32(0))
+    gates = jnp.asarray(gates / gates.sum(-1, keepdims=True))
+    scanned = {"gates": gates, "pool": experts} if pool == "per_layer" else {"gates": gates}
+    shared = None if pool == "per_layer" else {"pool": experts}
+    return GatedPool(scanned, shared, scale=1.5, top_k=E if gumbel else top_k, mix=mix, dropout_rate=0.3)
+
+
+def prompt_lora(config, seed=0):
+    rng = np.random.default_rng(seed)
+    factors = {site: _pair(rng, (config.num_layers, P), *config.site_shape(site)) for site in config.ffn_sites}
+    return PromptLoRA(factors, scale=1.5, dropout_rate=0.3)
+
+
+def lora(config, seed=0):
+    rng = np.random.default_rng(seed)
+    sites = ("q", "v", *config.ffn_sites)
+    return LoRA({s: _pair(rng, (config.num_layers,), *config.site_shape(s)) for s in sites}, scale=1.5)
+
+
+ADAPTERS = {
+    "shared products K=2": gated_pool,
+    "shared products K=1": lambda c: gated_pool(c, top_k=1),
+    "shared products K=E": lambda c: gated_pool(c, top_k=E),
+    "shared factors K=2": lambda c: gated_pool(c, mix="factors"),
+    "per-layer products K=2": lambda c: gated_pool(c, pool="per_layer"),
+    "per-layer products K=E": lambda c: gated_pool(c, pool="per_layer", top_k=E),
+    "per-layer factors K=2": lambda c: gated_pool(c, pool="per_layer", mix="factors"),
+    "gumbel products": lambda c: gated_pool(c, gumbel=True),
+    "gumbel factors": lambda c: gated_pool(c, mix="factors", gumbel=True),
+    "direct": prompt_lora,
+    "lora": lora,
+}
+TOKENS = np.asarray(token_rows([9] * 4, EDGE.vocab_size), np.int32)
+
+
+def single(adapter, prompt=0):
+    return adapter if isinstance(adapter, LoRA) else adapter.select(prompt)
+
+
+@pytest.fixture(scope="module")
+def params_of():
+    made = {}
+    return lambda config: made.setdefault(config.family, random_params(config))
+
+
+def plain_delta(adapter, site, layer, prompt):
+    """ΔW from the equations in float64, one expert at a time."""
+    scanned, scale = adapter.scanned, adapter.scale
+    if not isinstance(adapter, GatedPool):
+        a, b = (np.asarray(scanned[site][k], np.float64)[layer] for k in ("a", "b"))
+        return scale * (a @ b if isinstance(adapter, LoRA) else a[prompt] @ b[prompt])
+    pool = scanned["pool"] if adapter.shared is None else adapter.shared["pool"]
+    a, b = (np.asarray(pool[site][k], np.float64) for k in ("a", "b"))
+    if adapter.shared is None:
+        a, b = a[layer], b[layer]
+    gates = np.asarray(scanned["gates"], np.float64)[layer, prompt]
+    if adapter.mix == "factors":
+        return scale * sum(g * x for g, x in zip(gates, a, strict=True)) @ sum(g * x for g, x in zip(gates, b, strict=True))
+    return scale * sum(g * (x @ y) for g, x, y in zip(gates, a, b, strict=True))
+
+
+# OPT has no gate: the same code for two sites instead of three.
+CASES = [(name, EDGE) for name in ADAPTERS] + [(name, OPT) for name in ("shared products K=2", "direct", "lora")]
+
+
+@pytest.mark.parametrize(("name", "config"), CASES, ids=[f"{name} {c.family}" for name, c in CASES])
+def test_the_merged_model_says_what_the_side_path_says(params_of, name, config):
+    """Rows of both prompts at once through the side path, each prompt's own merged weights on its rows."""
+    adapter, params, decoder = ADAPTERS[name](config), params_of(config), Decoder(config)
+    side = np.asarray(logits(decoder, params, TOKENS, adapter=adapter))
+    base = np.asarray(logits(decoder, params, TOKENS))
+    assert np.max(np.abs(side - base)) > 0.1
+    for prompt in range(P):
+        rows = slice(2 * prompt, 2 * prompt + 2)
+        merged = logits(decoder, merge(params, single(adapter, prompt)), TOKENS[rows])
+        np.testing.assert_allclose(merged, side[rows], atol=10 * TOLERANCE)
+
+
+@pytest.mark.parametrize(("name", "config"), CASES, ids=[f"{name} {c.family}" for name, c in CASES])
+def test_merging_adds_the_equations_delta_to_the_sites_of_the_method_alone(params_of, name, config):
+    adapter, params = ADAPTERS[name](config), params_of(config)
+    merged = merge(params, single(adapter, 1))
+    changed = {"q", "v", *config.ffn_sites} if isinstance(adapter, LoRA) else set(config.ffn_sites)
+    for group in ("attention", "ffn"):
+        for site, leaf in params["layers"][group].items():
+            new = merged["layers"][group][site]
+            if site not in changed:
+                np.testing.assert_array_equal(new["kernel"], leaf["kernel"])
+                continue
+            for layer in range(config.num_layers):
+                expected = np.asarray(leaf["kernel"][layer], np.float64) + plain_delta(adapter, site, layer, 1)
+                np.testing.assert_allclose(new["kernel"][layer], expected, atol=TOLERANCE)
+            if "bias" in leaf:
+                np.testing.assert_array_equal(new["bias"], leaf["bias"])
+    rest = [k for k in params["layers"] if k not in ("attention", "ffn")]
+    assert all(params["layers"][k] is merged["layers"][k] or jax.tree.all(jax.tree.map(
+        np.array_equal, params["layers"][k], merged["layers"][k])) for k in rest)  # fmt: skip
+
+
+def test_products_and_factors_are_different_mixtures(params_of):
+    one, other = gated_pool(EDGE), gated_pool(EDGE, mix="factors")
+    difference = plain_delta(one, "up", 0, 0) - plain_delta(other, "up", 0, 0)
+    assert np.max(np.abs(difference)) > 0.05
+
+
+@pytest.mark.parametrize("name", ["shared products K=2", "per-layer factors K=2", "direct", "lora"])
+def test_weights_stored_in_bf16_are_rounded_once_after_an_fp32_sum(params_of, name):
+    adapter = ADAPTERS[name](EDGE)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params_of(EDGE))
+    merged = merge(params, single(adapter))
+    for site in EDGE.ffn_sites:
+        kernel = np.asarray(params["layers"]["ffn"][site]["kernel"]).astype(np.float64)
+        got = np.asarray(merged["layers"]["ffn"][site]["kernel"])
+        assert got.dtype == ml_dtypes.bfloat16
+        exact = np.stack([kernel[i] + plain_delta(adapter, site, i, 0) for i in range(EDGE.num_layers)])
+        rounded = exact.astype(np.float32).astype(ml_dtypes.bfloat16)
+        # fp32 sums may fall on the other side of a rounding boundary now and then; bf16 sums would nearly always.
+        assert np.mean(got != rounded) < 2e-3
+        error = np.abs(got.astype(np.float64) - exact)
+        assert np.all(error <= np.abs(exact) * 2.0**-8 * 1.001 + 1e-6)
+
+
+@pytest.mark.parametrize("name", ["shared products K=2", "per-layer products K=2", "direct", "lora"])
+def test_the_base_stays_as_it_was_and_subtraction_returns_to_it_within_rounding(params_of, name):
+    adapter, params = single(ADAPTERS[name](EDGE)), params_of(EDGE)
+    before = jax.tree.map(lambda x: np.array(x, copy=True), params)
+    merged = merge(params, adapter)
+    jax.tree.map(np.testing.assert_array_equal, params, before)
+    back = unmerge(merged, adapter)
+    # Weights and ΔW are below 8: half a unit in the last place of fp32, twice.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=8 * 2.0**-23), back, params)
+    jax.tree.map(np.testing.assert_array_equal, params, before)
+
+
+def test_donated_merging_gives_the_same_bits_and_consumes_its_input(params_of):
+    adapter, params = single(gated_pool(EDGE)), params_of(EDGE)
+    kept = merge(params, adapter)
+    copy = jax.tree.map(jnp.copy, params)
+    donated = merge_donated(copy, adapter)
+    jax.tree.map(np.testing.assert_array_equal, donated, kept)
+    assert copy["layers"]["ffn"]["up"]["kernel"].is_deleted()
+    back = unmerge_donated(donated, adapter)
+    jax.tree.map(np.testing.assert_array_equal, back, unmerge(kept, adapter))
+
+
+@pytest.mark.parametrize("change", [merge, merge_donated, unmerge, unmerge_donated])
+@pytest.mark.parametrize("name", ["shared products K=2", "shared factors K=2", "direct"])
+def test_an_adapter_of_several_prompts_is_refused(params_of, name, change):
+    params = params_of(EDGE)
+    with pytest.raises(ConfigError, match="one prompt at a time, not for 2: select one first"):
+        change(params, ADAPTERS[name](EDGE))
+    assert not params["layers"]["ffn"]["up"]["kernel"].is_deleted()
+
+
+def test_rows_that_do_not_divide_among_the_prompts_are_refused(params_of):
+    with pytest.raises(ConfigError, match="3 rows cannot be shared evenly by 2 prompts"):
+        logits(Decoder(EDGE), params_of(EDGE), TOKENS[:3], adapter=gated_pool(EDGE))
+
+
+def test_merging_another_prompt_does_not_compile_again(params_of):
+    adapter, params = gated_pool(EDGE), params_of(EDGE)
+    merge(params, adapter.select(0))
+    count = merging._keeping._cache_size()
+    other = merge(params, adapter.select(1))
+    again = merge(params, gated_pool(EDGE, seed=5).select(0))
+    assert merging._keeping._cache_size() == count
+    assert not np.array_equal(other["layers"]["ffn"]["up"]["kernel"], again["layers"]["ffn"]["up"]["kernel"])
+
+
+@pytest.mark.parametrize("sizes", [{"data": 1, "fsdp": 2, "model": 2}, {"data": 4}])
+def test_merging_keeps_the_shardings_of_the_weights(params_of, sizes):
+    # Sizes that four devices divide.
+    config = dataclasses.replace(EDGE, family="llama, divisible", vocab_size=56)
+    mesh = make_mesh(**sizes)
+    shardings = param_shardings(mesh, lambda: init_params(Decoder(config)))
+    params = jax.device_put(params_of(config), shardings)
+    adapter = single(gated_pool(config))
+    merged = merge(params, adapter)
+    for before, after in zip(jax.tree.leaves(params), jax.tree.leaves(merged), strict=True):
+        assert after.sharding.is_equivalent_to(before.sharding, before.ndim), after.sharding
+    expected = merge(params_of(config), adapter)
+    # Matmuls split over devices may sum in another order.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=TOLERANCE), merged, expected)
+
+
+@pytest.mark.parametrize("name", ["shared products K=2", "shared factors K=2", "gumbel products", "direct", "lora"])
+def test_dropout_zeroes_a_share_of_the_adapters_input_and_keeps_its_mean(name):
+    """With a key the side path changes; averaged over many draws it is the path without."""
+    adapter = ADAPTERS[name](EDGE).replace(dropout_rate=0.25)
+    x = jnp.ones((4, 1, EDGE.width))
+    one = adapter.replace(scanned=jax.tree.map(lambda x: x[0], adapter.scanned))
+    calm = one.delta("up", x, None)
+    drawn = jax.vmap(lambda key: one.delta("up", x, key))(jax.random.split(jax.random.key(0), 4000))
+    assert np.max(np.abs(drawn[0] - calm)) > 1e-3
+    error = np.std(drawn, axis=0) / np.sqrt(4000)
+    # Four standard errors everywhere: 4 · 24 numbers.
+    assert np.all(np.abs(np.mean(drawn, axis=0) - calm) <= 4.5 * error + 1e-6)
+
+
+@pytest.mark.parametrize(("rate", "dropped"), [(0.05, 13), (0.5, 128), (0.999, 255), (0.001, 0), (0.0, 0)])
+def test_dropout_rates_are_rounded_to_256ths_and_never_reach_one(rate, dropped):
+    y = np.asarray(dropout(jnp.ones(200_000), rate, jax.random.key(0)))
+    np.testing.assert_allclose(np.unique(y)[-1], 256 / (256 - dropped), rtol=1e-6)
+    # Four standard errors of a share of 200,000 draws.
+    share = dropped / 256
+    assert abs(np.mean(y == 0) - share) <= 4 * np.sqrt(share * (1 - share) / 200_000)
+
+
+def test_sites_without_an_adapter_are_left_alone():
+    adapter = single(gated_pool(OPT))
+    assert adapter.delta("gate", jnp.ones((1, 1, 16)), None) is None
+    assert adapter.delta("q", jnp.ones((1, 1, 16)), None) is None
+
+
+def test_adapters_pass_through_boxed_initialisation_unchanged():
+    """Decoder.init accepts an adapter-free call alone; its boxed tree is what `param_shardings` reads."""
+    boxed = jax.eval_shape(lambda: init_params(Decoder(EDGE)))
+    axes = nn.get_partition_spec(boxed)["layers"]["ffn"]["up"]["kernel"]
+    assert tuple(axes) == ("layers", "embed", "mlp")

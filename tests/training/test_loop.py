@@ -1,0 +1,282 @@
+"""A training run end to end on a tiny pair: it learns, resumes bit for bit, and stops on bad input with a message."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import color_rows, experiment, trained, write_model, write_rows
+from jax.sharding import AxisType
+
+from lora_gen_jax.config import ModelConfig
+from lora_gen_jax.errors import CheckpointError, ConfigError, DataError, ModelError
+from lora_gen_jax.models import load_pair
+from lora_gen_jax.sharding import MESH_AXES
+from lora_gen_jax.training import loop
+from lora_gen_jax.training.checkpoint import Checkpoints, load_checkpoint, step_directory
+from lora_gen_jax.training.loop import TrainingDivergedError, train
+from lora_gen_jax.training.progress import Recorder
+
+
+def lines(config):
+    return [json.loads(line) for line in (config.directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(config):
+    return {line["step"]: line["loss"] for line in lines(config) if "loss" in line}
+
+
+def steps_on_disk(config):
+    return sorted(int(p.name) for p in (config.directory / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def replace(config, section, **fields):
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **fields)})
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("experiment")
+
+
+@pytest.fixture(scope="module")
+def whole(root):
+    """A run of six steps in one go: (config, last state, batches in order)."""
+    config = experiment(root, root / "whole")
+    state, batches = watched(config)
+    return config, state, batches
+
+
+def watched(config, monkeypatch=None):
+    """Trains, and notes what each training batch holds."""
+    seen, place = [], loop.Run.place
+
+    def note(self, batch):
+        seen.append(np.concatenate([batch.prompts.tokens_BT.ravel(), batch.tokens_PT.ravel()]))
+        return place(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Run, "place", note)
+        state = train(config)
+    return jax.device_get(state), seen
+
+
+def test_the_loss_falls_and_everything_is_written():
+    config = trained()
+    loss = losses(config)
+    assert sorted(loss) == list(range(1, 25))
+    assert np.mean([loss[n] for n in (22, 23, 24)]) < 0.6 * np.mean([loss[n] for n in (1, 2, 3)])
+    validated = {line["step"]: line["validation_loss"] for line in lines(config) if "validation_loss" in line}
+    assert sorted(validated) == [0, 12, 24]
+    assert validated[24] < 0.6 * validated[0]
+    for line in lines(config):
+        if "loss" in line:
+            assert {"loss", "cv", "gate_entropy", "grad_norm", "tokens_per_second", "step_seconds"} <= set(line)
+            assert all(np.isfinite(v) for v in line.values())
+    assert steps_on_disk(config) == [12, 24]
+    assert json.loads((config.directory / "config.json").read_text())["train"]["steps"] == 24
+
+
+def test_the_checkpoint_holds_the_trainable_tree_and_says_what_it_belongs_to():
+    config = trained()
+    loaded, pair = load_checkpoint(config.directory), load_pair(config)
+    assert loaded.step == 24
+    assert loaded.config == config
+    assert loaded.fingerprints == pair.fingerprints
+    assert set(loaded.variables) == {"params", "batch_stats"}
+    assert set(loaded.variables["params"]) == {"cloud", "router", "pool"}
+    one = load_checkpoint(config.directory / "checkpoints" / "12")
+    assert one.step == 12
+    assert np.any(one.variables["params"]["pool"]["up_b"] != loaded.variables["params"]["pool"]["up_b"])
+
+
+def test_running_a_finished_run_again_changes_nothing():
+    config = trained()
+    before, written = lines(config), load_checkpoint(config.directory)
+    state = train(config)
+    assert int(state.step) == 24
+    assert lines(config) == before
+    assert steps_on_disk(config) == [12, 24]
+    jax.tree.map(np.testing.assert_array_equal, load_checkpoint(config.directory).variables, written.variables)
+
+
+class _Stopped(Exception):
+    pass
+
+
+def test_an_interrupted_run_resumes_bit_for_bit(whole, root, monkeypatch):
+    """Stopped while step 5 is recorded, after the checkpoint of step 3; then the same command again."""
+    complete, state, batches = whole
+    config = experiment(root, root / "interrupted")
+    record = Recorder.record
+
+    def stop(self, step, metrics):
+        if step == 5:
+            raise _Stopped
+        record(self, step, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "record", stop)
+        with pytest.raises(_Stopped):
+            train(config)
+    assert steps_on_disk(config) == [3]
+    assert sorted(losses(config)) == [1, 2, 3, 4]
+    resumed, rest = watched(config)
+    assert int(resumed.step) == 6
+    assert jax.tree.structure(resumed) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, resumed, state)
+    assert float(resumed.batch_stats["router"]["norm"]["weight"]) > 0.4
+    # Data order: the batches of steps 4 to 6, and no other.
+    assert len(batches[-6:]) == 6
+    np.testing.assert_array_equal(rest[-3:], batches[-3:])
+    assert not np.array_equal(batches[-1], batches[-2])
+    # Each step stands in metrics.jsonl once, with the same loss.
+    assert [line["step"] for line in lines(config) if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert losses(config) == losses(complete)
+    one, other = (load_checkpoint(c.directory).variables for c in (config, complete))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_another_config_in_the_same_directory_is_refused_with_the_difference(whole):
+    config = whole[0]
+    files = sorted(p.relative_to(config.directory) for p in config.directory.rglob("*"))
+    other = replace(replace(config, "train", learning_rate=0.5), "generator", top_k=1)
+    with pytest.raises(CheckpointError, match="holds a run with another config; choose another --workdir, or undo") as e:
+        train(other)
+    shown = [line.strip() for line in str(e.value).splitlines()[1:]]
+    assert shown == ["generator.top_k: 2 -> 1", "train.learning_rate: 0.01 -> 0.5"]
+    assert files == sorted(p.relative_to(config.directory) for p in config.directory.rglob("*"))
+
+
+def test_other_weights_under_the_same_path_are_refused_on_resuming(root, tmp_path):
+    """The config is the same, the model behind it is not: the fingerprints tell."""
+    made = experiment(tmp_path, tmp_path / "run", steps=1, warmup_steps=0, validation_batches=0)
+    train(made)
+    (tmp_path / "model").rename(tmp_path / "old")
+    write_model(tmp_path / "model", seed=9)
+    with pytest.raises(CheckpointError, match=r"made for another cloud model \(fingerprint \w{16}, loaded \w{16}\)"):
+        train(made)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(root, monkeypatch):
+    config = experiment(root, root / "diverged")
+    make = loop.make_train_step
+
+    def poisoned(*args):
+        step = make(*args)
+
+        def wrapped(state, frozen, batch):
+            bad = int(state.step) == 3
+            state, metrics = step(state, frozen, batch)
+            if bad:
+                state = state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
+            return state, metrics
+
+        return wrapped
+
+    monkeypatch.setattr(loop, "make_train_step", poisoned)
+    with pytest.raises(TrainingDivergedError, match=r"step 5: loss is nan.*the last checkpoint is good.*learning_rate"):
+        train(config)
+    assert steps_on_disk(config) == [3]
+    assert sorted(losses(config)) == [1, 2, 3, 4]
+    loaded = load_checkpoint(config.directory)
+    assert loaded.step == 3
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(loaded.variables))
+
+
+def test_four_devices_train_as_one_does(whole, root, monkeypatch):
+    """`whole` ran on a mesh of four devices; the same six steps on one."""
+    _, state, _ = whole
+    config = experiment(root, root / "single")
+
+    def one_device():
+        return jax.make_mesh((1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+
+    assert jax.device_count() == 4
+    monkeypatch.setattr(loop, "make_mesh", one_device)
+    alone = jax.device_get(train(config))
+    one, other = losses(config), losses(whole[0])
+    for step in one:
+        assert one[step] == pytest.approx(other[step], rel=1e-5), step
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), alone.params, state.params)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5), alone.batch_stats, state.batch_stats)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda c: replace(c, "data", tasks=("arc_easy",), dir=c.directory / "nowhere"), DataError, "set --data.dir"),
+        (lambda c: replace(c, "data", files=(c.directory / "no.jsonl",)), DataError, r"no\.jsonl does not exist"),
+        (lambda c: replace(c, "data", tasks=("arc_esy",)), DataError, "unknown task 'arc_esy'; did you mean 'arc_easy'"),
+        (lambda c: replace(c, "data", files=()), DataError, "no task has train examples"),
+        (lambda c: replace(c, "edge", source="no/such/model"), ModelError, "no/such/model"),
+        (lambda c: replace(c, "data", cloud_length=12), DataError, r"do not fit data\.cloud_length = 12: raise it"),
+        (lambda c: replace(c, "data", source_weights=("row=2",)), ConfigError, "source_weights names 'row'"),
+        (lambda c: replace(c, "data", cloud_length=400), ConfigError, r"data\.cloud_length.*160"),
+        (lambda c: replace(c, "data", edge_length=400, query_length=200), ConfigError, r"data\.query_length.*160"),
+        (lambda c: replace(c, "data", prompts_per_step=6), ConfigError, r"data\.prompts_per_step.*4 devices"),
+    ],
+    ids=["dir", "file", "task", "no-data", "model", "room", "weights", "cloud-positions", "edge-positions", "devices"],
+)
+def test_bad_input_is_refused_before_anything_is_written(root, tmp_path, change, error, message):
+    experiment(root, root / "unused")
+    config = change(experiment(root, tmp_path / "run"))
+    with pytest.raises(error, match=message):
+        train(config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_malformed_row_is_named_by_file_and_line(root, tmp_path):
+    rows = write_rows(tmp_path / "mine.jsonl", color_rows()[:3])
+    rows.write_text(rows.read_text() + '{"system": "x", "input": "y"\n')
+    config = replace(experiment(root, tmp_path / "run"), "data", files=(rows,))
+    with pytest.raises(DataError, match=r"mine\.jsonl:4: not valid JSON"):
+        train(config)
+    assert not config.directory.exists()
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused_and_a_smaller_one_is_fine(root, tmp_path):
+    write_model(tmp_path / "big", filler=40)
+    config = dataclasses.replace(experiment(root, tmp_path / "run"), edge=ModelConfig(str(tmp_path / "big")))
+    with pytest.raises(ModelError, match=r"the tokenizer has ids up to \d+, the model's embedding only 72 rows"):
+        train(config)
+    assert not config.directory.exists()
+    encoder = load_pair(experiment(root, tmp_path / "run")).edge.encoder
+    assert len(encoder.tokenizer) < encoder.vocab_size == 72
+
+
+def test_profiling_a_run_shorter_than_the_profiled_steps_does_not_fail(root, tmp_path):
+    config = experiment(root, tmp_path / "run", steps=2, profile=True, validation_batches=0)
+    assert int(train(config).step) == 2
+
+
+def test_a_directory_without_a_checkpoint_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no checkpoint: give a run's work directory"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    import shutil
+
+    copy = tmp_path / "24"
+    shutil.copytree(step_directory(trained().directory), copy)
+    for path in (copy / "generator").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="24 is damaged or incomplete"):
+        load_checkpoint(copy)
+
+
+def test_newest_checkpoints_and_the_best_are_kept(tmp_path):
+    from lora_gen_jax.training.step import TrainState
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    state = TrainState(jnp.asarray(0), {"w": jnp.ones(2)}, {"s": jnp.ones(2)}, {"m": jnp.ones(2)})
+    # Validation losses; None where the step was not validated. The best is step 2.
+    for step, validated in ((1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, None)):
+        checkpoints.save(state.replace(step=jnp.asarray(step)), {"at": step}, {"fingerprints": {}}, validated)
+    checkpoints.close()
+    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    assert kept == [2, 4, 5]

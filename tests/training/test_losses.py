@@ -1,0 +1,66 @@
+"""The chunked cross-entropy is the plain one, in value and gradient, whatever the chunk."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_gen_jax.training.losses import chunked_cross_entropy
+
+N, D, V = 11, 6, 17
+RNG = np.random.default_rng(0)
+TABLE = jnp.asarray(RNG.standard_normal((D, V), np.float32))
+HIDDEN = jnp.asarray(2 * RNG.standard_normal((N, D), np.float32))
+TARGETS = jnp.asarray(RNG.integers(0, V, N), jnp.int32)
+WEIGHTS = jnp.asarray(RNG.random(N, np.float32)).at[3].set(0.0)
+
+
+def logits_of(table, hidden):
+    return 5.0 * jnp.tanh(hidden @ table / 5.0)
+
+
+def plain(hidden):
+    log_probabilities = jax.nn.log_softmax(logits_of(TABLE, hidden))
+    return jnp.stack([-log_probabilities[i, t] for i, t in enumerate(np.asarray(TARGETS))])
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 10, 11, 12, 1000])
+def test_value_and_gradient_are_those_of_plain_cross_entropy(chunk):
+    """Chunks smaller than N (dividing it or not), equal to it, and larger."""
+
+    def chunked(hidden):
+        return chunked_cross_entropy(logits_of, TABLE, hidden, TARGETS, chunk)
+
+    np.testing.assert_allclose(jax.jit(chunked)(HIDDEN), plain(HIDDEN), rtol=1e-5, atol=1e-5)
+    ours = jax.jit(jax.grad(lambda h: jnp.sum(chunked(h) * WEIGHTS)))(HIDDEN)
+    theirs = jax.grad(lambda h: jnp.sum(plain(h) * WEIGHTS))(HIDDEN)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert not np.any(ours[3])
+
+
+def test_the_frozen_unembedding_gets_no_gradient():
+    gradient = jax.grad(lambda t: jnp.sum(chunked_cross_entropy(logits_of, t, HIDDEN, TARGETS, 4)))(TABLE)
+    assert not np.any(gradient)
+
+
+def test_logits_of_more_than_a_chunk_never_exist():
+    """Neither forward nor backward: the largest array of the jaxpr with a vocabulary axis has `chunk` rows."""
+
+    def total(hidden):
+        return jnp.sum(chunked_cross_entropy(logits_of, TABLE, hidden, TARGETS, 4))
+
+    text = str(jax.make_jaxpr(jax.value_and_grad(total))(HIDDEN))
+    assert f"[4,{V}]" in text
+    assert f"[{N},{V}]" not in text
+    assert f"[12,{V}]" not in text
+
+
+def test_hidden_states_in_bf16_get_gradients_in_bf16():
+    hidden = HIDDEN.astype(jnp.bfloat16)
+
+    def total(hidden):
+        return jnp.sum(chunked_cross_entropy(lambda t, h: h.astype(jnp.float32) @ t, TABLE, hidden, TARGETS, 4))
+
+    loss, gradient = jax.value_and_grad(total)(hidden)
+    assert loss.dtype == jnp.float32
+    assert gradient.dtype == jnp.bfloat16

@@ -1,0 +1,241 @@
+"""One training step: which gradients flow, that they are right, and that grouping changes nothing but the cost."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import CLOUD, EDGE, SETTINGS, generator_variables, logits, perturbed, random_params
+
+from lora_gen_jax.adapters.merge import merge
+from lora_gen_jax.config import Config, DataConfig, TrainConfig
+from lora_gen_jax.data.pipeline import Group, pack_groups
+from lora_gen_jax.decoder.model import Decoder
+from lora_gen_jax.generator.lora_gen import LoRAGen
+from lora_gen_jax.generator.router import cv_squared
+from lora_gen_jax.training.optimizer import make_optimizer
+from lora_gen_jax.training.step import edge_loss, init_state, make_train_step, make_validation_step, objective
+
+DATA = DataConfig(
+    prompts_per_step=4, prompts_per_row=2, cloud_length=32, edge_length=24, response_slots=8, query_length=12
+)
+VARIANTS = {
+    "shared": SETTINGS,
+    "per_layer": dataclasses.replace(SETTINGS, pool="per_layer"),
+    "factors": dataclasses.replace(SETTINGS, mix="factors"),
+    "direct": dataclasses.replace(SETTINGS, generator="direct"),
+    "gumbel": dataclasses.replace(SETTINGS, routing="gumbel"),
+    "top_1": dataclasses.replace(SETTINGS, top_k=1),
+    "dropout": dataclasses.replace(SETTINGS, dropout=0.1),
+}
+
+
+def _groups():
+    """Four prompts with one to three queries each; answers of one to three tokens."""
+    rng, groups = np.random.default_rng(0), []
+    for lengths in ([(3, 2), (5, 1)], [(4, 3)], [(2, 1), (6, 2), (3, 3)], [(7, 2), (1, 1)]):
+        queries = [tuple(rng.integers(2, 53, n).tolist() for n in pair) for pair in lengths]
+        groups.append(Group("", (), rng.integers(2, 53, int(rng.integers(3, 10))).tolist(), queries))
+    return groups
+
+
+GROUPS = _groups()
+BATCH = pack_groups(GROUPS, DATA, EDGE.num_layers)
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    return {"cloud": random_params(CLOUD, seed=2), "edge": random_params(EDGE, seed=3)}
+
+
+@pytest.fixture(scope="module")
+def setting(frozen):
+    """(generator, config, variables with B away from zero) of a variant; made once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            config = Config(generator=VARIANTS[name], data=DATA, train=TrainConfig(steps=10, warmup_steps=1))
+            generator = LoRAGen(CLOUD, EDGE, config.generator)
+            made[name] = generator, config, generator_variables(generator, frozen["cloud"], BATCH.prompts)
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_one_gradient_reaches_every_trainable_leaf(setting, frozen, name):
+    generator, config, variables = setting(name)
+    loss_fn = objective(generator, Decoder(EDGE), config)
+    gradient_fn = jax.jit(jax.grad(loss_fn, has_aux=True))
+    gradients, _ = gradient_fn(
+        variables["params"], variables.get("batch_stats", {}), frozen, BATCH, jax.random.key(0)
+    )
+    parts = {"cloud", "direct"} if name == "direct" else {"cloud", "router", "pool"}
+    assert set(gradients) == parts
+    if "router" in parts:
+        assert set(gradients["router"]) == {"f1", "f2", "norm"}
+        assert set(gradients["router"]["norm"]) == {"scale", "bias"}
+        assert set(gradients["pool"]) == {f"{site}_{x}" for site in EDGE.ffn_sites for x in "ab"}
+    assert set(gradients["cloud"]) == {"meta_embedding", "q_a", "q_b", "v_a", "v_b"}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+        assert np.all(np.isfinite(leaf)), path
+        assert np.max(np.abs(leaf)) > 1e-7, path
+    # Every meta token, every cloud layer, and every layer's own pool takes part.
+    for leaf in (gradients["cloud"]["meta_embedding"], *(gradients["cloud"][k] for k in ("q_b", "v_b"))):
+        assert np.all(np.max(np.abs(leaf), axis=tuple(range(1, leaf.ndim))) > 1e-8)
+
+
+def test_only_the_trainable_tree_is_in_the_state(setting, frozen):
+    generator, config, variables = setting("shared")
+    state = jax.eval_shape(lambda f: init_state(generator, make_optimizer(config.train), f, BATCH, 0), frozen["cloud"])
+    assert jax.tree.structure(state.params) == jax.tree.structure(variables["params"])
+    count = sum(x.size for x in jax.tree.leaves(state.params))
+    moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
+    assert moments == 2 * count
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.params))
+
+
+def test_at_initialisation_the_model_is_the_base_and_only_b_learns(frozen, setting):
+    """B = 0: nothing changes yet, and A, gates and router get no gradient from the language-model loss."""
+    generator, config, _ = setting("shared")
+    config = dataclasses.replace(config, generator=dataclasses.replace(config.generator, cv_coefficient=0.0))
+    state = init_state(generator, make_optimizer(config.train), frozen["cloud"], BATCH, seed=0)
+    loss_fn = objective(generator, Decoder(EDGE), config)
+    gradients, (_, metrics) = jax.jit(jax.grad(loss_fn, has_aux=True))(
+        state.params, state.batch_stats, frozen, BATCH, jax.random.key(0)
+    )
+    base = jax.jit(lambda f: edge_loss(Decoder(EDGE), f, None, BATCH, {}))(frozen["edge"])
+    np.testing.assert_allclose(metrics["loss"], base, rtol=1e-6)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        assert bool(jnp.any(leaf != 0)) == (name.startswith("pool/") and name.endswith("_b")), name
+
+
+@pytest.mark.parametrize("name", ["shared", "direct", "gumbel"])
+def test_gradients_are_slopes(setting, frozen, name):
+    """Along a direction through each part, the gradient is the central difference of the objective, CV² included."""
+    generator, config, variables = setting(name)
+    # A weight that makes the balance loss count.
+    config = dataclasses.replace(config, generator=dataclasses.replace(config.generator, cv_coefficient=0.3))
+    loss_fn = objective(generator, Decoder(EDGE), config)
+    rest = (variables.get("batch_stats", {}), frozen, BATCH, jax.random.key(0))
+    value_and_grad = jax.jit(jax.value_and_grad(lambda p: loss_fn(p, *rest)[0]))
+    params = variables["params"]
+    _, gradients = value_and_grad(params)
+    h = 3e-3
+    for part in params:
+        # Half the gradient itself, half noise: a slope well above rounding, and no leaf left out.
+        along, noise = (_unit(x[part]) for x in (gradients, perturbed(jax.tree.map(jnp.zeros_like, params), 100, 1.0)))
+        direction = jax.tree.map(lambda a, b: (a + b) / 2, along, noise)
+        up, down = (
+            value_and_grad({**params, part: jax.tree.map(lambda p, d: p + sign * h * d, params[part], direction)})[0]
+            for sign in (1, -1)
+        )
+        slope = float(up - down) / (2 * h)
+        expected = _dot(gradients[part], direction)
+        # A loss of order 4 is known to 5e-7, so the slope to 1.6e-4; third derivatives add a percent.
+        assert abs(slope - expected) < 2e-4 + 0.01 * abs(expected), (part, slope, expected)
+        assert expected > 5e-3, part
+
+
+def _dot(x, y):
+    return sum(float(jnp.vdot(a, b)) for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True))
+
+
+def _unit(x):
+    norm = np.float32(_dot(x, x) ** 0.5)
+    return jax.tree.map(lambda leaf: leaf / norm, x)
+
+
+def _losses_of_plain_passes(frozen, weights_of):
+    """Cross-entropy of every answer token, each query read alone, in float64."""
+    losses = []
+    for p, group in enumerate(GROUPS):
+        for query, response in group.queries:
+            ids = np.zeros((1, 16), np.int32)
+            ids[0, : len(query) + len(response)] = query + response
+            row = np.asarray(logits(Decoder(EDGE), weights_of(p), ids), np.float64)[0]
+            for i, target in enumerate(response):
+                at = row[len(query) + i - 1]
+                losses.append(np.log(np.sum(np.exp(at - at.max()))) + at.max() - at[target])
+    return losses
+
+
+@pytest.mark.parametrize("name", ["shared", "direct"])
+def test_a_grouped_batchs_loss_is_the_mean_over_answer_tokens_of_plain_merged_forward_passes(setting, frozen, name):
+    generator, _, variables = setting(name)
+    made = jax.jit(generator.apply)(variables, frozen["cloud"], BATCH.prompts)
+    losses = _losses_of_plain_passes(frozen, lambda p: merge(frozen["edge"], made.adapter.select(p)))
+    validate = make_validation_step(generator, Decoder(EDGE))
+    np.testing.assert_allclose(validate(variables, frozen, BATCH), np.mean(losses), rtol=1e-5)
+    base = _losses_of_plain_passes(frozen, lambda p: frozen["edge"])
+    assert abs(np.mean(base) - np.mean(losses)) > 1e-3
+    np.testing.assert_allclose(validate(None, frozen, BATCH), np.mean(base), rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def loss_of(frozen):
+    return jax.jit(lambda batch: edge_loss(Decoder(EDGE), frozen["edge"], None, batch, {}))
+
+
+def test_padding_and_unused_slots_change_nothing(loss_of):
+    used = BATCH.weight_PS > 0
+    assert 0 < used.sum() < used.size
+    other = dataclasses.replace(
+        BATCH,
+        tokens_PT=np.where(BATCH.positions_PT < 0, 9, BATCH.tokens_PT),
+        segments_PT=np.where(BATCH.positions_PT < 0, 1, BATCH.segments_PT),
+        source_PS=np.where(used, BATCH.source_PS, 5),
+        target_PS=np.where(used, BATCH.target_PS, 11),
+    )
+    np.testing.assert_array_equal(loss_of(other), loss_of(BATCH))
+
+
+def test_only_answer_tokens_are_supervised():
+    """The targets are the responses, each predicted from the token before it."""
+    for p, group in enumerate(GROUPS):
+        used = BATCH.weight_PS[p] > 0
+        assert BATCH.target_PS[p][used].tolist() == [t for _, response in group.queries for t in response]
+        expected = [ids[i] for q, r in group.queries for ids in [q + r] for i in range(len(q) - 1, len(q + r) - 1)]
+        assert BATCH.tokens_PT[p][BATCH.source_PS[p][used]].tolist() == expected
+
+
+def test_queries_of_one_prompt_do_not_see_each_other(loss_of):
+    """Only the first query's answers are weighed; the other queries' tokens do not matter then."""
+    first = BATCH.segments_PT == 1
+    own = np.take_along_axis(first, BATCH.source_PS, axis=1) & (BATCH.weight_PS > 0)
+    alone = dataclasses.replace(BATCH, weight_PS=own.astype(np.float32))
+    other = dataclasses.replace(alone, tokens_PT=np.where(first, BATCH.tokens_PT, 17))
+    np.testing.assert_allclose(loss_of(other), loss_of(alone), rtol=1e-6)
+    assert abs(float(loss_of(alone)) - float(loss_of(BATCH))) > 1e-3
+
+
+def test_a_batch_without_any_weight_has_loss_zero(loss_of):
+    assert float(loss_of(dataclasses.replace(BATCH, weight_PS=np.zeros_like(BATCH.weight_PS)))) == 0
+
+
+def test_the_objective_adds_the_weighted_balance_loss(setting, frozen):
+    generator, config, variables = setting("shared")
+    args = (variables["params"], variables["batch_stats"], frozen, BATCH, jax.random.key(0))
+    total, (_, metrics) = jax.jit(objective(generator, Decoder(EDGE), config))(*args)
+    generated, _ = generator.apply(variables, frozen["cloud"], BATCH.prompts, True, mutable=["batch_stats"])
+    cv = float(cv_squared(generated.gates_PLE))
+    assert cv > 1e-3
+    np.testing.assert_allclose(metrics["cv"], cv, rtol=1e-4)
+    np.testing.assert_allclose(total, float(metrics["loss"]) + 0.01 * cv, rtol=1e-6)
+
+
+def test_a_step_updates_state_and_statistics_and_no_frozen_weight(setting, frozen):
+    generator, config, variables = setting("dropout")
+    optimizer = make_optimizer(config.train)
+    state = init_state(generator, optimizer, frozen["cloud"], BATCH, seed=0)
+    before = jax.tree.map(lambda x: np.array(x, copy=True), (state.params, frozen))
+    step = make_train_step(generator, Decoder(EDGE), optimizer, config)
+    state, metrics = step(state, frozen, BATCH)
+    assert int(state.step) == 1
+    assert float(state.batch_stats["router"]["norm"]["weight"]) == pytest.approx(0.1)
+    assert float(metrics["answer_tokens"]) == sum(len(r) for g in GROUPS for _, r in g.queries)
+    assert np.any(np.asarray(state.params["pool"]["up_b"]) != before[0]["pool"]["up_b"])
+    jax.tree.map(np.testing.assert_array_equal, frozen, before[1])
