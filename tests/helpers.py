@@ -20,7 +20,6 @@ from lora_gen_jax.config import Config, DataConfig, EvalConfig, GeneratorConfig,
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.generator.cloud import PackedPrompts, pack_prompts
-from lora_gen_jax.generator.lora_gen import LoRAGen
 
 EDGE = DecoderConfig(
     family="llama",
@@ -55,20 +54,31 @@ SETTINGS = GeneratorConfig(
 )
 
 
-def perturbed(tree: Any, seed: int, scale: float = 0.15) -> Any:
-    """The tree plus normal noise in every leaf: biases, norms and LoRA's B then do something."""
+def noise_like(tree: Any, seed: int) -> Any:
+    """Standard normal noise in the tree's shapes."""
     leaves, treedef = jax.tree.flatten(tree)
     rng = np.random.default_rng(seed)
-    return jax.tree.unflatten(
-        treedef, [jnp.asarray(np.asarray(x) + scale * rng.standard_normal(x.shape, np.float32)) for x in leaves]
-    )
+    return jax.tree.unflatten(treedef, [jnp.asarray(rng.standard_normal(x.shape, np.float32)) for x in leaves])
+
+
+def filled(shapes: Any, seed: int) -> Any:
+    """Parameters of these shapes, large enough for everything to matter: LoRA's B, biases and norms included."""
+
+    def scaled(path: Any, x: jax.Array) -> jax.Array:
+        name = str(path[-1].key)
+        if name == "scale":
+            return 1 + 0.15 * x
+        if x.ndim < 2 or name.endswith(("embedding", "_b")):
+            return 0.15 * x
+        return x * np.float32(x.shape[-2] ** -0.5)
+
+    return jax.tree_util.tree_map_with_path(scaled, noise_like(shapes, seed))
 
 
 def random_params(config: DecoderConfig, seed: int = 0) -> Any:
-    """Decoder weights large enough for tokens to matter."""
-    decoder = Decoder(config)
-    init = jax.jit(lambda key: nn.unbox(decoder.init(key, jnp.zeros((1, 2), jnp.int32)))["params"])
-    return perturbed(init(jax.random.key(seed)), seed)
+    """Decoder weights; made without compiling the initialisers."""
+    shapes = jax.eval_shape(lambda key: Decoder(config).init(key, jnp.zeros((1, 2), jnp.int32)), jax.random.key(0))
+    return filled(nn.unbox(shapes)["params"], seed)
 
 
 @jax.jit(static_argnums=0)
@@ -99,17 +109,19 @@ def prompts_of(lengths: list[int], rows: int, length: int, num_meta: int = EDGE.
     return pack_prompts(token_rows(lengths, CLOUD.vocab_size, seed=1), num_meta, rows, length)
 
 
-def generator_variables(generator: LoRAGen, frozen_cloud: Any, prompts: PackedPrompts, seed: int = 0) -> Any:
-    """Fresh variables with B perturbed: at B = 0 the gradients of A, gates and router are exactly zero."""
+def generator_variables(generator: nn.Module, frozen_cloud: Any, prompts: PackedPrompts, seed: int = 0) -> Any:
+    """Variables with B away from zero: at B = 0 the gradients of A, gates and router are exactly zero."""
     keys = dict(zip(("params", "dropout", "gumbel"), jax.random.split(jax.random.key(seed), 3), strict=True))
-    variables = jax.jit(generator.init)(keys, frozen_cloud, prompts)
-    return {**variables, "params": perturbed(variables["params"], seed, 0.1)}
+    shapes = jax.eval_shape(generator.init, keys, frozen_cloud, prompts)
+    stats = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.get("batch_stats", {}))
+    return {"params": filled(shapes["params"], seed)} | ({"batch_stats": stats} if stats else {})
 
 
-WORDS = (
-    "red green blue sun moon star cat dog bird fish apple pear stone water is are was color of the a an what which "
-    "answer question kind say name one two three four five six yes no maybe hot cold big small fast slow tree"
-).split()
+_TEXT = """
+    red green blue sun moon star cat dog bird fish apple pear stone water is are was color of the a an what which
+    answer question kind say name one two three four five six yes no maybe hot cold big small fast slow tree
+"""
+WORDS = _TEXT.split()
 
 
 def write_tokenizer(directory: Path, extra: int = 0) -> int:

@@ -126,7 +126,10 @@ HEAD = "from lora_gen_jax.config import Config, GeneratorConfig\n"
         ("import no_such_module\n", "failed: ModuleNotFoundError: No module named 'no_such_module'"),
         ("def get_config(:\n", "failed: SyntaxError"),
         (HEAD + "def get_config():\n    return Config(colour=1)\n", "failed: TypeError: .*'colour'"),
-        (HEAD + "def get_config():\n    return Config(generator=GeneratorConfig(topk=1))\n", "failed: TypeError: .*'topk'"),
+        (
+            HEAD + "def get_config():\n    return Config(generator=GeneratorConfig(topk=1))\n",
+            "failed: TypeError: .*'topk'",
+        ),
     ],
 )
 def test_a_config_file_that_does_not_work_is_named(tmp_path, text, message):

@@ -122,7 +122,7 @@ def save_specialization(specialization: Specialization, directory: Path) -> None
     with complete_directory(directory) as temporary:
         tensors = {name: np.ascontiguousarray(value) for name, value in s.tensors.items()}
         (temporary / TENSORS).write_bytes(safetensors.numpy.save(tensors, metadata))
-        (temporary / PROMPT).write_text(s.prompt, encoding="utf-8")
+        (temporary / PROMPT).write_bytes(s.prompt.encode())
         (temporary / READABLE).write_text(json.dumps(readable, indent=2) + "\n", encoding="utf-8")
 
 
@@ -142,9 +142,10 @@ def load_specialization(directory: Path) -> Specialization:
         return Specialization(
             tensors=tensors,
             fingerprints={name: metadata[name] for name in ("cloud", "edge", "pool")},
-            prompt=(directory / PROMPT).read_text(encoding="utf-8"),
+            # Bytes: read as text, a carriage return would become a line feed.
+            prompt=(directory / PROMPT).read_bytes().decode(),
             checkpoint=readable["checkpoint"],
             versions=readable["versions"],
         )
-    except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"specialisation {directory} is damaged: {error}") from error

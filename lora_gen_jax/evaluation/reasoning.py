@@ -45,12 +45,7 @@ def evaluate_task(edge: Model, task: Task, system: System, settings: EvalConfig,
     Raises:
         DataError: when the task has nothing to score, or a document is not multiple choice.
     """
-    documents = list(task.test[: settings.limit])
-    if not documents:
-        raise DataError(f"task {task.name} has no test documents: give it a test split")
-    for document in documents:
-        if not document.options:
-            raise DataError(f"task {task.name}, document {document.id}: it has no options to choose from")
+    documents = scored_documents(task, settings)
     prompt = task_prompt(task, settings)
     params = system.params_for(prompt)
     requests = build_requests(edge, task, documents, settings, system.reads_prompt)
@@ -60,6 +55,21 @@ def evaluate_task(edge: Model, task: Task, system: System, settings: EvalConfig,
     result["context_tokens"] = round(statistics.fmean(counts), 1)
     result["latency_ms"] = latency(edge, params, requests[:LATENCY_DOCUMENTS], settings)
     return result
+
+
+def scored_documents(task: Task, settings: EvalConfig) -> list[Example]:
+    """The test documents that are scored.
+
+    Raises:
+        DataError: when there are none, or one is not multiple choice.
+    """
+    documents = list(task.test[: settings.limit])
+    if not documents:
+        raise DataError(f"task {task.name} has no test documents: give it a test split")
+    for document in documents:
+        if not document.options:
+            raise DataError(f"task {task.name}, document {document.id}: it has no options to choose from")
+    return documents
 
 
 def task_prompt(task: Task, settings: EvalConfig) -> str | None:

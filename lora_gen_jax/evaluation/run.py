@@ -23,7 +23,7 @@ from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.reasoning import REASONING_TASKS
 from lora_gen_jax.data.tasks import Task
 from lora_gen_jax.errors import ConfigError
-from lora_gen_jax.evaluation.reasoning import System, evaluate_task, summary
+from lora_gen_jax.evaluation.reasoning import System, evaluate_task, scored_documents, summary
 from lora_gen_jax.files import check_output, complete_directory
 from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.models import Pair, load_pair, make_generator
@@ -41,12 +41,16 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path) -> dict[str, An
             anything is scored.
     """
     check_output(out)
+    if not config.eval.methods:
+        raise ConfigError(f"eval.methods is empty; name some of {', '.join(METHODS)}")
     for method in config.eval.methods:
         if method not in METHODS:
             raise ConfigError(f"eval.methods has {method!r}; the methods are {', '.join(METHODS)}")
     names = config.eval.tasks or tuple(REASONING_TASKS)
     loaded = load_checkpoint(checkpoint or config.directory) if "lora_gen" in config.eval.methods else None
     tasks = load_tasks(names, config.data.dir, config.data.tfds_dir, config.data.files)
+    for name in names:
+        scored_documents(tasks[name], config.eval)
     pair = load_pair(config)
     systems = {method: make_system(method, pair, loaded, config) for method in config.eval.methods}
     results: dict[str, Any] = {

@@ -58,11 +58,9 @@ def lora(config, seed=0):
 
 ADAPTERS = {
     "shared products K=2": gated_pool,
-    "shared products K=1": lambda c: gated_pool(c, top_k=1),
     "shared products K=E": lambda c: gated_pool(c, top_k=E),
     "shared factors K=2": lambda c: gated_pool(c, mix="factors"),
     "per-layer products K=2": lambda c: gated_pool(c, pool="per_layer"),
-    "per-layer products K=E": lambda c: gated_pool(c, pool="per_layer", top_k=E),
     "per-layer factors K=2": lambda c: gated_pool(c, pool="per_layer", mix="factors"),
     "gumbel products": lambda c: gated_pool(c, gumbel=True),
     "gumbel factors": lambda c: gated_pool(c, mix="factors", gumbel=True),
@@ -94,12 +92,12 @@ def plain_delta(adapter, site, layer, prompt):
         a, b = a[layer], b[layer]
     gates = np.asarray(scanned["gates"], np.float64)[layer, prompt]
     if adapter.mix == "factors":
-        return scale * sum(g * x for g, x in zip(gates, a, strict=True)) @ sum(g * x for g, x in zip(gates, b, strict=True))
+        return scale * np.tensordot(gates, a, axes=1) @ np.tensordot(gates, b, axes=1)
     return scale * sum(g * (x @ y) for g, x, y in zip(gates, a, b, strict=True))
 
 
 # OPT has no gate: the same code for two sites instead of three.
-CASES = [(name, EDGE) for name in ADAPTERS] + [(name, OPT) for name in ("shared products K=2", "direct", "lora")]
+CASES = [(name, EDGE) for name in ADAPTERS] + [(name, OPT) for name in ("shared products K=2", "lora")]
 
 
 @pytest.mark.parametrize(("name", "config"), CASES, ids=[f"{name} {c.family}" for name, c in CASES])
@@ -142,7 +140,7 @@ def test_products_and_factors_are_different_mixtures(params_of):
     assert np.max(np.abs(difference)) > 0.05
 
 
-@pytest.mark.parametrize("name", ["shared products K=2", "per-layer factors K=2", "direct", "lora"])
+@pytest.mark.parametrize("name", ["shared products K=2", "per-layer factors K=2", "lora"])
 def test_weights_stored_in_bf16_are_rounded_once_after_an_fp32_sum(params_of, name):
     adapter = ADAPTERS[name](EDGE)
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params_of(EDGE))
@@ -159,7 +157,7 @@ def test_weights_stored_in_bf16_are_rounded_once_after_an_fp32_sum(params_of, na
         assert np.all(error <= np.abs(exact) * 2.0**-8 * 1.001 + 1e-6)
 
 
-@pytest.mark.parametrize("name", ["shared products K=2", "per-layer products K=2", "direct", "lora"])
+@pytest.mark.parametrize("name", ["shared products K=2", "per-layer products K=2", "direct"])
 def test_the_base_stays_as_it_was_and_subtraction_returns_to_it_within_rounding(params_of, name):
     adapter, params = single(ADAPTERS[name](EDGE)), params_of(EDGE)
     before = jax.tree.map(lambda x: np.array(x, copy=True), params)
@@ -222,7 +220,7 @@ def test_merging_keeps_the_shardings_of_the_weights(params_of, sizes):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=TOLERANCE), merged, expected)
 
 
-@pytest.mark.parametrize("name", ["shared products K=2", "shared factors K=2", "gumbel products", "direct", "lora"])
+@pytest.mark.parametrize("name", ["shared products K=2", "gumbel products", "direct"])
 def test_dropout_zeroes_a_share_of_the_adapters_input_and_keeps_its_mean(name):
     """With a key the side path changes; averaged over many draws it is the path without."""
     adapter = ADAPTERS[name](EDGE).replace(dropout_rate=0.25)

@@ -125,9 +125,7 @@ def test_packing_places_prompts_and_meta_slots_by_hand():
     np.testing.assert_array_equal(packed.tokens_BT, [[5, 6, 0, 0, 7, 0, 0, 0, 0], [8, 9, 4, 0, 0, 3, 0, 0, 0]])
     np.testing.assert_array_equal(packed.positions_BT, [[0, 1, 2, 3, 0, 1, 2, -1, -1], [0, 1, 2, 3, 4, 0, 1, 2, -1]])
     np.testing.assert_array_equal(packed.segments_BT, [[1, 1, 1, 1, 2, 2, 2, 0, 0], [1, 1, 1, 1, 1, 2, 2, 2, 0]])
-    np.testing.assert_array_equal(
-        packed.meta_BT, [[-1, -1, 0, 1, -1, 0, 1, -1, -1], [-1, -1, -1, 0, 1, -1, 0, 1, -1]]
-    )
+    np.testing.assert_array_equal(packed.meta_BT, [[-1, -1, 0, 1, -1, 0, 1, -1, -1], [-1, -1, -1, 0, 1, -1, 0, 1, -1]])
     np.testing.assert_array_equal(packed.slots_BML, [[[2, 3], [5, 6]], [[3, 4], [6, 7]]])
 
 

@@ -24,7 +24,10 @@ def _variables(router, meta, seed=0):
     """Parameters with a BatchNorm that scales and shifts."""
     variables = router.init(jax.random.key(seed), meta)
     rng = np.random.default_rng(seed)
-    norm = {"scale": jnp.asarray(1 + rng.random(E), jnp.float32), "bias": jnp.asarray(rng.standard_normal(E), jnp.float32)}
+    norm = {
+        "scale": jnp.asarray(1 + rng.random(E), jnp.float32),
+        "bias": jnp.asarray(rng.standard_normal(E), jnp.float32),
+    }
     return {**variables, "params": {**variables["params"], "norm": norm}}
 
 
@@ -166,9 +169,7 @@ def test_a_large_mean_does_not_swallow_a_small_variance():
     assert abs(float(np.std(y)) - float(np.std(expected))) < 1e-3
 
 
-@given(
-    hnp.arrays(np.float32, (2, 3, 5), elements=st.floats(-20, 20, width=32)), st.integers(min_value=1, max_value=5)
-)
+@given(hnp.arrays(np.float32, (2, 3, 5), elements=st.floats(-20, 20, width=32)), st.integers(min_value=1, max_value=5))
 @settings(max_examples=60, deadline=None)
 def test_every_row_keeps_exactly_k_gates_that_sum_to_one(logits, k):
     probabilities = jax.nn.softmax(jnp.asarray(logits), axis=-1)
@@ -204,8 +205,10 @@ def test_one_kept_expert_keeps_its_probability_and_teaches_the_router():
 
 
 def _plain_cv(gates):
-    importance = [sum(float(gates[b][l][e]) for b in range(len(gates)) for l in range(len(gates[0])))
-                  for e in range(len(gates[0][0]))]  # fmt: skip
+    importance = [
+        sum(float(gates[b][layer][e]) for b in range(len(gates)) for layer in range(len(gates[0])))
+        for e in range(len(gates[0][0]))
+    ]
     mean = sum(importance) / len(importance)
     return sum((x - mean) ** 2 for x in importance) / (len(importance) - 1) / (mean**2 + 1e-10)
 

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import re
+import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +20,7 @@ from lora_gen_jax.sharding import MESH_AXES
 from lora_gen_jax.training import loop
 from lora_gen_jax.training.checkpoint import Checkpoints, load_checkpoint, step_directory
 from lora_gen_jax.training.loop import TrainingDivergedError, train
-from lora_gen_jax.training.progress import Recorder
+from lora_gen_jax.training.step import TrainState
 
 
 def lines(config):
@@ -49,7 +52,7 @@ def whole(root):
     return config, state, batches
 
 
-def watched(config, monkeypatch=None):
+def watched(config):
     """Trains, and notes what each training batch holds."""
     seen, place = [], loop.Run.place
 
@@ -102,35 +105,56 @@ def test_running_a_finished_run_again_changes_nothing():
     jax.tree.map(np.testing.assert_array_equal, load_checkpoint(config.directory).variables, written.variables)
 
 
-class _Stopped(Exception):
-    pass
+def poisoned(make, after):
+    """A `make_train_step` whose step number `after` leaves NaN in the parameters, so that the next loss is NaN."""
+
+    def made(*args):
+        step = make(*args)
+
+        def wrapped(state, frozen, batch):
+            bad = int(state.step) + 1 == after
+            state, metrics = step(state, frozen, batch)
+            return (state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params)) if bad else state), metrics
+
+        return wrapped
+
+    return made
 
 
-def test_an_interrupted_run_resumes_bit_for_bit(whole, root, monkeypatch):
-    """Stopped while step 5 is recorded, after the checkpoint of step 3; then the same command again."""
-    complete, state, batches = whole
-    config = experiment(root, root / "interrupted")
-    record = Recorder.record
-
-    def stop(self, step, metrics):
-        if step == 5:
-            raise _Stopped
-        record(self, step, metrics)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Recorder, "record", stop)
-        with pytest.raises(_Stopped):
+@pytest.fixture(scope="module")
+def diverged(root):
+    """The same run as `whole`, ended by a loss that is not finite at step 5: (config, the error)."""
+    config = experiment(root, root / "diverged")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_train_step", poisoned(loop.make_train_step, after=4))
+        with pytest.raises(TrainingDivergedError) as error:
             train(config)
+    return config, error.value
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(diverged):
+    config, error = diverged
+    assert re.search(r"step 5: loss is nan.*the last checkpoint is good.*train\.learning_rate", str(error))
     assert steps_on_disk(config) == [3]
     assert sorted(losses(config)) == [1, 2, 3, 4]
+    loaded = load_checkpoint(config.directory)
+    assert loaded.step == 3
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(loaded.variables))
+
+
+def test_a_stopped_run_resumes_bit_for_bit(whole, diverged):
+    """It had got to step 5, and goes on from the checkpoint of step 3."""
+    complete, state, batches = whole
+    config, _ = diverged
     resumed, rest = watched(config)
     assert int(resumed.step) == 6
     assert jax.tree.structure(resumed) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, resumed, state)
-    assert float(resumed.batch_stats["router"]["norm"]["weight"]) > 0.4
+    # 1 - 0.9⁶: the running statistics are of six batches.
+    assert float(resumed.batch_stats["router"]["norm"]["weight"]) == pytest.approx(1 - 0.9**6, rel=1e-5)
     # Data order: the batches of steps 4 to 6, and no other.
-    assert len(batches[-6:]) == 6
-    np.testing.assert_array_equal(rest[-3:], batches[-3:])
+    np.testing.assert_array_equal(rest, batches[-3:])
+    assert len(batches) == 6
     assert not np.array_equal(batches[-1], batches[-2])
     # Each step stands in metrics.jsonl once, with the same loss.
     assert [line["step"] for line in lines(config) if "loss" in line] == [1, 2, 3, 4, 5, 6]
@@ -143,47 +167,27 @@ def test_another_config_in_the_same_directory_is_refused_with_the_difference(who
     config = whole[0]
     files = sorted(p.relative_to(config.directory) for p in config.directory.rglob("*"))
     other = replace(replace(config, "train", learning_rate=0.5), "generator", top_k=1)
-    with pytest.raises(CheckpointError, match="holds a run with another config; choose another --workdir, or undo") as e:
+    with pytest.raises(
+        CheckpointError, match="holds a run with another config; choose another --workdir, or undo"
+    ) as e:
         train(other)
     shown = [line.strip() for line in str(e.value).splitlines()[1:]]
     assert shown == ["generator.top_k: 2 -> 1", "train.learning_rate: 0.01 -> 0.5"]
     assert files == sorted(p.relative_to(config.directory) for p in config.directory.rglob("*"))
 
 
-def test_other_weights_under_the_same_path_are_refused_on_resuming(root, tmp_path):
+def test_other_weights_under_the_same_path_are_refused_on_resuming(whole, root):
     """The config is the same, the model behind it is not: the fingerprints tell."""
-    made = experiment(tmp_path, tmp_path / "run", steps=1, warmup_steps=0, validation_batches=0)
-    train(made)
-    (tmp_path / "model").rename(tmp_path / "old")
-    write_model(tmp_path / "model", seed=9)
-    with pytest.raises(CheckpointError, match=r"made for another cloud model \(fingerprint \w{16}, loaded \w{16}\)"):
-        train(made)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(root, monkeypatch):
-    config = experiment(root, root / "diverged")
-    make = loop.make_train_step
-
-    def poisoned(*args):
-        step = make(*args)
-
-        def wrapped(state, frozen, batch):
-            bad = int(state.step) == 3
-            state, metrics = step(state, frozen, batch)
-            if bad:
-                state = state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
-            return state, metrics
-
-        return wrapped
-
-    monkeypatch.setattr(loop, "make_train_step", poisoned)
-    with pytest.raises(TrainingDivergedError, match=r"step 5: loss is nan.*the last checkpoint is good.*learning_rate"):
-        train(config)
-    assert steps_on_disk(config) == [3]
-    assert sorted(losses(config)) == [1, 2, 3, 4]
-    loaded = load_checkpoint(config.directory)
-    assert loaded.step == 3
-    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(loaded.variables))
+    (root / "model").rename(root / "old")
+    try:
+        write_model(root / "model", seed=9)
+        with pytest.raises(
+            CheckpointError, match=r"made for another cloud model \(fingerprint \w{16}, loaded \w{16}\)"
+        ):
+            train(whole[0])
+    finally:
+        shutil.rmtree(root / "model")
+        (root / "old").rename(root / "model")
 
 
 def test_four_devices_train_as_one_does(whole, root, monkeypatch):
@@ -201,7 +205,9 @@ def test_four_devices_train_as_one_does(whole, root, monkeypatch):
     for step in one:
         assert one[step] == pytest.approx(other[step], rel=1e-5), step
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), alone.params, state.params)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5), alone.batch_stats, state.batch_stats)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5), alone.batch_stats, state.batch_stats
+    )
 
 
 @pytest.mark.parametrize(
@@ -209,7 +215,11 @@ def test_four_devices_train_as_one_does(whole, root, monkeypatch):
     [
         (lambda c: replace(c, "data", tasks=("arc_easy",), dir=c.directory / "nowhere"), DataError, "set --data.dir"),
         (lambda c: replace(c, "data", files=(c.directory / "no.jsonl",)), DataError, r"no\.jsonl does not exist"),
-        (lambda c: replace(c, "data", tasks=("arc_esy",)), DataError, "unknown task 'arc_esy'; did you mean 'arc_easy'"),
+        (
+            lambda c: replace(c, "data", tasks=("arc_esy",)),
+            DataError,
+            "unknown task 'arc_esy'; did you mean 'arc_easy'",
+        ),
         (lambda c: replace(c, "data", files=()), DataError, "no task has train examples"),
         (lambda c: replace(c, "edge", source="no/such/model"), ModelError, "no/such/model"),
         (lambda c: replace(c, "data", cloud_length=12), DataError, r"do not fit data\.cloud_length = 12: raise it"),
@@ -247,9 +257,36 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused_and_a_smaller_one_is_f
     assert len(encoder.tokenizer) < encoder.vocab_size == 72
 
 
-def test_profiling_a_run_shorter_than_the_profiled_steps_does_not_fail(root, tmp_path):
-    config = experiment(root, tmp_path / "run", steps=2, profile=True, validation_batches=0)
-    assert int(train(config).step) == 2
+@pytest.mark.parametrize(("steps", "traced"), [(1, (1, 1)), (3, (3, 3)), (5, (5, 5)), (6, (5, 6)), (12, (5, 8))])
+def test_profiling_traces_steps_5_to_8_or_the_last_of_a_shorter_run(tmp_path, monkeypatch, steps, traced):
+    """The loop alone, with steps that compute nothing."""
+    config = experiment(tmp_path, tmp_path / "run", steps=steps, warmup_steps=0, profile=True)
+    config.directory.mkdir(parents=True)
+    done, calls = [], []
+
+    def step(state, frozen, batch):
+        done.append(1)
+        return state, {"loss": jnp.ones(()), "grad_norm": jnp.ones(())}
+
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda path: calls.append(("start", len(done) + 1)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(("stop", len(done))))
+    monkeypatch.setattr(loop, "_tokens", lambda batch: 1)
+    state = TrainState(jnp.zeros((), jnp.int32), {}, {}, {})
+    quiet = SimpleNamespace(save=lambda *args: None)
+    pair = SimpleNamespace(frozen=None, fingerprints={})
+    fields = {"config": config, "pair": pair, "mesh": None, "state": state, "train_step": step, "validate": None}
+    run = loop.Run(**fields, batches=_Endless(), held_out=[], checkpoints=quiet)
+    monkeypatch.setattr(loop.Run, "place", lambda self, batch: batch)
+    loop.loop(run)
+    assert calls == [("start", traced[0]), ("stop", traced[1])]
+
+
+class _Endless:
+    def __next__(self):
+        return None
+
+    def get_state(self):
+        return {}
 
 
 def test_a_directory_without_a_checkpoint_is_named(tmp_path):
@@ -258,8 +295,6 @@ def test_a_directory_without_a_checkpoint_is_named(tmp_path):
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
-    import shutil
-
     copy = tmp_path / "24"
     shutil.copytree(step_directory(trained().directory), copy)
     for path in (copy / "generator").rglob("*"):
@@ -270,8 +305,6 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 
 
 def test_newest_checkpoints_and_the_best_are_kept(tmp_path):
-    from lora_gen_jax.training.step import TrainState
-
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
     state = TrainState(jnp.asarray(0), {"w": jnp.ones(2)}, {"s": jnp.ones(2)}, {"m": jnp.ones(2)})
     # Validation losses; None where the step was not validated. The best is step 2.

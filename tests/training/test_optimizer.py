@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CLOUD, EDGE, SETTINGS
+from helpers import CLOUD, EDGE, SETTINGS, prompts_of
 
 from lora_gen_jax.config import TrainConfig
+from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.generator.lora_gen import LoRAGen
 from lora_gen_jax.models import init_params
-from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.training.optimizer import decayed, make_optimizer, schedule
-from helpers import prompts_of
 
 
 def expected_rate(n, peak, warmup, steps):
@@ -63,7 +62,8 @@ def test_updates_are_adamws():
     for n in range(1, 4):
         gradients = {k: rng.standard_normal(v.shape) for k, v in params.items()}
         with jax.numpy_dtype_promotion("standard"):
-            updates, state = optimizer.update({k: jnp.asarray(g, jnp.float32) for k, g in gradients.items()}, state, ours)
+            given = {k: jnp.asarray(g, jnp.float32) for k, g in gradients.items()}
+            updates, state = optimizer.update(given, state, ours)
         ours = {k: ours[k] + updates[k] for k in ours}
         for k, g in gradients.items():
             first[k] = 0.8 * first[k] + 0.2 * g

@@ -1,12 +1,14 @@
 """One training step: which gradients flow, that they are right, and that grouping changes nothing but the cost."""
 
 import dataclasses
+from functools import partial
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CLOUD, EDGE, SETTINGS, generator_variables, logits, perturbed, random_params
+from helpers import CLOUD, EDGE, generator_variables, logits, noise_like, random_params
 
 from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.config import Config, DataConfig, TrainConfig
@@ -20,14 +22,13 @@ from lora_gen_jax.training.step import edge_loss, init_state, make_train_step, m
 DATA = DataConfig(
     prompts_per_step=4, prompts_per_row=2, cloud_length=32, edge_length=24, response_slots=8, query_length=12
 )
+# A weight that makes the balance loss count.
+SETTINGS = dataclasses.replace(helpers.SETTINGS, cv_coefficient=0.3)
 VARIANTS = {
     "shared": SETTINGS,
     "per_layer": dataclasses.replace(SETTINGS, pool="per_layer"),
-    "factors": dataclasses.replace(SETTINGS, mix="factors"),
     "direct": dataclasses.replace(SETTINGS, generator="direct"),
     "gumbel": dataclasses.replace(SETTINGS, routing="gumbel"),
-    "top_1": dataclasses.replace(SETTINGS, top_k=1),
-    "dropout": dataclasses.replace(SETTINGS, dropout=0.1),
 }
 
 
@@ -64,14 +65,25 @@ def setting(frozen):
     return get
 
 
+@pytest.fixture(scope="module")
+def gradient_fn(setting, frozen):
+    """A variant's jitted ``params -> ((objective, (batch_stats, metrics)), gradients)``; compiled once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            generator, config, variables = setting(name)
+            loss_fn = objective(generator, Decoder(EDGE), config)
+            rest = (variables.get("batch_stats", {}), frozen, BATCH, jax.random.key(0))
+            made[name] = jax.jit(jax.value_and_grad(lambda params: loss_fn(params, *rest), has_aux=True))
+        return made[name]
+
+    return get
+
+
 @pytest.mark.parametrize("name", list(VARIANTS))
-def test_one_gradient_reaches_every_trainable_leaf(setting, frozen, name):
-    generator, config, variables = setting(name)
-    loss_fn = objective(generator, Decoder(EDGE), config)
-    gradient_fn = jax.jit(jax.grad(loss_fn, has_aux=True))
-    gradients, _ = gradient_fn(
-        variables["params"], variables.get("batch_stats", {}), frozen, BATCH, jax.random.key(0)
-    )
+def test_one_gradient_reaches_every_trainable_leaf(setting, gradient_fn, name):
+    _, gradients = gradient_fn(name)(setting(name)[2]["params"])
     parts = {"cloud", "direct"} if name == "direct" else {"cloud", "router", "pool"}
     assert set(gradients) == parts
     if "router" in parts:
@@ -97,47 +109,47 @@ def test_only_the_trainable_tree_is_in_the_state(setting, frozen):
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.params))
 
 
-def test_at_initialisation_the_model_is_the_base_and_only_b_learns(frozen, setting):
-    """B = 0: nothing changes yet, and A, gates and router get no gradient from the language-model loss."""
-    generator, config, _ = setting("shared")
-    config = dataclasses.replace(config, generator=dataclasses.replace(config.generator, cv_coefficient=0.0))
-    state = init_state(generator, make_optimizer(config.train), frozen["cloud"], BATCH, seed=0)
-    loss_fn = objective(generator, Decoder(EDGE), config)
-    gradients, (_, metrics) = jax.jit(jax.grad(loss_fn, has_aux=True))(
-        state.params, state.batch_stats, frozen, BATCH, jax.random.key(0)
-    )
+def test_with_b_at_zero_the_model_is_the_base_and_of_the_pool_only_b_learns(setting, gradient_fn, frozen):
+    params = setting("shared")[2]["params"]
+    zeroed = {k: x * (not k.endswith("_b")) for k, x in params["pool"].items()}
+    (_, (_, metrics)), gradients = gradient_fn("shared")({**params, "pool": zeroed})
     base = jax.jit(lambda f: edge_loss(Decoder(EDGE), f, None, BATCH, {}))(frozen["edge"])
     np.testing.assert_allclose(metrics["loss"], base, rtol=1e-6)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        assert bool(jnp.any(leaf != 0)) == (name.startswith("pool/") and name.endswith("_b")), name
+    for name, leaf in gradients["pool"].items():
+        assert bool(jnp.any(leaf != 0)) == name.endswith("_b"), name
 
 
-@pytest.mark.parametrize("name", ["shared", "direct", "gumbel"])
-def test_gradients_are_slopes(setting, frozen, name):
+def test_a_fresh_state_has_b_at_zero_and_no_statistics(frozen, setting):
+    generator, config, _ = setting("shared")
+    state = init_state(generator, make_optimizer(config.train), frozen["cloud"], BATCH, seed=0)
+    for name, leaf in {**state.params["pool"], **state.params["cloud"]}.items():
+        assert bool(jnp.any(leaf != 0)) == (not name.endswith("_b")), name
+    assert not any(np.any(x) for x in jax.tree.leaves(state.batch_stats))
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_gradients_are_slopes(setting, gradient_fn, name):
     """Along a direction through each part, the gradient is the central difference of the objective, CV² included."""
-    generator, config, variables = setting(name)
-    # A weight that makes the balance loss count.
-    config = dataclasses.replace(config, generator=dataclasses.replace(config.generator, cv_coefficient=0.3))
-    loss_fn = objective(generator, Decoder(EDGE), config)
-    rest = (variables.get("batch_stats", {}), frozen, BATCH, jax.random.key(0))
-    value_and_grad = jax.jit(jax.value_and_grad(lambda p: loss_fn(p, *rest)[0]))
-    params = variables["params"]
+    params, value_and_grad = setting(name)[2]["params"], gradient_fn(name)
     _, gradients = value_and_grad(params)
     h = 3e-3
     for part in params:
         # Half the gradient itself, half noise: a slope well above rounding, and no leaf left out.
-        along, noise = (_unit(x[part]) for x in (gradients, perturbed(jax.tree.map(jnp.zeros_like, params), 100, 1.0)))
+        along, noise = (_unit(x[part]) for x in (gradients, noise_like(params, 100)))
         direction = jax.tree.map(lambda a, b: (a + b) / 2, along, noise)
         up, down = (
-            value_and_grad({**params, part: jax.tree.map(lambda p, d: p + sign * h * d, params[part], direction)})[0]
-            for sign in (1, -1)
+            value_and_grad({**params, part: jax.tree.map(partial(_moved, step), params[part], direction)})[0][0]
+            for step in (h, -h)
         )
         slope = float(up - down) / (2 * h)
         expected = _dot(gradients[part], direction)
         # A loss of order 4 is known to 5e-7, so the slope to 1.6e-4; third derivatives add a percent.
         assert abs(slope - expected) < 2e-4 + 0.01 * abs(expected), (part, slope, expected)
         assert expected > 5e-3, part
+
+
+def _moved(step, x, direction):
+    return x + step * direction
 
 
 def _dot(x, y):
@@ -216,19 +228,18 @@ def test_a_batch_without_any_weight_has_loss_zero(loss_of):
     assert float(loss_of(dataclasses.replace(BATCH, weight_PS=np.zeros_like(BATCH.weight_PS)))) == 0
 
 
-def test_the_objective_adds_the_weighted_balance_loss(setting, frozen):
-    generator, config, variables = setting("shared")
-    args = (variables["params"], variables["batch_stats"], frozen, BATCH, jax.random.key(0))
-    total, (_, metrics) = jax.jit(objective(generator, Decoder(EDGE), config))(*args)
+def test_the_objective_adds_the_weighted_balance_loss(setting, gradient_fn, frozen):
+    generator, _, variables = setting("shared")
+    (total, (_, metrics)), _ = gradient_fn("shared")(variables["params"])
     generated, _ = generator.apply(variables, frozen["cloud"], BATCH.prompts, True, mutable=["batch_stats"])
     cv = float(cv_squared(generated.gates_PLE))
     assert cv > 1e-3
     np.testing.assert_allclose(metrics["cv"], cv, rtol=1e-4)
-    np.testing.assert_allclose(total, float(metrics["loss"]) + 0.01 * cv, rtol=1e-6)
+    np.testing.assert_allclose(total, float(metrics["loss"]) + 0.3 * cv, rtol=1e-6)
 
 
 def test_a_step_updates_state_and_statistics_and_no_frozen_weight(setting, frozen):
-    generator, config, variables = setting("dropout")
+    generator, config, _ = setting("shared")
     optimizer = make_optimizer(config.train)
     state = init_state(generator, optimizer, frozen["cloud"], BATCH, seed=0)
     before = jax.tree.map(lambda x: np.array(x, copy=True), (state.params, frozen))

@@ -1,0 +1,268 @@
+"""The command line on a tiny trained pair: specialise and generate; bad input ends with one line and status 2."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import color_rows, experiment, trained, write_config, write_model, write_rows
+
+from lora_gen_jax.cli import eval_main, main, next_directory, train_main
+
+PROMPT = "say the color of the sun\n\nwhat kind is the star ?\nred"
+QUESTION = "what kind is the moon ?\n"
+
+
+@pytest.fixture(scope="module")
+def special(tmp_path_factory):
+    """A specialisation of the trained pair."""
+    out = tmp_path_factory.mktemp("special") / "warm"
+    main(["specialize", "--checkpoint", str(trained().directory), "--prompt", PROMPT, "--out", str(out)])
+    return out
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    """(config, its file) of a run that has not started; the model is a copy that a test may damage."""
+    source = trained().directory.parent
+    shutil.copytree(source / "model", tmp_path / "in" / "model")
+    shutil.copy(source / "rows.jsonl", tmp_path / "in" / "rows.jsonl")
+    config = experiment(tmp_path / "in", tmp_path / "run")
+    return config, write_config(tmp_path / "tiny.py", config)
+
+
+def refused(capsys, command, args):
+    """What a command that ends with status 2 says on standard error."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        command([str(a) for a in args])
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    return err
+
+
+def test_specialise_then_generate_answers_as_the_task_asks(special, capsys):
+    assert {p.name for p in special.iterdir()} == {"specialization.safetensors", "prompt.txt", "specialization.json"}
+    assert (special / "prompt.txt").read_text() == PROMPT
+    readable = json.loads((special / "specialization.json").read_text())
+    assert len(readable["gates"]) == 2
+    assert readable["checkpoint"] == str(trained().directory / "checkpoints" / "24")
+    capsys.readouterr()
+    main(["generate", "--specialization", str(special), "--input", QUESTION, "--max-new-tokens", "4"])
+    assert capsys.readouterr().out.split() == ["red"]
+    main(["generate", "--specialization", str(special), "--input", QUESTION, "--max-new-tokens", "4", "--base"])
+    assert capsys.readouterr().out.split()[:1] != ["red"]
+
+
+def test_another_prompt_specialises_for_another_task(capsys, tmp_path):
+    (tmp_path / "prompt.txt").write_text("say one two three\n\nwhat kind is the star ?\ntwo")
+    out = tmp_path / "count"
+    prompt = f"@{tmp_path / 'prompt.txt'}"
+    main(["specialize", "--checkpoint", str(trained().directory), "--prompt", prompt, "--out", str(out)])
+    assert "bytes" in capsys.readouterr().err
+    (tmp_path / "question.txt").write_text(QUESTION)
+    question = f"@{tmp_path / 'question.txt'}"
+    main(["generate", "--specialization", str(out), "--input", question, "--max-new-tokens", "4"])
+    assert capsys.readouterr().out.split() == ["two"]
+
+
+def test_generate_streams_as_many_tokens_as_asked_and_draws_by_its_seed(special, capsys):
+    def answer(*flags):
+        main(["generate", "--specialization", str(special), "--input", "cold tree", "--max-new-tokens", "6", *flags])
+        return capsys.readouterr().out
+
+    hot = ("--base", "--temperature", "3.0", "--seed")
+    assert answer(*hot, "1") == answer(*hot, "1")
+    assert len({answer(*hot, str(seed)) for seed in range(4)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--prompt", " "], ["--prompt is empty", "@FILE"]),
+        (["--prompt", "@no/such.txt"], ["--prompt names the file no/such.txt, which cannot be read"]),
+        (["--prompt", "red " * 200], ["200 tokens, the limit is 128", "shorten it"]),
+        (["--checkpoint", "no/such"], ["no/such holds no checkpoint"]),
+        (["--cloud", "no/such/model"], ["no/such/model"]),
+        (["--promt", "x"], ["--promt", "--prompt"]),
+    ],
+    ids=["empty", "file", "long", "checkpoint", "model", "misspelt"],
+)
+def test_specialise_refuses_bad_input_and_writes_nothing(capsys, tmp_path, flags, words):
+    defaults = {"--checkpoint": str(trained().directory), "--prompt": PROMPT, "--out": str(tmp_path / "out")}
+    defaults |= dict(zip(flags[::2], flags[1::2], strict=True))
+    err = refused(capsys, main, ["specialize", *(x for pair in defaults.items() for x in pair)])
+    for word in words:
+        assert word in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_file_that_is_no_text_is_refused(capsys, tmp_path):
+    (tmp_path / "p.txt").write_bytes(b"\xff\xfe\x00")
+    args = ["--checkpoint", trained().directory, "--prompt", f"@{tmp_path / 'p.txt'}", "--out", tmp_path / "out"]
+    assert "it is not UTF-8 text" in refused(capsys, main, ["specialize", *args])
+
+
+def test_an_existing_output_is_refused_before_any_model_is_read(capsys, tmp_path):
+    (tmp_path / "mine").write_text("x")
+    args = ["--checkpoint", "no/such", "--prompt", PROMPT, "--out", tmp_path]
+    assert "exists already: choose another --out" in refused(capsys, main, ["specialize", *args])
+
+
+def test_a_checkpoint_of_another_base_model_is_refused(capsys, tmp_path):
+    write_model(tmp_path / "other", seed=5)
+    args = ["--checkpoint", trained().directory, "--prompt", PROMPT, "--out", tmp_path / "out"]
+    err = refused(capsys, main, ["specialize", *args, "--cloud", tmp_path / "other"])
+    assert "was made for another cloud model" in err
+    assert "cloud.source" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_specialisation_refuses_another_edge_model_another_pool_and_a_lost_checkpoint(capsys, special, tmp_path):
+    write_model(tmp_path / "other", seed=5)
+    args = ["generate", "--specialization", special, "--input", QUESTION]
+    err = refused(capsys, main, [*args, "--edge", tmp_path / "other"])
+    assert "was made for another edge model" in err
+    earlier = trained().directory / "checkpoints" / "12"
+    err = refused(capsys, main, [*args, "--checkpoint", earlier])
+    assert "made with another expert pool" in err
+    assert "--checkpoint" in err
+    lost = Path(shutil.copytree(special, tmp_path / "lost"))
+    readable = json.loads((lost / "specialization.json").read_text()) | {"checkpoint": "gone/24"}
+    (lost / "specialization.json").write_text(json.dumps(readable))
+    err = refused(capsys, main, ["generate", "--specialization", lost, "--input", QUESTION])
+    for words in ("--checkpoint was given", "(gone/24) is gone", "no shipped generator"):
+        assert words in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--input", ""], "--input is empty"),
+        (["--temperature", "-1"], "temperature"),
+        (["--top-p", "0"], "top_p"),
+        (["--max-new-tokens", "0"], "max_new_tokens=0"),
+        (["--max-new-tokens", "500"], "lower max_new_tokens"),
+        (["--specialization", "no/such"], "no/such is no specialisation"),
+        (["--chat", ""], "chat template"),
+    ],
+)
+def test_generate_refuses_bad_input(capsys, special, flags, words):
+    defaults = {"--specialization": str(special), "--input": QUESTION} | dict(zip(flags[::2], flags[1::2], strict=True))
+    args = [x for pair in defaults.items() for x in pair if x or pair[0] == "--input"]
+    assert words in refused(capsys, main, ["generate", *args])
+
+
+def test_unknown_commands_name_the_nearest(capsys):
+    assert "unknown command 'specialise'; did you mean specialize?" in refused(capsys, main, ["specialise"])
+    assert "usage: lora-gen COMMAND" in refused(capsys, main, ["xyz"])
+    main([])
+    assert "lora-gen COMMAND --help" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--generator.top_kk", "3"], ["--generator.top-k"]),
+        (["--generator.top-k", "9"], ["generator.top_k is 9; at most generator.num_experts = 4"]),
+        (["--generator.top-k", "two"], ["top-k", "two"]),
+        (["--generator.routing", "softmax"], ["keep_top_k", "gumbel"]),
+        (
+            ["--data.tasks", "arc_easy", "--data.dir", "no/such"],
+            ["data directory no/such does not exist", "--data.dir"],
+        ),
+        (["--data.tasks", "wam"], ["unknown task 'wam'; did you mean 'warm'"]),
+        (["--edge.source", "nowhere"], ["model 'nowhere' is no directory, .gguf file, known name"]),
+    ],
+)
+def test_training_refuses_bad_flags_and_leaves_no_directory(capsys, config_file, flags, words):
+    config, path = config_file
+    err = " ".join(refused(capsys, train_main, [path, *flags]).replace("│", " ").split())
+    for word in words:
+        assert word in err
+    assert not config.directory.exists()
+
+
+def test_training_refuses_damaged_inputs_and_leaves_no_directory(capsys, config_file):
+    config, path = config_file
+    root = path.parent / "in"
+    write_rows(root / "rows.jsonl", [*color_rows(), {"system": "x", "input": 3, "output": "y"}])
+    assert f'{root / "rows.jsonl"}:21: "input" must be text' in refused(capsys, train_main, [path])
+    write_rows(root / "rows.jsonl", color_rows())
+    weights = root / "model" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert f"{weights} is truncated" in refused(capsys, train_main, [path])
+    weights.write_bytes(whole)
+    settings = json.loads((root / "model" / "config.json").read_text())
+    (root / "model" / "config.json").write_text(json.dumps({**settings, "model_type": "mamba"}))
+    assert "model_type 'mamba' is not supported" in refused(capsys, train_main, [path])
+    assert not config.directory.exists()
+
+
+def test_training_needs_a_config_file(capsys):
+    assert "name a config file first" in refused(capsys, train_main, [])
+    assert "config file no.py does not exist" in refused(capsys, train_main, ["no.py"])
+
+
+def test_another_config_in_a_finished_runs_directory_is_refused_by_the_command(capsys, tmp_path):
+    path = write_config(tmp_path / "tiny.py", trained())
+    err = refused(capsys, train_main, [path, "--train.seed", "4"])
+    assert "holds a run with another config" in err
+    assert "train.seed: 0 -> 4" in err
+
+
+def test_eval_writes_results_and_its_flags_override_the_config(capsys, tmp_path):
+    path = write_config(tmp_path / "tiny.py", trained())
+    flags = ["--tasks", "warm", "--methods", "base,lora_gen", "--limit=2", "--shots", "1", "--out", tmp_path / "out"]
+    eval_main([str(x) for x in [path, *flags, "--eval.batch-tokens", "64"]])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(results["methods"]) == ["base", "lora_gen"]
+    assert list(results["methods"]["base"]["tasks"]) == ["warm"]
+    assert results["methods"]["base"]["tasks"]["warm"]["n"] == 2
+    assert (results["config"]["eval"]["shots"], results["config"]["eval"]["batch_tokens"]) == (1, 64)
+    out, err = capsys.readouterr()
+    assert "acc %" in out
+    assert str(tmp_path / "out" / "results.json") in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--methods", "base,mixlora"], "eval.methods has 'mixlora'; the methods are base, icl, lora_gen"),
+        (["--methods", ""], "eval.methods"),
+        (["--tasks", "wam"], "unknown task 'wam'; did you mean 'warm'"),
+        (["--limit", "0"], "eval.limit is 0"),
+        (["--shots", "-1"], "eval.shots is -1"),
+        (["--limit", "many"], "many"),
+        (["--checkpoint", "no/such"], "no/such holds no checkpoint"),
+        (["--eval.shotz", "2"], "--eval.shots"),
+    ],
+)
+def test_eval_refuses_bad_flags_and_writes_nothing(capsys, tmp_path, flags, words):
+    config = dataclasses.replace(trained(), workdir=tmp_path / "run")
+    path = write_config(tmp_path / "tiny.py", config)
+    args = [path, "--checkpoint", trained().directory, "--out", tmp_path / "out", *flags]
+    assert words in refused(capsys, eval_main, args)
+    assert {p.name for p in tmp_path.iterdir()} == {"tiny.py"}
+
+
+def test_the_next_directory_is_the_first_that_does_not_exist(tmp_path):
+    assert next_directory(tmp_path, "eval").name == "eval-1"
+    for n in (1, 2, 4):
+        (tmp_path / f"eval-{n}").mkdir()
+    assert next_directory(tmp_path, "eval").name == "eval-3"
+
+
+def test_the_trained_gates_differ_between_the_tasks(special, tmp_path):
+    """The router has not collapsed to one answer for every prompt."""
+    from lora_gen_jax.adapters.specialization import load_specialization
+
+    out = tmp_path / "count"
+    main(["specialize", "--checkpoint", str(trained().directory), "--prompt", "say one two three", "--out", str(out)])
+    one, other = (load_specialization(path).tensors for path in (special, out))
+    assert any(np.any(one[k] != other[k]) for k in one)
