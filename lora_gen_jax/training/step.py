@@ -121,7 +121,7 @@ def make_train_step(generator: LoRAGen, edge: Decoder, optimizer: optax.Gradient
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-        metrics |= {"grad_norm": optax.global_norm(gradients), "answer_tokens": jnp.sum(batch.weight_PS)}
+        metrics |= {"grad_norm": optax.tree.norm(gradients), "answer_tokens": jnp.sum(batch.weight_PS)}
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
     return jax.jit(step_fn, donate_argnums=0)

@@ -111,7 +111,7 @@ def test_only_the_trainable_tree_is_in_the_state(setting, frozen):
 
 def test_with_b_at_zero_the_model_is_the_base_and_of_the_pool_only_b_learns(setting, gradient_fn, frozen):
     params = setting("shared")[2]["params"]
-    zeroed = {k: x * (not k.endswith("_b")) for k, x in params["pool"].items()}
+    zeroed = {k: jnp.zeros_like(x) if k.endswith("_b") else x for k, x in params["pool"].items()}
     (_, (_, metrics)), gradients = gradient_fn("shared")({**params, "pool": zeroed})
     base = jax.jit(lambda f: edge_loss(Decoder(EDGE), f, None, BATCH, {}))(frozen["edge"])
     np.testing.assert_allclose(metrics["loss"], base, rtol=1e-6)
