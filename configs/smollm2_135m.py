@@ -14,7 +14,7 @@ def get_config() -> Config:
         data=DataConfig(
             prompts_per_step=8,
             prompts_per_row=2,
-            cloud_length=384,
+            cloud_length=320,
             edge_length=256,
             queries_per_prompt=8,
             response_slots=64,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from lora_gen_jax.adapters.lora import dropout, group_rows, require_single
+from lora_gen_jax.adapters.lora import dropout, group_rows, require_prompt, require_single
 
 
 class GatedPool(struct.PyTreeNode):
@@ -86,8 +86,12 @@ class GatedPool(struct.PyTreeNode):
         return self.replace(scanned={**self.scanned, "gates": self.scanned["gates"][:, index]})
 
     def select(self, prompt: int) -> "GatedPool":
-        """The adapter of one prompt."""
-        return self.take(np.array([prompt]))
+        """The adapter of one prompt.
+
+        Raises:
+            ConfigError: when there is no such prompt.
+        """
+        return self.take(np.array([require_prompt(prompt, self.prompts)]))
 
 
 def gated_product(gates_E: jax.Array, a_EDR: jax.Array, b_ERF: jax.Array, scale: float) -> jax.Array:

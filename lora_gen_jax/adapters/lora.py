@@ -110,8 +110,12 @@ class PromptLoRA(struct.PyTreeNode):
         return self.replace(scanned=jax.tree.map(lambda x: x[:, index], self.scanned))
 
     def select(self, prompt: int) -> "PromptLoRA":
-        """The adapter of one prompt."""
-        return self.take(np.array([prompt]))
+        """The adapter of one prompt.
+
+        Raises:
+            ConfigError: when there is no such prompt.
+        """
+        return self.take(np.array([require_prompt(prompt, self.prompts)]))
 
 
 def group_rows(x_BTD: jax.Array, prompts: int) -> jax.Array:
@@ -133,3 +137,14 @@ def require_single(prompts: int) -> None:
     """
     if prompts != 1:
         raise ConfigError(f"weights can be merged for one prompt at a time, not for {prompts}: select one first")
+
+
+def require_prompt(prompt: int, prompts: int) -> int:
+    """`prompt` itself, when the adapter has it (JAX would silently give none, or the last).
+
+    Raises:
+        ConfigError: when it has not.
+    """
+    if not 0 <= prompt < prompts:
+        raise ConfigError(f"prompt {prompt} is not among the adapter's {prompts}: use 0 to {prompts - 1}")
+    return prompt

@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import grain
@@ -203,7 +204,8 @@ def loop(run: Run) -> TrainState:
     """Steps until the last; metrics of a step are fetched while the next one runs."""
     config, t = run.config, run.config.train
     start, frozen = int(run.state.step), run.pair.frozen
-    with Recorder(config.directory, start, t.steps) as recorder:
+    # A trace that a failing step leaves open is closed, and so written, by the stack.
+    with Recorder(config.directory, start, t.steps) as recorder, ExitStack() as trace:
         announce(run, recorder, start)
         if start == 0:
             _validate(run, recorder, 0)
@@ -212,13 +214,14 @@ def loop(run: Run) -> TrainState:
             batch = next(run.batches)
             if t.profile and step == min(start + 5, t.steps):
                 jax.profiler.start_trace(str(config.directory / "profile"))
+                trace.callback(jax.profiler.stop_trace)
             run.state, metrics = run.train_step(run.state, frozen, run.place(batch))
             if pending is not None:
                 pending.finish(recorder)
             pending = _Pending(step, metrics, _tokens(batch))
             if t.profile and step == min(start + 8, t.steps):
                 jax.block_until_ready(metrics)
-                jax.profiler.stop_trace()
+                trace.close()
             last = step == t.steps
             if last or step % t.checkpoint_every == 0 or step % t.validate_every == 0:
                 # Nothing is validated or saved before this step's loss is known to be finite.

@@ -189,6 +189,13 @@ def test_an_adapter_of_several_prompts_is_refused(params_of, name, change):
     assert not params["layers"]["ffn"]["up"]["kernel"].is_deleted()
 
 
+@pytest.mark.parametrize("name", ["shared products K=2", "direct"])
+@pytest.mark.parametrize("prompt", [-1, 2])
+def test_a_prompt_that_the_adapter_lacks_is_refused(name, prompt):
+    with pytest.raises(ConfigError, match=f"prompt {prompt} is not among the adapter's 2: use 0 to 1"):
+        ADAPTERS[name](EDGE).select(prompt)
+
+
 def test_rows_that_do_not_divide_among_the_prompts_are_refused(params_of):
     with pytest.raises(ConfigError, match="3 rows cannot be shared evenly by 2 prompts"):
         logits(Decoder(EDGE), params_of(EDGE), TOKENS[:3], adapter=gated_pool(EDGE))

@@ -271,11 +271,26 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused_and_a_smaller_one_is_f
 @pytest.mark.parametrize(("steps", "traced"), [(1, (1, 1)), (3, (3, 3)), (5, (5, 5)), (6, (5, 6)), (12, (5, 8))])
 def test_profiling_traces_steps_5_to_8_or_the_last_of_a_shorter_run(tmp_path, monkeypatch, steps, traced):
     """The loop alone, with steps that compute nothing."""
+    run, calls = profiled_run(tmp_path, monkeypatch, steps, fails_at=None)
+    loop.loop(run)
+    assert calls == [("start", traced[0]), ("stop", traced[1])]
+
+
+def test_a_step_that_fails_leaves_no_trace_open(tmp_path, monkeypatch):
+    run, calls = profiled_run(tmp_path, monkeypatch, 12, fails_at=6)
+    with pytest.raises(FloatingPointError):
+        loop.loop(run)
+    assert calls == [("start", 5), ("stop", 5)]
+
+
+def profiled_run(tmp_path, monkeypatch, steps, fails_at):
     config = experiment(tmp_path, tmp_path / "run", steps=steps, warmup_steps=0, profile=True)
     config.directory.mkdir(parents=True)
     done, calls = [], []
 
     def step(state, frozen, batch):
+        if len(done) + 1 == fails_at:
+            raise FloatingPointError
         done.append(1)
         return state, {"loss": jnp.ones(()), "grad_norm": jnp.ones(())}
 
@@ -288,8 +303,7 @@ def test_profiling_traces_steps_5_to_8_or_the_last_of_a_shorter_run(tmp_path, mo
     fields = {"config": config, "pair": pair, "mesh": None, "state": state, "train_step": step, "validate": None}
     run = loop.Run(**fields, batches=_Endless(), held_out=[], checkpoints=quiet)
     monkeypatch.setattr(loop.Run, "place", lambda self, batch: batch)
-    loop.loop(run)
-    assert calls == [("start", traced[0]), ("stop", traced[1])]
+    return run, calls
 
 
 class _Endless:
