@@ -14,7 +14,8 @@ from typing import Annotated, Any, NoReturn
 
 import tyro
 
-from lora_gen_jax.config import Config, ModelConfig, config_from_args
+from lora_gen_jax.config import Config, ModelConfig
+from lora_gen_jax.config_file import config_from_args
 from lora_gen_jax.errors import CheckpointError, LoraGenError
 
 
@@ -166,7 +167,7 @@ def eval_config(arguments: list[str]) -> tuple[Config, EvalFlags]:
     for name in ("limit", "shots"):
         if getattr(flags, name) is not None:
             updates[name] = getattr(flags, name)
-    from lora_gen_jax.config import check
+    from lora_gen_jax.config_check import check
 
     return check(dataclasses.replace(config, eval=dataclasses.replace(config.eval, **updates))), flags
 

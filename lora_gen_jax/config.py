@@ -1,18 +1,8 @@
-"""What an experiment is: frozen dataclasses, their cross-field checks, and how a config file becomes one.
-
-In: a Python file with ``get_config()`` and command-line flags that override any field
-(``--train.steps 10``). Out: a checked `Config`. Paper values are the defaults (its Table 10).
-"""
+"""What an experiment is: frozen dataclasses. The paper's values (its Table 10) are the defaults."""
 
 import dataclasses
-import importlib.util
-import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
-
-from lora_gen_jax.errors import ConfigError
+from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +13,7 @@ class ModelConfig:
         source: a known name (smollm2-135m), a Hugging Face directory, a .gguf file or a hub id.
         dtype: of weights and activations; "auto" is bfloat16 on an accelerator and float32 on a CPU.
         remat: what the backward pass keeps of each layer: none (everything), dots (matmul results), full (nothing).
-        unroll: layers per iteration of the scan over layers; must divide nothing, larger compiles longer.
+        unroll: layers per iteration of the scan over layers; more compile longer.
     """
 
     source: str = "smollm2-135m"
@@ -197,166 +187,3 @@ class Config:
     def directory(self) -> Path:
         """Everything the run writes."""
         return self.workdir if self.workdir is not None else Path("runs") / self.name
-
-
-def check(config: Config) -> Config:
-    """The config itself, when its fields fit together.
-
-    Raises:
-        ConfigError: naming the field and the remedy.
-    """
-    g, d, t = config.generator, config.data, config.train
-    positive = {
-        "generator.num_experts": g.num_experts,
-        "generator.top_k": g.top_k,
-        "generator.rank": g.rank,
-        "generator.direct_width": g.direct_width,
-        "generator.router_width": 1 if g.router_width is None else g.router_width,
-        "data.prompts_per_step": d.prompts_per_step,
-        "data.prompts_per_row": d.prompts_per_row,
-        "data.cloud_length": d.cloud_length,
-        "data.edge_length": d.edge_length,
-        "data.queries_per_prompt": d.queries_per_prompt,
-        "data.response_slots": d.response_slots,
-        "data.query_length": d.query_length,
-        "train.steps": t.steps,
-        "train.validate_every": t.validate_every,
-        "train.checkpoint_every": t.checkpoint_every,
-        "train.keep_checkpoints": t.keep_checkpoints,
-        "cloud.unroll": config.cloud.unroll,
-        "edge.unroll": config.edge.unroll,
-        "eval.batch_tokens": config.eval.batch_tokens,
-        "eval.prompt_limit": config.eval.prompt_limit,
-    }
-    for field, value in positive.items():
-        if value < 1:
-            raise ConfigError(f"{field} is {value}; it must be at least 1")
-    rules = [
-        (g.top_k <= g.num_experts, f"generator.top_k is {g.top_k}; at most generator.num_experts = {g.num_experts}"),
-        (0 <= g.dropout < 1, f"generator.dropout is {g.dropout}; it must lie in [0, 1)"),
-        (g.cloud_rank >= 0, f"generator.cloud_rank is {g.cloud_rank}; it must be 0 or more"),
-        (g.cv_coefficient >= 0, f"generator.cv_coefficient is {g.cv_coefficient}; it must be 0 or more"),
-        (
-            g.gumbel_temperature > 0,
-            f"generator.gumbel_temperature is {g.gumbel_temperature}; it must be positive",
-        ),
-        (
-            d.prompts_per_step % d.prompts_per_row == 0,
-            f"data.prompts_per_row = {d.prompts_per_row} must divide data.prompts_per_step = {d.prompts_per_step}",
-        ),
-        (
-            0 <= d.min_shots <= d.max_shots,
-            f"data.min_shots = {d.min_shots} must lie between 0 and data.max_shots = {d.max_shots}",
-        ),
-        (
-            d.query_length <= d.edge_length,
-            f"data.query_length = {d.query_length} is more than data.edge_length = {d.edge_length} holds",
-        ),
-        (t.learning_rate > 0, f"train.learning_rate is {t.learning_rate}; it must be positive"),
-        (0 <= t.beta1 < 1, f"train.beta1 is {t.beta1}; it must lie in [0, 1)"),
-        (0 <= t.beta2 < 1, f"train.beta2 is {t.beta2}; it must lie in [0, 1)"),
-        (t.weight_decay >= 0, f"train.weight_decay is {t.weight_decay}; it must be 0 or more"),
-        (t.validation_batches >= 0, f"train.validation_batches is {t.validation_batches}; it must be 0 or more"),
-        (0 <= t.warmup_steps < t.steps, f"train.warmup_steps = {t.warmup_steps} must be below train.steps = {t.steps}"),
-        (t.clip_norm is None or t.clip_norm > 0, f"train.clip_norm is {t.clip_norm}; it must be positive or left out"),
-        (config.eval.shots >= 0, f"eval.shots is {config.eval.shots}; it must be 0 or more"),
-        (config.eval.limit is None or config.eval.limit > 0, f"eval.limit is {config.eval.limit}; at least 1"),
-    ]
-    for holds, message in rules:
-        if not holds:
-            raise ConfigError(message)
-    return config
-
-
-def read_config(path: Path) -> Config:
-    """Runs a config file's ``get_config()``; the file's name becomes the config's where it gives none.
-
-    Raises:
-        ConfigError: when the file is missing, fails, or has no ``get_config()`` that returns a `Config`.
-    """
-    if not path.is_file():
-        raise ConfigError(f"config file {path} does not exist")
-    spec = importlib.util.spec_from_file_location(f"lora_gen_config_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"config file {path} is not a Python file (its name must end in .py)")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        get_config = getattr(module, "get_config", None)
-        config = get_config() if callable(get_config) else None
-    except Exception as error:
-        raise ConfigError(f"config file {path} failed: {type(error).__name__}: {error}") from error
-    if not isinstance(config, Config):
-        raise ConfigError(f"config file {path} needs a function get_config() that returns a lora_gen_jax.config.Config")
-    return config if config.name else dataclasses.replace(config, name=path.stem)
-
-
-def config_from_args(program: str, args: Sequence[str]) -> Config:
-    """``CONFIG.py [--any.field VALUE …]`` as a checked `Config`; flags override the file's values.
-
-    A misspelt flag prints the nearest ones and exits with status 2; ``--help`` lists all with their defaults.
-
-    Raises:
-        ConfigError: as `read_config` and `check`.
-    """
-    import tyro
-
-    if not args or args[0].startswith("-"):
-        if args and args[0] in ("-h", "--help"):
-            print(f"usage: {program} CONFIG.py [--any.field VALUE …]\n\n{program} CONFIG.py --help lists the fields.")
-            sys.exit(0)
-        raise ConfigError(f"name a config file first: {program} configs/smollm2_135m.py [--any.field VALUE …]")
-    config = read_config(Path(args[0]))
-    options = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
-    return check(tyro.cli(Config, prog=f"{program} {args[0]}", args=list(args[1:]), default=config, config=options))
-
-
-def to_json(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
-
-
-def from_json(values: dict[str, Any]) -> Config:
-    """A `Config` from `to_json`'s values; fields that a newer version added take their defaults.
-
-    Raises:
-        ConfigError: for a field that this version does not know.
-    """
-    nested = {"cloud": ModelConfig, "edge": ModelConfig, "generator": GeneratorConfig}
-    nested |= {"data": DataConfig, "train": TrainConfig, "eval": EvalConfig}
-
-    def build(cls: Any, fields: dict[str, Any], prefix: str) -> Any:
-        known = {field.name for field in dataclasses.fields(cls)}
-        for name in fields:
-            if name not in known:
-                raise ConfigError(f"saved config has the field {prefix}{name}, which this version does not know")
-        return cls(**{name: _from_json_value(name, value) for name, value in fields.items()})
-
-    top = {k: build(nested[k], v, f"{k}.") if k in nested else v for k, v in values.items()}
-    return build(Config, top, "")
-
-
-def _from_json_value(name: str, value: Any) -> Any:
-    if name in ("dir", "tfds_dir", "workdir"):
-        return None if value is None else Path(value)
-    if name == "files":
-        return tuple(Path(v) for v in value)
-    return tuple(value) if isinstance(value, list) else value
-
-
-# Where things lie may differ between two machines that continue the same run.
-LOCATION_FIELDS = ("workdir", "data.dir", "data.tfds_dir")
-
-
-def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines 'field: old -> new' for two configs as `to_json` gives them, locations left out."""
-    flat_old, flat_new = _flatten(old), _flatten(new)
-    fields = sorted((flat_old.keys() | flat_new.keys()) - set(LOCATION_FIELDS))
-    return [f"{f}: {flat_old.get(f)!r} -> {flat_new.get(f)!r}" for f in fields if flat_old.get(f) != flat_new.get(f)]
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

@@ -245,7 +245,7 @@ def trained() -> Config:
 def write_config(path: Path, config: Config) -> Path:
     """A config file whose ``get_config()`` returns this config."""
     text = (
-        "import json\nfrom lora_gen_jax.config import from_json, to_json\n\n\n"
+        "import json\nfrom lora_gen_jax.config_file import from_json, to_json\n\n\n"
         f"def get_config():\n    return from_json(json.loads({json.dumps(json.dumps(_jsonable(config)))}))\n"
     )
     path.write_text(text, encoding="utf-8")

@@ -5,20 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_gen_jax.config import (
-    Config,
-    DataConfig,
-    EvalConfig,
-    GeneratorConfig,
-    ModelConfig,
-    TrainConfig,
-    check,
-    config_from_args,
-    difference,
-    from_json,
-    read_config,
-    to_json,
-)
+from lora_gen_jax.config import Config, DataConfig, EvalConfig, GeneratorConfig, ModelConfig, TrainConfig
+from lora_gen_jax.config_check import check
+from lora_gen_jax.config_file import config_from_args, difference, from_json, read_config, to_json
 from lora_gen_jax.errors import ConfigError
 
 BAD = [

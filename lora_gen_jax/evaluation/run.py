@@ -18,7 +18,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from lora_gen_jax.adapters.merge import merge
-from lora_gen_jax.config import Config, to_json
+from lora_gen_jax.config import Config
+from lora_gen_jax.config_file import to_json
 from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.reasoning import REASONING_TASKS
 from lora_gen_jax.data.tasks import Task

@@ -15,8 +15,8 @@ from lora_gen_jax.data.pipeline import Shard, build_batch
 from lora_gen_jax.models import load_pair, make_generator
 from lora_gen_jax.sharding import make_mesh
 from lora_gen_jax.training.cost import matmul_rate, step_cost
-from lora_gen_jax.training.loop import keep_freed_memory, make_sampler, place, training_tasks
 from lora_gen_jax.training.optimizer import make_optimizer
+from lora_gen_jax.training.prepare import keep_freed_memory, make_sampler, place, training_tasks
 from lora_gen_jax.training.step import init_state, make_train_step
 
 STEPS = 5

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from lora_gen_jax.config import Config, from_json, to_json
+from lora_gen_jax.config import Config
+from lora_gen_jax.config_file import from_json, to_json
 from lora_gen_jax.errors import CheckpointError
 from lora_gen_jax.training.step import TrainState
 

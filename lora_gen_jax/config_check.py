@@ -1,0 +1,92 @@
+"""Whether the fields of a `Config` fit together.
+
+In: a config. Out: the same, or an error that names the field and the remedy, before anything is loaded or written.
+"""
+
+from lora_gen_jax.config import Config, DataConfig, GeneratorConfig
+from lora_gen_jax.errors import ConfigError
+
+POSITIVE = (
+    "generator.num_experts",
+    "generator.top_k",
+    "generator.rank",
+    "generator.direct_width",
+    "generator.router_width",
+    "data.prompts_per_step",
+    "data.prompts_per_row",
+    "data.cloud_length",
+    "data.edge_length",
+    "data.queries_per_prompt",
+    "data.response_slots",
+    "data.query_length",
+    "train.steps",
+    "train.validate_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "cloud.unroll",
+    "edge.unroll",
+    "eval.batch_tokens",
+    "eval.prompt_limit",
+)
+
+
+def check(config: Config) -> Config:
+    """The config itself, when its fields fit together.
+
+    Raises:
+        ConfigError: naming the field and the remedy.
+    """
+    for field in POSITIVE:
+        part, name = field.split(".")
+        value = getattr(getattr(config, part), name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{field} is {value}; it must be at least 1")
+    for holds, message in (*_generator_rules(config.generator), *_data_rules(config.data), *_run_rules(config)):
+        if not holds:
+            raise ConfigError(message)
+    return config
+
+
+def _generator_rules(g: GeneratorConfig) -> list[tuple[bool, str]]:
+    return [
+        (g.top_k <= g.num_experts, f"generator.top_k is {g.top_k}; at most generator.num_experts = {g.num_experts}"),
+        (0 <= g.dropout < 1, f"generator.dropout is {g.dropout}; it must lie in [0, 1)"),
+        (g.cloud_rank >= 0, f"generator.cloud_rank is {g.cloud_rank}; it must be 0 or more"),
+        (g.cv_coefficient >= 0, f"generator.cv_coefficient is {g.cv_coefficient}; it must be 0 or more"),
+        (
+            g.gumbel_temperature > 0,
+            f"generator.gumbel_temperature is {g.gumbel_temperature}; it must be positive",
+        ),
+    ]
+
+
+def _data_rules(d: DataConfig) -> list[tuple[bool, str]]:
+    return [
+        (
+            d.prompts_per_step % d.prompts_per_row == 0,
+            f"data.prompts_per_row = {d.prompts_per_row} must divide data.prompts_per_step = {d.prompts_per_step}",
+        ),
+        (
+            0 <= d.min_shots <= d.max_shots,
+            f"data.min_shots = {d.min_shots} must lie between 0 and data.max_shots = {d.max_shots}",
+        ),
+        (
+            d.query_length <= d.edge_length,
+            f"data.query_length = {d.query_length} is more than data.edge_length = {d.edge_length} holds",
+        ),
+    ]
+
+
+def _run_rules(config: Config) -> list[tuple[bool, str]]:
+    t, e = config.train, config.eval
+    return [
+        (t.learning_rate > 0, f"train.learning_rate is {t.learning_rate}; it must be positive"),
+        (0 <= t.beta1 < 1, f"train.beta1 is {t.beta1}; it must lie in [0, 1)"),
+        (0 <= t.beta2 < 1, f"train.beta2 is {t.beta2}; it must lie in [0, 1)"),
+        (t.weight_decay >= 0, f"train.weight_decay is {t.weight_decay}; it must be 0 or more"),
+        (t.validation_batches >= 0, f"train.validation_batches is {t.validation_batches}; it must be 0 or more"),
+        (0 <= t.warmup_steps < t.steps, f"train.warmup_steps = {t.warmup_steps} must be below train.steps = {t.steps}"),
+        (t.clip_norm is None or t.clip_norm > 0, f"train.clip_norm is {t.clip_norm}; it must be positive or left out"),
+        (e.shots >= 0, f"eval.shots is {e.shots}; it must be 0 or more"),
+        (e.limit is None or e.limit > 0, f"eval.limit is {e.limit}; at least 1"),
+    ]

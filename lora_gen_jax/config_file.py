@@ -1,0 +1,111 @@
+"""How a config file, flags and saved JSON become a `Config`.
+
+In: a Python file with ``get_config()`` and command-line flags that override any field (``--train.steps 10``), or a
+run's saved config. Out: a checked `Config`, or the difference between two.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_gen_jax.config import Config, DataConfig, EvalConfig, GeneratorConfig, ModelConfig, TrainConfig
+from lora_gen_jax.config_check import check
+from lora_gen_jax.errors import ConfigError
+
+
+def read_config(path: Path) -> Config:
+    """Runs a config file's ``get_config()``; the file's name becomes the config's where it gives none.
+
+    Raises:
+        ConfigError: when the file is missing, fails, or has no ``get_config()`` that returns a `Config`.
+    """
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist")
+    spec = importlib.util.spec_from_file_location(f"lora_gen_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"config file {path} is not a Python file (its name must end in .py)")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        get_config = getattr(module, "get_config", None)
+        config = get_config() if callable(get_config) else None
+    except Exception as error:
+        raise ConfigError(f"config file {path} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(config, Config):
+        raise ConfigError(f"config file {path} needs a function get_config() that returns a lora_gen_jax.config.Config")
+    return config if config.name else dataclasses.replace(config, name=path.stem)
+
+
+def config_from_args(program: str, args: Sequence[str]) -> Config:
+    """``CONFIG.py [--any.field VALUE …]`` as a checked `Config`; flags override the file's values.
+
+    A misspelt flag prints the nearest ones and exits with status 2; ``--help`` lists all with their defaults.
+
+    Raises:
+        ConfigError: as `read_config` and `check`.
+    """
+    import tyro
+
+    if not args or args[0].startswith("-"):
+        if args and args[0] in ("-h", "--help"):
+            print(f"usage: {program} CONFIG.py [--any.field VALUE …]\n\n{program} CONFIG.py --help lists the fields.")
+            sys.exit(0)
+        raise ConfigError(f"name a config file first: {program} configs/smollm2_135m.py [--any.field VALUE …]")
+    config = read_config(Path(args[0]))
+    options = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
+    return check(tyro.cli(Config, prog=f"{program} {args[0]}", args=list(args[1:]), default=config, config=options))
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def from_json(values: dict[str, Any]) -> Config:
+    """A `Config` from `to_json`'s values; fields that a newer version added take their defaults.
+
+    Raises:
+        ConfigError: for a field that this version does not know.
+    """
+    nested = {"cloud": ModelConfig, "edge": ModelConfig, "generator": GeneratorConfig}
+    nested |= {"data": DataConfig, "train": TrainConfig, "eval": EvalConfig}
+
+    def build(cls: Any, fields: dict[str, Any], prefix: str) -> Any:
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in fields:
+            if name not in known:
+                raise ConfigError(f"saved config has the field {prefix}{name}, which this version does not know")
+        return cls(**{name: _from_json_value(name, value) for name, value in fields.items()})
+
+    top = {k: build(nested[k], v, f"{k}.") if k in nested else v for k, v in values.items()}
+    return build(Config, top, "")
+
+
+def _from_json_value(name: str, value: Any) -> Any:
+    if name in ("dir", "tfds_dir", "workdir"):
+        return None if value is None else Path(value)
+    if name == "files":
+        return tuple(Path(v) for v in value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+# Where things lie may differ between two machines that continue the same run.
+LOCATION_FIELDS = ("workdir", "data.dir", "data.tfds_dir")
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines 'field: old -> new' for two configs as `to_json` gives them, locations left out."""
+    flat_old, flat_new = _flatten(old), _flatten(new)
+    fields = sorted((flat_old.keys() | flat_new.keys()) - set(LOCATION_FIELDS))
+    return [f"{f}: {flat_old.get(f)!r} -> {flat_new.get(f)!r}" for f in fields if flat_old.get(f) != flat_new.get(f)]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
