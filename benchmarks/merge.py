@@ -49,11 +49,11 @@ def main() -> None:
     }
     for _ in range(REPEATS + 1):
         spent, ffn = timed(lambda held=ffn: stream(held))
-        times["stream the FFN, in place"].append(spent)
+        times[streaming].append(spent)
         spent, donated = timed(lambda held=donated: merge_donated(held, adapter))
-        times["merge, donating"].append(spent)
+        times[donating].append(spent)
         spent, _ = timed(lambda: merge(base, adapter))
-        times["merge, keeping the base"].append(spent)
+        times[keeping].append(spent)
     size = sum(x.nbytes for x in jax.tree.leaves(ffn))
     print(f"FFN weights {size / 1e6:.0f} MB, {jax.devices()[0].device_kind}, jax {jax.__version__}")
     for name, values in times.items():
