@@ -42,11 +42,8 @@ def main() -> None:
     stream = jax.jit(lambda ffn: jax.tree.map(lambda x: x + 1, ffn), donate_argnums=0)
     ffn = jax.tree.map(jnp.copy, base["layers"]["ffn"])
     donated = jax.tree.map(jnp.copy, base)
-    times: dict[str, list[float]] = {
-        "stream the FFN, in place": [],
-        "merge, donating": [],
-        "merge, keeping the base": [],
-    }
+    streaming, donating, keeping = "stream the FFN, in place", "merge, donating", "merge, keeping the base"
+    times: dict[str, list[float]] = {streaming: [], donating: [], keeping: []}
     for _ in range(REPEATS + 1):
         spent, ffn = timed(lambda held=ffn: stream(held))
         times[streaming].append(spent)
