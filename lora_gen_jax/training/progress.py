@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
 
@@ -29,10 +29,8 @@ class Recorder:
         self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
         self.console = Console(file=sys.stderr)
         columns = (
-            TextColumn("training"),
-            BarColumn(),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
             TextColumn("eta"),
             TimeRemainingColumn(),
             TextColumn("{task.description}"),
@@ -64,7 +62,7 @@ class Recorder:
             self.board.add_scalar(name, value, step)
         if "loss" not in metrics:
             return
-        text = "  ".join(f"{name} {metrics[name]:.3g}" for name in SHOWN if name in metrics)
+        text = " ".join(f"{short} {metrics[name]:.3g}" for name, short in SHOWN.items() if name in metrics)
         self.progress.update(self.bar, completed=step, description=text)
         if not self.console.is_terminal and (step % self.every == 0 or step in (self.start + 1, self.steps)):
             left = (time.monotonic() - self.began) / (step - self.start) * (self.steps - step)
@@ -83,4 +81,5 @@ class Recorder:
         self.path.write_text("".join(kept), encoding="utf-8")
 
 
-SHOWN = ("loss", "cv", "gate_entropy", "tokens_per_second")
+# Short enough for a terminal of 80 columns.
+SHOWN = {"loss": "loss", "cv": "cv", "gate_entropy": "entropy", "tokens_per_second": "tok/s"}
