@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_gen_jax.config import Config
-from lora_gen_jax.data.pipeline import Batch, GroupSampler, Shard, build_batch, training_batches, validation_batches
+from lora_gen_jax.data.pipeline import Batch, Shard, build_batch, training_batches, validation_batches
 from lora_gen_jax.errors import LoraGenError
 from lora_gen_jax.models import Pair, load_pair, make_generator
 from lora_gen_jax.sharding import make_mesh
@@ -70,37 +70,36 @@ def train(config: Config) -> TrainState:
     mesh = make_mesh()
     pair = load_pair(config, mesh)
     check_shapes(config, pair, mesh)
-    samplers = {split: make_sampler(config, pair, tasks, split) for split in ("train", "validation")}
-    for sampler in samplers.values():
-        if sampler is not None:
-            build_batch(sampler, (config.train.seed, 0), Shard(jax.process_index(), jax.process_count()))
+    shard = Shard(jax.process_index(), jax.process_count())
+    sampler, held_out = (make_sampler(config, pair, tasks, split) for split in ("train", "validation"))
+    assert sampler is not None
+    first = build_batch(sampler, (config.train.seed, 0), shard)
+    fixed = [] if held_out is None else validation_batches(held_out, config.train.validation_batches, shard)
     prepare_directory(config)
-    run = set_up(config, pair, mesh, samplers)
+    batches = iter(training_batches(sampler, config.train.seed, config.train.steps, shard))
+    run = set_up(config, pair, mesh, batches, place(first, mesh))
+    run.held_out = [place(batch, mesh) for batch in fixed]
     try:
         return loop(run)
     finally:
         run.checkpoints.close()
 
 
-def set_up(config: Config, pair: Pair, mesh: Mesh, samplers: dict[str, GroupSampler | None]) -> Run:
-    """Compiled steps, batches, and the state: restored where the directory has a checkpoint.
+def set_up(config: Config, pair: Pair, mesh: Mesh, batches: grain.DatasetIterator, example: Batch) -> Run:
+    """Compiled steps, and the state: restored, with the place of `batches`, where the directory has a checkpoint.
+
+    `example` only gives shapes. No batch is held out yet.
 
     Raises:
         CheckpointError: when the checkpoint there was trained on other models.
     """
-    shard = Shard(jax.process_index(), jax.process_count())
-    sampler, held_out = samplers["train"], samplers["validation"]
-    assert sampler is not None
-    batches = iter(training_batches(sampler, config.train.seed, config.train.steps, shard))
-    fixed = [] if held_out is None else validation_batches(held_out, config.train.validation_batches, shard)
     generator, optimizer = make_generator(config, pair), make_optimizer(config.train)
     checkpoints = Checkpoints(config.directory / "checkpoints", config.train.keep_checkpoints)
-    example = training_batches(sampler, config.train.seed, 1, shard)
-    state = init_state(generator, optimizer, pair.cloud.params, place(next(iter(example)), mesh), config.train.seed)
+    if checkpoints.latest is not None:
+        check_models(checkpoints.fingerprints(), pair.fingerprints, f"the run in {config.directory}")
+    state = init_state(generator, optimizer, pair.cloud.params, example, config.train.seed)
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
     if checkpoints.latest is not None:
-        expected = checkpoints.fingerprints()
-        check_models(expected, pair.fingerprints, f"the run in {config.directory}")
         state, data_state = checkpoints.restore(state)
         batches.set_state(data_state)
     return Run(
@@ -111,7 +110,7 @@ def set_up(config: Config, pair: Pair, mesh: Mesh, samplers: dict[str, GroupSamp
         train_step=make_train_step(generator, pair.edge.decoder, optimizer, config),
         validate=make_validation_step(generator, pair.edge.decoder),
         batches=batches,
-        held_out=[place(batch, mesh) for batch in fixed],
+        held_out=[],
         checkpoints=checkpoints,
     )
 
