@@ -1,4 +1,4 @@
-"""The command line: train.py, eval.py and ``python -m lora_gen_jax specialize|generate|bench``.
+"""The command line: train.py, eval.py and ``python -m lora_gen_jax specialize|generate|pack|bench``.
 
 In: arguments. Out: files, text on standard output, messages on standard error. Bad input ends with one line that
 says what to do, and status 2.
@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import tyro
 
-from lora_gen_jax.commands import Generate, Specialize, generate_command, specialize_command
+from lora_gen_jax.commands import Generate, Pack, Specialize, generate_command, pack_command, specialize_command
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_check import check
 from lora_gen_jax.config_file import config_from_args
@@ -26,13 +26,13 @@ class EvalFlags:
     """Flags of eval.py beside those of the config."""
 
     checkpoint: Path | None = None
-    """A work directory or a checkpoint; left out, the config's own work directory."""
+    """A work directory or a checkpoint; left out, the config's own work directory, else the one shipped for it."""
     out: Path | None = None
     """Directory for results.json; left out, eval-<n> in the work directory."""
     tasks: str | None = None
     """Names of tasks, separated by commas."""
     methods: str | None = None
-    """base, icl, lora_gen, separated by commas."""
+    """base, icl, lora, lora_gen, shuffled, separated by commas."""
     limit: int | None = None
     """Score the first N documents of each task."""
     shots: int | None = None
@@ -65,7 +65,15 @@ def train_main(args: Sequence[str] | None = None) -> None:
         config = config_from_args("train.py", arguments)
         from lora_gen_jax.training.loop import train
 
+        if config.compare:
+            from lora_gen_jax.evaluation.systems import check_methods
+
+            check_methods(config.compare, "compare")
         train(config)
+        if config.compare:
+            from lora_gen_jax.evaluation.comparison import compare
+
+            compare(config)
         print(f"done: {config.directory}", file=sys.stderr)
 
     guarded(run)
@@ -135,6 +143,7 @@ def bench_main(arguments: list[str]) -> None:
 COMMANDS = {
     "specialize": (Specialize, specialize_command, "turn a system prompt into a specialisation"),
     "generate": (Generate, generate_command, "answer an input with a specialised model"),
+    "pack": (Pack, pack_command, "write a trained generator as two small files"),
     "bench": (None, bench_main, "time a config's training step against the machine's matmul rate"),
 }
 

@@ -7,7 +7,7 @@ that ``--help`` and mistakes answer at once.
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lora_gen_jax.config import Config, ModelConfig
 from lora_gen_jax.errors import CheckpointError
@@ -20,15 +20,16 @@ class Specialize:
     The prompt is a description, a few solved examples, a tool list, a role, or any mix of them. The result is a small
     directory that `generate` uses. Example:
 
-    lora-gen specialize --checkpoint runs/smollm2_135m --prompt @prompt.txt --out special
+    lora-gen specialize --prompt "Give the animal's young, in brackets." --out special
     """
 
     prompt: str
     """The system prompt, or @FILE to read it from a file."""
     out: Path
     """Directory to write; must not exist, or be empty."""
-    checkpoint: Path
-    """A run's work directory (its newest checkpoint is taken) or one checkpoints/<step> directory."""
+    checkpoint: Path | None = None
+    """A run's work directory (its newest checkpoint is taken), one checkpoints/<step> directory, or a generator that
+    `pack` wrote; left out, the generator that is shipped with the package."""
     cloud: str | None = None
     """Where the cloud model is, if not where it was when the generator was trained."""
     edge: str | None = None
@@ -68,6 +69,39 @@ class Generate:
     """Answer with the unspecialised edge model, for comparison."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Pack:
+    """Writes a trained generator as two small files that travel: without optimiser state, and in half precision.
+
+    Example:
+
+    lora-gen pack --checkpoint runs/quickstart --out generator
+    """
+
+    checkpoint: Path
+    """A run's work directory (its newest checkpoint is taken) or one checkpoints/<step> directory."""
+    out: Path
+    """Directory to write; must not exist, or be empty."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the stored parameters."""
+
+
+def pack_command(flags: Pack) -> None:
+    """Reads the checkpoint and writes the directory."""
+    import ml_dtypes
+    import numpy as np
+
+    from lora_gen_jax.files import check_output
+    from lora_gen_jax.training.checkpoint import load_checkpoint
+    from lora_gen_jax.training.portable import save_portable
+
+    check_output(flags.out)
+    dtype = ml_dtypes.bfloat16 if flags.dtype == "bfloat16" else np.float32
+    save_portable(load_checkpoint(flags.checkpoint), flags.out, dtype)
+    size = sum(path.stat().st_size for path in flags.out.iterdir())
+    print(f"{flags.out}: {size / 1e3:.0f} KB", file=sys.stderr)
+
+
 def specialize_command(flags: Specialize) -> None:
     """Checks what costs nothing first, then loads the cloud model and generates."""
     from lora_gen_jax.adapters.specialization import (
@@ -80,10 +114,11 @@ def specialize_command(flags: Specialize) -> None:
     from lora_gen_jax.generator.specialize import specialize
     from lora_gen_jax.models import load_pair, make_generator
     from lora_gen_jax.training.checkpoint import check_models, load_checkpoint, versions
+    from lora_gen_jax.training.portable import SHIPPED
 
     prompt = text_argument(flags.prompt, "--prompt")
     check_output(flags.out)
-    loaded = load_checkpoint(flags.checkpoint)
+    loaded = load_checkpoint(flags.checkpoint or next(iter(SHIPPED.values())))
     config = relocate(loaded.config, flags.cloud, flags.edge)
     pair = load_pair(config)
     check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")
@@ -94,7 +129,7 @@ def specialize_command(flags: Specialize) -> None:
         tensors=sparse_tensors(made, config.generator),
         fingerprints={**loaded.fingerprints, "pool": pool_fingerprint(loaded.variables)},
         prompt=prompt,
-        checkpoint=str(loaded.path),
+        checkpoint=None if flags.checkpoint is None else str(loaded.path.absolute()),
         versions=versions(),
     )
     save_specialization(result, flags.out)
@@ -115,7 +150,7 @@ def generate_command(flags: Generate) -> None:
     text = text_argument(flags.input, "--input")
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p).checked()
     specialization = load_specialization(flags.specialization)
-    loaded = find_generator(specialization.checkpoint, flags.checkpoint)
+    loaded = find_generator(specialization, flags.checkpoint)
     config = relocate(loaded.config, None, flags.edge)
     # A wrong pool is noticed before the model is read.
     adapter = adapter_of(specialization, loaded.variables, config.generator)
@@ -145,18 +180,26 @@ def generate_command(flags: Generate) -> None:
     print()
 
 
-def find_generator(recorded: str | None, named: Path | None) -> Any:
-    """The checkpoint with a specialisation's pool: the one named, else the one recorded when it was made.
+def find_generator(specialization: Any, named: Path | None) -> Any:
+    """The checkpoint with a specialisation's pool: the one named, else the one recorded when it was made, else the
+    shipped generator that has this pool.
 
     Raises:
-        CheckpointError: when neither is there.
+        CheckpointError: when none of them is there.
     """
+    from lora_gen_jax.adapters.specialization import pool_fingerprint
     from lora_gen_jax.training.checkpoint import load_checkpoint
+    from lora_gen_jax.training.portable import SHIPPED
 
+    recorded = specialization.checkpoint
     if named is not None:
         return load_checkpoint(named)
     if recorded is not None and Path(recorded).is_dir():
         return load_checkpoint(Path(recorded))
+    for path in SHIPPED.values():
+        loaded = load_checkpoint(path)
+        if pool_fingerprint(loaded.variables) == specialization.fingerprints["pool"]:
+            return loaded
     raise CheckpointError(
         f"the expert pool of this specialisation was not found: no --checkpoint was given, the checkpoint recorded when"
         f" it was made ({recorded}) is gone, and no shipped generator has that pool. Give --checkpoint DIR"

@@ -42,6 +42,7 @@ class GeneratorConfig:
         shared_meta_token: one meta embedding for all layers instead of one each.
         cloud_rank: rank of the LoRA on the cloud model's q and v; 0 leaves the cloud model as it is.
         cloud_alpha: α of that LoRA.
+        lora_sites: of method lora: the linear layers of the edge model that carry a LoRA.
         direct_width: hidden width of the head of direct generation.
         gumbel_temperature: of gumbel routing.
     """
@@ -61,6 +62,7 @@ class GeneratorConfig:
     shared_meta_token: bool = False
     cloud_rank: int = 16
     cloud_alpha: float = 16.0
+    lora_sites: tuple[str, ...] = ("q", "v", "gate", "up", "down")
     direct_width: int = 128
     gumbel_temperature: float = 1.0
 
@@ -78,7 +80,7 @@ class DataConfig:
         dir: directory with the tasks' original files, one subdirectory a task; left out, tensorflow-datasets.
         tfds_dir: where tensorflow-datasets keeps its prepared data; left out, its own default.
         files: your own JSONL files, or directories of them, trained on beside the named tasks.
-        tasks: names of the reasoning tasks to train on.
+        tasks: names of tasks, or of groups of them, to train on: the reasoning tasks, and "pocket", the embedded suite.
         source_weights: chance of a task source relative to the others, as name=weight; unnamed sources weigh 1.
         prompts_per_step: P, over all processes.
         prompts_per_row: prompts packed into one row of the cloud's batch; divides P.
@@ -144,7 +146,7 @@ class EvalConfig:
 
     Attributes:
         tasks: what eval.py scores; left out, all eight reasoning tasks.
-        methods: base, icl, lora_gen.
+        methods: base, icl, lora, lora_gen, and shuffled: LoRA-Gen with the prompt of another task.
         shots: shots in the system prompt: read by the cloud, and by the edge for icl.
         limit: documents a task, the first ones; left out, all.
         seed: of the choice of shots.
@@ -168,13 +170,16 @@ class Config:
     Attributes:
         name: of the run's directory; the config file's name when left empty.
         method: which system is trained.
+        compare: methods that train.py scores after the last step, on eval.tasks, with report.json and report.png; those
+            that learn are trained alike, each in a directory of its own inside the work directory.
         cloud: reads the prompt.
         edge: is specialised.
         workdir: everything a run writes; left out, runs/<name>.
     """
 
     name: str = ""
-    method: Literal["lora_gen"] = "lora_gen"
+    method: Literal["lora_gen", "lora"] = "lora_gen"
+    compare: tuple[str, ...] = ()
     cloud: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     edge: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     generator: GeneratorConfig = dataclasses.field(default_factory=GeneratorConfig)

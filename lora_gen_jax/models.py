@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from lora_gen_jax.baselines.lora import MultiTaskLoRA
 from lora_gen_jax.config import Config, ModelConfig
 from lora_gen_jax.data.encode import Encoder
 from lora_gen_jax.decoder.config import DecoderConfig
@@ -96,8 +97,10 @@ def load_pair(config: Config, mesh: Mesh | None = None) -> Pair:
     return Pair(load_model(config.cloud, mesh), edge)
 
 
-def make_generator(config: Config, pair: Pair) -> LoRAGen:
-    """The trainable module for a pair of models."""
+def make_generator(config: Config, pair: Pair) -> Any:
+    """The trainable Linen module of the config's method, called as `LoRAGen` is."""
+    if config.method == "lora":
+        return MultiTaskLoRA(pair.edge.config, config.generator)
     cloud = pair.cloud.decoder
     return LoRAGen(
         cloud.config, pair.edge.config, config.generator, dtype=cloud.dtype, remat=cloud.remat, unroll=cloud.unroll

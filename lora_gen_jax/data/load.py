@@ -1,9 +1,13 @@
-"""Tasks by name. In: names, directories and the user's files, as the configuration gives them. Out: name → `Task`."""
+"""Tasks by name. In: names, directories and the user's files, as the configuration gives them. Out: name → `Task`.
+
+A name means one task, or one of the groups of the embedded suite ("pocket", "pocket_unseen", …).
+"""
 
 import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from lora_gen_jax.data.pocket import suite
 from lora_gen_jax.data.reasoning import REASONING_TASKS, has_folder, load_reasoning
 from lora_gen_jax.data.records import load_records
 from lora_gen_jax.data.tasks import Task
@@ -16,20 +20,21 @@ def load_tasks(
     tfds_dir: str | Path | None = None,
     files: Sequence[str | Path] = (),
 ) -> dict[str, Task]:
-    """The named reasoning tasks, in that order, and then every task in `files`.
+    """The named tasks, in that order, and then every task in `files`.
 
     Reasoning tasks come from `directory` where it is given (original files, one folder a task), else from
     tensorflow-datasets prepared in `tfds_dir`, or in TFDS's default directory. With both given, the directory serves
-    the tasks it has a folder for. `names` may also name tasks in `files`.
+    the tasks it has a folder for. Embedded tasks need neither. `names` may also name tasks in `files`.
     Raises DataError: an unknown name (with the nearest known one), a missing directory (naming --data.dir), two tasks
     of one name, and whatever the loaders raise.
     """
     own = _own_tasks(files)
     wanted = list(dict.fromkeys(names))
-    for name in wanted:
-        if name not in REASONING_TASKS and name not in own:
-            raise DataError(_unknown(name, (*REASONING_TASKS, *own)))
-    reasoning = [name for name in wanted if name not in own]
+    embedded = {name: suite.find(name) for name in wanted if name not in own and name not in REASONING_TASKS}
+    for name, tasks in embedded.items():
+        if not tasks:
+            raise DataError(_unknown(name, (*REASONING_TASKS, *suite.GROUPS, *own)))
+    reasoning = [name for name in wanted if name in REASONING_TASKS]
     from_files = reasoning
     if directory is None:
         from_files = []
@@ -44,7 +49,11 @@ def load_tasks(
         from lora_gen_jax.data.tfds_source import load_tfds
 
         loaded |= load_tfds(tfds_dir, others)
-    return {name: loaded[name] for name in reasoning} | own
+    found: dict[str, Task] = {}
+    for name in wanted:
+        tasks = [loaded[name]] if name in loaded else embedded.get(name, [])
+        found |= {task.name: task for task in tasks}
+    return found | own
 
 
 def _own_tasks(files: Sequence[str | Path]) -> dict[str, Task]:

@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +16,20 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import to_json
 from lora_gen_jax.data.load import load_tasks
+from lora_gen_jax.data.pocket import suite
 from lora_gen_jax.data.reasoning import REASONING_TASKS
 from lora_gen_jax.data.tasks import Task
-from lora_gen_jax.errors import ConfigError
-from lora_gen_jax.evaluation.reasoning import System, evaluate_task, scored_documents, summary
+from lora_gen_jax.evaluation.systems import check_methods, load_checkpoints, make_systems
+from lora_gen_jax.evaluation.task import System, evaluate_task, scored_documents, summary
 from lora_gen_jax.files import check_output, complete_directory
-from lora_gen_jax.generator.specialize import specialize
-from lora_gen_jax.models import Pair, load_pair, make_generator
-from lora_gen_jax.training.checkpoint import Loaded, check_models, load_checkpoint, versions
+from lora_gen_jax.models import Pair, load_pair
+from lora_gen_jax.training.checkpoint import Loaded, versions
 
-METHODS = ("base", "icl", "lora_gen")
+# With more tasks the table has one column for all seen and one for all unseen tasks.
+WIDEST_TABLE = 10
 
 
 def evaluate(config: Config, checkpoint: Path | None, out: Path) -> dict[str, Any]:
@@ -41,21 +40,38 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path) -> dict[str, An
             anything is scored.
     """
     check_output(out)
-    if not config.eval.methods:
-        raise ConfigError(f"eval.methods is empty; name some of {', '.join(METHODS)}")
-    for method in config.eval.methods:
-        if method not in METHODS:
-            raise ConfigError(f"eval.methods has {method!r}; the methods are {', '.join(METHODS)}")
-    names = config.eval.tasks or tuple(REASONING_TASKS)
-    loaded = load_checkpoint(checkpoint or config.directory) if "lora_gen" in config.eval.methods else None
-    tasks = load_tasks(names, config.data.dir, config.data.tfds_dir, config.data.files)
-    for name in names:
-        scored_documents(tasks[name], config.eval)
+    check_methods(config.eval.methods, "eval.methods")
+    checkpoints = load_checkpoints(config, config.eval.methods, checkpoint)
+    tasks = evaluated_tasks(config)
     pair = load_pair(config)
-    systems = {method: make_system(method, pair, loaded, config) for method in config.eval.methods}
+    systems = make_systems(config, config.eval.methods, pair, checkpoints, tasks)
+    results = score_systems(config, pair, systems, tasks) | {"checkpoint": describe(checkpoints.get(config.method))}
+    with complete_directory(out) as temporary:
+        (temporary / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print_table(results, tasks)
+    return results
+
+
+def evaluated_tasks(config: Config) -> list[Task]:
+    """The tasks of eval.tasks, or all eight reasoning tasks; each has documents that can be scored.
+
+    Raises:
+        DataError: for an unknown task or one that cannot be scored.
+    """
+    names, d = config.eval.tasks or tuple(REASONING_TASKS), config.data
+    found = load_tasks(names, d.dir, d.tfds_dir, d.files)
+    # A user's files may hold more tasks than are named; a group's name stands for its tasks.
+    groups = [[found[name]] if name in found else suite.find(name) for name in names]
+    chosen = list({task.name: task for group in groups for task in group}.values())
+    for task in chosen:
+        scored_documents(task, config.eval)
+    return chosen
+
+
+def score_systems(config: Config, pair: Pair, systems: dict[str, System], tasks: list[Task]) -> dict[str, Any]:
+    """Results of every system on every task, as results.json holds them."""
     results: dict[str, Any] = {
         "config": to_json(config),
-        "checkpoint": None if loaded is None else {"step": loaded.step, "fingerprints": loaded.fingerprints},
         "versions": versions(),
         "machine": machine(),
         "methods": {},
@@ -63,46 +79,23 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path) -> dict[str, An
     console = Console(file=sys.stderr)
     for method, system in systems.items():
         scored = {}
-        for name in names:
-            with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-                scored[name] = evaluate_task(pair.edge, tasks[name], system, config.eval, follow(bar, method, name))
-            if not console.is_terminal:
-                console.print(f"{method} {name}: acc {scored[name]['acc']:.4f}", highlight=False)
-        seen = {name: tasks[name].seen for name in names}
-        results["methods"][method] = {"tasks": scored, **summary(scored, seen)}
-    with complete_directory(out) as temporary:
-        (temporary / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print_table(results, tasks)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            line = bar.add_task(method, total=len(tasks))
+            for number, task in enumerate(tasks):
+
+                def move(done: int, total: int, number: int = number, name: str = task.name, line: Any = line) -> None:
+                    bar.update(line, completed=number + done / total, description=f"{method} {name}")  # noqa: B023
+
+                scored[task.name] = evaluate_task(pair.edge, task, system, config.eval, move)
+        results["methods"][method] = {"tasks": scored, **summary(scored, {task.name: task.seen for task in tasks})}
+        if not console.is_terminal:
+            console.print(f"{method}: AVE {results['methods'][method]['ave']:.4f}", highlight=False)
     return results
 
 
-def make_system(method: str, pair: Pair, loaded: Loaded | None, config: Config) -> System:
-    """How a method makes the edge model's weights for a task.
-
-    Raises:
-        CheckpointError: when the checkpoint was trained on other models.
-    """
-    base = pair.edge.params
-    if method in ("base", "icl"):
-        return System(lambda prompt: base, reads_prompt=method == "icl")
-    assert loaded is not None
-    check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")
-    generator = make_generator(loaded.config, pair)
-
-    def specialised(prompt: str | None) -> Any:
-        if prompt is None:
-            return base
-        ids = pair.cloud.encoder.text(prompt)
-        made = specialize(generator, loaded.variables, pair.cloud.params, [ids], config.eval.prompt_limit)
-        return merge(base, made.adapter.select(0))
-
-    return System(specialised)
-
-
-def follow(bar: Progress, method: str, name: str) -> Callable[[int, int], None]:
-    """A callback that moves a progress bar."""
-    task = bar.add_task(f"{method} {name}", total=None)
-    return lambda done, total: bar.update(task, completed=done, total=total)
+def describe(loaded: Loaded | None) -> dict[str, Any] | None:
+    """Which checkpoint was scored."""
+    return None if loaded is None else {"step": loaded.step, "fingerprints": loaded.fingerprints}
 
 
 def machine() -> dict[str, Any]:
@@ -117,18 +110,24 @@ def machine() -> dict[str, Any]:
     }
 
 
-def print_table(results: dict[str, Any], tasks: dict[str, Task]) -> None:
+def print_table(results: dict[str, Any], tasks: list[Task]) -> None:
     """Methods as rows, tasks as columns: acc ± standard error in percent."""
+    wide = len(tasks) <= WIDEST_TABLE
     table = Table(title="acc % ± standard error; AVE and HAR are the mean and the harmonic mean")
-    first = next(iter(results["methods"].values()))
     table.add_column("method")
-    for name in first["tasks"]:
-        table.add_column(f"{name}\n{'seen' if tasks[name].seen else 'unseen'}", justify="right")
+    for task in tasks if wide else ():
+        table.add_column(f"{task.name}\n{'seen' if task.seen else 'unseen'}", justify="right")
+    if not wide:
+        for title, seen in (("seen", True), ("unseen", False)):
+            table.add_column(f"AVE of {sum(t.seen == seen for t in tasks)}\n{title} tasks", justify="right")
     for title in ("AVE", "HAR", "context\ntokens", "latency\nms"):
         table.add_column(title, justify="right")
     for method, result in results["methods"].items():
         scored = result["tasks"].values()
         cells = [f"{100 * r['acc']:.1f} ± {100 * r['stderr']:.1f}" for r in scored]
+        if not wide:
+            means = (result["ave_seen"], result["ave_unseen"])
+            cells = ["–" if mean is None else f"{100 * mean:.1f}" for mean in means]
         cells += [f"{100 * result['ave']:.1f}", f"{100 * result['har']:.1f}"]
         cells += [f"{sum(r[column] for r in scored) / len(scored):.1f}" for column in ("context_tokens", "latency_ms")]
         table.add_row(method, *cells)

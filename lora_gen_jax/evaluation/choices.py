@@ -1,22 +1,20 @@
-"""Multiple-choice scoring of tasks with the base model, with shots, and specialised.
+"""Multiple choice: the log-likelihood of every option, by the conventions of lm-evaluation-harness.
 
-In: an edge model, tasks and methods. Out: per method and task `acc`, `acc_norm`, their standard error, the number
-of documents, tokens in the edge's context and latency; AVE and HAR over the tasks. The conventions are those of
-lm-evaluation-harness; the shots are the same for all documents of a task, for the cloud and for in-context learning.
+In: an edge model, documents and what stands before their queries. Out: `acc`, `acc_norm`, their standard error,
+tokens in the edge's context and latency. Options of a question share its context; what all contexts begin with is read
+once.
 """
 
-import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from lora_gen_jax.config import EvalConfig
-from lora_gen_jax.data.prompts import evaluation_shots, few_shot_context, system_prompt
-from lora_gen_jax.data.tasks import Example, Task
-from lora_gen_jax.errors import DataError
+from lora_gen_jax.data.prompts import few_shot_context
+from lora_gen_jax.data.tasks import Example
 from lora_gen_jax.inference.prefix import encode_prefix
 from lora_gen_jax.inference.rows import Request
 from lora_gen_jax.inference.scoring import Score, score
@@ -26,65 +24,10 @@ from lora_gen_jax.models import Model
 LATENCY_DOCUMENTS, LATENCY_REPEATS = 5, 3
 
 
-@dataclasses.dataclass(frozen=True)
-class System:
-    """What is scored: a method's weights for a task, and whether the edge reads the shots.
-
-    Attributes:
-        params_for: from a task's system prompt (None when the task has none) to the edge model's weights.
-        reads_prompt: the edge model reads the system prompt before every query (in-context learning).
-    """
-
-    params_for: Callable[[str | None], Any]
-    reads_prompt: bool = False
-
-
-def evaluate_task(edge: Model, task: Task, system: System, settings: EvalConfig, progress: Any = None) -> dict:
-    """Scores one task.
-
-    Raises:
-        DataError: when the task has nothing to score, or a document is not multiple choice.
-    """
-    documents = scored_documents(task, settings)
-    prompt = task_prompt(task, settings)
-    params = system.params_for(prompt)
-    requests = build_requests(edge, task, documents, settings, system.reads_prompt)
-    scores = run(edge, params, requests, settings, share_prefix=system.reads_prompt, progress=progress)
-    result = metrics(documents, regroup(documents, scores))
-    counts = [len(request.context) for request in requests]
-    result["context_tokens"] = round(statistics.fmean(counts), 1)
-    result["latency_ms"] = latency(edge, params, requests[:LATENCY_DOCUMENTS], settings)
-    return result
-
-
-def scored_documents(task: Task, settings: EvalConfig) -> list[Example]:
-    """The test documents that are scored.
-
-    Raises:
-        DataError: when there are none, or one is not multiple choice.
-    """
-    documents = list(task.test[: settings.limit])
-    if not documents:
-        raise DataError(f"task {task.name} has no test documents: give it a test split")
-    for document in documents:
-        if not document.options:
-            raise DataError(f"task {task.name}, document {document.id}: it has no options to choose from")
-    return documents
-
-
-def task_prompt(task: Task, settings: EvalConfig) -> str | None:
-    """The task's system prompt: its description and the fixed shots; None where it has neither."""
-    shots = evaluation_shots(task, settings.shots, settings.seed)
-    description = task.descriptions[0] if task.descriptions else ""
-    return system_prompt(description, shots) if description.strip() or shots else None
-
-
 def build_requests(
-    edge: Model, task: Task, documents: Sequence[Example], settings: EvalConfig, reads_prompt: bool
+    edge: Model, documents: Sequence[Example], description: str, shots: Sequence[Example]
 ) -> list[Request]:
     """One request a document; one per option where the options stand in the context (WinoGrande)."""
-    shots = evaluation_shots(task, settings.shots, settings.seed) if reads_prompt else ()
-    description = task.descriptions[0] if reads_prompt and task.descriptions else ""
 
     def request(query: str, continuations: Sequence[str]) -> Request:
         context = few_shot_context(description, shots, query)
@@ -157,18 +100,3 @@ def latency(edge: Model, params: Any, requests: Sequence[Request], settings: Eva
             best = min(best, time.perf_counter() - began) if attempt else best
         times.append(best)
     return round(statistics.median(times) * 1000, 2)
-
-
-def summary(tasks: dict[str, dict], seen: dict[str, bool]) -> dict[str, float | None]:
-    """AVE (mean of `acc`) and HAR (their harmonic mean) over all tasks, and the means over seen and unseen ones."""
-
-    def mean(names: list[str]) -> float | None:
-        return float(np.mean([tasks[name]["acc"] for name in names])) if names else None
-
-    acc = [result["acc"] for result in tasks.values()]
-    return {
-        "ave": mean(list(tasks)),
-        "har": statistics.harmonic_mean(acc) if acc else None,
-        "ave_seen": mean([name for name in tasks if seen[name]]),
-        "ave_unseen": mean([name for name in tasks if not seen[name]]),
-    }

@@ -1,0 +1,101 @@
+"""Descriptions of the embedded tasks: what to answer and in which format, in many wordings.
+
+In: an attribute, a format, and whether the wording may be one that training uses. Out: descriptions. A fifth of each
+attribute's requests ("say the animal's sound") is held out: they occur in no training prompt.
+"""
+
+import random
+from collections.abc import Iterator
+
+from lora_gen_jax.data.pocket.formats import PLAIN_REQUESTS, Format
+from lora_gen_jax.data.pocket.world import Attribute
+from lora_gen_jax.data.tasks import stable_hash
+
+FRAMES = (
+    "give {}",
+    "name {}",
+    "write {}",
+    "say {}",
+    "tell me {}",
+    "answer with {}",
+    "reply with {}",
+    "return {}",
+    "find {}",
+    "for each word give {}",
+    "for every word write {}",
+    "your task is to give {}",
+    "I want to know {}",
+    "I need {}",
+)
+INTRODUCTIONS = (
+    "You will get a word.",
+    "Read the word.",
+    "You are a helpful assistant.",
+    "You know a lot about the world.",
+    "Here is your task.",
+    "Please help me.",
+)
+HELD_OUT_PERCENT = 20
+
+
+def descriptions(attribute: Attribute, form: Format, held_out: bool, count: int) -> tuple[str, ...]:
+    """The first `count` different descriptions of a task, all with requests that are (not) held out for training."""
+    rng = random.Random(stable_hash("wording", attribute.name, form.name, str(held_out)))
+    requests = [r for r in all_requests(attribute) if is_held_out(attribute, r) == held_out]
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[describe(rng.choice(requests), form, rng)] = None
+    return tuple(found)
+
+
+def all_requests(attribute: Attribute) -> list[str]:
+    """Every way to ask for an attribute: each frame with each phrase, and the questions."""
+    return [frame.format(phrase) for frame in FRAMES for phrase in attribute.phrases] + list(attribute.questions)
+
+
+def is_held_out(attribute: Attribute, request: str) -> bool:
+    """Whether no training prompt asks for the attribute in these words."""
+    return stable_hash("request", attribute.name, request) % 100 < HELD_OUT_PERCENT
+
+
+def describe(request: str, form: Format, rng: random.Random) -> str:
+    """One description: maybe an introduction, the request, and the format's parts in some order."""
+    asked = [rng.choice(part.requests) for part in form.parts if part.requests]
+    if not asked and rng.random() < 0.5:
+        asked = [rng.choice(PLAIN_REQUESTS)]
+    rng.shuffle(asked)
+    text = " ".join(_sentences(request, asked, rng))
+    if rng.random() < 0.2:
+        text = f"{rng.choice(INTRODUCTIONS)} {text}"
+    if _is_imperative(text) and rng.random() < 0.15:
+        text = f"Please {text[0].lower()}{text[1:]}"
+    # People type like this, too.
+    return text.lower().rstrip(".") if rng.random() < 0.15 else text
+
+
+def _sentences(request: str, asked: list[str], rng: random.Random) -> Iterator[str]:
+    style = rng.choice(("separate", "joined", "first")) if asked else "separate"
+    if style == "joined" and not request.endswith("?"):
+        yield _sentence(_listed([request, *asked]))
+        return
+    if style == "first":
+        yield _sentence(_listed(asked))
+        yield _sentence(request)
+        return
+    yield _sentence(request)
+    if len(asked) > 1 and rng.random() < 0.5:
+        yield _sentence(_listed(asked))
+        return
+    yield from map(_sentence, asked)
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + ("" if text.endswith("?") else ".")
+
+
+def _listed(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _is_imperative(text: str) -> bool:
+    return text.startswith(("Give", "Name", "Write", "Say", "Tell", "Answer", "Reply", "Return", "Find"))

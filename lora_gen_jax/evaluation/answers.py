@@ -1,0 +1,83 @@
+"""Free-form answers: generated greedily and compared with the gold answer, character by character.
+
+In: an edge model, documents with their contexts. Out: `acc` (exact match after surrounding whitespace is removed),
+its standard error, tokens in the edge's context and the latency of one answer.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lora_gen_jax.data.prompts import few_shot_context, separator
+from lora_gen_jax.data.tasks import Example
+from lora_gen_jax.inference.buckets import power_of_two
+from lora_gen_jax.inference.decode import generate
+from lora_gen_jax.models import Model
+
+# Answers that are timed, one at a time, and how often; the best time of each counts, then the median.
+LATENCY_DOCUMENTS, LATENCY_REPEATS = 2, 5
+# Rows of a batch; smaller batches are filled up, so that few programs are compiled.
+ROWS = 16
+
+
+def contexts(edge: Model, documents: Sequence[Example], description: str, shots: Sequence[Example]) -> list[list[int]]:
+    """What the edge model reads for every document, as ids."""
+
+    def ids(document: Example) -> list[int]:
+        context = few_shot_context(description, shots, document.query)
+        return edge.encoder.pair(context, separator(document.query, document.response) + document.response)[0]
+
+    return [ids(document) for document in documents]
+
+
+def exact_matches(edge: Model, params: Any, documents: Sequence[Example], contexts: list[list[int]]) -> list[bool]:
+    """Whether each document is answered exactly.
+
+    Generation ends with the end token, or with a blank line, where a model that reads shots would write the next one.
+    """
+    matches: list[bool] = []
+    limit = max(len(answer_ids(edge, document)) for document in documents) + 2
+    for start in range(0, len(documents), ROWS):
+        batch, part = contexts[start : start + ROWS], documents[start : start + ROWS]
+        rows = batch + [batch[0]] * (ROWS - len(batch))
+        made = generate(edge.decoder, params, rows, max_new_tokens=limit, stop_ids=stops(edge, part))
+        matches += [
+            trimmed(edge.encoder.decode(answer.ids)) == document.response.strip()
+            for answer, document in zip(made, part, strict=False)
+        ]
+    return matches
+
+
+def answer_ids(edge: Model, document: Example) -> list[int]:
+    """Ids of a document's answer."""
+    return edge.encoder.pair(document.query, separator(document.query, document.response) + document.response)[1]
+
+
+def trimmed(text: str) -> str:
+    """The text up to the first blank line, without surrounding whitespace."""
+    return text.strip().split("\n\n")[0].strip()
+
+
+def stops(edge: Model, documents: Sequence[Example]) -> list[int]:
+    """Ids that end an answer: the end token, and the line break where no answer has one."""
+    ids = [] if edge.encoder.end is None else [edge.encoder.end]
+    if all(d.response[:1].isspace() and "\n" not in d.response for d in documents):
+        breaks = [edge.encoder.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("\n", "\n\n")]
+        ids += [found[0] for found in breaks if len(found) == 1]
+    return ids
+
+
+def answer_latency(edge: Model, params: Any, documents: Sequence[Example], contexts: list[list[int]]) -> float:
+    """Milliseconds from a document's context to its whole answer; nothing is shared with other documents."""
+    times = []
+    for document, context in zip(documents[:LATENCY_DOCUMENTS], contexts, strict=False):
+        limit, best = power_of_two(len(answer_ids(edge, document)) + 2), float("inf")
+        for attempt in range(LATENCY_REPEATS + 1):
+            began = time.perf_counter()
+            generate(edge.decoder, params, [context], max_new_tokens=limit, stop_ids=stops(edge, [document]))
+            # The first run may compile.
+            best = min(best, time.perf_counter() - began) if attempt else best
+        times.append(best)
+    return float(np.median(times) * 1000)

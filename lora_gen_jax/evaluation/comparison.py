@@ -1,0 +1,155 @@
+"""After training: the methods of ``compare`` side by side on seen and unseen tasks.
+
+In: a finished run. Methods that learn and have no run yet are trained on the same batches first, each in a directory
+of its own inside the run's. Out: results.json, report.json (CONTRACTS) and report.png in the run's directory, and a
+table on the screen.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from lora_gen_jax.config import Config
+from lora_gen_jax.data.tasks import Task
+from lora_gen_jax.evaluation.figures import draw_report
+from lora_gen_jax.evaluation.run import evaluated_tasks, score_systems
+from lora_gen_jax.evaluation.systems import METHODS, load_checkpoints, make_systems
+from lora_gen_jax.evaluation.task import task_prompt
+from lora_gen_jax.generator.specialize import specialize
+from lora_gen_jax.models import Pair, load_pair, make_generator
+from lora_gen_jax.training.checkpoint import Loaded
+from lora_gen_jax.training.loop import train
+
+TITLES = {
+    "base": "base, no prompt",
+    "icl": "in-context learning",
+    "lora": "multi-task LoRA, no prompt",
+    "lora_gen": "LoRA-Gen, no prompt",
+    "shuffled": "LoRA-Gen, another task's prompt",
+}
+
+
+def compare(config: Config) -> dict[str, Any]:
+    """Scores `config.compare` and writes the report; returns what report.json holds.
+
+    Raises:
+        LoraGenError: for tasks that cannot be scored, or as training.
+    """
+    tasks = evaluated_tasks(config)
+    for method in dict.fromkeys(METHODS[m] for m in config.compare):
+        if method not in (None, config.method):
+            say(f"training {method} on the same batches")
+            train(dataclasses.replace(config, method=method, workdir=config.directory / method))
+    checkpoints = load_checkpoints(config, config.compare, None)
+    pair, began = load_pair(config), time.monotonic()
+    systems = make_systems(config, config.compare, pair, checkpoints, tasks)
+    results = score_systems(config, pair, systems, tasks)
+    say(f"scored {len(systems)} methods on {len(tasks)} tasks in {time.monotonic() - began:.0f} s")
+    report = report_of(results, tasks)
+    write_json(config.directory / "results.json", results)
+    write_json(config.directory / "report.json", report)
+    gates = None
+    if "lora_gen" in checkpoints:
+        gates = gates_of(config, pair, checkpoints["lora_gen"], tasks)
+    if jax.process_index() == 0:
+        draw_report(report, TITLES, gates, config.directory / "report.png")
+        print_report(report, gates)
+    return report
+
+
+def say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Replaces the file at once, so that no half of it is ever read."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def report_of(results: dict[str, Any], tasks: list[Task]) -> dict[str, Any]:
+    """{"seen" | "unseen": {method: accuracy, stderr, context_tokens, latency_ms}}.
+
+    Accuracy is over all queries of the tasks together, with the standard error of a share; context and latency are
+    means over tasks.
+    """
+    report: dict[str, Any] = {}
+    for title, seen in (("seen", True), ("unseen", False)):
+        names = [task.name for task in tasks if task.seen == seen]
+        if names:
+            report[title] = {m: pooled([r["tasks"][name] for name in names]) for m, r in results["methods"].items()}
+    return report
+
+
+def pooled(scored: list[dict[str, Any]]) -> dict[str, float]:
+    """One row of the report from the results of several tasks."""
+    n = sum(result["n"] for result in scored)
+    accuracy = sum(result["acc"] * result["n"] for result in scored) / n
+    return {
+        "accuracy": accuracy,
+        "stderr": math.sqrt(accuracy * (1 - accuracy) / max(n - 1, 1)),
+        "n": n,
+        "context_tokens": round(float(np.mean([result["context_tokens"] for result in scored])), 1),
+        "latency_ms": round(float(np.mean([result["latency_ms"] for result in scored])), 2),
+    }
+
+
+def gates_of(config: Config, pair: Pair, loaded: Loaded, tasks: list[Task]) -> dict[str, np.ndarray] | None:
+    """The gates [L, E] of every task's prompt; None for a generator without gates."""
+    generator, gates = make_generator(loaded.config, pair), {}
+    for task in tasks:
+        prompt = task_prompt(task, config.eval)
+        if prompt is None:
+            continue
+        ids = pair.cloud.encoder.text(prompt)
+        made = specialize(generator, loaded.variables, pair.cloud.params, [ids], config.eval.prompt_limit)
+        if made.gates_PLE is None:
+            return None
+        gates[task.name] = np.asarray(made.gates_PLE[0])
+    return gates
+
+
+def print_report(report: dict[str, Any], gates: dict[str, np.ndarray] | None) -> None:
+    """The comparison as a table, and how much each expert is used."""
+    table = Table(title="exact answers in % ± standard error; latency of one answer")
+    table.add_column("method")
+    groups = list(report)
+    for group in groups:
+        table.add_column(f"{group}\ntasks", justify="right")
+    for title in ("context\ntokens", "compression", "latency\nms"):
+        table.add_column(title, justify="right")
+    for method in report[groups[0]]:
+        rows = [report[group][method] for group in groups]
+        context, latency = (float(np.mean([row[key] for row in rows])) for key in ("context_tokens", "latency_ms"))
+        cells = [f"{100 * row['accuracy']:.1f} ± {100 * row['stderr']:.1f}" for row in rows]
+        full = [report[group]["icl"]["context_tokens"] for group in groups] if "icl" in report[groups[0]] else []
+        ratio = f"{float(np.mean(full)) / context:.1f}×" if full else "–"
+        table.add_row(TITLES[method], *cells, f"{context:.1f}", ratio, f"{latency:.2f}")
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    console.print(table)
+    if gates:
+        console.print(histogram(gates), highlight=False)
+
+
+def histogram(gates: dict[str, np.ndarray]) -> str:
+    """Expert usage: each expert's share of all gates, in percent and as a bar."""
+    share_E = np.sum(list(gates.values()), axis=(0, 1))
+    share_E = share_E / share_E.sum()
+    bars = "▁▂▃▄▅▆▇█"
+    drawn = "".join(bars[min(int(s / share_E.max() * len(bars)), len(bars) - 1)] for s in share_E)
+    used = int(np.sum(share_E > 0.1 / len(share_E)))
+    return (
+        f"expert usage {drawn}  {used} of {len(share_E)} experts above a tenth of an even share;"
+        f" largest {100 * share_E.max():.0f} %, smallest {100 * share_E.min():.1f} %"
+    )

@@ -1,0 +1,108 @@
+"""The methods that can be scored, as `System`s.
+
+In: a pair of models and the checkpoints of the methods that learn. Out: for each method how it makes the edge model's
+weights for a task, and whether the edge reads the prompt.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lora_gen_jax.adapters.merge import merge
+from lora_gen_jax.config import Config
+from lora_gen_jax.data.tasks import Task
+from lora_gen_jax.errors import CheckpointError, ConfigError
+from lora_gen_jax.evaluation.task import System, task_prompt
+from lora_gen_jax.generator.specialize import specialize
+from lora_gen_jax.models import Pair, make_generator
+from lora_gen_jax.training.checkpoint import Loaded, check_models, find_checkpoint, load_checkpoint
+
+# Each method with the method whose checkpoint it needs.
+METHODS = {"base": None, "icl": None, "lora": "lora", "lora_gen": "lora_gen", "shuffled": "lora_gen"}
+
+
+def check_methods(methods: Sequence[str], field: str) -> None:
+    """Raises ConfigError for no method or an unknown one."""
+    if not methods:
+        raise ConfigError(f"{field} is empty; name some of {', '.join(METHODS)}")
+    for method in methods:
+        if method not in METHODS:
+            raise ConfigError(f"{field} has {method!r}; the methods are {', '.join(METHODS)}")
+
+
+def load_checkpoints(config: Config, methods: Sequence[str], named: Path | None) -> dict[str, Loaded]:
+    """The checkpoint of every learned method among `methods`.
+
+    That of the config's own method is found as `find_checkpoint` does; another method's is looked for in the directory
+    of its name inside the work directory, where a comparison puts it.
+
+    Raises:
+        CheckpointError: when one is missing, or holds another method.
+    """
+    found = {}
+    for method in dict.fromkeys(METHODS[m] for m in methods):
+        if method is None:
+            continue
+        own = method == config.method
+        found[method] = loaded = find_checkpoint(config, named) if own else load_checkpoint(config.directory / method)
+        if loaded.config.method != method:
+            raise CheckpointError(f"{loaded.path} was trained with method {loaded.config.method}, not {method}")
+    return found
+
+
+def make_systems(
+    config: Config, methods: Sequence[str], pair: Pair, checkpoints: dict[str, Loaded], tasks: Sequence[Task]
+) -> dict[str, System]:
+    """One `System` a method.
+
+    Args:
+        config: for the prompts: eval.shots, eval.seed and eval.prompt_limit.
+        methods: keys of `METHODS`.
+        pair: of models.
+        checkpoints: as `load_checkpoints` gives them.
+        tasks: that will be scored; "shuffled" gives each the prompt of the next.
+
+    Raises:
+        CheckpointError: when a checkpoint was trained on other models.
+        ConfigError: for "shuffled" with a single task.
+    """
+    base, systems = pair.edge.params, {}
+    for loaded in checkpoints.values():
+        check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")
+    for method in methods:
+        if method in ("base", "icl"):
+            systems[method] = System(lambda task: base, reads_prompt=method == "icl")
+        elif method == "lora":
+            params = multi_task(pair, checkpoints["lora"])
+            systems[method] = System(lambda task, params=params: params)
+        elif method == "shuffled" and len(tasks) < 2:
+            raise ConfigError("method shuffled takes the prompt of another task: score at least two tasks")
+        else:
+            others = [*tasks[1:], tasks[0]] if method == "shuffled" else tasks
+            prompted = {id(task): other for task, other in zip(tasks, others, strict=True)}
+            generated = specializer(config, pair, checkpoints["lora_gen"])
+            systems[method] = System(lambda task, by=prompted, make=generated: make(by[id(task)]))
+    return systems
+
+
+def multi_task(pair: Pair, loaded: Loaded) -> Any:
+    """The edge model with a LoRA that does not depend on the prompt merged in."""
+    adapter: Any = make_generator(loaded.config, pair).apply(loaded.variables, None, None).adapter
+    return merge(pair.edge.params, jax.device_put(adapter))
+
+
+def specializer(config: Config, pair: Pair, loaded: Loaded) -> Callable[[Task], Any]:
+    """From a task to the edge model specialised by its prompt; the base where it has none."""
+    generator = make_generator(loaded.config, pair)
+
+    def specialised(task: Task) -> Any:
+        prompt = task_prompt(task, config.eval)
+        if prompt is None:
+            return pair.edge.params
+        ids = pair.cloud.encoder.text(prompt)
+        made = specialize(generator, loaded.variables, pair.cloud.params, [ids], config.eval.prompt_limit)
+        return merge(pair.edge.params, made.adapter.select(0))
+
+    return specialised

@@ -1,0 +1,155 @@
+"""The embedded suite: what is held out stays out, and a query alone says nothing about the task."""
+
+import dataclasses
+import hashlib
+from collections import Counter
+
+import pytest
+
+from lora_gen_jax.data.load import load_tasks
+from lora_gen_jax.data.pocket.formats import FORMATS
+from lora_gen_jax.data.pocket.suite import GROUPS, combinations, find, make_task, split_of
+from lora_gen_jax.data.pocket.wordings import all_requests, descriptions, is_held_out
+from lora_gen_jax.data.pocket.world import ATTRIBUTES, THINGS, Attribute
+from lora_gen_jax.errors import DataError
+
+BY_NAME = {attribute.name: attribute for attribute in ATTRIBUTES}
+
+
+def test_the_world_by_hand():
+    owl = {a.name: a.values["owl"] for a in ATTRIBUTES if "owl" in a.values}
+    assert owl == {
+        "young": "owlet",
+        "sound": "hoot",
+        "home": "barn",
+        "group": "parliament",
+        "class": "bird",
+        "covering": "feathers",
+        "diet": "mice",
+        "plural": "owls",
+        "kind": "animal",
+        "initial": "O",
+    }
+    assert BY_NAME["capital"].values["Ghana"] == "Accra"
+    assert BY_NAME["taste"].values["olive"] == "salty"
+    assert BY_NAME["worker"].values["loom"] == "weaver"
+    assert len(set(THINGS)) == len(THINGS) == 84
+    assert len(BY_NAME) == len(ATTRIBUTES) == 24
+
+
+def test_a_query_alone_does_not_tell_the_task():
+    answers = {thing: {a.values[thing] for a in ATTRIBUTES if thing in a.values} for thing in THINGS}
+    assert min(map(len, answers.values())) >= 7
+
+
+def test_formats_by_hand_and_all_different():
+    by_name = {form.name: form for form in FORMATS}
+    assert by_name["plain"].render("owl", "hoot") == "hoot"
+    assert by_name["it_is-quotes-dot"].render("owl", "hoot") == 'it is "hoot".'
+    assert by_name["echo-twice-bang"].render("owl", "hoot") == "owl = hoot hoot!"
+    assert by_name["brackets"].render("owl", "hoot") == "[hoot]"
+    assert len({form.render("owl", "hoot") for form in FORMATS}) == len(by_name) == 36
+
+
+def test_splits_of_a_task_are_disjoint_and_complete():
+    for task in GROUPS["pocket"]():
+        splits = [{e.query for e in split} for split in (task.train, task.validation, task.test)]
+        attribute = BY_NAME[task.name.split("/")[1]]
+        assert sum(map(len, splits)) == len(set().union(*splits)) == len(attribute.values)
+        assert len(task.train) >= 6
+
+
+def test_adding_a_thing_moves_no_other():
+    attribute = BY_NAME["sound"]
+    larger = Attribute("sound", {"cuckoo": "cuckoo", **attribute.values}, attribute.phrases, attribute.questions)
+    for form in FORMATS:
+        old, new = make_task(attribute, form), make_task(larger, form)
+        for split in ("train", "validation", "test"):
+            before, after = ({e.query for e in getattr(t, split)} for t in (old, new))
+            assert before == after - {"cuckoo:"}
+            assert ("cuckoo:" in after) == (split_of(larger, form, "cuckoo") == split)
+        assert old.descriptions == new.descriptions
+        assert old.seen == new.seen
+
+
+def test_held_out_pairs_are_in_no_training_task():
+    trained = {task.name for task in GROUPS["pocket"]()}
+    held_out = {task.name for task in (make_task(*pair) for pair in combinations(seen=False))}
+    assert not trained & held_out
+    assert len(trained) + len(held_out) == 24 * 36
+    assert 0.15 < len(held_out) / (24 * 36) < 0.25
+    assert {t.name for t in GROUPS["pocket_unseen"]()} <= held_out
+    assert {t.name for t in GROUPS["pocket_seen"]()} <= trained
+    # An attribute or a part of a format that training never meets could not be known.
+    parts = [name.split("/")[2].split("-") for name in trained]
+    assert {name.split("/")[1] for name in trained} == set(BY_NAME)
+    assert {part for names in parts for part in names} == {"plain", "it_is", "echo", "quotes", "brackets", "twice"} | {
+        "dot",
+        "bang",
+    }
+
+
+def test_held_out_wordings_are_in_no_training_description():
+    for attribute in ATTRIBUTES:
+        kept, left = ([r.lower() for r in all_requests(attribute) if is_held_out(attribute, r) == h] for h in (0, 1))
+        assert kept
+        assert left
+        for form in FORMATS[::7]:
+            for text in descriptions(attribute, form, held_out=True, count=4):
+                assert any(request in text.lower() for request in left)
+            for text in descriptions(attribute, form, held_out=False, count=8):
+                assert any(request in text.lower() for request in kept)
+    training = {text for task in GROUPS["pocket"]() for text in task.descriptions}
+    for group in ("pocket_unseen", "pocket_reworded"):
+        assert not training & {text for task in GROUPS[group]() for text in task.descriptions}
+
+
+def test_evaluation_groups_have_each_attribute_once():
+    for name, tasks in ((name, make()) for name, make in GROUPS.items() if name != "pocket"):
+        assert [task.name.split("/")[1] for task in tasks] == list(BY_NAME), name
+        assert all(task.test and task.seen != ("unseen" in name) for task in tasks)
+
+
+def test_options_need_the_task():
+    places = Counter()
+    for task in [*GROUPS["pocket_unseen_choice"](), *GROUPS["pocket_seen_choice"]()]:
+        _, name, form, _ = task.name.split("/")
+        render = next(f for f in FORMATS if f.name == form).render
+        for e in task.test:
+            thing = e.query[:-1]
+            assert len(set(e.options)) == 4
+            assert e.options[e.gold] == e.response == " " + render(thing, BY_NAME[name].values[thing])
+            assert e.option_lengths == tuple(len(option.strip()) for option in e.options)
+            own = {" " + render(thing, a.values[thing]) for a in ATTRIBUTES if thing in a.values}
+            assert len(own & set(e.options)) == 3
+            places[e.gold] += 1
+    assert min(places[i] for i in range(4)) > 0.15 * sum(places.values())
+
+
+def test_tasks_are_loaded_by_name_and_by_group():
+    names = ("pocket/sound/it_is-quotes-dot", "pocket_unseen", "pocket/sound/plain/choice")
+    tasks = load_tasks(names)
+    assert next(iter(tasks)) == names[0]
+    assert list(tasks)[-1] == names[-1]
+    assert len(tasks) == 26
+    assert tasks[names[0]].test[0].response.startswith(' it is "')
+    assert tasks[names[2]].test[0].options
+    assert find("pocket/sound/plain")[0] is find("pocket/sound/plain")[0]
+
+
+@pytest.mark.parametrize("name", ["pocket_unsene", "pocket/sound", "pocket/sound/loud", "pocket/sound/plain/chose"])
+def test_an_unknown_name_is_refused(name):
+    with pytest.raises(DataError, match="unknown task"):
+        load_tasks((name,))
+
+
+def test_the_suite_is_the_one_that_the_shipped_models_were_made_with():
+    """A change of any text, split or name would leave the shipped pair and generator behind: train them again."""
+    digest = hashlib.blake2b(digest_size=8)
+    for group in GROUPS:
+        for task in GROUPS[group]():
+            for value in (task.name, task.descriptions, task.seen, *map(dataclasses.astuple, task.train)):
+                digest.update(repr(value).encode())
+            for example in (*task.validation, *task.test):
+                digest.update(repr(dataclasses.astuple(example)).encode())
+    assert digest.hexdigest() == "9bc4071e0ece4efd"
