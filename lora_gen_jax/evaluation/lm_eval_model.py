@@ -1,0 +1,160 @@
+"""The model `lora_gen` of lm-evaluation-harness: the edge model, specialised or as it is.
+
+In: lm-eval's requests. Out: log-likelihoods and texts, equal to those of lm-eval's `hf` backend with the same
+weights. Texts become ids as in that backend; a context is read once for all its continuations, and what many contexts
+begin with (a few-shot block) once for all of them. Importing this module makes the model known to lm-eval by name.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from lora_gen_jax.errors import ConfigError, DataError, ModelError
+from lora_gen_jax.evaluation.lm_eval_generation import Wanted, parse_wanted
+from lora_gen_jax.evaluation.lm_eval_source import load_subject, parse_settings
+from lora_gen_jax.evaluation.request_cache import RequestCache
+from lora_gen_jax.evaluation.request_runner import Ids, Runner
+
+log = logging.getLogger(__name__)
+
+
+@register_model("lora_gen")
+class LoraGenLM(TemplateLM):
+    """lm-eval's view of an edge model.
+
+    Args:
+        arguments: as `lora_gen_jax.evaluation.lm_eval_source.Settings`.
+
+    Raises:
+        ConfigError: for arguments that cannot work.
+        LoraGenError: when the model, the generator or the cache cannot be loaded.
+    """
+
+    def __init__(self, **arguments: Any):
+        super().__init__()
+        self.settings = parse_settings(arguments)
+        self.subject = load_subject(self.settings)
+        self.tokenizer: Any = self.subject.model.encoder.tokenizer
+        if (self.settings.max_length or 0) > (most := self.subject.model.config.max_positions):
+            raise ConfigError(f"max_length={self.settings.max_length} exceeds the model's {most} positions: lower it")
+        cache = RequestCache(None if self.settings.cache is None else Path(self.settings.cache), self.subject.identity)
+        self.runner = Runner(self.subject, cache, self.settings.tokens_at_once)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model reads, at most."""
+        return self.settings.max_length or self.subject.model.config.max_positions
+
+    @property
+    def max_gen_toks(self) -> int:
+        """New tokens where a task names no number; lm-eval's own default."""
+        return 256
+
+    @property
+    def eot_token_id(self) -> Any:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What an empty context is read as: the begin token, or the end token where there is none.
+
+        Raises:
+            ModelError: when the tokenizer has neither.
+        """
+        for found in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if found is not None:
+                return found
+        raise ModelError("the tokenizer has no begin and no end token: nothing can stand for an empty context")
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What results.json says about the model: fingerprints, method, versions."""
+        return self.subject.info
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Ids of a text, with the tokenizer's own special tokens unless it begins with one or the caller says so."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.tokenizer.decode([self.prefix_token_id]))
+        return self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as text, by the tokenizer's template; without its system turns if the template has none.
+
+        Raises:
+            ModelError: when the tokenizer has no chat template.
+        """
+        if not self.tokenizer.chat_template:
+            raise ModelError("the model's tokenizer has no chat template: leave --apply_chat_template out")
+        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        try:
+            return self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options)
+        except jinja2.TemplateError:
+            log.warning("the chat template refuses this conversation: its system turns are left out")
+            rest = [turn for turn in chat_history if turn["role"] != "system"]
+            return self.tokenizer.apply_chat_template(rest, tokenize=False, **options)
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in windows that predict every token once; `Instance.args` is (text,)."""
+        windows = []
+        for (text,) in (request.args for request in requests):
+            ids = self.tok_encode(text)
+            rolling = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)
+            windows.append([(None, *make_disjoint_window(pair)) for pair in rolling])
+        scored = iter(self._loglikelihood_tokens([w for one in windows for w in one], disable_tqdm))
+        return [sum(next(scored)[0] for _ in one) for one in windows]
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """(log-likelihood, is greedy) of (anything, context ids, continuation ids), in order."""
+        pairs = [self._fitted(context, continuation) for _, context, continuation in requests]
+        if cut := sum(len(p[0]) < len(r[1]) for p, r in zip(pairs, requests, strict=True)):
+            log.warning("%d of %d contexts were cut from the left to %d tokens", cut, len(pairs), self.max_length)
+        return self.runner.logprobs(pairs, disable_tqdm)
+
+    def _fitted(self, context: list[int], continuation: list[int]) -> tuple[Ids, Ids]:
+        """A pair that the model can read: the context keeps its last tokens.
+
+        Raises:
+            DataError: when either is empty, or the continuation alone is too long.
+        """
+        if not context or not continuation:
+            which = "continuation" if context else "context"
+            raise DataError(f"a request's {which} has no tokens: change the task's texts, or the space between them")
+        if len(continuation) > self.max_length:
+            raise DataError(f"a continuation has {len(continuation)} tokens, the model reads {self.max_length}")
+        return tuple(context[-(self.max_length + 1 - len(continuation)) :]), tuple(continuation)
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Texts up to a stop string; `Instance.args` is (context, generation arguments).
+
+        Raises:
+            ConfigError: for generation arguments that this model does not have.
+            DataError: when the new tokens leave no room for a context.
+        """
+        end = None if self.eot_token_id is None else self.tokenizer.decode([self.eot_token_id])
+        prompts = []
+        for context, arguments in (request.args for request in requests):
+            wanted = parse_wanted(arguments, self.max_gen_toks, end)
+            prompts.append((self._prompt(context, wanted), wanted))
+        return self.runner.texts(prompts, self.settings.seed, disable_tqdm)
+
+    def _prompt(self, context: str, wanted: Wanted) -> Ids:
+        """A context's last tokens, as many as leave room for the new ones."""
+        room = self.max_length - wanted.tokens
+        if room < 1:
+            raise DataError(
+                f"{wanted.tokens} new tokens leave no room for a context in the model's {self.max_length}:"
+                " lower max_gen_toks with --gen_kwargs"
+            )
+        ids = self.tok_encode(context)[-room:]
+        return tuple(ids) if ids else (self.prefix_token_id,)

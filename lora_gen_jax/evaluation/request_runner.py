@@ -1,0 +1,143 @@
+"""Requests to results, a piece at a time: what is finished is kept, what many contexts begin with is read once.
+
+In: pairs or prompts as token ids. Out: log-likelihoods or texts, in order. The plan of batches is made from all
+requests, those that are finished too: a run that goes on where another stopped batches as one that never stopped.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from lora_gen_jax.evaluation.lm_eval_generation import Wanted, texts
+from lora_gen_jax.evaluation.lm_eval_source import Subject
+from lora_gen_jax.evaluation.request_cache import RequestCache
+from lora_gen_jax.evaluation.request_plan import pieces, shared_prefixes
+from lora_gen_jax.inference.prefix import Prefix, encode_prefix
+from lora_gen_jax.inference.rows import Request
+from lora_gen_jax.inference.scoring import score
+
+Ids = tuple[int, ...]
+# Batches that are scored between two writes of the cache: what a stopped evaluation computes again.
+BATCHES_PER_WRITE = 8
+
+
+class Runner:
+    """A model, what it has answered already, and about how many tokens it reads at a time."""
+
+    def __init__(self, subject: Subject, cache: RequestCache, batch_tokens: int):
+        self.subject, self.cache, self.batch_tokens = subject, cache, batch_tokens
+
+    def logprobs(self, pairs: Sequence[tuple[Ids, Ids]], quiet: bool = False) -> list[tuple[float, bool]]:
+        """(log-likelihood, is greedy) of every (context, continuation); equal pairs are scored once.
+
+        Raises:
+            DataError, OutputError: as `score` and `RequestCache.add`.
+        """
+        keys = {pair: self.cache.key("loglikelihood", *pair) for pair in dict.fromkeys(pairs)}
+        by_context: dict[Ids, list[Ids]] = {}
+        for context, continuation in keys:
+            by_context.setdefault(context, []).append(continuation)
+        requests = [Request(context, continuations) for context, continuations in by_context.items()]
+        with self._bar(list(keys.values()), quiet, "log-likelihoods") as bar:
+            for prefix, members in self._groups([request.context for request in requests]):
+                lengths = [
+                    min(self.batch_tokens, len(context) - len(prefix) + sum(len(c) - 1 for c in continuations))
+                    for context, continuations in (requests[i] for i in members)
+                ]
+                begun = _Begun(self.subject, prefix)
+                for piece, at_once in pieces(lengths, len(prefix), self.batch_tokens, BATCHES_PER_WRITE):
+                    self._score([requests[members[i]] for i in piece], keys, begun, at_once, bar)
+        results = (self.cache[keys[pair]] for pair in pairs)
+        return [(float(logprob), bool(greedy)) for logprob, greedy in results]
+
+    def _score(
+        self, requests: list[Request], keys: dict[Any, str], begun: "_Begun", batch_tokens: int, bar: Any
+    ) -> None:
+        """Scores what the cache lacks of a piece."""
+        missing = [
+            Request(context, left)
+            for context, continuations in requests
+            if (left := [c for c in continuations if keys[context, c] not in self.cache])
+        ]
+        if not missing:
+            return
+        start = bar.n
+        found = score(
+            self.subject.model.decoder,
+            self.subject.model.params,
+            [Request(context[len(begun.ids) :], left) for context, left in missing],
+            batch_tokens=batch_tokens,
+            prefix=begun.prefix(),
+            progress=lambda done, _: bar.update(start + done - bar.n),
+        )
+        self.cache.add(
+            {
+                keys[context, continuation]: [logprob, greedy]
+                for (context, left), one in zip(missing, found, strict=True)
+                for continuation, logprob, greedy in zip(left, one.logprobs, one.is_greedy, strict=True)
+            }
+        )
+
+    def texts(self, prompts: Sequence[tuple[Ids, Wanted]], seed: int = 0, quiet: bool = False) -> list[str]:
+        """A text for every (context, how to generate).
+
+        A prompt that is repeated gives the same text again, unless it samples: then each draws its own.
+
+        Raises:
+            DataError, OutputError: as `stream` and `RequestCache.add`.
+        """
+        by_wanted: dict[Wanted, dict[tuple[Ids, int], str]] = {}
+        keys = []
+        for ids, wanted in prompts:
+            group, repeat = by_wanted.setdefault(wanted, {}), 0
+            while wanted.temperature and (ids, repeat) in group:
+                repeat += 1
+            drawn = (repeat, seed) if wanted.temperature else ()
+            keys.append(group.setdefault((ids, repeat), self.cache.key("generate", ids, wanted, *drawn)))
+        with self._bar(keys, quiet, "texts") as bar:
+            for wanted, group in by_wanted.items():
+                self._generate(wanted, group, bar)
+        return [self.cache[key] for key in keys]
+
+    def _generate(self, wanted: Wanted, keys: dict[tuple[Ids, int], str], bar: Any) -> None:
+        """Generates what the cache lacks, a batch at a time.
+
+        A batch of which anything is missing runs whole: what a row draws depends on its place in the batch.
+        """
+        prompts = list(keys)
+        for prefix, members in self._groups([ids for ids, _ in prompts]):
+            lengths = [len(prompts[i][0]) - len(prefix) for i in members]
+            begun = _Begun(self.subject, prefix)
+            for piece, _ in pieces(lengths, len(prefix) + wanted.tokens, self.batch_tokens, 1):
+                rows = [prompts[members[i]] for i in piece]
+                if not (missing := sum(keys[row] not in self.cache for row in rows)):
+                    continue
+                seed = int(hashlib.sha256("".join(keys[row] for row in rows).encode()).hexdigest()[:7], 16)
+                rest = [ids[len(prefix) :] for ids, _ in rows]
+                made = texts(self.subject, rest, wanted, begun.prefix(), seed)
+                self.cache.add({keys[row]: text for row, text in zip(rows, made, strict=True)})
+                bar.update(missing)
+
+    def _groups(self, contexts: Sequence[Any]) -> Iterator[tuple[Ids, list[int]]]:
+        # A prefix must save at least one batch: it costs a pass of its own, and programs for its size.
+        yield from shared_prefixes(contexts, self.batch_tokens)
+
+    def _bar(self, keys: Sequence[str], quiet: bool, what: str) -> Any:
+        distinct = dict.fromkeys(keys)
+        done = sum(key in self.cache for key in distinct)
+        return tqdm(total=len(distinct), initial=done, disable=quiet, desc=what)
+
+
+class _Begun:
+    """What a group's contexts begin with; read when it is first needed."""
+
+    def __init__(self, subject: Subject, ids: Ids):
+        self.subject, self.ids, self._made = subject, ids, None
+
+    def prefix(self) -> Prefix | None:
+        """None where nothing is shared."""
+        if self.ids and self._made is None:
+            self._made = encode_prefix(self.subject.model.decoder, self.subject.model.params, self.ids)
+        return self._made
