@@ -21,7 +21,7 @@ from lora_gen_jax.config import EvalConfig, ModelConfig
 from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.tasks import Task
 from lora_gen_jax.decoder.pretrained import leaves, load_hf_config
-from lora_gen_jax.evaluation.reasoning import build_requests, metrics, regroup, run
+from lora_gen_jax.evaluation.choices import build_requests, metrics, regroup, run
 from lora_gen_jax.models import Model, load_model
 
 
@@ -48,7 +48,7 @@ def torch_model(source: str, model: Model) -> Any:
 def ours(model: Model, task: Task) -> tuple[dict, list[list[float]]]:
     """Metrics and log-likelihoods by this project."""
     settings = EvalConfig(shots=0)
-    requests = build_requests(model, task, task.test, settings, reads_prompt=False)
+    requests = build_requests(model, task.test, "", ())
     logprobs = regroup(task.test, run(model, model.params, requests, settings, share_prefix=False))
     return metrics(task.test, logprobs), logprobs
 

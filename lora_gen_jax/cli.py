@@ -1,4 +1,4 @@
-"""The command line: train.py, eval.py and ``python -m lora_gen_jax specialize|generate|pack|bench``.
+"""The command line: train.py, eval.py and ``python -m lora_gen_jax specialize|generate|pack|lm_eval|bench``.
 
 In: arguments. Out: files, text on standard output, messages on standard error. Bad input ends with one line that
 says what to do, and status 2.
@@ -140,10 +140,18 @@ def bench_main(arguments: list[str]) -> None:
     bench(config_from_args("lora-gen bench", arguments))
 
 
+def lm_eval_command(arguments: list[str]) -> None:
+    """``lm_eval …``: lm-evaluation-harness's own command line with this package's backend."""
+    from lora_gen_jax.evaluation.lm_eval_command import lm_eval_main
+
+    lm_eval_main(arguments)
+
+
 COMMANDS = {
     "specialize": (Specialize, specialize_command, "turn a system prompt into a specialisation"),
     "generate": (Generate, generate_command, "answer an input with a specialised model"),
     "pack": (Pack, pack_command, "write a trained generator as two small files"),
+    "lm_eval": (None, lm_eval_command, "evaluate with lm-evaluation-harness"),
     "bench": (None, bench_main, "time a config's training step against the machine's matmul rate"),
 }
 

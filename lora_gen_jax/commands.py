@@ -122,7 +122,7 @@ def specialize_command(flags: Specialize) -> None:
     config = relocate(loaded.config, flags.cloud, flags.edge)
     pair = load_pair(config)
     check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")
-    ids = pair.cloud.encoder.text(prompt)
+    ids = pair.cloud.encoder.prompt(prompt)
     limit = config.eval.prompt_limit
     made = specialize(make_generator(config, pair), loaded.variables, pair.cloud.params, [ids], limit)
     result = Specialization(

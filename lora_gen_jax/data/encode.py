@@ -45,6 +45,18 @@ class Encoder:
             raise DataError("a text is empty: there is nothing to read")
         return ids
 
+    def prompt(self, text: str) -> list[int]:
+        """Ids of a system prompt and of the blank line that separates it from the first query.
+
+        The meta tokens that follow stand where a query would: a language model gathers there what the prompt asks for.
+
+        Raises:
+            DataError: when nothing is left of the text.
+        """
+        if not text.strip():
+            raise DataError("a text is empty: there is nothing to read")
+        return self.text(text.rstrip() + "\n\n")
+
     def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids of a context and of what follows it; trailing spaces of the context count as part of the latter.
 

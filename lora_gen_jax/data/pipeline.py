@@ -134,7 +134,7 @@ class GroupSampler:
         limit = self.config.cloud_length - self.config.prompts_per_row * self.num_meta
         if not (group.description.strip() or group.shots):
             return None
-        group = dataclasses.replace(group, prompt=self.cloud.text(system_prompt(group.description, group.shots)))
+        group = dataclasses.replace(group, prompt=self.cloud.prompt(system_prompt(group.description, group.shots)))
         return group if len(group.prompt) <= limit else self.shorten(group)
 
     def shorten(self, group: Group) -> Group | None:

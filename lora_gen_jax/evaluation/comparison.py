@@ -112,7 +112,7 @@ def gates_of(config: Config, pair: Pair, loaded: Loaded, tasks: list[Task]) -> d
         prompt = task_prompt(task, config.eval)
         if prompt is None:
             continue
-        ids = pair.cloud.encoder.text(prompt)
+        ids = pair.cloud.encoder.prompt(prompt)
         made = specialize(generator, loaded.variables, pair.cloud.params, [ids], config.eval.prompt_limit)
         if made.gates_PLE is None:
             return None

@@ -23,7 +23,7 @@ def draw_report(
     import matplotlib.pyplot as plt
 
     shown = dict(list((gates or {}).items())[:: max(1, len(gates or {}) // SHOWN_TASKS)][:SHOWN_TASKS])
-    figure = plt.figure(figsize=(13, 5) if shown else (6, 5), layout="constrained")
+    figure: Any = plt.figure(figsize=(13, 5) if shown else (6, 5), layout="constrained")
     left, *right = figure.subfigures(1, 2, width_ratios=(1, 1.2)) if shown else (figure,)
     draw_accuracy(left, report, titles)
     if shown:

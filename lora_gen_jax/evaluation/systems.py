@@ -101,7 +101,7 @@ def specializer(config: Config, pair: Pair, loaded: Loaded) -> Callable[[Task], 
         prompt = task_prompt(task, config.eval)
         if prompt is None:
             return pair.edge.params
-        ids = pair.cloud.encoder.text(prompt)
+        ids = pair.cloud.encoder.prompt(prompt)
         made = specialize(generator, loaded.variables, pair.cloud.params, [ids], config.eval.prompt_limit)
         return merge(pair.edge.params, made.adapter.select(0))
 

@@ -41,7 +41,7 @@ def save_portable(loaded: Any, directory: Path, dtype: Any) -> None:
         stored = np.asarray(value)
         tensors[name] = np.ascontiguousarray(stored.astype(dtype) if name.startswith("params/") else stored)
     # Where the run was has no meaning elsewhere.
-    config = to_json(loaded.config) | {"workdir": None}
+    config: dict[str, Any] = to_json(loaded.config) | {"workdir": None}
     config["data"] |= {"dir": None, "tfds_dir": None}
     readable = {
         "step": loaded.step,
@@ -61,7 +61,8 @@ def load_portable(directory: Path) -> dict[str, Any]:
         CheckpointError: when a file is missing or damaged.
     """
     try:
-        tensors = safetensors.numpy.load((directory / TENSORS).read_bytes())
+        with safetensors.safe_open(directory / TENSORS, framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         readable = json.loads((directory / READABLE).read_text(encoding="utf-8"))
         return {
             "step": int(readable["step"]),

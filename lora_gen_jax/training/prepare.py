@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from lora_gen_jax.config import Config
-from lora_gen_jax.config_file import difference, to_json
+from lora_gen_jax.config_file import difference, from_json, to_json
 from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.pipeline import GroupSampler
 from lora_gen_jax.data.tasks import Task
@@ -89,7 +89,9 @@ def prepare_directory(config: Config) -> None:
     directory, new = config.directory, to_json(config)
     path = directory / "config.json"
     if path.exists():
-        lines = difference(json.loads(path.read_text(encoding="utf-8")), new)
+        # Fields that were added since that run was started count as their defaults.
+        old = to_json(from_json(json.loads(path.read_text(encoding="utf-8"))))
+        lines = difference(old, new)
         if lines:
             raise CheckpointError(
                 f"{directory} holds a run with another config; choose another --workdir, or undo:\n  "

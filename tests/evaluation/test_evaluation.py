@@ -143,7 +143,7 @@ def test_the_specialised_model_is_scored_without_the_prompt(pair):
     system = make_systems(config, ["lora_gen"], pair, {"lora_gen": loaded}, tasks)["lora_gen"]
     for task in tasks:
         got = evaluate_task(pair.edge, task, system, config.eval)
-        ids = pair.cloud.encoder.text(task_prompt(task, config.eval))
+        ids = pair.cloud.encoder.prompt(task_prompt(task, config.eval))
         made = specialize(make_generator(config, pair), loaded.variables, pair.cloud.params, [ids])
         merged = merge(pair.edge.params, made.adapter.select(0))
         acc, norm, _ = plain_figures(pair.edge, merged, task.test)

@@ -118,6 +118,7 @@ GROUPS = {
     "pocket": lambda: [make_task(*pair) for pair in combinations(seen=True)],
     "pocket_seen": lambda: [make_task(*pair) for pair in _one_each(seen=True)],
     "pocket_unseen": lambda: [make_task(*pair) for pair in _one_each(seen=False)],
+    "pocket_unseen_all": lambda: [t for pair in combinations(seen=False) if (t := make_task(*pair)).test],
     "pocket_reworded": lambda: [make_task(*pair, reworded=True) for pair in _one_each(seen=True)],
     "pocket_seen_choice": lambda: [make_task(*pair, choice=True) for pair in _one_each(seen=True)],
     "pocket_unseen_choice": lambda: [make_task(*pair, choice=True) for pair in _one_each(seen=False)],

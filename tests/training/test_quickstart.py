@@ -1,0 +1,59 @@
+"""The quickstart, cut to 60 steps: trains, compares and reports; unseen tasks are answered far above the base."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from lora_gen_jax.config_file import read_config
+from lora_gen_jax.data.pocket import suite
+from lora_gen_jax.evaluation.comparison import compare
+from lora_gen_jax.training.loop import train
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.py"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    config = read_config(QUICKSTART)
+    settings = dataclasses.replace(config.train, steps=60, validate_every=60, checkpoint_every=60)
+    config = dataclasses.replace(config, workdir=tmp_path_factory.mktemp("run") / "quickstart", train=settings)
+    train(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lora_gen_jax.evaluation.answers.LATENCY_DOCUMENTS", 1)
+        patch.setattr("lora_gen_jax.evaluation.answers.LATENCY_REPEATS", 1)
+        return config, compare(config)
+
+
+def test_unseen_tasks_after_sixty_steps(run):
+    _, report = run
+    unseen = {method: row["accuracy"] for method, row in report["unseen"].items()}
+    assert unseen["base"] < 0.05
+    assert unseen["lora_gen"] > unseen["base"] + 0.1
+    assert unseen["lora_gen"] > unseen["lora"] + 0.05
+    assert unseen["icl"] > 0.9
+
+
+def test_the_report_has_the_agreed_layout(run):
+    config, report = run
+    assert json.loads((config.directory / "report.json").read_text()) == report
+    assert set(report) == {"seen", "unseen"}
+    for group in report.values():
+        assert list(group) == ["base", "icl", "lora", "lora_gen"]
+        for row in group.values():
+            assert {"accuracy", "stderr", "context_tokens", "latency_ms"} <= set(row)
+            assert row["n"] > 100
+        assert group["base"]["context_tokens"] == group["lora_gen"]["context_tokens"] < 5
+        assert group["icl"]["context_tokens"] > 10 * group["lora_gen"]["context_tokens"]
+    results = json.loads((config.directory / "results.json").read_text())
+    assert len(results["methods"]["lora_gen"]["tasks"]) == len(suite.GROUPS["pocket_seen"]()) * 2
+    assert (config.directory / "report.png").stat().st_size > 20_000
+    assert (config.directory / "lora" / "metrics.jsonl").exists()
+
+
+def test_the_validation_loss_fell_below_the_bases(run):
+    config, _ = run
+    lines = [json.loads(line) for line in (config.directory / "metrics.jsonl").read_text().splitlines()]
+    validated = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
+    assert validated[60] < 0.6 * validated[0]
