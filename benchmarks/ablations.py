@@ -35,7 +35,6 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "default": {},
         "K = 1": {"top_k": 1},
         "K = 2": {"top_k": 2},
-        "K = 4": {"top_k": 4},
         "all kept": {"top_k": 16},
     },
     "pool": {"default": {}, "a pool for every layer": {"pool": "per_layer"}},

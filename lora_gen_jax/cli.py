@@ -66,9 +66,9 @@ def train_main(args: Sequence[str] | None = None) -> None:
         from lora_gen_jax.training.loop import train
 
         if config.compare:
-            from lora_gen_jax.evaluation.systems import check_methods
+            from lora_gen_jax.evaluation.comparison import check_comparison
 
-            check_methods(config.compare, "compare")
+            check_comparison(config)
         train(config)
         if config.compare:
             from lora_gen_jax.evaluation.comparison import compare

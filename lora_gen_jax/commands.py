@@ -1,4 +1,4 @@
-"""The commands ``specialize`` and ``generate``: their flags, and what they do.
+"""The commands ``specialize``, ``generate`` and ``pack``: their flags, and what they do.
 
 In: flags. Out: a specialisation directory; an answer on standard output. Heavy imports wait until a command runs, so
 that ``--help`` and mistakes answer at once.
@@ -42,7 +42,7 @@ class Generate:
 
     The answer is streamed to standard output. Example:
 
-    lora-gen generate --specialization special --input "Which gas do plants take in?"
+    lora-gen generate --specialization special --input "owl:"
     """
 
     specialization: Path
@@ -118,7 +118,14 @@ def specialize_command(flags: Specialize) -> None:
 
     prompt = text_argument(flags.prompt, "--prompt")
     check_output(flags.out)
+    if flags.checkpoint is None:
+        print("no --checkpoint: the shipped generator for the pocket pair is used", file=sys.stderr)
     loaded = load_checkpoint(flags.checkpoint or next(iter(SHIPPED.values())))
+    if loaded.config.method != "lora_gen":
+        raise CheckpointError(
+            f"{loaded.path} was trained with method {loaded.config.method}, which reads no prompt: give a"
+            " checkpoint of method lora_gen"
+        )
     config = relocate(loaded.config, flags.cloud, flags.edge)
     pair = load_pair(config)
     check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")

@@ -3,6 +3,7 @@
 In: a config. Out: the same, or an error that names the field and the remedy, before anything is loaded or written.
 """
 
+from lora_gen_jax.adapters.protocol import SITES
 from lora_gen_jax.config import Config, DataConfig, GeneratorConfig
 from lora_gen_jax.errors import ConfigError
 
@@ -50,6 +51,10 @@ def check(config: Config) -> Config:
 def _generator_rules(g: GeneratorConfig) -> list[tuple[bool, str]]:
     return [
         (g.top_k <= g.num_experts, f"generator.top_k is {g.top_k}; at most generator.num_experts = {g.num_experts}"),
+        (
+            bool(g.lora_sites) and set(g.lora_sites) <= set(SITES),
+            f"generator.lora_sites is {g.lora_sites}; name some of {', '.join(SITES)}",
+        ),
         (0 <= g.dropout < 1, f"generator.dropout is {g.dropout}; it must lie in [0, 1)"),
         (g.cloud_rank >= 0, f"generator.cloud_rank is {g.cloud_rank}; it must be 0 or more"),
         (g.cv_coefficient >= 0, f"generator.cv_coefficient is {g.cv_coefficient}; it must be 0 or more"),

@@ -95,12 +95,15 @@ def _from_json_value(name: str, value: Any) -> Any:
 
 # Where things lie may differ between two machines that continue the same run.
 LOCATION_FIELDS = ("workdir", "data.dir", "data.tfds_dir")
+# What is scored afterwards does not change what is trained.
+SCORING_FIELDS = ("compare", "eval.")
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines 'field: old -> new' for two configs as `to_json` gives them, locations left out."""
+    """Lines 'field: old -> new' for two configs as `to_json` gives them, locations and scoring left out."""
     flat_old, flat_new = _flatten(old), _flatten(new)
     fields = sorted((flat_old.keys() | flat_new.keys()) - set(LOCATION_FIELDS))
+    fields = [field for field in fields if not field.startswith(SCORING_FIELDS)]
     return [f"{f}: {flat_old.get(f)!r} -> {flat_new.get(f)!r}" for f in fields if flat_old.get(f) != flat_new.get(f)]
 
 

@@ -233,7 +233,10 @@ def test_eval_writes_results_and_its_flags_override_the_config(capsys, tmp_path)
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--methods", "base,mixlora"], "eval.methods has 'mixlora'; the methods are base, icl, lora_gen"),
+        (
+            ["--methods", "base,mixlora"],
+            "eval.methods has 'mixlora'; the methods are base, icl, lora, lora_gen, shuffled",
+        ),
         (["--methods", ""], "eval.methods"),
         (["--tasks", "wam"], "unknown task 'wam'; did you mean 'warm'"),
         (["--limit", "0"], "eval.limit is 0"),

@@ -65,7 +65,7 @@ def test_transformers_reads_the_same_models(name):
         expected = theirs(torch.tensor([ids])).logits[0].numpy()
     got = np.asarray(logits(ours.decoder, ours.params, np.array([ids], np.int32))[0])
     np.testing.assert_allclose(got, expected, atol=2e-4, rtol=1e-4)
-    assert tokenizer.decode(int(got[-1].argmax())).strip().strip('"') in "hoot"
+    assert tokenizer.decode(int(got[-1].argmax())) == ' "'
 
 
 def test_the_edge_learns_in_context_and_knows_nothing_without(pair):

@@ -60,7 +60,7 @@ def _own_tasks(files: Sequence[str | Path]) -> dict[str, Task]:
     own: dict[str, Task] = {}
     for path in files:
         for task in load_records(path):
-            if task.name in own or task.name in REASONING_TASKS:
+            if task.name in own or task.name in REASONING_TASKS or suite.find(task.name):
                 raise DataError(f'{path}: another task is already called {task.name!r}; rename the file or its "task"')
             own[task.name] = task
     return own

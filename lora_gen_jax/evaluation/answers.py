@@ -38,13 +38,14 @@ def exact_matches(edge: Model, params: Any, documents: Sequence[Example], contex
     Generation ends with the end token, or with a blank line, where a model that reads shots would write the next one.
     """
     matches: list[bool] = []
+    end = break_of(documents)
     limit = max(len(answer_ids(edge, document)) for document in documents) + 2
     for start in range(0, len(documents), ROWS):
         batch, part = contexts[start : start + ROWS], documents[start : start + ROWS]
         rows = batch + [batch[0]] * (ROWS - len(batch))
         made = generate(edge.decoder, params, rows, max_new_tokens=limit, stop_ids=stops(edge, part))
         matches += [
-            trimmed(edge.encoder.decode(answer.ids)) == document.response.strip()
+            trimmed(edge.encoder.decode(answer.ids), end) == document.response.strip()
             for answer, document in zip(made, part, strict=False)
         ]
     return matches
@@ -55,9 +56,16 @@ def answer_ids(edge: Model, document: Example) -> list[int]:
     return edge.encoder.pair(document.query, separator(document.query, document.response) + document.response)[1]
 
 
-def trimmed(text: str) -> str:
-    """The text up to the first blank line, without surrounding whitespace."""
-    return text.strip().split("\n\n")[0].strip()
+def break_of(documents: Sequence[Example]) -> str | None:
+    """What ends an answer beside the end token: the shortest run of line breaks that no gold answer holds."""
+    gold = [document.response.strip() for document in documents]
+    return next((end for end in ("\n", "\n\n") if not any(end in answer for answer in gold)), None)
+
+
+def trimmed(text: str, end: str | None) -> str:
+    """The text up to the first `end`, without surrounding whitespace."""
+    text = text.strip()
+    return text if end is None else text.split(end)[0].strip()
 
 
 def stops(edge: Model, documents: Sequence[Example]) -> list[int]:

@@ -21,8 +21,8 @@ from rich.table import Table
 from lora_gen_jax.config import Config
 from lora_gen_jax.data.tasks import Task
 from lora_gen_jax.evaluation.figures import draw_report
-from lora_gen_jax.evaluation.run import evaluated_tasks, score_systems
-from lora_gen_jax.evaluation.systems import METHODS, load_checkpoints, make_systems
+from lora_gen_jax.evaluation.run import describe, evaluated_tasks, score_systems
+from lora_gen_jax.evaluation.systems import METHODS, check_methods, check_tasks, load_checkpoints, make_systems
 from lora_gen_jax.evaluation.task import task_prompt
 from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.models import Pair, load_pair, make_generator
@@ -55,15 +55,26 @@ def compare(config: Config) -> dict[str, Any]:
     results = score_systems(config, pair, systems, tasks)
     say(f"scored {len(systems)} methods on {len(tasks)} tasks in {time.monotonic() - began:.0f} s")
     report = report_of(results, tasks)
-    write_json(config.directory / "results.json", results)
-    write_json(config.directory / "report.json", report)
     gates = None
     if "lora_gen" in checkpoints:
         gates = gates_of(config, pair, checkpoints["lora_gen"], tasks)
     if jax.process_index() == 0:
+        results["checkpoints"] = {method: describe(loaded) for method, loaded in checkpoints.items()}
+        write_json(config.directory / "results.json", results)
+        write_json(config.directory / "report.json", report)
         draw_report(report, TITLES, gates, config.directory / "report.png")
         print_report(report, gates)
     return report
+
+
+def check_comparison(config: Config) -> None:
+    """What a comparison needs, before hours of training.
+
+    Raises:
+        LoraGenError: for an unknown method or task, or a task that cannot be scored.
+    """
+    check_methods(config.compare, "compare")
+    check_tasks(config.compare, evaluated_tasks(config))
 
 
 def say(text: str) -> None:
@@ -122,7 +133,7 @@ def gates_of(config: Config, pair: Pair, loaded: Loaded, tasks: list[Task]) -> d
 
 def print_report(report: dict[str, Any], gates: dict[str, np.ndarray] | None) -> None:
     """The comparison as a table, and how much each expert is used."""
-    table = Table(title="exact answers in % ± standard error; latency of one answer")
+    table = Table(title="accuracy in % ± standard error; latency of one answer")
     table.add_column("method")
     groups = list(report)
     for group in groups:

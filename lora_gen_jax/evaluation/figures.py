@@ -37,19 +37,19 @@ def draw_report(
 def draw_accuracy(figure: Any, report: dict[str, Any], titles: dict[str, str]) -> None:
     """One point a method and group of tasks: latency, accuracy with its standard error."""
     axes = figure.add_subplot()
-    for group, marker, fill in (("seen", "o", "none"), ("unseen", "o", None)):
-        for method, row in report.get(group, {}).items():
+    for group, rows in report.items():
+        for method, row in rows.items():
             color = COLORS[method]
             axes.errorbar(
                 row["latency_ms"],
                 100 * row["accuracy"],
                 yerr=100 * row["stderr"],
-                marker=marker,
+                marker="o",
                 markersize=9,
                 color=color,
-                markerfacecolor=color if fill is None else fill,
+                markerfacecolor="none" if group == "seen" else color,
                 linestyle="none",
-                label=f"{titles[method]} ({row['context_tokens']:.0f} tokens)" if group == "unseen" else None,
+                label=f"{titles[method]} ({row['context_tokens']:.0f} tokens)" if group == list(report)[-1] else None,
             )
     axes.set_xlabel("latency of one answer, ms")
     axes.set_ylabel("accuracy, %")

@@ -143,8 +143,11 @@ def load_subject(settings: Settings) -> Subject:
         config = ModelConfig(settings.model or "", dtype=settings.dtype or "auto")  # pyright: ignore
         edge, made = load_model(config), {"method": "base"}
     made |= {"edge": edge.fingerprint, "dtype": jnp.dtype(edge.decoder.dtype).name}
-    identity = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
-    return Subject(edge, end_ids(config.source, edge), identity, {"lora_gen": made, "versions": versions()})
+    ends = end_ids(config.source, edge)
+    # Another version may tokenise, generate or merge otherwise.
+    known = made | {"ends": sorted(ends), "versions": versions(), "tokenizer": _digest(repr(edge.encoder.tokenizer))}
+    identity = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+    return Subject(edge, ends, identity, {"lora_gen": made, "versions": versions()})
 
 
 def _with_specialization(settings: Settings) -> tuple[Model, ModelConfig, dict[str, Any]]:
@@ -172,6 +175,7 @@ def _with_generator(settings: Settings) -> tuple[Model, ModelConfig, dict[str, A
     pair = load_pair(config)
     check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")
     made = {"method": config.method, "generator": _content(loaded.variables)}
+    made["settings"] = _digest(json.dumps(dataclasses.asdict(config.generator), sort_keys=True))
     if config.method == "lora":
         return dataclasses.replace(pair.edge, params=multi_task(pair, loaded)), config.edge, made
     made |= {"prompt": _digest(prompt), "cloud": pair.cloud.fingerprint}

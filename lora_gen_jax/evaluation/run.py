@@ -45,7 +45,8 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path) -> dict[str, An
     tasks = evaluated_tasks(config)
     pair = load_pair(config)
     systems = make_systems(config, config.eval.methods, pair, checkpoints, tasks)
-    results = score_systems(config, pair, systems, tasks) | {"checkpoint": describe(checkpoints.get(config.method))}
+    results = score_systems(config, pair, systems, tasks)
+    results["checkpoints"] = {method: describe(loaded) for method, loaded in checkpoints.items()}
     with complete_directory(out) as temporary:
         (temporary / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print_table(results, tasks)
@@ -93,9 +94,9 @@ def score_systems(config: Config, pair: Pair, systems: dict[str, System], tasks:
     return results
 
 
-def describe(loaded: Loaded | None) -> dict[str, Any] | None:
+def describe(loaded: Loaded) -> dict[str, Any]:
     """Which checkpoint was scored."""
-    return None if loaded is None else {"step": loaded.step, "fingerprints": loaded.fingerprints}
+    return {"path": str(loaded.path), "step": loaded.step, "fingerprints": loaded.fingerprints}
 
 
 def machine() -> dict[str, Any]:

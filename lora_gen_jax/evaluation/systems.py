@@ -32,6 +32,12 @@ def check_methods(methods: Sequence[str], field: str) -> None:
             raise ConfigError(f"{field} has {method!r}; the methods are {', '.join(METHODS)}")
 
 
+def check_tasks(methods: Sequence[str], tasks: Sequence[Task]) -> None:
+    """Raises ConfigError for "shuffled" with a single task."""
+    if "shuffled" in methods and len(tasks) < 2:
+        raise ConfigError("method shuffled takes the prompt of another task: score at least two tasks")
+
+
 def load_checkpoints(config: Config, methods: Sequence[str], named: Path | None) -> dict[str, Loaded]:
     """The checkpoint of every learned method among `methods`.
 
@@ -46,10 +52,24 @@ def load_checkpoints(config: Config, methods: Sequence[str], named: Path | None)
         if method is None:
             continue
         own = method == config.method
-        found[method] = loaded = find_checkpoint(config, named) if own else load_checkpoint(config.directory / method)
+        found[method] = loaded = find_checkpoint(config, named) if own else beside(named or config.directory, method)
         if loaded.config.method != method:
             raise CheckpointError(f"{loaded.path} was trained with method {loaded.config.method}, not {method}")
     return found
+
+
+def beside(directory: Path, method: str) -> Loaded:
+    """The checkpoint of a method that a run was compared with.
+
+    Raises:
+        CheckpointError: when there is none.
+    """
+    if not (directory / method).is_dir():
+        raise CheckpointError(
+            f"{directory} has no run of method {method}: name {method} in the config's compare and train, or leave it"
+            " out of the methods"
+        )
+    return load_checkpoint(directory / method)
 
 
 def make_systems(
@@ -69,6 +89,7 @@ def make_systems(
         ConfigError: for "shuffled" with a single task.
     """
     base, systems = pair.edge.params, {}
+    check_tasks(methods, tasks)
     for loaded in checkpoints.values():
         check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")
     for method in methods:
@@ -77,8 +98,6 @@ def make_systems(
         elif method == "lora":
             params = multi_task(pair, checkpoints["lora"])
             systems[method] = System(lambda task, params=params: params)
-        elif method == "shuffled" and len(tasks) < 2:
-            raise ConfigError("method shuffled takes the prompt of another task: score at least two tasks")
         else:
             others = [*tasks[1:], tasks[0]] if method == "shuffled" else tasks
             prompted = {id(task): other for task, other in zip(tasks, others, strict=True)}

@@ -12,6 +12,7 @@ import numpy as np
 
 from lora_gen_jax.config import Config
 from lora_gen_jax.data.pipeline import Shard, build_batch
+from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.models import load_pair, make_generator
 from lora_gen_jax.sharding import make_mesh
 from lora_gen_jax.training.cost import matmul_rate, step_cost
@@ -28,6 +29,8 @@ def bench(config: Config) -> dict[str, float]:
     Raises:
         LoraGenError: as training, for bad input.
     """
+    if config.method != "lora_gen":
+        raise ConfigError(f"method is {config.method}; the multiply-adds of a step are counted for lora_gen alone")
     keep_freed_memory()
     mesh = make_mesh()
     pair = load_pair(config, mesh)

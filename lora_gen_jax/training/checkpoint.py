@@ -20,6 +20,7 @@ from lora_gen_jax.errors import CheckpointError
 from lora_gen_jax.training.portable import SHIPPED, TENSORS, load_portable
 from lora_gen_jax.training.step import TrainState
 
+log = logging.getLogger(__name__)
 PACKAGES = ("lora_gen_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
 ITEMS = ("generator", "optimizer", "data", "metadata")
 
@@ -189,12 +190,13 @@ def find_checkpoint(config: Config, named: Path | None = None) -> Loaded:
     """
     shipped = SHIPPED.get(config.name)
     if named is None and shipped is not None and not any((config.directory / "checkpoints").glob("*")):
+        log.info("%s holds no run: the generator shipped for %s is used", config.directory, config.name)
         return load_checkpoint(shipped)
     return load_checkpoint(named or config.directory)
 
 
 def _one_device() -> jax.sharding.Sharding:
-    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def metadata_of(config: Config, fingerprints: dict[str, str], step: int) -> dict[str, Any]:

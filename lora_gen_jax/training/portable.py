@@ -42,7 +42,7 @@ def save_portable(loaded: Any, directory: Path, dtype: Any) -> None:
         tensors[name] = np.ascontiguousarray(stored.astype(dtype) if name.startswith("params/") else stored)
     # Where the run was has no meaning elsewhere.
     config: dict[str, Any] = to_json(loaded.config) | {"workdir": None}
-    config["data"] |= {"dir": None, "tfds_dir": None}
+    config["data"] |= {"dir": None, "tfds_dir": None, "files": []}
     readable = {
         "step": loaded.step,
         "config": config,

@@ -2,14 +2,18 @@
 
 import dataclasses
 import hashlib
+import importlib
+import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
+from helpers import write_rows
 
 from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.pocket.formats import FORMATS
 from lora_gen_jax.data.pocket.suite import GROUPS, combinations, find, make_task, split_of
-from lora_gen_jax.data.pocket.wordings import all_requests, descriptions, is_held_out
+from lora_gen_jax.data.pocket.wordings import all_requests, descriptions, held_out_requests, training_requests
 from lora_gen_jax.data.pocket.world import ATTRIBUTES, THINGS, Attribute
 from lora_gen_jax.errors import DataError
 
@@ -59,7 +63,7 @@ def test_splits_of_a_task_are_disjoint_and_complete():
         assert len(task.train) >= 6
 
 
-def test_adding_a_thing_moves_no_other():
+def test_adding_a_thing_moves_no_other_between_splits():
     attribute = BY_NAME["sound"]
     larger = Attribute("sound", {"cuckoo": "cuckoo", **attribute.values}, attribute.phrases, attribute.questions)
     for form in FORMATS:
@@ -90,22 +94,33 @@ def test_held_out_pairs_are_in_no_training_task():
 
 
 def test_held_out_wordings_are_in_no_training_description():
+    training: dict[str, str] = {}
+    for task in GROUPS["pocket"]():
+        name = task.name.split("/")[1]
+        training[name] = training.get(name, "") + "\n".join(task.descriptions).lower()
     for attribute in ATTRIBUTES:
-        kept, left = ([r.lower() for r in all_requests(attribute) if is_held_out(attribute, r) == h] for h in (0, 1))
-        assert kept
-        assert left
+        kept, held_out = training_requests(attribute), held_out_requests(attribute)
+        assert len(kept) > 50
+        assert len(held_out) >= 5
+        assert not set(kept) & set(held_out)
+        assert set(kept) | set(held_out) <= set(all_requests(attribute))
+        for request in held_out:
+            assert request.lower() not in training[attribute.name]
         for form in FORMATS[::7]:
             for text in descriptions(attribute, form, held_out=True, count=4):
-                assert any(request in text.lower() for request in left)
-            for text in descriptions(attribute, form, held_out=False, count=8):
-                assert any(request in text.lower() for request in kept)
-    training = {text for task in GROUPS["pocket"]() for text in task.descriptions}
-    for group in ("pocket_unseen", "pocket_reworded"):
-        assert not training & {text for task in GROUPS[group]() for text in task.descriptions}
+                assert any(request.lower() in text.lower() for request in held_out)
+    for group in ("pocket_unseen_all", "pocket_reworded"):
+        for task in GROUPS[group]():
+            asked = [r.lower() for r in held_out_requests(BY_NAME[task.name.split("/")[1]])]
+            assert all(any(request in text.lower() for request in asked) for text in task.descriptions)
 
 
 def test_evaluation_groups_have_each_attribute_once():
-    for name, tasks in ((name, make()) for name, make in GROUPS.items() if name not in ("pocket", "pocket_unseen_all")):
+    for name, tasks in (
+        (name, make())
+        for name, make in GROUPS.items()
+        if name not in ("pocket", "pocket_unseen_all", "pocket_agent", "pocket_agent_unseen")
+    ):
         assert [task.name.split("/")[1] for task in tasks] == list(BY_NAME), name
         assert all(task.test and task.seen != ("unseen" in name) for task in tasks)
 
@@ -135,6 +150,32 @@ def test_tasks_are_loaded_by_name_and_by_group():
     assert tasks[names[0]].test[0].response.startswith(' it is "')
     assert tasks[names[2]].test[0].options
     assert find("pocket/sound/plain")[0] is find("pocket/sound/plain")[0]
+    # The same tasks in other words keep names of their own.
+    assert len(load_tasks(("pocket_seen", "pocket_reworded"))) == 48
+    assert len(load_tasks(("pocket_agent", "pocket_agent_unseen", "agent/seen-07"))) == 75
+
+
+def test_a_file_may_not_take_an_embedded_name(tmp_path):
+    write_rows(tmp_path / "pocket.jsonl", [{"system": "a", "input": "b", "output": "c"}])
+    with pytest.raises(DataError, match="another task is already called 'pocket'"):
+        load_tasks(("pocket",), files=[tmp_path / "pocket.jsonl"])
+
+
+def test_pretraining_reads_nothing_that_is_held_out(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+    text = importlib.import_module("pocket_text")
+    tasks, rng = text.pretraining_tasks(), random.Random(0)
+    assert all(task.seen for task in tasks)
+    held_out = {r.lower(): a.name for a in ATTRIBUTES for r in held_out_requests(a)}
+    for task in rng.sample(tasks, 200):
+        pieces = text.document([task], rng)
+        read = [piece for piece, answer in pieces if not answer]
+        queries = {piece.removeprefix("\n\n") for piece in read if piece.removeprefix("\n\n") not in task.descriptions}
+        queries = {query for query in queries if query.removesuffix("\n\n") not in task.descriptions}
+        assert queries <= {example.query for example in task.train}
+        if task.source == "pocket" and len(queries) < len(read):
+            own = [r for r, name in held_out.items() if name == task.name.split("/")[1]]
+            assert not any(request in read[0].lower() for request in own)
 
 
 @pytest.mark.parametrize("name", ["pocket_unsene", "pocket/sound", "pocket/sound/loud", "pocket/sound/plain/chose"])
@@ -152,4 +193,4 @@ def test_the_suite_is_the_one_that_the_shipped_models_were_made_with():
                 digest.update(repr(value).encode())
             for example in (*task.validation, *task.test):
                 digest.update(repr(dataclasses.astuple(example)).encode())
-    assert digest.hexdigest() == "58fc84c95213de8c"
+    assert digest.hexdigest() == "5d1d32ec25ddadef"

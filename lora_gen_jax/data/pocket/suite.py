@@ -4,12 +4,14 @@ In: the tables of `world`, `formats` and `wordings`. Out: `Task`s, by group or b
 attribute and format is held out: these tasks are unseen by the models' pretraining and by the generators' training.
 
 Names: ``pocket/sound/it_is-quotes-dot`` is answered in free form, ``pocket/sound/it_is-quotes-dot/choice`` chosen from
-four options. Nothing here is random: splits, wordings and options follow from hashes of the names.
+four options; ``…/reworded`` is a seen task in held-out wordings. Nothing here is random: splits, wordings and options
+follow from hashes of the names.
 """
 
 import random
 from functools import cache
 
+from lora_gen_jax.data.pocket.agent import agent_tasks
 from lora_gen_jax.data.pocket.formats import FORMATS, Format
 from lora_gen_jax.data.pocket.wordings import descriptions
 from lora_gen_jax.data.pocket.world import ATTRIBUTES, Attribute
@@ -52,7 +54,7 @@ def make_task(attribute: Attribute, form: Format, choice: bool = False, reworded
     own = reworded or not seen
     texts = descriptions(attribute, form, held_out=own, count=4 if own else _WORDINGS)
     return Task(
-        name=task_name(attribute, form) + ("/choice" if choice else ""),
+        name=task_name(attribute, form) + "/choice" * choice + "/reworded" * (reworded and seen),
         descriptions=texts if own else (*texts, *("",) * _SHOTS_ALONE),
         train=splits["train"],
         validation=splits["validation"],
@@ -91,11 +93,16 @@ def find(name: str) -> list[Task]:
     if name in GROUPS:
         return GROUPS[name]()
     source, *rest = name.split("/")
-    choice = rest[2:] == ["choice"]
-    if source != SOURCE or len(rest) != 2 + choice:
-        return []
+    kinds: dict[tuple[str, ...], dict[str, bool]] = {
+        (): {},
+        ("choice",): {"choice": True},
+        ("reworded",): {"reworded": True},
+    }
+    kind = kinds.get(tuple(rest[2:]))
+    if source != SOURCE or kind is None:
+        return [task for task in agent_tasks() if task.name == name] if source == "agent" else []
     pairs = [(a, f) for a in ATTRIBUTES for f in FORMATS if [a.name, f.name] == rest[:2]]
-    return [make_task(*pair, choice=choice) for pair in pairs]
+    return [make_task(*pair, **kind) for pair in pairs if not kind.get("reworded") or not is_unseen(*pair)]
 
 
 def combinations(seen: bool) -> list[tuple[Attribute, Format]]:
@@ -122,5 +129,7 @@ GROUPS = {
     "pocket_reworded": lambda: [make_task(*pair, reworded=True) for pair in _one_each(seen=True)],
     "pocket_seen_choice": lambda: [make_task(*pair, choice=True) for pair in _one_each(seen=True)],
     "pocket_unseen_choice": lambda: [make_task(*pair, choice=True) for pair in _one_each(seen=False)],
+    "pocket_agent": lambda: [task for task in agent_tasks() if task.seen],
+    "pocket_agent_unseen": lambda: [task for task in agent_tasks() if not task.seen],
 }
 """Tasks that are named together: "pocket" is what generators are trained on, the others are for evaluation."""

@@ -41,7 +41,7 @@ HELD_OUT_PERCENT = 20
 def descriptions(attribute: Attribute, form: Format, held_out: bool, count: int) -> tuple[str, ...]:
     """The first `count` different descriptions of a task, all with requests that are (not) held out for training."""
     rng = random.Random(stable_hash("wording", attribute.name, form.name, str(held_out)))
-    requests = [r for r in all_requests(attribute) if is_held_out(attribute, r) == held_out]
+    requests = held_out_requests(attribute) if held_out else training_requests(attribute)
     found: dict[str, None] = {}
     while len(found) < count:
         found[describe(rng.choice(requests), form, rng)] = None
@@ -53,8 +53,19 @@ def all_requests(attribute: Attribute) -> list[str]:
     return [frame.format(phrase) for frame in FRAMES for phrase in attribute.phrases] + list(attribute.questions)
 
 
-def is_held_out(attribute: Attribute, request: str) -> bool:
-    """Whether no training prompt asks for the attribute in these words."""
+def training_requests(attribute: Attribute) -> list[str]:
+    """The requests that training prompts are made of."""
+    return [request for request in all_requests(attribute) if not _drawn(attribute, request)]
+
+
+def held_out_requests(attribute: Attribute) -> list[str]:
+    """The requests whose words stand in no training prompt, not even inside a longer one ("your task is to give …")."""
+    training = [request.lower() for request in training_requests(attribute)]
+    drawn = [request for request in all_requests(attribute) if _drawn(attribute, request)]
+    return [request for request in drawn if not any(request.lower() in longer for longer in training)]
+
+
+def _drawn(attribute: Attribute, request: str) -> bool:
     return stable_hash("request", attribute.name, request) % 100 < HELD_OUT_PERCENT
 
 

@@ -1,0 +1,109 @@
+"""Free-form answers: where they end, what counts as exact, and that a batch changes nothing."""
+
+import numpy as np
+import pytest
+
+from lora_gen_jax.config import EvalConfig, ModelConfig
+from lora_gen_jax.data.pocket.suite import find
+from lora_gen_jax.data.prompts import evaluation_shots
+from lora_gen_jax.data.tasks import Example, Task
+from lora_gen_jax.errors import DataError
+from lora_gen_jax.evaluation import answers
+from lora_gen_jax.evaluation.task import System, evaluate_task, exact_match
+from lora_gen_jax.inference.decode import Generation
+from lora_gen_jax.models import load_model
+
+SETTINGS = EvalConfig(shots=5)
+
+
+@pytest.fixture(scope="module")
+def edge():
+    return load_model(ModelConfig("pocket-edge"))
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(answers, "LATENCY_REPEATS", 1)
+    monkeypatch.setattr(answers, "LATENCY_DOCUMENTS", 1)
+
+
+def test_a_model_that_reads_shots_stops_where_the_next_one_would_start(edge):
+    task = find("pocket/sound/quotes")[0]
+    shots = evaluation_shots(task, 5, 0)
+    read = answers.contexts(edge, task.test, task.descriptions[0], shots)
+    assert edge.encoder.decode(read[0]).endswith(task.test[0].query)
+    assert all(answers.exact_matches(edge, edge.params, task.test, read))
+
+
+def test_another_answer_is_no_match(edge):
+    task = find("pocket/sound/quotes")[0]
+    shots = evaluation_shots(task, 5, 0)
+    read = answers.contexts(edge, task.test, task.descriptions[0], shots)
+    wrong = [Example(e.id, e.query, e.response.replace('"', "'")) for e in task.test]
+    assert not any(answers.exact_matches(edge, edge.params, wrong, read))
+
+
+def test_many_documents_are_answered_in_batches_and_in_order(edge, monkeypatch):
+    documents = [Example(str(i), f"{thing}:", f" {thing}") for i, thing in enumerate(["owl", "cow", "dog"] * 7)]
+    batches = []
+
+    def echo(decoder, params, rows, **settings):
+        batches.append(len(rows))
+        return [Generation(edge.encoder.text(" " + edge.encoder.decode(row)[:-1]), "stop", []) for row in rows]
+
+    monkeypatch.setattr(answers, "generate", echo)
+    read = answers.contexts(edge, documents, "", ())
+    swapped = [*read[1:], read[0]]
+    assert all(answers.exact_matches(edge, edge.params, documents, read))
+    assert sum(answers.exact_matches(edge, edge.params, documents, swapped)) == 0
+    assert set(batches) == {answers.ROWS}
+
+
+def test_what_is_cut_off():
+    plain, lines, blank = (Example("a", "q:", text) for text in (" yes", " two\nlines", " a\n\nb"))
+    assert [answers.break_of(d) for d in ([plain], [plain, lines], [lines, blank])] == ["\n", "\n\n", None]
+    assert answers.trimmed(' "hoot"\ncow: "moo"', "\n") == '"hoot"'
+    assert answers.trimmed("\ntwo\nlines\n\nrest", "\n\n") == "two\nlines"
+    assert answers.trimmed(" a\n\nb ", None) == "a\n\nb"
+    assert answers.trimmed("  ", "\n") == ""
+
+
+def test_the_line_break_ends_only_answers_that_have_none(edge):
+    (line_break,) = edge.encoder.tokenizer("\n", add_special_tokens=False)["input_ids"]
+    one = [Example("a", "q:", " yes")]
+    assert line_break in answers.stops(edge, one)
+    assert answers.stops(edge, [*one, Example("b", "q:", " two\nlines")]) == [edge.encoder.end]
+    # Plain records: the line break stands between query and answer.
+    assert answers.stops(edge, [Example("c", "question", "answer")]) == [edge.encoder.end]
+
+
+def test_the_figures_of_a_task(edge):
+    task = find("pocket/capital/brackets-dot")[0]
+    base, icl = (
+        evaluate_task(edge, task, System(lambda task: edge.params, reads_prompt=reads), SETTINGS)
+        for reads in (False, True)
+    )
+    assert base["acc"] == 0.0
+    assert icl["acc"] == icl["acc_norm"] > 0.9
+    assert icl["n"] == len(task.test)
+    assert base["context_tokens"] == pytest.approx(
+        np.mean([len(edge.encoder.text(e.query)) for e in task.test]), abs=0.1
+    )
+    assert icl["context_tokens"] > 10 * base["context_tokens"]
+    assert base["latency_ms"] > 0
+
+
+def test_standard_error_by_hand():
+    assert exact_match([True, False, True, True]) == {
+        "acc": 0.75,
+        "acc_norm": 0.75,
+        "stderr": pytest.approx((0.75 * 0.25 / 3) ** 0.5),
+        "n": 4,
+    }
+    assert exact_match([True])["stderr"] == 0.0
+
+
+def test_chats_without_options_are_refused(edge):
+    task = Task("talk", ("be kind",), (), [Example("a", "hello", "hello")], chat=True, source="x")
+    with pytest.raises(DataError, match="task talk: free-form chats cannot be scored"):
+        evaluate_task(edge, task, System(lambda task: edge.params), SETTINGS)
