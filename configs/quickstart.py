@@ -1,4 +1,4 @@
-"""The two-minute proof: the pocket pair becomes a specialist for tasks that no training has seen.
+"""The proof in a few minutes: the pocket pair becomes a specialist for tasks that no training has seen.
 
 Command:  python train.py configs/quickstart.py
 Time:     three minutes on two CPU cores: training 75 s, the LoRA it is compared with 40 s, scoring 45 s.

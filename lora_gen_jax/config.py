@@ -10,7 +10,7 @@ class ModelConfig:
     """A frozen language model.
 
     Attributes:
-        source: a known name (smollm2-135m), a Hugging Face directory, a .gguf file or a hub id.
+        source: a known name (pocket-edge, pocket-cloud, smollm2-135m), a Hugging Face directory, a .gguf file, a hub id.
         dtype: of weights and activations; "auto" is bfloat16 on an accelerator and float32 on a CPU.
         remat: what the backward pass keeps of each layer: none (everything), dots (matmul results), full (nothing).
         unroll: layers per iteration of the scan over layers; more compile longer.
@@ -145,7 +145,7 @@ class EvalConfig:
     """Scoring.
 
     Attributes:
-        tasks: what eval.py scores; left out, all eight reasoning tasks.
+        tasks: what eval.py scores, and train.py with compare; left out, all eight reasoning tasks.
         methods: base, icl, lora, lora_gen, and shuffled: LoRA-Gen with the prompt of another task.
         shots: shots in the system prompt: read by the cloud, and by the edge for icl.
         limit: documents a task, the first ones; left out, all.
