@@ -10,7 +10,7 @@ class ModelConfig:
     """A frozen language model.
 
     Attributes:
-        source: a known name (pocket-edge, pocket-cloud, smollm2-135m), a Hugging Face directory, a .gguf file, a hub id.
+        source: a known name (pocket-edge, pocket-cloud, smollm2-135m), a directory, a .gguf file or a hub id.
         dtype: of weights and activations; "auto" is bfloat16 on an accelerator and float32 on a CPU.
         remat: what the backward pass keeps of each layer: none (everything), dots (matmul results), full (nothing).
         unroll: layers per iteration of the scan over layers; more compile longer.
