@@ -174,7 +174,8 @@ def test_unknown_source(text, monkeypatch, tmp_path):
     if not text:  # the current directory
         assert sources.resolve(text).kind == "hf"
         return
-    with pytest.raises(ModelError, match=r"no directory, .gguf file, known name \(smollm2-135m\) or Hugging Face id"):
+    known = r"known name \(pocket-edge, pocket-cloud, smollm2-135m\)"
+    with pytest.raises(ModelError, match=rf"no directory, .gguf file, {known} or Hugging Face id"):
         sources.resolve(text)
 
 
