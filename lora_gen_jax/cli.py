@@ -7,6 +7,7 @@ says what to do, and status 2.
 import dataclasses
 import difflib
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,6 +48,10 @@ def guarded(run: Callable[[], Any]) -> Any:
         return run()
     except LoraGenError as error:
         _fail(str(error))
+    except BrokenPipeError:
+        # Whoever read the output (… | head) has enough; Python would complain once more while closing it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

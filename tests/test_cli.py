@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -269,3 +271,11 @@ def test_the_trained_gates_differ_between_the_tasks(special, tmp_path):
     main(["specialize", "--checkpoint", str(trained().directory), "--prompt", "say one two three", "--out", str(out)])
     one, other = (load_specialization(path).tensors for path in (special, out))
     assert any(np.any(one[k] != other[k]) for k in one)
+
+
+def test_a_reader_that_stops_early_gets_no_traceback():
+    code = "import sys; from lora_gen_jax.cli import guarded; guarded(lambda: [print('x' * 999) for _ in range(9999)])"
+    command = f'"{sys.executable}" -c "{code}" | head -1'
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.stdout == "x" * 999 + "\n"
+    assert done.stderr == ""
