@@ -114,13 +114,13 @@ def specialize_command(flags: Specialize) -> None:
     from lora_gen_jax.generator.specialize import specialize
     from lora_gen_jax.models import load_pair, make_generator
     from lora_gen_jax.training.checkpoint import check_models, load_checkpoint, versions
-    from lora_gen_jax.training.portable import SHIPPED
+    from lora_gen_jax.training.portable import DEFAULT
 
     prompt = text_argument(flags.prompt, "--prompt")
     check_output(flags.out)
     if flags.checkpoint is None:
         print("no --checkpoint: the shipped generator for the pocket pair is used", file=sys.stderr)
-    loaded = load_checkpoint(flags.checkpoint or next(iter(SHIPPED.values())))
+    loaded = load_checkpoint(flags.checkpoint or DEFAULT)
     if loaded.config.method != "lora_gen":
         raise CheckpointError(
             f"{loaded.path} was trained with method {loaded.config.method}, which reads no prompt: give a"

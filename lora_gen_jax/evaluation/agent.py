@@ -26,10 +26,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
 from sacrebleu.metrics.bleu import BLEU
 
 from lora_gen_jax.errors import DataError
+from lora_gen_jax.evaluation.standard_error import standard_error
 
 _Entry = TypeVar("_Entry")
 _FIELD = re.compile(
@@ -121,7 +121,6 @@ def summarize(scores: Sequence[AgentScore]) -> dict[str, float]:
     """
     if not scores:
         raise DataError("there are no agent rows to summarize: score at least one")
-    n = len(scores)
     successes = [score.success for score in scores]
     means = {
         "sr_t": statistics.fmean(score.thought for score in scores),
@@ -130,8 +129,8 @@ def summarize(scores: Sequence[AgentScore]) -> dict[str, float]:
         "sr": statistics.fmean(successes),
         "iou": statistics.fmean(score.iou for score in scores),
     }
-    stderr = float(np.std(successes, ddof=1) / np.sqrt(n)) if n > 1 else 0.0
-    return means | {"average": statistics.fmean(means.values()), "stderr": stderr, "n": n}
+    average, error = statistics.fmean(means.values()), standard_error(successes)
+    return means | {"average": average, "stderr": error, "n": len(scores)}
 
 
 def _split(inputs: str) -> tuple[str, ...]:

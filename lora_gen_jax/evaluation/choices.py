@@ -15,6 +15,7 @@ import numpy as np
 from lora_gen_jax.config import EvalConfig
 from lora_gen_jax.data.prompts import few_shot_context
 from lora_gen_jax.data.tasks import Example
+from lora_gen_jax.evaluation.standard_error import standard_error
 from lora_gen_jax.inference.prefix import encode_prefix
 from lora_gen_jax.inference.rows import Request
 from lora_gen_jax.inference.scoring import Score, score
@@ -83,9 +84,8 @@ def metrics(documents: Sequence[Example], logprobs: Sequence[Sequence[float]]) -
         float(np.argmax(np.array(row) / np.array(document.option_lengths)) == document.gold)
         for document, row in zip(documents, logprobs, strict=True)
     ]
-    n = len(acc)
-    stderr = float(np.std(acc, ddof=1) / np.sqrt(n)) if n > 1 else 0.0
-    return {"acc": float(np.mean(acc)), "acc_norm": float(np.mean(norm)), "stderr": stderr, "n": n}
+    figures = {"acc": float(np.mean(acc)), "acc_norm": float(np.mean(norm))}
+    return figures | {"stderr": standard_error(acc), "n": len(acc)}
 
 
 def latency(edge: Model, params: Any, requests: Sequence[Request], settings: EvalConfig) -> float:

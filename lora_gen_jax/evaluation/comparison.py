@@ -22,10 +22,15 @@ from lora_gen_jax.config import Config
 from lora_gen_jax.data.tasks import Task
 from lora_gen_jax.evaluation.figures import draw_report
 from lora_gen_jax.evaluation.run import describe, evaluated_tasks, score_systems
-from lora_gen_jax.evaluation.systems import METHODS, check_methods, check_tasks, load_checkpoints, make_systems
-from lora_gen_jax.evaluation.task import task_prompt
-from lora_gen_jax.generator.specialize import specialize
-from lora_gen_jax.models import Pair, load_pair, make_generator
+from lora_gen_jax.evaluation.systems import (
+    METHODS,
+    check_methods,
+    check_tasks,
+    load_checkpoints,
+    make_systems,
+    prompt_reader,
+)
+from lora_gen_jax.models import Pair, load_pair
 from lora_gen_jax.training.checkpoint import Loaded
 from lora_gen_jax.training.loop import train
 
@@ -118,13 +123,11 @@ def pooled(scored: list[dict[str, Any]]) -> dict[str, float]:
 
 def gates_of(config: Config, pair: Pair, loaded: Loaded, tasks: list[Task]) -> dict[str, np.ndarray] | None:
     """The gates [L, E] of every task's prompt; None for a generator without gates."""
-    generator, gates = make_generator(loaded.config, pair), {}
+    generate, gates = prompt_reader(config, pair, loaded), {}
     for task in tasks:
-        prompt = task_prompt(task, config.eval)
-        if prompt is None:
+        made = generate(task)
+        if made is None:
             continue
-        ids = pair.cloud.encoder.prompt(prompt)
-        made = specialize(generator, loaded.variables, pair.cloud.params, [ids], config.eval.prompt_limit)
         if made.gates_PLE is None:
             return None
         gates[task.name] = np.asarray(made.gates_PLE[0])

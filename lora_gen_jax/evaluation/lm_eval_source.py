@@ -26,7 +26,7 @@ from lora_gen_jax.files import text_argument
 from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.models import Model, load_model, load_pair, make_generator
 from lora_gen_jax.training.checkpoint import check_models, load_checkpoint, versions
-from lora_gen_jax.training.portable import SHIPPED
+from lora_gen_jax.training.portable import DEFAULT
 
 # Tokens per sequence that lm-eval's batch size, a number of sequences, is translated with.
 TOKENS_PER_SEQUENCE = 512
@@ -166,7 +166,7 @@ def _with_specialization(settings: Settings) -> tuple[Model, ModelConfig, dict[s
 
 
 def _with_generator(settings: Settings) -> tuple[Model, ModelConfig, dict[str, Any]]:
-    loaded = load_checkpoint(Path(settings.checkpoint) if settings.checkpoint else next(iter(SHIPPED.values())))
+    loaded = load_checkpoint(Path(settings.checkpoint) if settings.checkpoint else DEFAULT)
     config = _relocated(loaded.config, settings)
     if (settings.prompt is None) != (config.method == "lora"):
         remedy = "leave prompt out" if settings.prompt else "give prompt=TEXT or prompt=@FILE"

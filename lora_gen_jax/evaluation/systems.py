@@ -15,6 +15,7 @@ from lora_gen_jax.config import Config
 from lora_gen_jax.data.tasks import Task
 from lora_gen_jax.errors import CheckpointError, ConfigError
 from lora_gen_jax.evaluation.task import System, task_prompt
+from lora_gen_jax.generator.lora_gen import Generated
 from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.models import Pair, make_generator
 from lora_gen_jax.training.checkpoint import Loaded, check_models, find_checkpoint, load_checkpoint
@@ -114,14 +115,24 @@ def multi_task(pair: Pair, loaded: Loaded) -> Any:
 
 def specializer(config: Config, pair: Pair, loaded: Loaded) -> Callable[[Task], Any]:
     """From a task to the edge model specialised by its prompt; the base where it has none."""
-    generator = make_generator(loaded.config, pair)
+    generate = prompt_reader(config, pair, loaded)
 
     def specialised(task: Task) -> Any:
-        prompt = task_prompt(task, config.eval)
-        if prompt is None:
-            return pair.edge.params
-        ids = pair.cloud.encoder.prompt(prompt)
-        made = specialize(generator, loaded.variables, pair.cloud.params, [ids], config.eval.prompt_limit)
-        return merge(pair.edge.params, made.adapter.select(0))
+        made = generate(task)
+        return pair.edge.params if made is None else merge(pair.edge.params, made.adapter.select(0))
 
     return specialised
+
+
+def prompt_reader(config: Config, pair: Pair, loaded: Loaded) -> Callable[[Task], Generated | None]:
+    """From a task to what the generator says about its prompt; None where it has no prompt."""
+    generator = make_generator(loaded.config, pair)
+
+    def generate(task: Task) -> Generated | None:
+        prompt = task_prompt(task, config.eval)
+        if prompt is None:
+            return None
+        ids = pair.cloud.encoder.prompt(prompt)
+        return specialize(generator, loaded.variables, pair.cloud.params, [ids], config.eval.prompt_limit)
+
+    return generate

@@ -17,6 +17,7 @@ from lora_gen_jax.data.prompts import evaluation_shots, system_prompt
 from lora_gen_jax.data.tasks import Example, Task
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.evaluation import answers, choices
+from lora_gen_jax.evaluation.standard_error import standard_error
 from lora_gen_jax.models import Model
 
 
@@ -80,9 +81,8 @@ def scored_documents(task: Task, settings: EvalConfig) -> list[Example]:
 
 def exact_match(right: list[bool]) -> dict:
     """`acc` is the share of exact answers, `acc_norm` the same; the error as lm-eval's."""
-    n, acc = len(right), float(np.mean(right))
-    stderr = float(np.std(right, ddof=1) / np.sqrt(n)) if n > 1 else 0.0
-    return {"acc": acc, "acc_norm": acc, "stderr": stderr, "n": n}
+    acc = float(np.mean(right))
+    return {"acc": acc, "acc_norm": acc, "stderr": standard_error(right), "n": len(right)}
 
 
 def task_prompt(task: Task, settings: EvalConfig) -> str | None:

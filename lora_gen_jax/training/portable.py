@@ -21,8 +21,10 @@ from lora_gen_jax.files import complete_directory
 
 TENSORS, READABLE = "generator.safetensors", "generator.json"
 _PACKAGE = Path(__file__).parents[1]
-# By the name of the config that a generator belongs to; the first is the default.
+# By the name of the config that a generator belongs to.
 SHIPPED = {"quickstart": _PACKAGE / "pocket" / "generator"}
+# Where no checkpoint is named.
+DEFAULT = SHIPPED["quickstart"]
 
 
 def save_portable(loaded: Any, directory: Path, dtype: Any) -> None:
