@@ -46,11 +46,19 @@ class Context(struct.PyTreeNode):
 
 
 class PerLayer(struct.PyTreeNode):
-    """What the scan slices: the adapter's scanned part, the layer's index, and whether it is windowed."""
+    """What the scan slices.
+
+    Attributes:
+        adapter: the adapter's scanned part.
+        index: of the layer.
+        windowed: whether the layer is; None where none is.
+        prefix: keys and values [1, S, G, H] that all rows begin with; None without.
+    """
 
     adapter: Any
     index: jax.Array
     windowed: jax.Array | None
+    prefix: tuple[jax.Array, jax.Array] | None
 
 
 class Attention(nn.Module):
@@ -81,7 +89,8 @@ class Attention(nn.Module):
         mask_BTS = context.mask_BTS
         if per_layer.windowed is not None and context.window_BTS is not None:
             mask_BTS = jnp.where(per_layer.windowed, context.window_BTS, mask_BTS)
-        y = attend(q, (k, v), mask_BTS, c).reshape(B, T, c.num_heads * c.head_dim)
+        parts = [(k, v)] if per_layer.prefix is None else [per_layer.prefix, (k, v)]
+        y = attend(q, parts, mask_BTS, c).reshape(B, T, c.num_heads * c.head_dim)
         return Linear(c.width, ("heads", "embed"), c.out_bias, self.dtype, name="o")(y, adapter), kv
 
 
@@ -178,6 +187,7 @@ class Decoder(nn.Module):
         segments_BT: jax.Array | None = None,
         adapter: Adapter | None = None,
         cache: KVCache | None = None,
+        prefix: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Tokens to hidden states.
 
@@ -187,6 +197,7 @@ class Decoder(nn.Module):
             segments_BT: which of several sequences packed into a row a token is of; see `visible`.
             adapter: a method's adapter; None for the base model.
             cache: keys and values of earlier tokens; must have T free slots.
+            prefix: keys and values of one row that all rows begin with; it is only read, and not repeated for them.
 
         Returns:
             hidden states [B, T, D] after the final norm, and the cache with these tokens added (None without).
@@ -194,7 +205,7 @@ class Decoder(nn.Module):
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
         hidden, cache = self.encode(
-            self.embed(tokens_BT), positions_BT, segments_BT=segments_BT, adapter=adapter, cache=cache
+            self.embed(tokens_BT), positions_BT, segments_BT=segments_BT, adapter=adapter, cache=cache, prefix=prefix
         )
         if self.is_initializing():
             self.logits(hidden[:, -1:])
@@ -206,7 +217,7 @@ class Decoder(nn.Module):
         # transformers rounds Gemma's √D to the compute type before multiplying.
         return x if self.config.embedding_scale == 1.0 else x * jnp.asarray(self.config.embedding_scale, self.dtype)
 
-    def encode(self, x_BTD, positions_BT, *, segments_BT=None, adapter=None, cache=None):
+    def encode(self, x_BTD, positions_BT, *, segments_BT=None, adapter=None, cache=None, prefix=None):
         """Input embeddings to hidden states; arguments and results as of `__call__`."""
         c = self.config
         slot = None if cache is None else cache.used
@@ -215,6 +226,11 @@ class Decoder(nn.Module):
         segments = None
         if segments_BT is not None:
             segments = (segments_BT, segments_BT if cache is None else cache.segments(segments_BT))
+        if prefix is not None:
+            before_BS = jnp.broadcast_to(prefix.position_BS, (positions_BT.shape[0], prefix.position_BS.shape[1]))
+            key_BS = jnp.concatenate([before_BS, key_BS], axis=1)
+            if segments is not None:
+                segments = (segments[0], jnp.concatenate([jnp.zeros_like(before_BS), segments[1]], axis=1))
         window = c.sliding_window if any(c.windowed_layers) else None
         mask = visible(positions_BT, key_BS, segments)
         at_BT = jnp.maximum(positions_BT, 0)
@@ -231,6 +247,7 @@ class Decoder(nn.Module):
             adapter=None if adapter is None else adapter.scanned,
             index=jnp.arange(c.num_layers),
             windowed=None if window is None else jnp.array(c.windowed_layers),
+            prefix=None if prefix is None else (prefix.k_LBSGH, prefix.v_LBSGH),
         )
         kv = None if cache is None else (cache.k_LBSGH, cache.v_LBSGH)
         (x_BTD, kv), _ = self.layers((x_BTD, kv), per_layer, context)

@@ -21,7 +21,7 @@ from lora_gen_jax.errors import DataError
 from lora_gen_jax.inference.buckets import bucket, check_tokens, pad_rows, power_of_two
 from lora_gen_jax.inference.forward import forward_only, logits_at
 from lora_gen_jax.inference.mixed import per_row, require_single_prompt
-from lora_gen_jax.inference.prefix import Prefix, check_length, grow_cache, past_prefix, prefix_slots, start_cache
+from lora_gen_jax.inference.prefix import Prefix, check_length, grow_cache, past_prefix, prefix_cache, prefix_length
 from lora_gen_jax.inference.sampling import Sampling, sample
 
 
@@ -45,6 +45,7 @@ class Inputs(struct.PyTreeNode):
     Attributes:
         params: of the decoder.
         adapter: of one prompt, or of one per row; None for the base model.
+        prefix: keys and values that all rows begin with; None without.
         sampling: checked settings.
         stop_ids_X: padded with -1.
         key: of the whole call; each step and row derives its own.
@@ -52,6 +53,7 @@ class Inputs(struct.PyTreeNode):
 
     params: Any
     adapter: Any
+    prefix: KVCache | None
     sampling: Sampling
     stop_ids_X: np.ndarray
     key: jax.Array
@@ -66,7 +68,7 @@ class DecodeState(struct.PyTreeNode):
         count_B: new tokens of the row, its stop id not counted.
         tokens_BS, logprobs_BS: new tokens by step; beyond `count_B` meaningless.
         length_B: tokens before the first new one, prefix included.
-        cache: keys and values of all tokens but the newest.
+        cache: keys and values of all tokens but the newest, the prefix's left out.
     """
 
     step: jax.Array
@@ -113,8 +115,9 @@ def generate(
     if not prompts:
         return []
     _check(decoder, prompts, max_new_tokens, prefix)
-    inputs = _inputs(params, per_row(adapter, len(prompts), power_of_two(len(prompts))), stop_ids, sampling, seed)
-    state = _start(decoder, inputs, prompts, max_new_tokens, prefix)
+    adapter = per_row(adapter, len(prompts), power_of_two(len(prompts)))
+    inputs = _inputs((params, adapter, prefix), stop_ids, sampling, seed)
+    state = _start(decoder, inputs, prompts, max_new_tokens, prefix_length(prefix))
     state = jax.device_get(_decode(forward_only(decoder), inputs, state, np.int32(max_new_tokens)).replace(cache=None))
     return [_generation(state, row) for row in range(len(prompts))]
 
@@ -143,8 +146,9 @@ def stream(
     if not prompts:
         return iter(())
     _check(decoder, prompts, max_new_tokens, prefix)
-    inputs = _inputs(params, per_row(adapter, len(prompts), power_of_two(len(prompts))), stop_ids, sampling, seed)
-    state = _start(decoder, inputs, prompts, max_new_tokens, prefix)
+    adapter = per_row(adapter, len(prompts), power_of_two(len(prompts)))
+    inputs = _inputs((params, adapter, prefix), stop_ids, sampling, seed)
+    state = _start(decoder, inputs, prompts, max_new_tokens, prefix_length(prefix))
 
     def steps(state: DecodeState) -> Iterator[list[int | None]]:
         for step in range(max_new_tokens):
@@ -163,7 +167,7 @@ def stream(
 def _check(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, prefix: Prefix | None) -> None:
     if max_new_tokens < 1:
         raise DataError(f"max_new_tokens={max_new_tokens} generates nothing: use at least 1")
-    before, _ = prefix_slots(prefix)
+    before = prefix_length(prefix)
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise DataError(f"prompt {i} is empty: give it at least one token, the model's bos or eos for example")
@@ -175,33 +179,42 @@ def _check(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: i
         )
 
 
-def _inputs(params: Any, adapter: Any, stop_ids: Sequence[int], sampling: Sampling | None, seed: int) -> Inputs:
+def _inputs(
+    model: tuple[Any, Any, Prefix | None], stop_ids: Sequence[int], sampling: Sampling | None, seed: int
+) -> Inputs:
+    params, adapter, prefix = model
+    if prefix is not None:
+        require_single_prompt(adapter)
     stop_ids_X = np.full(max(8, power_of_two(len(stop_ids))), -1, np.int32)
     stop_ids_X[: len(stop_ids)] = stop_ids
-    return Inputs(params, adapter, (sampling or Sampling()).checked(), stop_ids_X, jax.random.key(seed))
+    settings = (sampling or Sampling()).checked()
+    return Inputs(params, adapter, prefix_cache(prefix), settings, stop_ids_X, jax.random.key(seed))
 
 
 def _start(
-    decoder: Decoder, inputs: Inputs, prompts: Sequence[Sequence[int]], max_new_tokens: int, prefix: Prefix | None
+    decoder: Decoder, inputs: Inputs, prompts: Sequence[Sequence[int]], max_new_tokens: int, before: int
 ) -> DecodeState:
-    if prefix is not None:
-        require_single_prompt(inputs.adapter)
-    (before, taken), longest = prefix_slots(prefix), bucket(max(map(len, prompts)))
+    longest = bucket(max(map(len, prompts)))
     tokens_BT, positions_BT = pad_rows(prompts, longest, power_of_two(len(prompts)))
-    slots = taken + bucket(longest + max_new_tokens)
-    batch = (tokens_BT, past_prefix(positions_BT, before), None if prefix is None else prefix.cache)
-    return _prefill(forward_only(decoder), slots, inputs, batch)
+    slots = bucket(longest + max_new_tokens)
+    return _prefill(forward_only(decoder), slots, inputs, (tokens_BT, past_prefix(positions_BT, before)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _prefill(decoder: Decoder, slots: int, inputs: Inputs, batch: tuple[Any, Any, KVCache | None]) -> DecodeState:
+def _prefill(decoder: Decoder, slots: int, inputs: Inputs, batch: tuple[Any, Any]) -> DecodeState:
     """Reads the prompts and draws the first token of each row."""
-    tokens_BT, positions_BT, prefix = batch
+    tokens_BT, positions_BT = batch
     B, T = tokens_BT.shape
     # Slots for the new tokens come afterwards: here every query would look at them in vain.
-    cache = start_cache(decoder, B, T, prefix)
+    # Slots for the new tokens come afterwards: here every query would look at them in vain.
+    cache = KVCache.empty(decoder.config, B, T, decoder.dtype)
     hidden_BTD, cache = decoder.apply(
-        {"params": inputs.params}, tokens_BT, positions_BT, adapter=inputs.adapter, cache=cache
+        {"params": inputs.params},
+        tokens_BT,
+        positions_BT,
+        adapter=inputs.adapter,
+        cache=cache,
+        prefix=inputs.prefix,
     )
     assert isinstance(cache, KVCache)
     last_B = jnp.argmax(positions_BT, axis=1)
@@ -230,7 +243,12 @@ def _decode(decoder: Decoder, inputs: Inputs, state: DecodeState, limit: jax.Arr
         newest_B1 = jax.lax.dynamic_index_in_dim(state.tokens_BS, state.step - 1, axis=1)
         position_B = jnp.where(state.done_B, -1, state.length_B + state.step - 1)
         hidden_B1D, cache = decoder.apply(
-            {"params": inputs.params}, newest_B1, position_B[:, None], adapter=inputs.adapter, cache=state.cache
+            {"params": inputs.params},
+            newest_B1,
+            position_B[:, None],
+            adapter=inputs.adapter,
+            cache=state.cache,
+            prefix=inputs.prefix,
         )
         logits_BV = logits_at(decoder, inputs.params, hidden_B1D[:, 0])
         return _append(state.replace(cache=cache), logits_BV, inputs)

@@ -1,7 +1,7 @@
 """Tokens that many sequences begin with, read once: their keys and values serve every row of a batch.
 
 In: the ids of a few-shot block (or keys and values made otherwise, of a soft prompt for example).
-Out: a `Prefix`, and the cache of a batch that starts with it.
+Out: a `Prefix`, which every row of a batch reads without a copy of its own.
 """
 
 import functools
@@ -69,24 +69,6 @@ def _encode(decoder: Decoder, params: Any, batch: tuple[np.ndarray, np.ndarray],
     return cache
 
 
-def start_cache(decoder: Decoder, rows: int, slots: int, prefix: KVCache | None) -> KVCache:
-    """A cache of B `rows` whose first slots hold the prefix, followed by `slots` empty ones."""
-    empty = KVCache.empty(decoder.config, rows, slots, decoder.dtype)
-    if prefix is None:
-        return empty
-
-    def behind_prefix(one: jax.Array, rest: jax.Array, axis: int) -> jax.Array:
-        shape = (*rest.shape[:axis], one.shape[axis], *rest.shape[axis + 1 :])
-        return jnp.concatenate([jnp.broadcast_to(one, shape), rest], axis=axis)
-
-    return KVCache(
-        k_LBSGH=behind_prefix(prefix.k_LBSGH, empty.k_LBSGH, 2),
-        v_LBSGH=behind_prefix(prefix.v_LBSGH, empty.v_LBSGH, 2),
-        position_BS=behind_prefix(prefix.position_BS, empty.position_BS, 1),
-        used=prefix.used,
-    )
-
-
 def grow_cache(cache: KVCache, slots: int) -> KVCache:
     """The same cache with more slots, `slots` in all."""
     more = slots - cache.position_BS.shape[1]
@@ -98,9 +80,14 @@ def grow_cache(cache: KVCache, slots: int) -> KVCache:
     )
 
 
-def prefix_slots(prefix: Prefix | None) -> tuple[int, int]:
-    """(tokens, slots) that a prefix takes; (0, 0) without one."""
-    return (0, 0) if prefix is None else (prefix.length, prefix.cache.position_BS.shape[1])
+def prefix_length(prefix: Prefix | None) -> int:
+    """Tokens of a prefix; 0 without one."""
+    return 0 if prefix is None else prefix.length
+
+
+def prefix_cache(prefix: Prefix | None) -> KVCache | None:
+    """Keys and values of a prefix; None without one."""
+    return None if prefix is None else prefix.cache
 
 
 def past_prefix(positions_BT: np.ndarray, length: int) -> np.ndarray:

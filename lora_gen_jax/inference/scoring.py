@@ -20,7 +20,7 @@ from lora_gen_jax.decoder.attention import KVCache
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.inference.forward import forward_only, logits_at
 from lora_gen_jax.inference.mixed import require_single_prompt
-from lora_gen_jax.inference.prefix import Prefix, start_cache
+from lora_gen_jax.inference.prefix import Prefix, prefix_cache, prefix_length
 from lora_gen_jax.inference.rows import (
     Request,
     Row,
@@ -105,7 +105,7 @@ def _plan(
     decoder: Decoder, requests: Sequence[Request], prefix: Prefix | None, batch_tokens: int
 ) -> tuple[list[Row], list[Row]]:
     """Rows that follow the prefix, and rows that had to cut it."""
-    before, limit = 0 if prefix is None else prefix.length, decoder.config.max_positions
+    before, limit = prefix_length(prefix), decoder.config.max_positions
     soft = prefix is not None and not prefix.ids
     check_requests(requests, decoder.config.vocab_size, limit - (before if soft else 0))
     following, cut, truncated = [], [], 0
@@ -133,7 +133,7 @@ def _run(
     The next batch is dispatched before the results of the last are waited for.
     """
     decoder, params, adapter = model
-    cache, offset = (None, 0) if prefix is None else (prefix.cache, prefix.length)
+    cache, offset = prefix_cache(prefix), prefix_length(prefix)
     waiting: list[tuple[list[Row], tuple[jax.Array, jax.Array]]] = []
     for batch in batches(rows, batch_tokens):
         waiting.append((batch, _score_batch(decoder, params, adapter, pack(batch, offset), cache)))
@@ -155,14 +155,13 @@ def _score_batch(
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability and greediness [M] of the predicted tokens."""
     B, T = batch.tokens_BT.shape
-    cache = None if prefix is None else start_cache(decoder, B, T, prefix)
     hidden_BTD, _ = decoder.apply(
         {"params": params},
         batch.tokens_BT,
         batch.positions_BT,
         segments_BT=batch.segments_BT,
         adapter=adapter,
-        cache=cache,
+        prefix=prefix,
     )
     hidden_XD = hidden_BTD.reshape(B * T, -1)
     M = batch.source_M.shape[0]

@@ -153,8 +153,8 @@ def test_one_compilation_per_bucket(llama):
 
 def test_the_cache_is_updated_in_place(llama):
     prompts = [[1, 2, 3]]
-    inputs = decode._inputs(llama.params, None, (), None, 0)
-    state = decode._start(llama.decoder, inputs, prompts, 8, None)
+    inputs = decode._inputs((llama.params, None, None), (), None, 0)
+    state = decode._start(llama.decoder, inputs, prompts, 8, 0)
     after = decode._decode(llama.decoder, inputs, state, np.int32(4))
     assert state.cache.k_LBSGH.is_deleted()
     assert int(after.step) == 4
