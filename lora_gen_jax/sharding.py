@@ -4,7 +4,7 @@ In: logical axis names written beside each parameter. Out: `NamedSharding`s for 
 ``data`` (batch rows), ``fsdp`` (batch rows and frozen weights) and ``model`` (tensor parallelism).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -48,21 +48,30 @@ def partitioned(init: Callable[..., jax.Array], *axes: str) -> Callable[..., Any
     return nn.with_logical_partitioning(init, axes)
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1) -> Mesh:
-    """A mesh over all devices; one of the sizes may be -1 and takes what the others leave.
+def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over all devices, or those given; one of the sizes may be -1 and takes what the others leave.
 
     Raises:
         ConfigError: when the sizes do not multiply to the number of devices.
     """
-    sizes, devices = [data, fsdp, model], jax.device_count()
+    sizes, count = [data, fsdp, model], jax.device_count() if devices is None else len(devices)
     known = 1
     for size in sizes:
         known *= size if size != -1 else 1
-    if sizes.count(-1) > 1 or devices % known or (-1 not in sizes and known != devices):
-        raise ConfigError(f"mesh sizes data={data}, fsdp={fsdp}, model={model} do not fit {devices} devices")
-    sizes = [devices // known if size == -1 else size for size in sizes]
+    if sizes.count(-1) > 1 or count % known or (-1 not in sizes and known != count):
+        raise ConfigError(f"mesh sizes data={data}, fsdp={fsdp}, model={model} do not fit {count} devices")
+    sizes = [count // known if size == -1 else size for size in sizes]
     # Linen's boxed initialisers need Auto axes; jax.make_mesh makes Explicit ones by default.
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def evaluation_mesh() -> Mesh | None:
+    """A mesh over this process's accelerators, for rows to be split over; None where there is one device, or a CPU.
+
+    Every process of several evaluates everything by itself.
+    """
+    devices = jax.local_devices()
+    return None if len(devices) == 1 or jax.default_backend() == "cpu" else make_mesh(devices=devices)
 
 
 def param_shardings(mesh: Mesh, init: Callable[[], Any]) -> Any:

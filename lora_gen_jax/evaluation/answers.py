@@ -12,6 +12,7 @@ import numpy as np
 
 from lora_gen_jax.data.prompts import few_shot_context, separator
 from lora_gen_jax.data.tasks import Example
+from lora_gen_jax.evaluation.request_runner import Runner
 from lora_gen_jax.inference.buckets import power_of_two
 from lora_gen_jax.inference.decode import generate
 from lora_gen_jax.models import Model
@@ -32,22 +33,27 @@ def contexts(edge: Model, documents: Sequence[Example], description: str, shots:
     return [ids(document) for document in documents]
 
 
-def exact_matches(edge: Model, params: Any, documents: Sequence[Example], contexts: list[list[int]]) -> list[bool]:
-    """Whether each document is answered exactly.
+def exact_matches(runner: Runner, documents: Sequence[Example], contexts: list[list[int]]) -> list[bool]:
+    """Whether each document is answered exactly; batches of which nothing is missing in the runner's cache do not run.
 
     Generation ends with the end token, or with a blank line, where a model that reads shots would write the next one.
     """
-    matches: list[bool] = []
-    end = break_of(documents)
-    limit = max(len(answer_ids(edge, document)) for document in documents) + 2
+    edge, end = runner.subject.model, break_of(documents)
+    limit, matches = max(len(answer_ids(edge, document)) for document in documents) + 2, []
     for start in range(0, len(documents), ROWS):
         batch, part = contexts[start : start + ROWS], documents[start : start + ROWS]
-        rows = batch + [batch[0]] * (ROWS - len(batch))
-        made = generate(edge.decoder, params, rows, max_new_tokens=limit, stop_ids=stops(edge, part))
+        ends = stops(edge, part)
+        keys = [runner.key("answer", context, limit, ends) for context in batch]
+        if any(key not in runner.cache for key in keys):
+            rows = batch + [batch[0]] * (ROWS - len(batch))
+            made = generate(edge.decoder, edge.params, rows, max_new_tokens=limit, stop_ids=ends)
+            runner.cache.add({key: edge.encoder.decode(one.ids) for key, one in zip(keys, made, strict=False)})
         matches += [
-            trimmed(edge.encoder.decode(answer.ids), end) == document.response.strip()
-            for answer, document in zip(made, part, strict=False)
+            trimmed(runner.cache[key], end) == document.response.strip()
+            for key, document in zip(keys, part, strict=True)
         ]
+        if runner.progress is not None:
+            runner.progress(len(matches), len(documents))
     return matches
 
 

@@ -1,80 +1,48 @@
 """Multiple choice: the log-likelihood of every option, by the conventions of lm-evaluation-harness.
 
-In: an edge model, documents and what stands before their queries. Out: `acc`, `acc_norm`, their standard error,
-tokens in the edge's context and latency. Options of a question share its context; what all contexts begin with is read
-once.
+In: a model, documents and what stands before their queries. Out: `acc`, `acc_norm`, their standard error and latency.
 """
 
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from lora_gen_jax.config import EvalConfig
 from lora_gen_jax.data.prompts import few_shot_context
 from lora_gen_jax.data.tasks import Example
+from lora_gen_jax.evaluation.request_runner import Ids, Runner
 from lora_gen_jax.evaluation.standard_error import standard_error
-from lora_gen_jax.inference.prefix import encode_prefix
 from lora_gen_jax.inference.rows import Request
-from lora_gen_jax.inference.scoring import Score, score
+from lora_gen_jax.inference.scoring import score
 from lora_gen_jax.models import Model
 
 # Documents whose latency is measured, one at a time; the median of their best times is reported.
 LATENCY_DOCUMENTS, LATENCY_REPEATS = 5, 3
 
 
-def build_requests(
+def pairs_of(
     edge: Model, documents: Sequence[Example], description: str, shots: Sequence[Example]
-) -> list[Request]:
-    """One request a document; one per option where the options stand in the context (WinoGrande)."""
+) -> list[list[tuple[Ids, Ids]]]:
+    """For every document a (context, continuation) for each of its options; WinoGrande's stand in the context."""
 
-    def request(query: str, continuations: Sequence[str]) -> Request:
-        context = few_shot_context(description, shots, query)
-        pairs = [edge.encoder.pair(context, continuation) for continuation in continuations]
-        return Request(pairs[0][0], [continuation for _, continuation in pairs])
+    def pair(query: str, continuation: str) -> tuple[Ids, Ids]:
+        context, more = edge.encoder.pair(few_shot_context(description, shots, query), continuation)
+        return tuple(context), tuple(more)
 
-    requests = []
-    for document in documents:
-        if document.contexts:
-            requests += [request(context, [document.response]) for context in document.contexts]
-        else:
-            requests.append(request(document.query, document.options))
-    return requests
-
-
-def run(
-    edge: Model, params: Any, requests: list[Request], settings: EvalConfig, share_prefix: bool, progress: Any = None
-) -> list[Score]:
-    """Scores requests; what all contexts begin with is read once."""
-    shared = common_prefix([request.context for request in requests]) if share_prefix else 0
-    if shared == 0:
-        return score(edge.decoder, params, requests, batch_tokens=settings.batch_tokens, progress=progress)
-    prefix = encode_prefix(edge.decoder, params, requests[0].context[:shared])
-    rest = [Request(request.context[shared:], request.continuations) for request in requests]
-    return score(edge.decoder, params, rest, batch_tokens=settings.batch_tokens, prefix=prefix, progress=progress)
-
-
-def common_prefix(contexts: Sequence[Sequence[int]]) -> int:
-    """How many ids all contexts begin with; each keeps at least one of its own."""
-    first, *others = contexts
-    length = min(map(len, contexts)) - 1
-    for other in others:
-        differing = (i for i in range(length) if first[i] != other[i])
-        length = next(differing, length)
-    return length
-
-
-def regroup(documents: Sequence[Example], scores: Sequence[Score]) -> list[list[float]]:
-    """Log-probability of every option of every document."""
-    remaining = iter(scores)
     return [
-        [next(remaining).logprobs[0] for _ in document.contexts]
+        [pair(context, document.response) for context in document.contexts]
         if document.contexts
-        else list(next(remaining).logprobs)
+        else [pair(document.query, option) for option in document.options]
         for document in documents
     ]
+
+
+def logprobs(runner: Runner, pairs: Sequence[Sequence[tuple[Ids, Ids]]]) -> list[list[float]]:
+    """Log-probability of every option of every document; what contexts begin with is read once."""
+    found = iter(runner.logprobs([pair for document in pairs for pair in document]))
+    return [[next(found)[0] for _ in document] for document in pairs]
 
 
 def metrics(documents: Sequence[Example], logprobs: Sequence[Sequence[float]]) -> dict:
@@ -88,14 +56,17 @@ def metrics(documents: Sequence[Example], logprobs: Sequence[Sequence[float]]) -
     return figures | {"stderr": standard_error(acc), "n": len(acc)}
 
 
-def latency(edge: Model, params: Any, requests: Sequence[Request], settings: EvalConfig) -> float:
+def latency(model: Model, pairs: Sequence[Sequence[tuple[Ids, Ids]]], settings: EvalConfig) -> float:
     """Milliseconds to answer one document, its whole context read, nothing shared with other documents."""
     times = []
-    for request in requests:
-        best = float("inf")
+    for document in pairs[:LATENCY_DOCUMENTS]:
+        by_context: dict[Ids, list[Ids]] = {}
+        for context, continuation in document:
+            by_context.setdefault(context, []).append(continuation)
+        requests, best = [Request(*item) for item in by_context.items()], float("inf")
         for attempt in range(LATENCY_REPEATS + 1):
             began = time.perf_counter()
-            score(edge.decoder, params, [request], batch_tokens=settings.batch_tokens)
+            score(model.decoder, model.params, requests, batch_tokens=settings.batch_tokens)
             # The first run may compile.
             best = min(best, time.perf_counter() - began) if attempt else best
         times.append(best)

@@ -8,10 +8,8 @@ returns them. Only what the task names changes how a token is drawn: defaults of
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-
 from lora_gen_jax.errors import ConfigError
-from lora_gen_jax.evaluation.lm_eval_source import Subject
+from lora_gen_jax.evaluation.subject import Subject
 from lora_gen_jax.inference.decode import stream
 from lora_gen_jax.inference.prefix import Prefix
 from lora_gen_jax.inference.sampling import Sampling
@@ -55,6 +53,9 @@ def parse_wanted(arguments: dict[str, Any], default_tokens: int, end: str | None
     Raises:
         ConfigError: for arguments that this model does not have.
     """
+    # lm-eval is no dependency of what scores answers otherwise.
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+
     given: dict[str, Any] = dict(normalize_gen_kwargs(arguments, default_tokens))
     until = tuple(handle_stop_sequences(given.pop("until"), eos=end))
     tokens, do_sample = int(given.pop("max_gen_toks")), bool(given.pop("do_sample", False))
@@ -84,6 +85,8 @@ def texts(
     Raises:
         DataError: as `stream`.
     """
+    from lm_eval.models.utils import postprocess_generated_text
+
     tokenizer, decoder = subject.model.encoder.tokenizer, subject.model.decoder
     sampling = Sampling(wanted.temperature, wanted.top_k, wanted.top_p)
     steps = stream(

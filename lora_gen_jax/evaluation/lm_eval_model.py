@@ -5,23 +5,33 @@ weights. Texts become ids as in that backend; a context is read once for all its
 begin with (a few-shot block) once for all of them. Importing this module makes the model known to lm-eval by name.
 """
 
+import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
+import lm_eval.models  # noqa: F401  (lm-eval's own models are known by name once this is imported)
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lora_gen_jax.errors import ConfigError, DataError, ModelError
 from lora_gen_jax.evaluation.lm_eval_generation import Wanted, parse_wanted
-from lora_gen_jax.evaluation.lm_eval_source import load_subject, parse_settings
+from lora_gen_jax.evaluation.lm_eval_prompts import split_contexts
+from lora_gen_jax.evaluation.lm_eval_source import Settings, load_subject, parse_settings
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.request_runner import Ids, Runner
+from lora_gen_jax.evaluation.subject import Subject
 
 log = logging.getLogger(__name__)
+
+
+class Asked(NamedTuple):
+    """A request without the prompt that its model was specialised by."""
+
+    args: tuple[Any, ...]
 
 
 @register_model("lora_gen")
@@ -37,14 +47,36 @@ class LoraGenLM(TemplateLM):
     """
 
     def __init__(self, **arguments: Any):
+        settings = parse_settings(arguments)
+        self._set_up(settings, load_subject(settings), None)
+
+    @classmethod
+    def of(cls, subject: Subject, journal: RequestCache, batch_tokens: int) -> "LoraGenLM":
+        """A model that a program has loaded already; finished requests are kept in `journal`."""
+        made = cls.__new__(cls)
+        made._set_up(Settings(batch_tokens=batch_tokens), subject, journal)
+        return made
+
+    def _set_up(self, settings: Settings, subject: Subject, journal: RequestCache | None) -> None:
         super().__init__()
-        self.settings = parse_settings(arguments)
-        self.subject = load_subject(self.settings)
+        self.settings, self.subject, self.journal = settings, subject, journal
+        self.lengths: list[int] = []
         self.tokenizer: Any = self.subject.model.encoder.tokenizer
         if (self.settings.max_length or 0) > (most := self.subject.model.config.max_positions):
             raise ConfigError(f"max_length={self.settings.max_length} exceeds the model's {most} positions: lower it")
-        cache = RequestCache(None if self.settings.cache is None else Path(self.settings.cache), self.subject.identity)
-        self.runner = Runner(self.subject, cache, self.settings.tokens_at_once)
+        self.runner = self._runner(self.subject)
+
+    def _runner(self, subject: Subject) -> Runner:
+        directory = None if self.settings.cache is None else Path(self.settings.cache)
+        cache = RequestCache(directory, subject.identity) if self.journal is None else self.journal
+        return Runner(subject, cache, self.settings.tokens_at_once)
+
+    def context_tokens(self) -> float:
+        """Mean tokens of the contexts that the edge model was given since the last call."""
+        lengths = [*self.lengths]
+        # Models specialised on the way note their contexts in the same list.
+        self.lengths.clear()
+        return sum(lengths) / max(1, len(lengths))
 
     @property
     def max_length(self) -> int:
@@ -102,8 +134,47 @@ class LoraGenLM(TemplateLM):
             rest = [turn for turn in chat_history if turn["role"] != "system"]
             return self.tokenizer.apply_chat_template(rest, tokenize=False, **options)
 
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-likelihood, is greedy) of every request; `Instance.args` is (context, continuation)."""
+        return self._by_prompt(requests, "loglikelihood", disable_tqdm)
+
+    def _by_prompt(self, requests: Sequence[Any], kind: str, disable_tqdm: bool) -> list[Any]:
+        """Answers requests of one kind; where prompts come from the tasks, by the model specialised for each.
+
+        Raises:
+            DataError: as `split_contexts`.
+        """
+        if self.subject.specialise is None:
+            answer = super().loglikelihood if kind == "loglikelihood" else self._generate
+            return answer(requests, disable_tqdm)  # pyright: ignore
+        tasks: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            tasks.setdefault(str(request.task_name), []).append(i)
+        prompts: dict[str, list[tuple[int, Asked]]] = {}
+        for task, members in tasks.items():
+            parts = split_contexts(task, [requests[i].args[0] for i in members])
+            for i, (prompt, query) in zip(members, parts, strict=True):
+                prompts.setdefault(prompt, []).append((i, Asked((query, *requests[i].args[1:]))))
+        results: list[Any] = [None] * len(requests)
+        for prompt, asked in prompts.items():
+            special = copy.copy(self)
+            special.subject = self.subject.specialise(prompt)
+            special.runner = self._runner(special.subject)
+            found = getattr(special, kind)([one for _, one in asked], disable_tqdm)
+            for (i, _), result in zip(asked, found, strict=True):
+                results[i] = result
+        return results
+
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows that predict every token once; `Instance.args` is (text,)."""
+        """Log-likelihood of whole texts, in windows that predict every token once; `Instance.args` is (text,).
+
+        Raises:
+            ConfigError: where prompts are to come from the tasks: whole texts have none.
+        """
+        if self.subject.specialise is not None:
+            raise ConfigError(
+                "prompt_from_task=true needs tasks with contexts; whole texts have none: give prompt=TEXT"
+            )
         windows = []
         for (text,) in (request.args for request in requests):
             ids = self.tok_encode(text)
@@ -119,6 +190,7 @@ class LoraGenLM(TemplateLM):
         pairs = [self._fitted(context, continuation) for _, context, continuation in requests]
         if cut := sum(len(p[0]) < len(r[1]) for p, r in zip(pairs, requests, strict=True)):
             log.warning("%d of %d contexts were cut from the left to %d tokens", cut, len(pairs), self.max_length)
+        self.lengths += [len(context) for context, _ in pairs]
         return self.runner.logprobs(pairs, disable_tqdm)
 
     def _fitted(self, context: list[int], continuation: list[int]) -> tuple[Ids, Ids]:
@@ -141,11 +213,15 @@ class LoraGenLM(TemplateLM):
             ConfigError: for generation arguments that this model does not have.
             DataError: when the new tokens leave no room for a context.
         """
+        return self._by_prompt(requests, "generate_until", disable_tqdm)
+
+    def _generate(self, requests: Sequence[Any], disable_tqdm: bool) -> list[str]:
         end = None if self.eot_token_id is None else self.tokenizer.decode([self.eot_token_id])
         prompts = []
         for context, arguments in (request.args for request in requests):
             wanted = parse_wanted(arguments, self.max_gen_toks, end)
             prompts.append((self._prompt(context, wanted), wanted))
+        self.lengths += [len(ids) for ids, _ in prompts]
         return self.runner.texts(prompts, self.settings.seed, disable_tqdm)
 
     def _prompt(self, context: str, wanted: Wanted) -> Ids:

@@ -1,30 +1,27 @@
 """What ``--model_args`` may say, and the model that it means.
 
-In: lm-eval's arguments of the model `lora_gen`. Out: a `Subject`: the edge model, specialised or as it is, with an
-identity by which results are kept and a description for results.json.
+In: lm-eval's arguments of the model `lora_gen`. Out: a `Subject`: the edge model, specialised or as it is.
 """
 
 import dataclasses
 import difflib
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
-from lora_gen_jax.adapters.merge import merge_donated
+from lora_gen_jax.adapters.merge import merge, merge_donated
 from lora_gen_jax.adapters.specialization import adapter_of, load_specialization
 from lora_gen_jax.commands import find_generator, relocate
 from lora_gen_jax.config import Config, EvalConfig, ModelConfig
-from lora_gen_jax.decoder.pretrained import load_hf_config, resolve
-from lora_gen_jax.errors import ConfigError, ModelError
+from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.evaluation.subject import Subject, content_of, digest_of, end_ids, identity_of
 from lora_gen_jax.evaluation.systems import multi_task
 from lora_gen_jax.files import text_argument
 from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.models import Model, load_model, load_pair, make_generator
+from lora_gen_jax.sharding import evaluation_mesh
 from lora_gen_jax.training.checkpoint import check_models, load_checkpoint, versions
 from lora_gen_jax.training.portable import DEFAULT
 
@@ -43,6 +40,8 @@ class Settings:
         checkpoint: a generator: a run's work directory, one step of it, or what `lora-gen pack` wrote.
         prompt: the text that the edge model is specialised for, or @FILE; without a checkpoint, by the generator that
             is shipped with the package.
+        prompt_from_task: specialise the edge model for every task by what its contexts begin with, description and
+            shots, instead of reading that with every document. All documents need the same shots.
         cloud: where the cloud model is, if not where it was when the generator was trained.
         specialization: a directory that `lora-gen specialize` wrote, instead of a prompt.
         batch_tokens: about how many tokens are read at a time; as batch_size says when left out.
@@ -57,6 +56,7 @@ class Settings:
     dtype: str | None = None
     checkpoint: str | None = None
     prompt: str | None = None
+    prompt_from_task: bool = False
     cloud: str | None = None
     specialization: str | None = None
     batch_tokens: int | None = None
@@ -102,30 +102,17 @@ def parse_settings(arguments: dict[str, Any]) -> Settings:
     texts = ("model", "checkpoint", "prompt", "cloud", "specialization", "cache")
     values: dict[str, Any] = {name: str(value) if name in texts else value for name, value in given.items()}
     settings = Settings(**values)
-    if settings.specialization and settings.prompt:
-        raise ConfigError("specialization holds a prompt's gates already: leave prompt out")
-    if not (settings.model or settings.checkpoint or settings.prompt or settings.specialization):
+    if not isinstance(settings.prompt_from_task, bool):
+        raise ConfigError(f"prompt_from_task={settings.prompt_from_task} must be true or false")
+    sources = ("specialization", "prompt", "prompt_from_task")
+    named = [name for name in sources if getattr(settings, name)]
+    if len(named) > 1:
+        raise ConfigError(f"{named[0]} and {named[1]} both say what the model is specialised for: leave one out")
+    if not (settings.model or settings.checkpoint or named):
         raise ConfigError(
             "there is no model: give --model_args model=DIR, and checkpoint= and prompt= to specialise it"
         )
     return settings
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Subject:
-    """The model that is evaluated.
-
-    Attributes:
-        model: with the weights that answer, whatever is merged into them.
-        end_ids: ids that end a generated text.
-        identity: 16 hex digits of everything that its answers depend on.
-        info: what results.json says about it.
-    """
-
-    model: Model
-    end_ids: tuple[int, ...]
-    identity: str
-    info: dict[str, Any]
 
 
 def load_subject(settings: Settings) -> Subject:
@@ -136,54 +123,67 @@ def load_subject(settings: Settings) -> Subject:
         CheckpointError, DataError, ModelError: as the functions that load, specialise and merge.
     """
     if settings.specialization:
-        edge, config, made = _with_specialization(settings)
-    elif settings.checkpoint or settings.prompt:
-        edge, config, made = _with_generator(settings)
-    else:
-        config = ModelConfig(settings.model or "", dtype=settings.dtype or "auto")  # pyright: ignore
-        edge, made = load_model(config), {"method": "base"}
-    made |= {"edge": edge.fingerprint, "dtype": jnp.dtype(edge.decoder.dtype).name}
-    ends = end_ids(config.source, edge)
-    # Another version may tokenise, generate or merge otherwise.
-    known = made | {"ends": sorted(ends), "versions": versions(), "tokenizer": _digest(repr(edge.encoder.tokenizer))}
-    identity = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
-    return Subject(edge, ends, identity, {"lora_gen": made, "versions": versions()})
+        return _with_specialization(settings)
+    if settings.checkpoint or settings.prompt or settings.prompt_from_task:
+        return _with_generator(settings)
+    config = ModelConfig(settings.model or "", dtype=settings.dtype or "auto")  # pyright: ignore
+    return _subject(load_model(config, evaluation_mesh()), config.source, {"method": "base"})
 
 
-def _with_specialization(settings: Settings) -> tuple[Model, ModelConfig, dict[str, Any]]:
+def _subject(edge: Model, source: str, made: dict[str, Any], params: Any = None, specialise: Any = None) -> Subject:
+    """`params` are merged weights, or None for the base's own."""
+    ends = end_ids(source, edge)
+    identity = identity_of(edge, made | {"ends": sorted(ends)})
+    dtype = jnp.dtype(edge.decoder.dtype).name
+    info = {"lora_gen": {**made, "edge": edge.fingerprint, "dtype": dtype}, "versions": versions()}
+    model = edge if params is None else dataclasses.replace(edge, params=params)
+    return Subject(identity, lambda: model, ends, info, specialise)
+
+
+def _with_specialization(settings: Settings) -> Subject:
     directory = Path(settings.specialization or "")
     special = load_specialization(directory)
     loaded = find_generator(special, None if settings.checkpoint is None else Path(settings.checkpoint))
     config = _relocated(loaded.config, settings)
     adapter = adapter_of(special, loaded.variables, config.generator)
-    edge = load_model(config.edge)
+    edge = load_model(config.edge, evaluation_mesh())
     check_models(
         special.fingerprints, {**special.fingerprints, "edge": edge.fingerprint}, f"specialisation {directory}"
     )
-    made = {"method": "specialization", **special.fingerprints, "gates": _content(special.tensors)}
-    made["prompt"] = _digest(special.prompt)
-    return _merged(edge, adapter), config.edge, made
+    made = {"method": "specialization", **special.fingerprints, "gates": content_of(special.tensors)}
+    made["prompt"] = digest_of(special.prompt)
+    return _subject(edge, config.edge.source, made, merge_donated(edge.params, adapter))
 
 
-def _with_generator(settings: Settings) -> tuple[Model, ModelConfig, dict[str, Any]]:
+def _with_generator(settings: Settings) -> Subject:
     loaded = load_checkpoint(Path(settings.checkpoint) if settings.checkpoint else DEFAULT)
     config = _relocated(loaded.config, settings)
-    if (settings.prompt is None) != (config.method == "lora"):
-        remedy = "leave prompt out" if settings.prompt else "give prompt=TEXT or prompt=@FILE"
+    prompted = settings.prompt is not None or settings.prompt_from_task
+    if prompted == (config.method == "lora"):
+        remedy = "leave the prompt out" if prompted else "give prompt=TEXT, prompt=@FILE or prompt_from_task=true"
         raise ConfigError(f"checkpoint {loaded.path} was trained with method {config.method}: {remedy}")
-    prompt = text_argument(settings.prompt, "prompt") if settings.prompt is not None else ""
-    pair = load_pair(config)
+    text = text_argument(settings.prompt, "prompt") if settings.prompt is not None else None
+    pair = load_pair(config, evaluation_mesh())
     check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")
-    made = {"method": config.method, "generator": _content(loaded.variables)}
-    made["settings"] = _digest(json.dumps(dataclasses.asdict(config.generator), sort_keys=True))
+    made = {"method": config.method, "generator": content_of(loaded.variables)}
+    made["settings"] = digest_of(json.dumps(dataclasses.asdict(config.generator), sort_keys=True))
+    source = config.edge.source
     if config.method == "lora":
-        return dataclasses.replace(pair.edge, params=multi_task(pair, loaded)), config.edge, made
-    made |= {"prompt": _digest(prompt), "cloud": pair.cloud.fingerprint}
-    made["cloud_dtype"] = jnp.dtype(pair.cloud.decoder.dtype).name
-    ids = pair.cloud.encoder.prompt(prompt)
+        return _subject(pair.edge, source, made, multi_task(pair, loaded))
+    made |= {"cloud": pair.cloud.fingerprint, "cloud_dtype": jnp.dtype(pair.cloud.decoder.dtype).name}
     generator, limit = make_generator(config, pair), config.eval.prompt_limit
-    generated = specialize(generator, loaded.variables, pair.cloud.params, [ids], limit)
-    return _merged(pair.edge, generated.adapter.select(0)), config.edge, made
+
+    def specialise(prompt: str, keep_base: bool = True) -> Subject:
+        ids = pair.cloud.encoder.prompt(prompt)
+        generated = specialize(generator, loaded.variables, pair.cloud.params, [ids], limit)
+        into = merge if keep_base else merge_donated
+        params = into(pair.edge.params, generated.adapter.select(0))
+        return _subject(pair.edge, source, made | {"prompt": digest_of(prompt)}, params)
+
+    if text is None:
+        return _subject(pair.edge, source, made, specialise=specialise)
+    # The base is not needed any more; where the cloud model shares its weights, neither is that.
+    return specialise(text, keep_base=False)
 
 
 def _relocated(config: Config, settings: Settings) -> Config:
@@ -191,40 +191,3 @@ def _relocated(config: Config, settings: Settings) -> Config:
     if settings.dtype is None:
         return config
     return dataclasses.replace(config, edge=dataclasses.replace(config.edge, dtype=settings.dtype))  # pyright: ignore
-
-
-def _merged(edge: Model, adapter: Any) -> Model:
-    # The base is not needed any more; where the cloud model shares its weights, neither is that.
-    return dataclasses.replace(edge, params=merge_donated(edge.params, adapter))
-
-
-def end_ids(source: str, model: Model) -> tuple[int, ...]:
-    """The tokenizer's end token, and those that the model's own files name, as transformers has it.
-
-    Raises:
-        ModelError: when generation_config.json is damaged.
-    """
-    found = resolve(source)
-    path = found.model / "generation_config.json"
-    try:
-        named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read ({error}); download it again") from error
-    if named is None and found.kind == "hf":
-        named = load_hf_config(found).get("eos_token_id")
-    ids = named if isinstance(named, list) else [named]
-    return tuple(sorted({i for i in (*ids, model.encoder.end) if i is not None}))
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _content(tree: Any) -> str:
-    """16 hex digits of a tree of arrays."""
-    digest = hashlib.sha256()
-    for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(tree), key=lambda item: str(item[0])):
-        value = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)}{value.shape}{value.dtype}".encode())
-        digest.update(value.tobytes())
-    return digest.hexdigest()[:16]

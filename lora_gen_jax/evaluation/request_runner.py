@@ -5,15 +5,15 @@ requests, those that are finished too: a run that goes on where another stopped 
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
 from lora_gen_jax.evaluation.lm_eval_generation import Wanted, texts
-from lora_gen_jax.evaluation.lm_eval_source import Subject
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.request_plan import pieces, shared_prefixes
+from lora_gen_jax.evaluation.subject import Subject
 from lora_gen_jax.inference.prefix import Prefix, encode_prefix
 from lora_gen_jax.inference.rows import Request
 from lora_gen_jax.inference.scoring import score
@@ -24,10 +24,25 @@ BATCHES_PER_WRITE = 8
 
 
 class Runner:
-    """A model, what it has answered already, and about how many tokens it reads at a time."""
+    """A model, what it has answered already, and about how many tokens it reads at a time.
 
-    def __init__(self, subject: Subject, cache: RequestCache, batch_tokens: int):
-        self.subject, self.cache, self.batch_tokens = subject, cache, batch_tokens
+    Args:
+        subject, cache, batch_tokens: these.
+        progress: called with the number of finished requests and their total, instead of a bar on the screen.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        cache: RequestCache,
+        batch_tokens: int,
+        progress: Callable[[int, int], None] | None = None,
+    ):
+        self.subject, self.cache, self.batch_tokens, self.progress = subject, cache, batch_tokens, progress
+
+    def key(self, *content: Any) -> str:
+        """As `RequestCache.key`, for this model."""
+        return self.cache.key(self.subject.identity, *content)
 
     def logprobs(self, pairs: Sequence[tuple[Ids, Ids]], quiet: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood, is greedy) of every (context, continuation); equal pairs are scored once.
@@ -35,7 +50,7 @@ class Runner:
         Raises:
             DataError, OutputError: as `score` and `RequestCache.add`.
         """
-        keys = {pair: self.cache.key("loglikelihood", *pair) for pair in dict.fromkeys(pairs)}
+        keys = {pair: self.key("loglikelihood", *pair) for pair in dict.fromkeys(pairs)}
         by_context: dict[Ids, list[Ids]] = {}
         for context, continuation in keys:
             by_context.setdefault(context, []).append(continuation)
@@ -95,7 +110,7 @@ class Runner:
             while wanted.temperature and (ids, repeat) in group:
                 repeat += 1
             drawn = (repeat, seed) if wanted.temperature else ()
-            keys.append(group.setdefault((ids, repeat), self.cache.key("generate", ids, wanted, *drawn)))
+            keys.append(group.setdefault((ids, repeat), self.key("generate", ids, wanted, *drawn)))
         with self._bar(keys, quiet, "texts") as bar:
             for wanted, group in by_wanted.items():
                 self._generate(wanted, group, bar)
@@ -127,7 +142,26 @@ class Runner:
     def _bar(self, keys: Sequence[str], quiet: bool, what: str) -> Any:
         distinct = dict.fromkeys(keys)
         done = sum(key in self.cache for key in distinct)
+        if self.progress is not None:
+            return _Reported(self.progress, done, len(distinct))
         return tqdm(total=len(distinct), initial=done, disable=quiet, desc=what)
+
+
+class _Reported:
+    """Counts as a progress bar does, and tells a function."""
+
+    def __init__(self, progress: Callable[[int, int], None], n: int, total: int):
+        self.progress, self.n, self.total = progress, n, total
+
+    def __enter__(self) -> "_Reported":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, more: int) -> None:
+        self.n += more
+        self.progress(self.n, self.total)
 
 
 class _Begun:

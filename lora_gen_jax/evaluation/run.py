@@ -4,14 +4,19 @@ In: a config, a checkpoint for the methods that need one. Out: results as CONTRA
 and HAR.
 """
 
+import dataclasses
 import json
 import os
 import platform
+import shutil
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -22,18 +27,31 @@ from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.pocket import suite
 from lora_gen_jax.data.reasoning import REASONING_TASKS
 from lora_gen_jax.data.tasks import Task
-from lora_gen_jax.evaluation.systems import check_methods, load_checkpoints, make_systems
+from lora_gen_jax.evaluation import harness
+from lora_gen_jax.evaluation.published import MACHINE, REASONING
+from lora_gen_jax.evaluation.request_cache import RequestCache
+from lora_gen_jax.evaluation.systems import check_methods, gates_of, load_checkpoints, make_systems
 from lora_gen_jax.evaluation.task import System, evaluate_task, scored_documents, summary
 from lora_gen_jax.files import check_output, complete_directory
 from lora_gen_jax.models import Pair, load_pair
+from lora_gen_jax.sharding import evaluation_mesh
 from lora_gen_jax.training.checkpoint import Loaded, versions
 
 # With more tasks the table has one column for all seen and one for all unseen tasks.
 WIDEST_TABLE = 10
 
 
-def evaluate(config: Config, checkpoint: Path | None, out: Path) -> dict[str, Any]:
-    """Scores the config's methods on its tasks and writes `out`/results.json.
+def evaluate(config: Config, checkpoint: Path | None, out: Path, shots: Sequence[int] = ()) -> dict[str, Any]:
+    """Scores the config's methods on its tasks and writes `out`/results.json, and gates.json where there are gates.
+
+    What is finished is kept in a directory beside `out` until all is: an evaluation that was stopped goes on there.
+
+    Args:
+        config: eval.methods, eval.tasks and so on.
+        checkpoint: of the config's method; as `find_checkpoint` where it is None.
+        out: directory to write.
+        shots: numbers of shots, instead of eval.shots; results of each stand under "by_shots", those of the largest
+            also where results of one number stand.
 
     Raises:
         LoraGenError: for an unknown method or task, a missing checkpoint, or an `out` that holds something; before
@@ -41,25 +59,67 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path) -> dict[str, An
     """
     check_output(out)
     check_methods(config.eval.methods, "eval.methods")
+    foreign = [name for name in config.eval.tasks if name.startswith(harness.PREFIX)]
+    harness.check_harness(config.eval.methods, foreign)
     checkpoints = load_checkpoints(config, config.eval.methods, checkpoint)
     tasks = evaluated_tasks(config)
-    pair = load_pair(config)
-    systems = make_systems(config, config.eval.methods, pair, checkpoints, tasks)
-    results = score_systems(config, pair, systems, tasks)
-    results["checkpoints"] = {method: describe(loaded) for method, loaded in checkpoints.items()}
-    with complete_directory(out) as temporary:
-        (temporary / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print_table(results, tasks)
+    pair = load_pair(config, evaluation_mesh())
+    by_shots: dict[str, Any] = {}
+    results: dict[str, Any] = {}
+    with unfinished(out) as journal:
+        for number in sorted(set(shots)) or [config.eval.shots]:
+            config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, shots=number))
+            systems = make_systems(config, config.eval.methods, pair, checkpoints, tasks)
+            results = score_systems(config, pair, systems, tasks, journal)
+            seen = {task.name: task.seen for task in tasks}
+            if foreign:
+                add(results, harness.harness_scores(config, pair, checkpoints, foreign, journal), seen)
+            by_shots[str(number)] = results["methods"]
+            print_table(results, seen, f"{number} shots")
+        results["checkpoints"] = {method: describe(loaded) for method, loaded in checkpoints.items()}
+        if len(by_shots) > 1:
+            results["by_shots"] = by_shots
+        gates = gates_of(config, pair, checkpoints["lora_gen"], tasks) if "lora_gen" in checkpoints else None
+        with complete_directory(out) as temporary:
+            (temporary / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            if gates:
+                (temporary / "gates.json").write_text(json.dumps(gates_json(gates)) + "\n", encoding="utf-8")
     return results
 
 
+def add(results: dict[str, Any], more: dict[str, dict[str, dict]], seen: dict[str, bool]) -> None:
+    """Adds results of lm-eval's tasks, which count as unseen, to those of our own."""
+    for method, tasks in more.items():
+        seen |= dict.fromkeys(tasks, False)
+        scored = results["methods"].get(method, {"tasks": {}})["tasks"] | tasks
+        results["methods"][method] = {"tasks": scored, **summary(scored, seen)}
+
+
+@contextmanager
+def unfinished(out: Path) -> Iterator[RequestCache]:
+    """A journal of finished requests beside `out`; removed when the block ends without an error.
+
+    Raises:
+        OutputError: when it cannot be written.
+    """
+    directory = out.parent / f".{out.name}.unfinished"
+    yield RequestCache(directory, "evaluation")
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def gates_json(gates: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What gates.json holds: the gates [L, E] of every task, to six digits."""
+    return {"tasks": {task: np.round(gates_LE, 6).tolist() for task, gates_LE in gates.items()}}
+
+
 def evaluated_tasks(config: Config) -> list[Task]:
-    """The tasks of eval.tasks, or all eight reasoning tasks; each has documents that can be scored.
+    """The tasks of eval.tasks but lm-eval's, or all eight reasoning tasks; each has documents that can be scored.
 
     Raises:
         DataError: for an unknown task or one that cannot be scored.
     """
     names, d = config.eval.tasks or tuple(REASONING_TASKS), config.data
+    names = [name for name in names if not name.startswith(harness.PREFIX)]
     found = load_tasks(names, d.dir, d.tfds_dir, d.files)
     # A user's files may hold more tasks than are named; a group's name stands for its tasks.
     groups = [[found[name]] if name in found else suite.find(name) for name in names]
@@ -69,8 +129,10 @@ def evaluated_tasks(config: Config) -> list[Task]:
     return chosen
 
 
-def score_systems(config: Config, pair: Pair, systems: dict[str, System], tasks: list[Task]) -> dict[str, Any]:
-    """Results of every system on every task, as results.json holds them."""
+def score_systems(
+    config: Config, pair: Pair, systems: dict[str, System], tasks: list[Task], journal: RequestCache | None = None
+) -> dict[str, Any]:
+    """Results of every system on every task, as results.json holds them; finished requests are kept in `journal`."""
     results: dict[str, Any] = {
         "config": to_json(config),
         "versions": versions(),
@@ -78,7 +140,7 @@ def score_systems(config: Config, pair: Pair, systems: dict[str, System], tasks:
         "methods": {},
     }
     console = Console(file=sys.stderr)
-    for method, system in systems.items():
+    for method, system in systems.items() if tasks else ():
         scored = {}
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             line = bar.add_task(method, total=len(tasks))
@@ -87,7 +149,7 @@ def score_systems(config: Config, pair: Pair, systems: dict[str, System], tasks:
                 def move(done: int, total: int, number: int = number, name: str = task.name, line: Any = line) -> None:
                     bar.update(line, completed=number + done / total, description=f"{method} {name}")  # noqa: B023
 
-                scored[task.name] = evaluate_task(pair.edge, task, system, config.eval, move)
+                scored[task.name] = evaluate_task(pair.edge, task, system, config.eval, journal, move)
         results["methods"][method] = {"tasks": scored, **summary(scored, {task.name: task.seen for task in tasks})}
         if not console.is_terminal:
             console.print(f"{method}: AVE {results['methods'][method]['ave']:.4f}", highlight=False)
@@ -111,25 +173,46 @@ def machine() -> dict[str, Any]:
     }
 
 
-def print_table(results: dict[str, Any], tasks: list[Task]) -> None:
-    """Methods as rows, tasks as columns: acc ± standard error in percent."""
-    wide = len(tasks) <= WIDEST_TABLE
-    table = Table(title="acc % ± standard error; AVE and HAR are the mean and the harmonic mean")
+def print_table(results: dict[str, Any], seen: dict[str, bool], title: str) -> None:
+    """Methods as rows, tasks as columns, seen ones first: acc ± standard error in percent, as the paper's Table 2.
+
+    Where all eight reasoning tasks were scored, the paper's own figures follow in a table of their own.
+    """
+    wide = len(seen) <= WIDEST_TABLE
+    tasks = sorted(seen, key=lambda task: not seen[task])
+    table = Table(title=f"acc % ± standard error, {title}; AVE and HAR are the mean and the harmonic mean")
     table.add_column("method")
     for task in tasks if wide else ():
-        table.add_column(f"{task.name}\n{'seen' if task.seen else 'unseen'}", justify="right")
-    if not wide:
-        for title, seen in (("seen", True), ("unseen", False)):
-            table.add_column(f"AVE of {sum(t.seen == seen for t in tasks)}\n{title} tasks", justify="right")
-    for title in ("AVE", "HAR", "context\ntokens", "latency\nms"):
-        table.add_column(title, justify="right")
+        table.add_column(f"{task}\n{'seen' if seen[task] else 'unseen'}", justify="right")
+    for text in ("seen", "unseen"):
+        table.add_column(f"AVE of {sum(seen[t] == (text == 'seen') for t in tasks)}\n{text} tasks", justify="right")
+    for text in ("AVE", "HAR", "context\ntokens", "latency\nms"):
+        table.add_column(text, justify="right")
     for method, result in results["methods"].items():
-        scored = result["tasks"].values()
-        cells = [f"{100 * r['acc']:.1f} ± {100 * r['stderr']:.1f}" for r in scored]
-        if not wide:
-            means = (result["ave_seen"], result["ave_unseen"])
-            cells = ["–" if mean is None else f"{100 * mean:.1f}" for mean in means]
-        cells += [f"{100 * result['ave']:.1f}", f"{100 * result['har']:.1f}"]
-        cells += [f"{sum(r[column] for r in scored) / len(scored):.1f}" for column in ("context_tokens", "latency_ms")]
+        scored = [result["tasks"][task] for task in tasks]
+        cells = [f"{100 * r['acc']:.1f} ± {100 * r['stderr']:.1f}" for r in scored] if wide else []
+        means = (result["ave_seen"], result["ave_unseen"], result["ave"], result["har"])
+        cells += ["–" if mean is None else f"{100 * mean:.1f}" for mean in means]
+        cells += [mean_of([r[column] for r in scored]) for column in ("context_tokens", "latency_ms")]
         table.add_row(method, *cells)
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(table)
+    if set(tasks) == set(REASONING_TASKS):
+        console.print(published_table())
+
+
+def mean_of(figures: Sequence[float | None]) -> str:
+    """The mean of the figures that were measured, as a table shows it."""
+    measured = [figure for figure in figures if figure is not None]
+    return f"{sum(measured) / len(measured):.1f}" if measured else "–"
+
+
+def published_table() -> Table:
+    """The paper's figures on the same eight tasks: other models, another machine."""
+    table = Table(title=f"published by the paper (Table 2, 5 shots, {MACHINE}); not measured here")
+    for text in ("edge model", "method", "AVE", "HAR", "latency ms"):
+        table.add_column(text, justify="left" if text in ("edge model", "method") else "right")
+    for row in REASONING:
+        if row.har is not None:
+            table.add_row(row.model, row.method, f"{row.ave:.1f}", f"{row.har:.1f}", f"{row.latency_ms:.1f}")
+    return table

@@ -4,16 +4,21 @@ In: a pair of models and the checkpoints of the methods that learn. Out: for eac
 weights for a task, and whether the edge reads the prompt.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.config import Config
 from lora_gen_jax.data.tasks import Task
 from lora_gen_jax.errors import CheckpointError, ConfigError
+from lora_gen_jax.evaluation.subject import content_of, digest_of, identity_of
 from lora_gen_jax.evaluation.task import System, task_prompt
 from lora_gen_jax.generator.lora_gen import Generated
 from lora_gen_jax.generator.specialize import specialize
@@ -93,18 +98,41 @@ def make_systems(
     check_tasks(methods, tasks)
     for loaded in checkpoints.values():
         check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")
+    plain = identity_of(pair.edge, {"method": "base"})
     for method in methods:
         if method in ("base", "icl"):
-            systems[method] = System(lambda task: base, reads_prompt=method == "icl")
+            systems[method] = System(lambda task: base, method == "icl", lambda task: plain)
         elif method == "lora":
-            params = multi_task(pair, checkpoints["lora"])
-            systems[method] = System(lambda task, params=params: params)
+            merged = functools.cache(functools.partial(multi_task, pair, checkpoints["lora"]))
+            made = identifier(pair, checkpoints["lora"])("")
+            systems[method] = System(lambda task, make=merged: make(), False, lambda task, made=made: made)
         else:
             others = [*tasks[1:], tasks[0]] if method == "shuffled" else tasks
-            prompted = {id(task): other for task, other in zip(tasks, others, strict=True)}
-            generated = specializer(config, pair, checkpoints["lora_gen"])
-            systems[method] = System(lambda task, by=prompted, make=generated: make(by[id(task)]))
+            systems[method] = prompted(config, pair, checkpoints["lora_gen"], list(zip(tasks, others, strict=True)))
     return systems
+
+
+def prompted(config: Config, pair: Pair, loaded: Loaded, tasks: Sequence[tuple[Task, Task]]) -> System:
+    """LoRA-Gen, where every first task is given the prompt of the second."""
+    other = {id(task): source for task, source in tasks}
+    make, identify = specializer(config, pair, loaded), identifier(pair, loaded)
+    return System(
+        lambda task: make(other[id(task)]),
+        False,
+        lambda task: identify(task_prompt(other[id(task)], config.eval) or ""),
+    )
+
+
+def identifier(pair: Pair, loaded: Loaded) -> Callable[[str], str]:
+    """From a prompt to hex digits of everything that the model depends on which a generator makes of it."""
+    made = {
+        "method": loaded.config.method,
+        "generator": content_of(loaded.variables),
+        "settings": dataclasses.asdict(loaded.config.generator),
+        "cloud": pair.cloud.fingerprint,
+        "cloud_dtype": jnp.dtype(pair.cloud.decoder.dtype).name,
+    }
+    return lambda prompt: identity_of(pair.edge, made | {"prompt": digest_of(prompt)})
 
 
 def multi_task(pair: Pair, loaded: Loaded) -> Any:
@@ -115,24 +143,41 @@ def multi_task(pair: Pair, loaded: Loaded) -> Any:
 
 def specializer(config: Config, pair: Pair, loaded: Loaded) -> Callable[[Task], Any]:
     """From a task to the edge model specialised by its prompt; the base where it has none."""
-    generate = prompt_reader(config, pair, loaded)
+    make = prompt_specializer(config, pair, loaded)
 
     def specialised(task: Task) -> Any:
-        made = generate(task)
-        return pair.edge.params if made is None else merge(pair.edge.params, made.adapter.select(0))
+        prompt = task_prompt(task, config.eval)
+        return pair.edge.params if prompt is None else make(prompt)
 
     return specialised
 
 
-def prompt_reader(config: Config, pair: Pair, loaded: Loaded) -> Callable[[Task], Generated | None]:
-    """From a task to what the generator says about its prompt; None where it has no prompt."""
+def prompt_specializer(config: Config, pair: Pair, loaded: Loaded) -> Callable[[str], Any]:
+    """From a prompt to the edge model's weights specialised by it."""
+    generate = prompt_reader(config, pair, loaded)
+    return lambda prompt: merge(pair.edge.params, generate(prompt).adapter.select(0))
+
+
+def prompt_reader(config: Config, pair: Pair, loaded: Loaded) -> Callable[[str], Generated]:
+    """From a prompt to what the generator says about it."""
     generator = make_generator(loaded.config, pair)
 
-    def generate(task: Task) -> Generated | None:
-        prompt = task_prompt(task, config.eval)
-        if prompt is None:
-            return None
+    def generate(prompt: str) -> Generated:
         ids = pair.cloud.encoder.prompt(prompt)
         return specialize(generator, loaded.variables, pair.cloud.params, [ids], config.eval.prompt_limit)
 
     return generate
+
+
+def gates_of(config: Config, pair: Pair, loaded: Loaded, tasks: Sequence[Task]) -> dict[str, np.ndarray] | None:
+    """The gates [L, E] of every task's prompt; None for a generator without gates."""
+    generate, gates = prompt_reader(config, pair, loaded), {}
+    for task in tasks:
+        prompt = task_prompt(task, config.eval)
+        if prompt is None:
+            continue
+        made = generate(prompt)
+        if made.gates_PLE is None:
+            return None
+        gates[task.name] = np.asarray(made.gates_PLE[0])
+    return gates

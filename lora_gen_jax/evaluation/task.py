@@ -7,7 +7,7 @@ in-context learning. Documents with options are scored by log-likelihood, others
 
 import dataclasses
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,14 @@ from lora_gen_jax.data.prompts import evaluation_shots, system_prompt
 from lora_gen_jax.data.tasks import Example, Task
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.evaluation import answers, choices
+from lora_gen_jax.evaluation.request_cache import RequestCache
+from lora_gen_jax.evaluation.request_runner import Runner
 from lora_gen_jax.evaluation.standard_error import standard_error
+from lora_gen_jax.evaluation.subject import Subject
 from lora_gen_jax.models import Model
+
+# Documents, and the description and shots that the edge model reads before each.
+Asked = tuple[list[Example], str, tuple[Example, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +34,30 @@ class System:
     Attributes:
         params_for: from a task to the edge model's weights.
         reads_prompt: the edge model reads the system prompt before every query (in-context learning).
+        identity_for: from a task to hex digits of everything that these weights depend on, without making them; None
+            where results are not kept.
     """
 
     params_for: Callable[[Task], Any]
     reads_prompt: bool = False
+    identity_for: Callable[[Task], str] | None = None
 
 
-def evaluate_task(edge: Model, task: Task, system: System, settings: EvalConfig, progress: Any = None) -> dict:
+def evaluate_task(
+    edge: Model,
+    task: Task,
+    system: System,
+    settings: EvalConfig,
+    journal: RequestCache | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict:
     """Scores one task.
+
+    Args:
+        edge: the model; `system` has its weights.
+        task, system, settings: these.
+        journal: where finished requests and tasks are kept, for an evaluation that goes on where it was stopped.
+        progress: called with the number of finished requests and their total.
 
     Raises:
         DataError: as `scored_documents`.
@@ -43,21 +65,42 @@ def evaluate_task(edge: Model, task: Task, system: System, settings: EvalConfig,
     documents = scored_documents(task, settings)
     shots = evaluation_shots(task, settings.shots, settings.seed) if system.reads_prompt else ()
     description = task.descriptions[0] if system.reads_prompt and task.descriptions else ""
-    params = system.params_for(task)
-    if documents[0].options:
-        requests = choices.build_requests(edge, documents, description, shots)
-        scores = choices.run(edge, params, requests, settings, share_prefix=system.reads_prompt, progress=progress)
-        result = choices.metrics(documents, choices.regroup(documents, scores))
-        contexts = [request.context for request in requests]
-        latency = choices.latency(edge, params, requests[: choices.LATENCY_DOCUMENTS], settings)
-    else:
-        contexts = answers.contexts(edge, documents, description, shots)
-        result = exact_match(answers.exact_matches(edge, params, documents, contexts))
-        latency = answers.answer_latency(edge, params, documents, contexts)
-        if progress is not None:
-            progress(len(documents), len(documents))
-    result["context_tokens"] = round(statistics.fmean(map(len, contexts)), 1)
-    return result | {"latency_ms": round(latency, 2)}
+    keeps = journal is not None and system.identity_for is not None
+    identity = system.identity_for(task) if system.identity_for is not None and keeps else ""
+    subject = Subject(identity, lambda: dataclasses.replace(edge, params=system.params_for(task)))
+    cache = journal if journal is not None and keeps else RequestCache(None, "")
+    runner = Runner(subject, cache, settings.batch_tokens, progress or (lambda done, total: None))
+    texts = [(d.id, d.query, d.response, d.options, d.contexts) for d in documents]
+    whole = runner.key("task", task.name, texts, description, [(s.query, s.response) for s in shots])
+    if whole not in cache:
+        score = score_options if documents[0].options else score_answers
+        cache.add({whole: score(edge, runner, (documents, description, shots), settings)})
+    return cache[whole]
+
+
+def score_options(edge: Model, runner: Runner, asked: Asked, settings: EvalConfig) -> dict:
+    """Documents with options, by log-likelihood."""
+    pairs = choices.pairs_of(edge, *asked)
+    result = choices.metrics(asked[0], choices.logprobs(runner, pairs))
+    # Options that stand in the context make one context each.
+    contexts = [context for pair in pairs for context in dict.fromkeys(context for context, _ in pair)]
+    return result | figures(contexts, choices.latency(runner.subject.model, pairs, settings))
+
+
+def score_answers(edge: Model, runner: Runner, asked: Asked, settings: EvalConfig) -> dict:
+    """Documents without options, by their generated answer."""
+    documents = asked[0]
+    contexts = answers.contexts(edge, *asked)
+    result = exact_match(answers.exact_matches(runner, documents, contexts))
+    return result | figures(contexts, answers.answer_latency(edge, runner.subject.model.params, documents, contexts))
+
+
+def figures(contexts: Sequence[Sequence[int]], latency_ms: float) -> dict[str, float]:
+    """Mean tokens of the edge's context, and latency."""
+    return {
+        "context_tokens": round(statistics.fmean(map(len, contexts)), 1),
+        "latency_ms": round(latency_ms, 2),
+    }
 
 
 def scored_documents(task: Task, settings: EvalConfig) -> list[Example]:

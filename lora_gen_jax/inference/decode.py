@@ -21,6 +21,7 @@ from lora_gen_jax.errors import DataError
 from lora_gen_jax.inference.buckets import bucket, check_tokens, pad_rows, power_of_two
 from lora_gen_jax.inference.forward import forward_only, logits_at
 from lora_gen_jax.inference.mixed import per_row, require_single_prompt
+from lora_gen_jax.inference.placement import padded_rows, place_rows
 from lora_gen_jax.inference.prefix import Prefix, check_length, grow_cache, past_prefix, prefix_cache, prefix_length
 from lora_gen_jax.inference.sampling import Sampling, sample
 
@@ -115,7 +116,7 @@ def generate(
     if not prompts:
         return []
     _check(decoder, prompts, max_new_tokens, prefix)
-    adapter = per_row(adapter, len(prompts), power_of_two(len(prompts)))
+    adapter = per_row(adapter, len(prompts), padded_rows(len(prompts), params))
     inputs = _inputs((params, adapter, prefix), stop_ids, sampling, seed)
     state = _start(decoder, inputs, prompts, max_new_tokens, prefix_length(prefix))
     state = jax.device_get(_decode(forward_only(decoder), inputs, state, np.int32(max_new_tokens)).replace(cache=None))
@@ -146,7 +147,7 @@ def stream(
     if not prompts:
         return iter(())
     _check(decoder, prompts, max_new_tokens, prefix)
-    adapter = per_row(adapter, len(prompts), power_of_two(len(prompts)))
+    adapter = per_row(adapter, len(prompts), padded_rows(len(prompts), params))
     inputs = _inputs((params, adapter, prefix), stop_ids, sampling, seed)
     state = _start(decoder, inputs, prompts, max_new_tokens, prefix_length(prefix))
 
@@ -195,9 +196,10 @@ def _start(
     decoder: Decoder, inputs: Inputs, prompts: Sequence[Sequence[int]], max_new_tokens: int, before: int
 ) -> DecodeState:
     longest = bucket(max(map(len, prompts)))
-    tokens_BT, positions_BT = pad_rows(prompts, longest, power_of_two(len(prompts)))
+    tokens_BT, positions_BT = pad_rows(prompts, longest, padded_rows(len(prompts), inputs.params))
     slots = bucket(longest + max_new_tokens)
-    return _prefill(forward_only(decoder), slots, inputs, (tokens_BT, past_prefix(positions_BT, before)))
+    batch = place_rows((tokens_BT, past_prefix(positions_BT, before)), inputs.params)
+    return _prefill(forward_only(decoder), slots, inputs, batch)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

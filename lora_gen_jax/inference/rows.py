@@ -130,18 +130,19 @@ def batches(rows: Iterable[Row], batch_tokens: int) -> Iterator[list[Row]]:
         queue = queue[count:]
 
 
-def pack(rows: Sequence[Row], offset: int) -> RowBatch:
+def pack(rows: Sequence[Row], offset: int, B: int) -> RowBatch:
     """A batch of rows as arrays.
 
     Args:
         rows: at least one.
         offset: position of the contexts' first token.
+        B: rows of the batch; missing ones are padding throughout.
 
     Returns:
-        arrays of B rows (a power of two), T tokens (a bucket), and M = B·T predicted positions; more only where
-        continuations of single tokens outnumber the tokens read.
+        arrays of B rows, T tokens (a bucket), and M = B·T predicted positions; more only where continuations of
+        single tokens outnumber the tokens read.
     """
-    B, T = power_of_two(len(rows)), bucket(max(row.length for row in rows))
+    T = bucket(max(row.length for row in rows))
     tokens_BT, segments_BT = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
     positions_BT = np.full((B, T), -1, np.int32)
     sources, targets = [], []

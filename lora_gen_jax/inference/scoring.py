@@ -20,6 +20,7 @@ from lora_gen_jax.decoder.attention import KVCache
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.inference.forward import forward_only, logits_at
 from lora_gen_jax.inference.mixed import require_single_prompt
+from lora_gen_jax.inference.placement import padded_rows, place_rows
 from lora_gen_jax.inference.prefix import Prefix, prefix_cache, prefix_length
 from lora_gen_jax.inference.rows import (
     Request,
@@ -136,7 +137,10 @@ def _run(
     cache, offset = prefix_cache(prefix), prefix_length(prefix)
     waiting: list[tuple[list[Row], tuple[jax.Array, jax.Array]]] = []
     for batch in batches(rows, batch_tokens):
-        waiting.append((batch, _score_batch(decoder, params, adapter, pack(batch, offset), cache)))
+        packed = pack(batch, offset, padded_rows(len(batch), params))
+        rows = place_rows((packed.tokens_BT, packed.positions_BT, packed.segments_BT), params)
+        packed = packed.replace(tokens_BT=rows[0], positions_BT=rows[1], segments_BT=rows[2])
+        waiting.append((batch, _score_batch(decoder, params, adapter, packed, cache)))
         if len(waiting) > 1:
             yield _fetch(waiting.pop(0))
     for item in waiting:

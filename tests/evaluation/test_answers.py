@@ -9,6 +9,9 @@ from lora_gen_jax.data.prompts import evaluation_shots
 from lora_gen_jax.data.tasks import Example, Task
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.evaluation import answers
+from lora_gen_jax.evaluation.request_cache import RequestCache
+from lora_gen_jax.evaluation.request_runner import Runner
+from lora_gen_jax.evaluation.subject import Subject
 from lora_gen_jax.evaluation.task import System, evaluate_task, exact_match
 from lora_gen_jax.inference.decode import Generation
 from lora_gen_jax.models import load_model
@@ -27,12 +30,16 @@ def _quick(monkeypatch):
     monkeypatch.setattr(answers, "LATENCY_DOCUMENTS", 1)
 
 
+def runner(edge):
+    return Runner(Subject("", lambda: edge), RequestCache(None, ""), 64)
+
+
 def test_a_model_that_reads_shots_stops_where_the_next_one_would_start(edge):
     task = find("pocket/sound/quotes")[0]
     shots = evaluation_shots(task, 5, 0)
     read = answers.contexts(edge, task.test, task.descriptions[0], shots)
     assert edge.encoder.decode(read[0]).endswith(task.test[0].query)
-    assert all(answers.exact_matches(edge, edge.params, task.test, read))
+    assert all(answers.exact_matches(runner(edge), task.test, read))
 
 
 def test_another_answer_is_no_match(edge):
@@ -40,7 +47,7 @@ def test_another_answer_is_no_match(edge):
     shots = evaluation_shots(task, 5, 0)
     read = answers.contexts(edge, task.test, task.descriptions[0], shots)
     wrong = [Example(e.id, e.query, e.response.replace('"', "'")) for e in task.test]
-    assert not any(answers.exact_matches(edge, edge.params, wrong, read))
+    assert not any(answers.exact_matches(runner(edge), wrong, read))
 
 
 def test_many_documents_are_answered_in_batches_and_in_order(edge, monkeypatch):
@@ -54,8 +61,8 @@ def test_many_documents_are_answered_in_batches_and_in_order(edge, monkeypatch):
     monkeypatch.setattr(answers, "generate", echo)
     read = answers.contexts(edge, documents, "", ())
     swapped = [*read[1:], read[0]]
-    assert all(answers.exact_matches(edge, edge.params, documents, read))
-    assert sum(answers.exact_matches(edge, edge.params, documents, swapped)) == 0
+    assert all(answers.exact_matches(runner(edge), documents, read))
+    assert sum(answers.exact_matches(runner(edge), documents, swapped)) == 0
     assert set(batches) == {answers.ROWS}
 
 

@@ -14,13 +14,12 @@ from lora_gen_jax.config import EvalConfig
 from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.tasks import Example, Task
 from lora_gen_jax.errors import CheckpointError, DataError, OutputError
-from lora_gen_jax.evaluation import run
-from lora_gen_jax.evaluation.choices import metrics, regroup
+from lora_gen_jax.evaluation import answers, request_runner, run
+from lora_gen_jax.evaluation.choices import metrics
 from lora_gen_jax.evaluation.run import evaluate
 from lora_gen_jax.evaluation.systems import make_systems
 from lora_gen_jax.evaluation.task import System, evaluate_task, summary, task_prompt
 from lora_gen_jax.generator.specialize import specialize
-from lora_gen_jax.inference.scoring import Score
 from lora_gen_jax.models import load_pair, make_generator
 from lora_gen_jax.training.checkpoint import load_checkpoint
 
@@ -161,13 +160,6 @@ def test_metrics_by_hand():
     assert metrics(documents[:1], logprobs[:1])["stderr"] == 0.0
 
 
-def test_scores_are_regrouped_by_document():
-    plain = choice(0, "q", (" a", " b"), 0)
-    partial = Example("w", "c0", " r", (" r", " r", " r"), 0, ("c0", "c1", "c2"), (2, 2, 2))
-    scores = [Score((v,), (True,)) for v in (-1.0, -2.0, -3.0)] + [Score((-4.0, -5.0), (True, False))]
-    assert regroup([partial, plain], scores) == [[-1.0, -2.0, -3.0], [-4.0, -5.0]]
-
-
 def test_ave_and_har_by_hand():
     tasks = {name: {"acc": acc} for name, acc in (("a", 0.5), ("b", 0.25), ("c", 1.0))}
     got = summary(tasks, {"a": True, "b": True, "c": False})
@@ -181,7 +173,12 @@ def test_evaluate_writes_the_layout_and_the_specialised_model_has_learnt_its_tas
     config = dataclasses.replace(trained(), eval=dataclasses.replace(trained().eval, batch_tokens=64))
     results = evaluate(config, None, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["results.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["gates.json", "results.json"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    gates = json.loads((tmp_path / "out" / "gates.json").read_text())["tasks"]
+    assert list(gates) == ["warm", "count"]
+    assert np.shape(gates["warm"])[1] == 4
+    np.testing.assert_allclose(np.sum(gates["warm"], axis=-1), 1.0, atol=1e-5)
     assert {"config", "versions", "machine", "methods"} <= set(results)
     assert list(results["methods"]) == ["base", "icl", "lora_gen"]
     for method in results["methods"].values():
@@ -257,3 +254,74 @@ def test_scoring_leaves_the_base_weights_alone(pair):
     system = specialised_system(config, pair, task)
     evaluate_task(pair.edge, task, system, dataclasses.replace(config.eval, limit=1))
     jax.tree.map(np.testing.assert_array_equal, pair.edge.params, before)
+
+
+def counted(monkeypatch, name, most=None):
+    """Calls of a function of `request_runner` or `answers` are noted, those that time a single answer are not.
+
+    It fails when it is called more than `most` times.
+    """
+    module = {"score": request_runner, "generate": answers}[name]
+    real, calls = getattr(module, name), []
+
+    def call(*args, **kwargs):
+        if name == "score" or len(args[2]) == answers.ROWS:
+            if len(calls) == most:
+                raise KeyboardInterrupt
+            calls.append(args[2])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, call)
+    return calls
+
+
+def without_latency(results):
+    methods = json.loads(json.dumps(results["methods"]))
+    for method in methods.values():
+        for task in method["tasks"].values():
+            del task["latency_ms"]
+    return methods
+
+
+@pytest.mark.parametrize("kind", ["options", "free form"])
+def test_an_evaluation_that_was_stopped_finishes_alike_and_repeats_nothing(tmp_path, monkeypatch, kind):
+    config = dataclasses.replace(trained(), eval=dataclasses.replace(trained().eval, batch_tokens=16))
+    name = "score"
+    if kind == "free form":
+        name = "generate"
+        rows = [{k: v for k, v in row.items() if k not in ("options", "gold")} for row in color_rows()]
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, files=(write_rows(tmp_path / "rows.jsonl", rows),))
+        )
+    with monkeypatch.context() as patch:
+        all_calls = counted(patch, name)
+        whole = evaluate(config, trained().directory, tmp_path / "whole")
+    done = []
+    for most in (1, 2):
+        with monkeypatch.context() as patch:
+            calls = counted(patch, name, most)
+            with pytest.raises(KeyboardInterrupt):
+                evaluate(config, trained().directory, tmp_path / "out")
+            done += calls
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / ".out.unfinished").is_dir()
+    with monkeypatch.context() as patch:
+        calls = counted(patch, name)
+        again = evaluate(config, trained().directory, tmp_path / "out")
+    done += calls
+    assert done == all_calls
+    assert without_latency(again) == without_latency(whole)
+    assert not (tmp_path / ".out.unfinished").exists()
+
+
+def test_several_numbers_of_shots_are_scored_at_once(tmp_path):
+    settings = dataclasses.replace(trained().eval, batch_tokens=64, methods=("base", "icl"), tasks=("warm",))
+    results = evaluate(dataclasses.replace(trained(), eval=settings), None, tmp_path / "out", [0, 2])
+    assert list(results["by_shots"]) == ["0", "2"]
+    assert results["by_shots"]["2"] == results["methods"]
+    assert results["config"]["eval"]["shots"] == 2
+    tokens = [results["by_shots"][k]["icl"]["tasks"]["warm"]["context_tokens"] for k in ("0", "2")]
+    assert tokens[0] < tokens[1]
+    one = evaluate(dataclasses.replace(trained(), eval=settings), None, tmp_path / "one", [2])
+    assert "by_shots" not in one
+    assert without_latency(one) == without_latency(results)

@@ -140,7 +140,7 @@ def test_chats_are_those_of_lm_evals_own_backend(hf, ours, monkeypatch):
         ({"model": "x", "batch_size": "many"}, "batch_size=many must be auto"),
         ({"model": "x", "batch_tokens": 0}, "batch_tokens=0 must be a whole number above 0"),
         ({"model": "x", "dtype": "float16"}, "dtype=float16 must be auto"),
-        ({"specialization": "x", "prompt": "y"}, "leave prompt out"),
+        ({"specialization": "x", "prompt": "y"}, "both say what the model is specialised for"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(arguments, message):

@@ -170,8 +170,17 @@ def test_an_evaluation_by_the_command_line_writes_its_results(directory, tmp_pat
 
 
 def test_the_commands_defaults_give_way():
-    front = ["run", "--model", "lora_gen", "--batch_size", "auto"]
-    assert with_defaults(["--tasks", "a"]) == [*front, "--tasks", "a"]
-    assert with_defaults(["run", "--model", "hf"]) == [*front, "--model", "hf"]
-    assert with_defaults(["--config=x.yaml"]) == ["run", "--config=x.yaml"]
-    assert with_defaults(["ls", "tasks"]) == ["ls", "tasks"]
+    def given(*arguments):
+        return with_defaults(list(arguments), "TASKS")
+
+    front = ["run", "--model", "lora_gen", "--batch_size", "auto", "--include_path", "TASKS"]
+    assert given("--tasks", "a") == [*front, "--tasks", "a"]
+    assert given("run", "--model", "hf") == [*front, "--model", "hf"]
+    assert given("--config=x.yaml") == ["run", "--include_path", "TASKS", "--config=x.yaml"]
+    assert given("--include_path", "mine") == [*front[:5], "--include_path", "mine"]
+    assert given("ls", "tasks") == ["ls", "tasks", "--include_path", "TASKS"]
+    assert given("--help") == ["--help"]
+    data = given("--data.dir", "rows", "--tasks", "a", "--data.tfds_dir=prepared")
+    assert data == [*front, "--tasks", "a", "--metadata", '{"data_dir": "rows", "tfds_dir": "prepared"}']
+    with pytest.raises(ConfigError, match=r"--data.dir needs a directory"):
+        given("--data.dir")

@@ -156,7 +156,7 @@ def test_progress_counts_continuations(llama):
 
 def test_a_context_is_read_once_per_row():
     (row,) = split_rows(0, REQUESTS[0], 64)
-    batch = pack([row], 0)
+    batch = pack([row], 0, 1)
     # 7 tokens of context, then 2 + 0 + 5 of the continuations, whose last tokens are only predicted.
     assert row.length == 14
     np.testing.assert_array_equal(batch.positions_BT[0], [*range(7), 7, 8, *range(7, 12), -1, -1])

@@ -1,0 +1,88 @@
+"""What is evaluated: a model with everything that is merged into it, and what identifies its answers.
+
+In: weights and how they came about. Out: a `Subject`, whose identity finished requests are kept by.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_gen_jax.decoder.pretrained import load_hf_config, resolve
+from lora_gen_jax.errors import ModelError
+from lora_gen_jax.models import Model
+from lora_gen_jax.training.checkpoint import versions
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subject:
+    """The model that is evaluated.
+
+    Attributes:
+        identity: 16 hex digits of everything that its answers depend on.
+        load: the model, with the weights that answer; called when the first request is not answered yet.
+        end_ids: ids that end a generated text.
+        info: what results.json says about it.
+        specialise: from a prompt to the subject specialised for it; None where no prompts are to be read.
+    """
+
+    identity: str
+    load: Callable[[], Model]
+    end_ids: tuple[int, ...] = ()
+    info: dict[str, Any] = dataclasses.field(default_factory=dict)
+    specialise: Callable[[str], "Subject"] | None = None
+
+    @cached_property
+    def model(self) -> Model:
+        return self.load()
+
+
+def identity_of(edge: Model, made: dict[str, Any]) -> str:
+    """16 hex digits of an edge model and of how it was changed.
+
+    Args:
+        edge: the model before anything was merged.
+        made: all that the merged weights depend on, as JSON holds it.
+    """
+    # Another version may tokenise, generate or merge otherwise.
+    known = {**made, "edge": edge.fingerprint, "dtype": jnp.dtype(edge.decoder.dtype).name, "versions": versions()}
+    return digest_of(json.dumps(known | {"tokenizer": digest_of(repr(edge.encoder.tokenizer))}, sort_keys=True))
+
+
+def end_ids(source: str, model: Model) -> tuple[int, ...]:
+    """The tokenizer's end token, and those that the model's own files name, as transformers has it.
+
+    Raises:
+        ModelError: when generation_config.json is damaged.
+    """
+    found = resolve(source)
+    path = found.model / "generation_config.json"
+    try:
+        named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read ({error}); download it again") from error
+    if named is None and found.kind == "hf":
+        named = load_hf_config(found).get("eos_token_id")
+    ids = named if isinstance(named, list) else [named]
+    return tuple(sorted({i for i in (*ids, model.encoder.end) if i is not None}))
+
+
+def digest_of(text: str) -> str:
+    """16 hex digits of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def content_of(tree: Any) -> str:
+    """16 hex digits of a tree of arrays."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(tree), key=lambda item: str(item[0])):
+        value = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)}{value.shape}{value.dtype}".encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,39 @@
+"""Rows of a batch over the devices that hold the weights.
+
+In: weights on a mesh, or on one device. Out: the number of rows that divides among its devices, and arrays whose rows
+are split over them. Nobody passes a mesh along: the weights say where they are.
+"""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from lora_gen_jax.inference.buckets import power_of_two
+from lora_gen_jax.sharding import LOGICAL_RULES, spec
+
+
+def mesh_of(params: Any) -> Mesh | None:
+    """The mesh that weights lie on; None where they lie on one device."""
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    mesh = getattr(sharding, "mesh", None)
+    return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
+
+
+def padded_rows(count: int, params: Any) -> int:
+    """The number of rows that a batch of `count` is padded to: a power of two, more where the mesh needs them."""
+    rows, mesh = power_of_two(count), mesh_of(params)
+    if mesh is None:
+        return rows
+    axes = LOGICAL_RULES["batch"]
+    assert isinstance(axes, tuple)
+    shards = 1
+    for axis in axes:
+        shards *= mesh.shape[axis]
+    return -(-rows // shards) * shards
+
+
+def place_rows(tree: Any, params: Any) -> Any:
+    """Arrays [B, …] with their rows split over the mesh of the weights; unchanged where there is none."""
+    mesh = mesh_of(params)
+    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, spec("batch")))

@@ -1,0 +1,191 @@
+"""Our task definitions in lm-eval: the texts are those of eval.py, the shots the same for all documents."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+from helpers import trained
+from lm_eval.api.samplers import SAMPLER_REGISTRY
+from lm_eval.tasks import TaskManager
+
+from lora_gen_jax.data.load import load_tasks
+from lora_gen_jax.data.prompts import evaluation_shots, few_shot_context
+from lora_gen_jax.data.reasoning import REASONING_TASKS
+from lora_gen_jax.errors import ConfigError, DataError
+from lora_gen_jax.evaluation.lm_eval_documents import TASKS, documents
+from lora_gen_jax.evaluation.lm_eval_prompts import FixedShots, fixed_shots, split_contexts
+
+REAL = os.environ.get("LORA_GEN_DATA")
+
+
+def arc_row(i):
+    choices = [{"text": f"answer {i}{label}", "label": label} for label in "ABC"]
+    return {"id": f"q{i}", "question": {"stem": f"Which is number {i}?", "choices": choices}, "answerKey": "ABC"[i % 3]}
+
+
+def winogrande_row(i):
+    sentence = f"The cat saw the dog {i} times and _ ran away."
+    return {"qID": f"w{i}", "sentence": sentence, "option1": "the cat", "option2": "the dog", "answer": "12"[i % 2]}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """Files of two tasks in their original schemas, with rows of our own."""
+    root = tmp_path_factory.mktemp("tasks")
+    splits = {"train": range(30), "validation": range(30, 40), "test": range(40, 50)}
+    for name, row in (("arc_easy", arc_row), ("arc_challenge", arc_row), ("winogrande", winogrande_row)):
+        (root / name).mkdir()
+        for split, numbers in splits.items():
+            text = "".join(json.dumps(row(i + 100 * (name == "arc_challenge"))) + "\n" for i in numbers)
+            (root / name / f"{split}.jsonl").write_text(text)
+    return root
+
+
+def agrees(root, names, limit):
+    """Contexts and continuations of lm-eval's requests are those that eval.py scores."""
+    for described in (False, True):
+        metadata = {"data_dir": str(root), "descriptions": described, "model": "as lm-eval adds it"}
+        manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata)
+        found = manager.load([f"lora_gen_{name}" for name in names])["tasks"]
+        for name in names:
+            task, ours = found[f"lora_gen_{name}"], load_tasks([name], root)[name]
+            for k in (0, 3):
+                task.set_config("num_fewshot", k)
+                task.build_all_requests(limit=limit)
+                head, shots = ours.descriptions[0] if described else "", evaluation_shots(ours, k, 0)
+                wanted = []
+                for e in ours.test[:limit]:
+                    queries = e.contexts or (e.query,) * len(e.options)
+                    texts = [few_shot_context(head, shots, query) for query in queries]
+                    wanted += zip(texts, e.options, strict=True)
+                got = [request.args for request in task.instances]
+                # Beyond these, lm-eval asks for continuations without their context, for a metric of its own.
+                assert got[: len(wanted)] == wanted, name
+                assert [request.doc["gold"] for request in task.instances[: len(wanted)]] == [
+                    e.gold for e in ours.test[:limit] for _ in e.options
+                ]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_texts_are_those_of_our_own_evaluation(directory):
+    agrees(directory, ("arc_easy", "winogrande"), 5)
+
+
+@pytest.mark.skipif(REAL is None, reason="LORA_GEN_DATA names no directory of task files")
+@pytest.mark.filterwarnings("ignore")
+def test_texts_of_the_real_tasks_are_those_of_our_own_evaluation():
+    agrees(REAL, REASONING_TASKS, 4)
+
+
+def test_another_seed_draws_other_shots(directory):
+    first, second = (documents("arc_easy", str(directory), shots_seed=seed)["shots"]["id"] for seed in (0, 1))
+    assert first != second
+    assert len(set(first)) == len(first) > 20
+    with pytest.raises(ConfigError, match="shots_seed='x' must be"):
+        documents("arc_easy", str(directory), shots_seed="x")
+    with pytest.raises(DataError, match="does not exist"):
+        documents("arc_easy", str(directory / "nothing"))
+
+
+def test_the_prompt_is_what_contexts_begin_with():
+    prompt = "say it\n\nQ: a\nA: b\n\nQ: c\nA: d"
+    contexts = [f"{prompt}\n\nQ: {letter}\nA:" for letter in "efgh"]
+    assert split_contexts("t", contexts) == [(prompt, f"Q: {letter}\nA:") for letter in "efgh"]
+    assert split_contexts("t", contexts[:1]) == [(prompt, "Q: e\nA:")]
+    # A document that is itself among the shots has another prompt.
+    other = "say it\n\nQ: c\nA: d\n\nQ: x\nA: y"
+    found = split_contexts("t", [*contexts, f"{other}\n\nQ: a\nA:"])
+    assert found[-1] == (other, "Q: a\nA:")
+    assert found[:4] == split_contexts("t", contexts)
+    # A query may have blank lines of its own.
+    found = split_contexts("t", [f"say it\n\n{a}\n\nwhat?" for a in ("one", "two", "three")])
+    assert found[1] == ("say it", "two\n\nwhat?")
+
+
+def test_contexts_without_a_prompt_are_refused():
+    with pytest.raises(DataError, match="the contexts of task t do not begin with a prompt"):
+        split_contexts("t", ["Q: a\n\nQ: b", "Q: c\n\nQ: d"])
+    with pytest.raises(DataError, match="fewer than the 1 blank lines"):
+        split_contexts("t", ["say\n\na", "say\n\nb", "c"])
+
+
+def test_fixed_shots_are_the_same_for_all_documents():
+    rows = [{"x": i} for i in range(9)]
+    with fixed_shots():
+        assert SAMPLER_REGISTRY["default"] is FixedShots
+        sampler = SAMPLER_REGISTRY["default"](rows)
+    assert SAMPLER_REGISTRY["default"] is not FixedShots
+    shots = sampler.sample(3)
+    assert len(shots) == 3
+    assert all(sampler.sample(3, eval_doc=row) == shots for row in rows if row not in shots)
+    for shot in shots:
+        without = sampler.sample(3, eval_doc=shot)
+        assert len(without) == 3
+        assert shot not in without
+        assert [one for one in shots if one != shot] == without[:2]
+    with pytest.raises(DataError, match="too few for 10: lower --num_fewshot"):
+        sampler.sample(10)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_each_task_is_answered_by_the_model_specialised_for_its_own_prompt(tmp_path):
+    """Scores of a model that reads prompts from the tasks, against those of a model given that prompt."""
+    from lm_eval.api.instance import Instance
+    from lm_eval_requests import agree
+
+    from lora_gen_jax.evaluation.lm_eval_model import LoraGenLM
+
+    checkpoint = str(trained().directory)
+    prompts = {"one": "say the color of the sun\n\nthe star\nred", "two": "say the kind\n\nthe cat\none"}
+    asked, alone = [], {name: [] for name in prompts}
+    for i, word in enumerate(("moon", "dog", "fish")):
+        for name, prompt in prompts.items():
+            kept = {"request_type": "loglikelihood", "doc": {}, "idx": 0, "metadata": (name, i, 1)}
+            asked.append(Instance(**kept, arguments=(f"{prompt}\n\nthe {word}", "\nred")))
+            alone[name].append(Instance(**kept, arguments=(f"the {word}", "\nred")))
+    both = LoraGenLM(checkpoint=checkpoint, prompt_from_task=True, batch_tokens=64, cache=str(tmp_path / "cache"))
+    got = both.loglikelihood(asked, disable_tqdm=True)
+    for place, (name, prompt) in enumerate(prompts.items()):
+        special = LoraGenLM(checkpoint=checkpoint, prompt=prompt, batch_tokens=64)
+        agree(got[place::2], special.loglikelihood(alone[name], disable_tqdm=True))
+    assert abs(got[0][0] - got[1][0]) > 1e-3
+    # Finished requests are kept for each of the models.
+    assert sum(len(path.read_text().splitlines()) for path in (tmp_path / "cache").iterdir()) == 6
+    free = [dataclasses.replace(one, arguments=(one.args[0], {"until": [], "max_gen_toks": 3})) for one in asked]
+    texts = both.generate_until(free, disable_tqdm=True)
+    assert len(texts) == 6
+    with pytest.raises(ConfigError, match="whole texts have none"):
+        both.loglikelihood_rolling(asked, disable_tqdm=True)
+    with pytest.raises(ConfigError, match="prompt and prompt_from_task both say"):
+        LoraGenLM(checkpoint=checkpoint, prompt="x", prompt_from_task=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_eval_runs_tasks_of_lm_eval_beside_our_own(directory, tmp_path):
+    """The same task by name here and in lm-eval: the same figures, for every method."""
+    from helpers import trained
+
+    from lora_gen_jax.evaluation.run import evaluate
+
+    settings = dataclasses.replace(
+        trained().eval, batch_tokens=64, shots=1, limit=4, tasks=("arc_easy", "lm_eval/lora_gen_arc_easy")
+    )
+    config = dataclasses.replace(
+        trained(), eval=settings, data=dataclasses.replace(trained().data, dir=directory), workdir=tmp_path / "run"
+    )
+    results = evaluate(config, trained().directory, tmp_path / "out")
+    for method, result in results["methods"].items():
+        ours, theirs = result["tasks"]["arc_easy"], result["tasks"]["lm_eval/lora_gen_arc_easy"]
+        assert (theirs["n"], theirs["metric"], theirs["latency_ms"]) == (4, "acc", None)
+        if method == "base":
+            assert [ours[k] for k in ("acc", "acc_norm", "stderr")] == [
+                theirs[k] for k in ("acc", "acc_norm", "stderr")
+            ]
+            assert ours["context_tokens"] == theirs["context_tokens"]
+        assert result["ave"] == pytest.approx((ours["acc"] + theirs["acc"]) / 2)
+    tokens = {m: r["tasks"]["lm_eval/lora_gen_arc_easy"]["context_tokens"] for m, r in results["methods"].items()}
+    assert tokens["icl"] > tokens["base"] == tokens["lora_gen"]
+    unknown = dataclasses.replace(settings, tasks=("lm_eval/nothing",))
+    with pytest.raises(ConfigError, match="lm-eval knows no task 'nothing'"):
+        evaluate(dataclasses.replace(config, eval=unknown), None, tmp_path / "none")
