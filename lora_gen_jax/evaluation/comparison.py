@@ -1,8 +1,8 @@
 """After training: the methods of ``compare`` side by side on seen and unseen tasks.
 
 In: a finished run. Methods that learn and have no run yet are trained on the same batches first, each in a directory
-of its own inside the run's. Out: results.json, report.json (CONTRACTS) and report.png in the run's directory, and a
-table on the screen.
+of its own inside the run's. Out: results.json, report.json (CONTRACTS), gates.json, report.html and *.png in the run's
+directory, and a table on the screen.
 """
 
 import dataclasses
@@ -21,26 +21,20 @@ from rich.table import Table
 from lora_gen_jax.config import Config
 from lora_gen_jax.data.tasks import Task
 from lora_gen_jax.evaluation.figures import draw_report
-from lora_gen_jax.evaluation.run import describe, evaluated_tasks, score_systems
+from lora_gen_jax.evaluation.report.command import write_report
+from lora_gen_jax.evaluation.report.style import title_of
+from lora_gen_jax.evaluation.run import describe, evaluated_tasks, gates_json, score_systems, unfinished
 from lora_gen_jax.evaluation.systems import (
     METHODS,
     check_methods,
     check_tasks,
+    gates_of,
     load_checkpoints,
     make_systems,
-    prompt_reader,
 )
-from lora_gen_jax.models import Pair, load_pair
-from lora_gen_jax.training.checkpoint import Loaded
+from lora_gen_jax.models import load_pair
+from lora_gen_jax.sharding import evaluation_mesh
 from lora_gen_jax.training.loop import train
-
-TITLES = {
-    "base": "base, no prompt",
-    "icl": "in-context learning",
-    "lora": "multi-task LoRA, no prompt",
-    "lora_gen": "LoRA-Gen, no prompt",
-    "shuffled": "LoRA-Gen, another task's prompt",
-}
 
 
 def compare(config: Config) -> dict[str, Any]:
@@ -55,9 +49,10 @@ def compare(config: Config) -> dict[str, Any]:
             say(f"training {method} on the same batches")
             train(dataclasses.replace(config, method=method, workdir=config.directory / method))
     checkpoints = load_checkpoints(config, config.compare, None)
-    pair, began = load_pair(config), time.monotonic()
+    pair, began = load_pair(config, evaluation_mesh()), time.monotonic()
     systems = make_systems(config, config.compare, pair, checkpoints, tasks)
-    results = score_systems(config, pair, systems, tasks)
+    with unfinished(config.directory / "compare") as journal:
+        results = score_systems(config, pair, systems, tasks, journal)
     say(f"scored {len(systems)} methods on {len(tasks)} tasks in {time.monotonic() - began:.0f} s")
     report = report_of(results, tasks)
     gates = None
@@ -67,8 +62,11 @@ def compare(config: Config) -> dict[str, Any]:
         results["checkpoints"] = {method: describe(loaded) for method, loaded in checkpoints.items()}
         write_json(config.directory / "results.json", results)
         write_json(config.directory / "report.json", report)
-        draw_report(report, TITLES, gates, config.directory / "report.png")
+        if gates:
+            write_json(config.directory / "gates.json", gates_json(gates))
+        draw_report(report, gates, config.directory / "report.png")
         print_report(report, gates)
+        write_report([config.directory])
     return report
 
 
@@ -121,19 +119,6 @@ def pooled(scored: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def gates_of(config: Config, pair: Pair, loaded: Loaded, tasks: list[Task]) -> dict[str, np.ndarray] | None:
-    """The gates [L, E] of every task's prompt; None for a generator without gates."""
-    generate, gates = prompt_reader(config, pair, loaded), {}
-    for task in tasks:
-        made = generate(task)
-        if made is None:
-            continue
-        if made.gates_PLE is None:
-            return None
-        gates[task.name] = np.asarray(made.gates_PLE[0])
-    return gates
-
-
 def print_report(report: dict[str, Any], gates: dict[str, np.ndarray] | None) -> None:
     """The comparison as a table, and how much each expert is used."""
     table = Table(title="accuracy in % ± standard error; latency of one answer")
@@ -149,7 +134,7 @@ def print_report(report: dict[str, Any], gates: dict[str, np.ndarray] | None) ->
         cells = [f"{100 * row['accuracy']:.1f} ± {100 * row['stderr']:.1f}" for row in rows]
         full = [report[group]["icl"]["context_tokens"] for group in groups] if "icl" in report[groups[0]] else []
         ratio = f"{float(np.mean(full)) / context:.1f}×" if full else "–"
-        table.add_row(TITLES[method], *cells, f"{context:.1f}", ratio, f"{latency:.2f}")
+        table.add_row(title_of(method), *cells, f"{context:.1f}", ratio, f"{latency:.2f}")
     console = Console(width=None if sys.stdout.isatty() else 100)
     console.print(table)
     if gates:

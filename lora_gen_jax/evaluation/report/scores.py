@@ -1,0 +1,139 @@
+"""Results of several files as one table. In: results.json files. Out: `Scores`: method → number of shots → result.
+
+Files that score the same tasks with the same edge model complete one another: methods and numbers of shots of one and
+of the other stand in one table and one figure.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_gen_jax.errors import DataError
+from lora_gen_jax.evaluation.report.found import File
+
+# They read no prompt, so that the number of shots says nothing about them.
+WITHOUT_PROMPT = ("base", "lora")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method with one number of shots, on one task or on the mean of several.
+
+    Attributes:
+        shots: in the prompt; 0 for methods without one.
+        accuracy, stderr: in [0, 1]; of a mean over tasks, sqrt(sum of squared errors) / tasks.
+        latency_ms: of one answer; None where it was not measured.
+        context: tokens that the edge model reads; None as well.
+    """
+
+    shots: int
+    accuracy: float
+    stderr: float
+    latency_ms: float | None
+    context: float | None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Methods that can be compared.
+
+    Attributes:
+        files: where the figures come from.
+        tasks: names, in the order of the first file.
+        methods: method → shots → result, as results.json has them.
+    """
+
+    files: list[File]
+    tasks: list[str]
+    methods: dict[str, dict[int, dict[str, Any]]]
+
+    @property
+    def machines(self) -> str:
+        """What the latencies were measured on."""
+        return "; ".join(dict.fromkeys(machine_text(file.values) for file in self.files))
+
+
+def gather(files: Sequence[File]) -> list[Scores]:
+    """One `Scores` for files that go together.
+
+    Raises:
+        DataError: when a file has not the layout of results.json.
+    """
+    made: dict[Any, Scores] = {}
+    for file in files:
+        try:
+            by_shots = shots_of(file.values)
+            names = list(next(iter(next(iter(by_shots.values())).values()))["tasks"])
+            config = file.values.get("config") or {}
+            settings = config.get("eval") or {}
+            key = (tuple(sorted(names)), (config.get("edge") or {}).get("source"), settings.get("limit"))
+            _add(made, key, file, names, by_shots)
+        except (StopIteration, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"{file.path} has not the layout of results.json ({error!r}): write it again with eval.py, or remove it"
+            ) from error
+    return list(made.values())
+
+
+def _add(made: dict[Any, Scores], key: Any, file: File, names: list[str], by_shots: dict[int, Any]) -> None:
+    """Puts a file's results with those of the same key, unless some of them are there already."""
+    new: dict[str, dict[int, Any]] = {}
+    for shots, methods in sorted(by_shots.items()):
+        for method, result in methods.items():
+            new.setdefault(method, {}).setdefault(0 if method in WITHOUT_PROMPT else shots, result)
+            for name in names:
+                float(result["tasks"][name]["acc"])
+    while key in made:
+        known = made[key].methods
+        # Methods without a prompt are the same in both; the first file's stay.
+        if not any(s in known.get(m, {}) for m, of in new.items() for s in of if m not in WITHOUT_PROMPT):
+            break
+        key = (*key, "again")
+    scores = made.setdefault(key, Scores([], names, {}))
+    scores.files.append(file)
+    for method, of in new.items():
+        for shots, result in of.items():
+            scores.methods.setdefault(method, {}).setdefault(shots, result)
+
+
+def shots_of(results: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Number of shots → methods."""
+    if results.get("by_shots"):
+        return {int(shots): methods for shots, methods in results["by_shots"].items()}
+    shots = ((results.get("config") or {}).get("eval") or {}).get("shots", 0)
+    return {int(shots[0] if isinstance(shots, list) else shots): results["methods"]}
+
+
+def mean_point(result: dict[str, Any], tasks: Sequence[str], shots: int) -> Point:
+    """AVE over tasks as a point."""
+    points = [task_point(result, name, shots) for name in tasks]
+    n = len(points)
+    return Point(
+        shots,
+        sum(point.accuracy for point in points) / n,
+        math.sqrt(sum(point.stderr**2 for point in points)) / n,
+        _mean([point.latency_ms for point in points]),
+        _mean([point.context for point in points]),
+    )
+
+
+def task_point(result: dict[str, Any], task: str, shots: int) -> Point:
+    """One task as a point."""
+    row = result["tasks"][task]
+    return Point(shots, row["acc"], row.get("stderr") or 0.0, row.get("latency_ms"), row.get("context_tokens"))
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
+
+
+def machine_text(results: dict[str, Any]) -> str:
+    """Machine and versions of a results.json in one line."""
+    machine, versions = (
+        found if isinstance(found := results.get(key), dict) else {} for key in ("machine", "versions")
+    )
+    cores = f"{machine.get('cpus')} CPU cores" if machine.get("platform") == "cpu" else machine.get("device")
+    parts = [machine.get("system"), cores, f"jax {versions['jax']}" if "jax" in versions else None]
+    return ", ".join(str(part) for part in parts if part) or "a machine that the file does not name"

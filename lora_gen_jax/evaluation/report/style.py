@@ -1,0 +1,99 @@
+"""How figures look. In: a method or a drawn figure. Out: its colour and title; a PNG that is replaced at once.
+
+Figures are drawn without pyplot: no window system, and no state that outlives them.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lora_gen_jax.errors import OutputError
+
+TITLES = {
+    "base": "base, no prompt",
+    "icl": "in-context learning",
+    "lora": "multi-task LoRA, no prompt",
+    "lora_gen": "LoRA-Gen, no prompt",
+    "shuffled": "LoRA-Gen, another task's prompt",
+    "lora_moe": "LoRAMoE",
+    "mixlora": "MixLoRA",
+    "lorahub": "LoraHub",
+    "autocompressor": "AutoCompressor",
+    "icl_kept_prefix": "in-context learning, the prompt's cache kept",
+    "transformers_no_prompt": "transformers, no prompt",
+    "transformers_full_prompt": "transformers, whole prompt",
+    "transformers_kept_prefix": "transformers, the prompt's cache kept",
+}
+# Distinct with colour-blind eyes, and on white.
+_COLORS = {
+    "base": "#777777",
+    "icl": "#4477aa",
+    "lora": "#b8a41f",
+    "lora_gen": "#cc3311",
+    "shuffled": "#aa3377",
+    "lora_moe": "#228833",
+    "mixlora": "#3aa7c9",
+    "lorahub": "#ee8866",
+    "autocompressor": "#332288",
+    "icl_kept_prefix": "#44aa99",
+    "transformers_no_prompt": "#bbbbbb",
+    "transformers_full_prompt": "#99b8d8",
+    "transformers_kept_prefix": "#a8d8cc",
+}
+PALETTE = ("#cc3311", "#4477aa", "#228833", "#b8a41f", "#aa3377", "#3aa7c9", "#ee8866", "#332288", "#777777")
+_Item = TypeVar("_Item")
+DPI = 110
+
+
+def title_of(method: str) -> str:
+    """A method in words."""
+    return TITLES.get(method, method)
+
+
+def color_of(method: str) -> str:
+    """A method's colour, the same in every figure."""
+    return _COLORS.get(method) or PALETTE[sum(method.encode()) % len(PALETTE)]
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of this size in inches that keeps its parts apart."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def save(figure: Any, path: Path) -> Path:
+    """Replaces the PNG.
+
+    Raises:
+        OutputError: when it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp.png")
+    try:
+        figure.savefig(temporary, dpi=DPI)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"{path} cannot be written: {error.strerror}; choose another --out") from error
+    return path
+
+
+def grid(count: int, columns: int) -> tuple[int, int]:
+    """(rows, columns) of a grid with room for `count` parts."""
+    return math.ceil(count / columns), min(count, columns)
+
+
+def evenly(items: Sequence[_Item], count: int) -> list[_Item]:
+    """At most `count` of the items, spread over all of them."""
+    if len(items) <= count:
+        return list(items)
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def shortened(text: str, length: int) -> str:
+    """The text, its middle left out where it is longer."""
+    if len(text) <= length:
+        return text
+    head = (length - 1) // 2
+    return f"{text[:head]}…{text[len(text) - (length - 1 - head) :]}"
