@@ -90,6 +90,7 @@ class DataConfig:
         response_slots: answer tokens of an edge row that are learned from.
         min_shots, max_shots: shots in a training prompt, drawn evenly, both included.
         query_length: longest query with its answer; longer ones are left out of training.
+        edge_reads_prompt: a row of the edge begins with the prompt, which all its queries read; only for method lora.
     """
 
     dir: Path | None = None
@@ -106,6 +107,7 @@ class DataConfig:
     min_shots: int = 1
     max_shots: int = 5
     query_length: int = 1024
+    edge_reads_prompt: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +147,8 @@ class EvalConfig:
     """Scoring.
 
     Attributes:
-        tasks: what eval.py scores, and train.py with compare; left out, all eight reasoning tasks.
+        tasks: what eval.py scores, and train.py with compare; left out, all eight reasoning tasks. eval.py takes
+            lm_eval/NAME for a task of lm-evaluation-harness.
         methods: base, icl, lora, lora_gen, and shuffled: LoRA-Gen with the prompt of another task.
         shots: shots in the system prompt: read by the cloud, and by the edge for icl.
         limit: documents a task, the first ones; left out, all.

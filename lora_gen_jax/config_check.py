@@ -94,4 +94,14 @@ def _run_rules(config: Config) -> list[tuple[bool, str]]:
         (t.clip_norm is None or t.clip_norm > 0, f"train.clip_norm is {t.clip_norm}; it must be positive or left out"),
         (e.shots >= 0, f"eval.shots is {e.shots}; it must be 0 or more"),
         (e.limit is None or e.limit > 0, f"eval.limit is {e.limit}; at least 1"),
+        (
+            config.method == "lora" or not config.data.edge_reads_prompt,
+            "data.edge_reads_prompt is pointless with method lora_gen, whose edge model is specialised so that it need"
+            " not read the prompt: leave it out, or set --method lora",
+        ),
+        (
+            not (config.compare and config.data.edge_reads_prompt),
+            "compare scores lora without the prompt in the edge's context, so it cannot score data.edge_reads_prompt:"
+            " leave one of them out; the command agent scores both kinds of lora",
+        ),
     ]

@@ -4,7 +4,8 @@ In: tasks, two encoders and a `DataConfig`. Out: a Grain iterator of `Batch`es o
 Batch number i is a pure function of (seed, i): the order is the same on every machine and after every resume.
 
 Both sides are packed. Prompts share rows (`prompts_per_row`), long with short. The queries of a prompt share one
-row of the edge's batch, each a segment of its own: short queries cost no padding, and gates stay one per row.
+row of the edge's batch, each a segment of its own: short queries cost no padding, and gates stay one per row. With
+`edge_reads_prompt` the row begins with the prompt as segment 0, which all queries of the row see.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import numpy as np
 from flax import struct
 
 from lora_gen_jax.config import DataConfig
+from lora_gen_jax.data.edge_prompt import beside
 from lora_gen_jax.data.encode import Encoder
 from lora_gen_jax.data.prompts import sample_shots, system_prompt
 from lora_gen_jax.data.tasks import Example, Task
@@ -29,7 +31,7 @@ class Batch(struct.PyTreeNode):
     Attributes:
         prompts: P prompts in P/M rows.
         tokens_PT, positions_PT, segments_PT: one row a prompt: its queries with their answers; positions start
-            anew in each segment and are -1 at padding.
+            anew in each segment, behind the prompt where the edge reads it, and are -1 at padding.
         source_PS: where in the row the token stands whose successor is supervised.
         target_PS: that successor.
         weight_PS: 1 for a supervised token, 0 for an unused slot.
@@ -52,12 +54,14 @@ class Group:
         description, shots: what the prompt is made of.
         prompt: its token ids.
         queries: token ids of (query, response) pairs.
+        prefix: the prompt in the edge model's ids where the edge reads it, else empty.
     """
 
     description: str
     shots: tuple[Example, ...]
     prompt: list[int]
     queries: list[tuple[list[int], list[int]]]
+    prefix: list[int] = dataclasses.field(default_factory=list)
 
 
 class GroupSampler:
@@ -134,8 +138,15 @@ class GroupSampler:
         limit = self.config.cloud_length - self.config.prompts_per_row * self.num_meta
         if not (group.description.strip() or group.shots):
             return None
-        group = dataclasses.replace(group, prompt=self.cloud.prompt(system_prompt(group.description, group.shots)))
-        return group if len(group.prompt) <= limit else self.shorten(group)
+        text = system_prompt(group.description, group.shots)
+        group = dataclasses.replace(group, prompt=self.cloud.prompt(text))
+        fits = len(group.prompt) <= limit
+        if fits and self.config.edge_reads_prompt:
+            # Queries give way before shots do, all but the first.
+            prefix = self.edge.prompt(text)
+            kept = beside(self.edge, prefix, group.queries, self.config.edge_length)
+            fits, group = bool(kept), dataclasses.replace(group, prefix=prefix, queries=kept or group.queries)
+        return group if fits else self.shorten(group)
 
     def shorten(self, group: Group) -> Group | None:
         """The group with its last shot dropped, and more of them until the prompt fits a row; None without shots."""
@@ -195,12 +206,13 @@ def pack_groups(groups: Sequence[Group], config: DataConfig, num_meta: int) -> B
     segments, source = np.zeros((P, T), np.int32), np.zeros((P, S), np.int32)
     target, weight = np.zeros((P, S), np.int32), np.zeros((P, S), np.float32)
     for p, group in enumerate(groups):
-        start = slot = 0
+        first = start = len(group.prefix)
+        tokens[p, :start], positions[p, :start], slot = group.prefix, np.arange(start), 0
         for segment, (query, response) in enumerate(group.queries, start=1):
             # The last token of a response is predicted and never read.
             ids = query + response[:-1]
             end, count = start + len(ids), len(response)
-            tokens[p, start:end], positions[p, start:end] = ids, np.arange(len(ids))
+            tokens[p, start:end], positions[p, start:end] = ids, first + np.arange(len(ids))
             segments[p, start:end] = segment
             source[p, slot : slot + count] = np.arange(count) + start + len(query) - 1
             target[p, slot : slot + count] = response

@@ -57,6 +57,8 @@ def check_shapes(config: Config, pair: Pair, mesh: Mesh) -> None:
     longest = d.cloud_length - (d.prompts_per_row - 1) * (layers + 1)
     for field, tokens, model in (
         ("data.cloud_length", longest, pair.cloud.config),
+        # Behind a prompt, a row's queries go on where it ends.
+        ("data.edge_length", d.edge_length if d.edge_reads_prompt else 0, pair.edge.config),
         ("data.query_length", d.query_length, pair.edge.config),
     ):
         if tokens > model.max_positions:

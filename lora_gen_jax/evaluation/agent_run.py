@@ -1,0 +1,229 @@
+"""The agent scenario: the five rows of the paper's Table 3, on seen and on unseen sets of tools.
+
+In: a config, and rows of tools (a user's GPT4Tools files, or the embedded ones). What has no run yet is trained first,
+each method in a directory of its own inside the work directory. Out: agent.json with the metrics and every output, and
+two tables on the screen.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from lora_gen_jax.config import Config
+from lora_gen_jax.config_file import to_json
+from lora_gen_jax.data.tasks import Task
+from lora_gen_jax.errors import CheckpointError, ConfigError
+from lora_gen_jax.evaluation import agent
+from lora_gen_jax.evaluation.agent_scoring import (
+    Method,
+    Writer,
+    Written,
+    as_read,
+    blank_line,
+    check_lengths,
+    context_ids,
+    digest_of,
+    latency,
+    output_limit,
+)
+from lora_gen_jax.evaluation.agent_table import METHODS, PUBLISHED, print_tables
+from lora_gen_jax.evaluation.comparison import say, write_json
+from lora_gen_jax.evaluation.request_cache import RequestCache
+from lora_gen_jax.evaluation.run import describe, machine
+from lora_gen_jax.evaluation.systems import multi_task, specializer
+from lora_gen_jax.evaluation.task import System
+from lora_gen_jax.files import check_output, complete_directory
+from lora_gen_jax.inference.buckets import bucket
+from lora_gen_jax.models import Pair, load_pair
+from lora_gen_jax.training.checkpoint import Loaded, check_models, load_checkpoint, versions
+from lora_gen_jax.training.loop import train
+from lora_gen_jax.training.portable import DEFAULT
+from lora_gen_jax.training.prepare import prepare_directory, training_tasks
+
+TRAINED = ("lora_with_tools", "lora", "lora_gen")
+"""Methods that are trained, each in the directory of its name."""
+
+
+def score_agents(
+    config: Config, tasks: Sequence[Task], methods: Sequence[str], untrained: Path | None, out: Path | None
+) -> dict[str, Any]:
+    """Trains what has no run yet, scores the methods and writes agent.json; returns what it holds.
+
+    Args:
+        config: of the run: what is trained, and where.
+        tasks: with test documents; the first description of each is its part for the cloud.
+        methods: keys of `METHODS`.
+        untrained: a generator that never saw tools; the shipped one when None.
+        out: directory for agent.json; the work directory when None.
+
+    Raises:
+        LoraGenError: for an unknown method, rows that cannot be scored or do not fit, a generator of other models, or
+            an `out` that holds something; before anything is trained. And as training.
+    """
+    for method in methods:
+        if method not in METHODS:
+            raise ConfigError(f"--methods has {method!r}; the methods are {', '.join(METHODS)}")
+    if out is not None:
+        check_output(out)
+    for task in tasks:
+        for document in task.test:
+            agent.compare(document.response, document.response)
+    pair = load_pair(config)
+    limit = output_limit(pair.edge, tasks)
+    check_lengths(pair, tasks, limit, config.eval.prompt_limit)
+    loaded = {"lora_gen_untrained": untrained_generator(pair, untrained)} if "lora_gen_untrained" in methods else {}
+    for name, variant in variants(config, pair, methods).items():
+        train_missing(name, variant)
+        loaded[name] = load_checkpoint(variant.directory)
+        check_models(loaded[name].fingerprints, pair.fingerprints, f"checkpoint {loaded[name].path}")
+    report: dict[str, Any] = {"config": to_json(config), "versions": versions(), "machine": machine()}
+    report |= {"checkpoints": {name: describe(one) for name, one in loaded.items()}, "published": PUBLISHED}
+    report |= {"methods": {}, "outputs": {}}
+    began = time.monotonic()
+    for name in methods:
+        method = make_method(config, pair, name, loaded.get(name))
+        writer = Writer(pair.edge, limit, RequestCache(config.directory / "agent_requests", method.identity))
+        report["methods"][name], report["outputs"][name] = score_method(writer, name, method, tasks)
+    say(f"scored {len(methods)} methods on {sum(len(t.test) for t in tasks)} rows in {time.monotonic() - began:.0f} s")
+    add_compression(report["methods"], pair, tasks)
+    write_report(report, config.directory, out)
+    print_tables(report["methods"])
+    return report
+
+
+def variants(config: Config, pair: Pair, methods: Sequence[str]) -> dict[str, Config]:
+    """A config for every method that is trained.
+
+    With the tools in the edge's context a row has room for them beside the same queries.
+
+    Raises:
+        ConfigError: when the tools and a query do not fit the edge model.
+    """
+    made = {}
+    for name in TRAINED:
+        if name not in methods:
+            continue
+        method = "lora_gen" if name == "lora_gen" else "lora"
+        data = config.data
+        if name == "lora_with_tools":
+            texts = {text for task in training_tasks(config) for text in task.descriptions if text.strip()}
+            longest = max(len(pair.edge.encoder.prompt(text)) for text in texts)
+            if longest + data.query_length > pair.edge.config.max_positions:
+                raise ConfigError(
+                    f"the longest tools ({longest} tokens) and data.query_length = {data.query_length} are more than"
+                    f" the {pair.edge.config.max_positions} positions of the edge model: lower data.query_length"
+                )
+            length = data.edge_length + bucket(longest)
+            data = dataclasses.replace(data, edge_reads_prompt=True, edge_length=length)
+        directory = config.directory / name
+        made[name] = dataclasses.replace(config, method=method, compare=(), data=data, workdir=directory)
+    return made
+
+
+def train_missing(name: str, config: Config) -> None:
+    """Trains, or goes on training, unless the directory holds the last step of the same config.
+
+    Raises:
+        LoraGenError: as `train`.
+    """
+    if (config.directory / "checkpoints" / str(config.train.steps) / "generator").is_dir():
+        prepare_directory(config)
+        return
+    say(f"training {METHODS[name].title}")
+    train(config)
+
+
+def untrained_generator(pair: Pair, named: Path | None) -> Loaded:
+    """A generator that never saw tools.
+
+    Raises:
+        CheckpointError: when it is of other models, or of another method.
+    """
+    loaded = load_checkpoint(named or DEFAULT)
+    if loaded.config.method != "lora_gen":
+        raise CheckpointError(f"{loaded.path} was trained with method {loaded.config.method}, not lora_gen")
+    if named is None and loaded.fingerprints != pair.fingerprints:
+        raise CheckpointError(
+            "no generator is shipped for these models: name one that never saw tools with --untrained-checkpoint, or"
+            " leave lora_gen_untrained out of --methods"
+        )
+    check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")
+    return loaded
+
+
+def make_method(config: Config, pair: Pair, name: str, loaded: Loaded | None) -> Method:
+    """The method of a row, with the tools as the whole prompt."""
+    reads, base = METHODS[name].reads_prompt, pair.edge.params
+    known = [pair.fingerprints, str(pair.edge.decoder.dtype), versions()]
+    if loaded is None:
+        return Method(System(lambda task: base, reads), True, digest_of(*known, "base"))
+    identity = digest_of(*known, loaded.variables, dataclasses.asdict(loaded.config.generator))
+    if loaded.config.method == "lora":
+        params = multi_task(pair, loaded)
+        return Method(System(lambda task: params, reads), True, identity)
+    alone = dataclasses.replace(config, eval=dataclasses.replace(config.eval, shots=0))
+    return Method(System(specializer(alone, pair, loaded)), False, identity)
+
+
+def score_method(
+    writer: Writer, name: str, method: Method, tasks: Sequence[Task]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metrics and outputs of one method, each {"seen" | "unseen": …}."""
+    console, metrics, outputs, end = Console(file=sys.stderr), {}, {}, blank_line(tasks)
+    for title, seen in (("seen", True), ("unseen", False)):
+        chosen = [task for task in tasks if task.seen == seen]
+        if not chosen:
+            continue
+        total = sum(len(task.test) for task in chosen)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            line = bar.add_task(f"{name} {title}", total=total)
+            rows = writer.write(method, chosen, lambda done, bar=bar, line=line: bar.advance(line, done))
+        outputs[title] = [score_row(row, end) for row in rows]
+        scores = [agent.AgentScore(**row["score"]) for row in outputs[title]]
+        context = sum(row.context_tokens for row in rows) / len(rows)
+        metrics[title] = agent.summarize(scores) | {"context_tokens": round(context, 1)}
+        metrics[title]["latency_ms"] = round(latency(writer.edge, method, chosen), 2)
+        say(f"{METHODS[name].title}, {title} tools: SR {100 * metrics[title]['sr']:.1f} %")
+    return metrics, outputs
+
+
+def score_row(row: Written, end: str | None) -> dict[str, Any]:
+    """One row of agent.json."""
+    gold = row.document.response
+    output = as_read(row.text, gold, end)
+    score = dataclasses.asdict(agent.compare(output, gold))
+    named = {"id": row.document.id, "task": row.task.name, "query": row.document.query}
+    return {**named, "gold": gold, "output": output, "score": score}
+
+
+def add_compression(methods: dict[str, Any], pair: Pair, tasks: Sequence[Task]) -> None:
+    """Edge tokens of a context with the tools over those that the method's edge reads, for every group."""
+    for groups in methods.values():
+        for title, metrics in groups.items():
+            full = mean_context(pair, [task for task in tasks if task.seen == (title == "seen")])
+            metrics["compression"] = round(full / metrics["context_tokens"], 2)
+
+
+def mean_context(pair: Pair, tasks: Sequence[Task]) -> float:
+    """Mean edge tokens of a context with the tools."""
+    lengths = [len(context_ids(pair.edge, task, d, reads_prompt=True)) for task in tasks for d in task.test]
+    return sum(lengths) / len(lengths)
+
+
+def write_report(report: dict[str, Any], directory: Path, out: Path | None) -> None:
+    """agent.json: in `out`, complete or not at all, else in the run's directory."""
+    if out is None:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / "agent.json", report)
+        say(f"results: {directory / 'agent.json'}")
+        return
+    with complete_directory(out) as temporary:
+        (temporary / "agent.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    say(f"results: {out / 'agent.json'}")

@@ -1,0 +1,168 @@
+"""Berkeley's function calls: the base model with the functions in its context, and LoRA-Gen without them.
+
+In: a config, files of rows, a generator. Nothing is trained. Out: bfcl.json with metrics by file and every output, and
+a table on the screen.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from lora_gen_jax.config import Config
+from lora_gen_jax.config_file import to_json
+from lora_gen_jax.data.function_calls import FunctionRow, load_function_calls
+from lora_gen_jax.errors import CheckpointError, DataError
+from lora_gen_jax.evaluation.agent_run import make_method
+from lora_gen_jax.evaluation.agent_scoring import Writer, Written, check_lengths, context_ids, output_limit
+from lora_gen_jax.evaluation.answers import trimmed
+from lora_gen_jax.evaluation.comparison import say, write_json
+from lora_gen_jax.evaluation.function_calls import CallScore, parse_calls, score_calls, summarize_calls
+from lora_gen_jax.evaluation.request_cache import RequestCache
+from lora_gen_jax.evaluation.run import describe, machine
+from lora_gen_jax.files import check_output, complete_directory
+from lora_gen_jax.models import Pair, load_pair
+from lora_gen_jax.training.checkpoint import Loaded, check_models, find_checkpoint, load_checkpoint, versions
+
+METHODS = {"base_with_tools": "base, functions in context", "lora_gen": "LoRA-Gen, no functions in context"}
+
+
+def score_function_calls(
+    config: Config, paths: Sequence[Path], checkpoint: Path | None, limit: int | None, out: Path | None
+) -> dict[str, Any]:
+    """Scores both methods and writes bfcl.json; returns what it holds.
+
+    Args:
+        config: the models, eval.prompt_limit, and the work directory.
+        paths: files of rows, or directories of them.
+        checkpoint: the generator; when None that of the agent run in the work directory, or the config's own.
+        limit: the first rows of every file.
+        out: directory for bfcl.json; the work directory when None.
+
+    Raises:
+        LoraGenError: for rows that are malformed, where not a single one fits the models, for a generator of other
+            models or of another method, or an `out` that holds something.
+    """
+    if out is not None:
+        check_output(out)
+    rows, loaded = load_function_calls(paths, limit), find_generator(config, checkpoint)
+    pair = load_pair(config)
+    check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")
+    fitting, skipped = divide(pair, rows, config.eval.prompt_limit)
+    report: dict[str, Any] = {"config": to_json(config), "versions": versions(), "machine": machine()}
+    report |= {"checkpoint": describe(loaded), "skipped": skipped, "methods": {}, "outputs": {}}
+    tokens = output_limit(pair.edge, [row.task for row in fitting])
+    for name in METHODS:
+        method = make_method(config, pair, name, None if name == "base_with_tools" else loaded)
+        writer = Writer(pair.edge, tokens, RequestCache(config.directory / "agent_requests", method.identity))
+        console = Console(file=sys.stderr)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            line = bar.add_task(name, total=len(fitting))
+            tasks = [row.task for row in fitting]
+            written = writer.write(method, tasks, lambda done, bar=bar, line=line: bar.advance(line, done))
+        scored = [scored_row(row, one) for row, one in zip(fitting, written, strict=True)]
+        report["outputs"][name], report["methods"][name] = scored, by_category(pair, fitting, written, scored)
+        say(f"{METHODS[name]}: {len(scored)} rows")
+    write(report, config.directory, out)
+    print_calls(report)
+    return report
+
+
+def find_generator(config: Config, named: Path | None) -> Loaded:
+    """The generator that is named, else that of the agent run, else the config's own.
+
+    Raises:
+        CheckpointError: when there is none, or it is of another method.
+    """
+    trained = config.directory / "lora_gen"
+    loaded = load_checkpoint(trained) if named is None and trained.is_dir() else find_checkpoint(config, named)
+    if loaded.config.method != "lora_gen":
+        raise CheckpointError(f"{loaded.path} was trained with method {loaded.config.method}, not lora_gen")
+    return loaded
+
+
+def divide(pair: Pair, rows: Sequence[FunctionRow], prompt_limit: int) -> tuple[list[FunctionRow], dict[str, int]]:
+    """(rows that fit both models, how many of each file do not).
+
+    Raises:
+        DataError: where none fits: what is wrong with the first.
+    """
+    fitting = [row for row in rows if not too_long(pair, [row], row, prompt_limit)]
+    # The longest output of all rows is the limit of each.
+    fitting = [row for row in fitting if not too_long(pair, fitting, row, prompt_limit)]
+    if not fitting:
+        reason = too_long(pair, rows[:1], rows[0], prompt_limit)
+        raise DataError(f"none of {len(rows)} rows fits the models; the first: {reason}")
+    skipped: dict[str, int] = {}
+    for row in rows:
+        if row not in fitting:
+            skipped[row.category] = skipped.get(row.category, 0) + 1
+    return fitting, skipped
+
+
+def too_long(pair: Pair, rows: Sequence[FunctionRow], row: FunctionRow, prompt_limit: int) -> str:
+    """Why a row does not fit beside an output as long as the longest gold one of `rows`; "" where it does."""
+    try:
+        check_lengths(pair, [row.task], output_limit(pair.edge, [one.task for one in rows]), prompt_limit)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def scored_row(row: FunctionRow, written: Written) -> dict[str, Any]:
+    """One row of bfcl.json."""
+    output = trimmed(written.text, "\n\n")
+    score = score_calls(parse_calls(output), row.gold)
+    named = {"id": written.document.id, "category": row.category, "query": written.document.query}
+    return {**named, "gold": written.document.response, "output": output, "score": dataclasses.asdict(score)}
+
+
+def by_category(
+    pair: Pair, rows: Sequence[FunctionRow], written: Sequence[Written], scored: Sequence[dict[str, Any]]
+) -> dict[str, dict[str, float]]:
+    """Metrics of every file, with the edge's tokens and how many more it would read with the functions."""
+    metrics: dict[str, dict[str, float]] = {}
+    for category in dict.fromkeys(row.category for row in rows):
+        own = [i for i, row in enumerate(rows) if row.category == category]
+        scores = [CallScore(**scored[i]["score"]) for i in own]
+        read = sum(written[i].context_tokens for i in own) / len(own)
+        documents = [(rows[i].task, rows[i].task.test[0]) for i in own]
+        full = sum(len(context_ids(pair.edge, task, d, reads_prompt=True)) for task, d in documents) / len(own)
+        sizes = {"context_tokens": round(read, 1), "compression": round(full / read, 2)}
+        metrics[category] = summarize_calls(scores) | sizes
+    return metrics
+
+
+def write(report: dict[str, Any], directory: Path, out: Path | None) -> None:
+    """bfcl.json: in `out`, complete or not at all, else in the work directory."""
+    if out is None:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / "bfcl.json", report)
+    else:
+        with complete_directory(out) as temporary:
+            (temporary / "bfcl.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    say(f"results: {(out or directory) / 'bfcl.json'}")
+
+
+def print_calls(report: dict[str, Any]) -> None:
+    """A row for every method and file."""
+    table = Table(title="function calls, % ± standard error; where no function fits, the share without any call")
+    for title in ("method", "file"):
+        table.add_column(title)
+    for title in ("rows", "names", "arguments", "exact", "edge\ntokens", "com-\npression"):
+        table.add_column(title, justify="right")
+    for name, categories in report["methods"].items():
+        for category, m in categories.items():
+            cells = [f"{m['n']}", f"{100 * m['names']:.1f}", f"{100 * m['arguments']:.1f}"]
+            cells += [f"{100 * m['exact']:.1f} ± {100 * m['stderr']:.1f}", f"{m['context_tokens']:.1f}"]
+            table.add_row(METHODS[name], category, *cells, f"{m['compression']:.1f}×")
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    if report["skipped"]:
+        left = ", ".join(f"{category} {count}" for category, count in report["skipped"].items())
+        print(f"left out, too long for the models: {left}")
