@@ -1,4 +1,4 @@
-"""The command line: train.py, eval.py and ``python -m lora_gen_jax specialize|generate|pack|lm_eval|bench``.
+"""The command line: train.py, eval.py and ``python -m lora_gen_jax specialize|generate|pack|lm_eval|agent|bench``.
 
 In: arguments. Out: files, text on standard output, messages on standard error. Bad input ends with one line that
 says what to do, and status 2.
@@ -19,7 +19,9 @@ from lora_gen_jax.commands import Generate, Pack, Specialize, generate_command, 
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_check import check
 from lora_gen_jax.config_file import config_from_args
-from lora_gen_jax.errors import LoraGenError
+from lora_gen_jax.errors import ConfigError, LoraGenError
+from lora_gen_jax.evaluation.report.command import Report, report_command
+from lora_gen_jax.evaluation.side_by_side import SideBySide, side_by_side_command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +38,8 @@ class EvalFlags:
     """base, icl, lora, lora_gen, shuffled, separated by commas."""
     limit: int | None = None
     """Score the first N documents of each task."""
-    shots: int | None = None
-    """Shots in the system prompt."""
+    shots: str | None = None
+    """Shots in the system prompt; several numbers separated by commas score each."""
 
 
 def guarded(run: Callable[[], Any]) -> Any:
@@ -89,21 +91,21 @@ def eval_main(args: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if args is None else args)
 
     def run() -> None:
-        config, flags = eval_config(arguments)
+        config, flags, shots = eval_config(arguments)
         from lora_gen_jax.evaluation.run import evaluate
 
         out = flags.out or next_directory(config.directory, "eval")
-        evaluate(config, flags.checkpoint, out)
+        evaluate(config, flags.checkpoint, out, shots)
         print(f"results: {out / 'results.json'}", file=sys.stderr)
 
     guarded(run)
 
 
-def eval_config(arguments: list[str]) -> tuple[Config, EvalFlags]:
-    """A config whose eval fields eval.py's short flags override, and the flags.
+def eval_config(arguments: list[str]) -> tuple[Config, EvalFlags, list[int]]:
+    """A config whose eval fields eval.py's short flags override, the flags, and the numbers of shots.
 
     Raises:
-        ConfigError: as `config_from_args`.
+        ConfigError: as `config_from_args`, and for shots that are no numbers.
     """
     short = {f"--{field.name}" for field in dataclasses.fields(EvalFlags)}
     own, rest = [], arguments[:1]
@@ -124,10 +126,16 @@ def eval_config(arguments: list[str]) -> tuple[Config, EvalFlags]:
     for name in ("tasks", "methods"):
         if (text := getattr(flags, name)) is not None:
             updates[name] = tuple(part.strip() for part in text.split(",") if part.strip())
-    for name in ("limit", "shots"):
-        if getattr(flags, name) is not None:
-            updates[name] = getattr(flags, name)
-    return check(dataclasses.replace(config, eval=dataclasses.replace(config.eval, **updates))), flags
+    if flags.limit is not None:
+        updates["limit"] = flags.limit
+    shots = [config.eval.shots]
+    if flags.shots is not None:
+        parts = [part.strip() for part in flags.shots.split(",")]
+        if not all(part.isdecimal() for part in parts):
+            raise ConfigError(f"--shots {flags.shots} must be a number, or several separated by commas: 1,3,5")
+        shots = [int(part) for part in parts]
+        updates["shots"] = max(shots)
+    return check(dataclasses.replace(config, eval=dataclasses.replace(config.eval, **updates))), flags, shots
 
 
 def next_directory(parent: Path, name: str) -> Path:
@@ -145,6 +153,23 @@ def bench_main(arguments: list[str]) -> None:
     bench(config_from_args("lora-gen bench", arguments))
 
 
+def efficiency_main(arguments: list[str]) -> None:
+    """``efficiency CONFIG.py``: time, memory and multiply-adds of an answer, by method."""
+    from lora_gen_jax.evaluation.efficiency_command import parse, run
+
+    config, flags = parse(arguments)
+    out = flags.out or next_directory(config.directory, "efficiency")
+    run(config, flags, out)
+    print(f"figures: {out / 'efficiency.json'}", file=sys.stderr)
+
+
+def agent_main(arguments: list[str]) -> None:
+    """``agent CONFIG.py``: tool calls with the tools in the edge's context, and without."""
+    from lora_gen_jax.evaluation.agent_command import agent_main as run_agents
+
+    run_agents(arguments)
+
+
 def lm_eval_command(arguments: list[str]) -> None:
     """``lm_eval …``: lm-evaluation-harness's own command line with this package's backend."""
     from lora_gen_jax.evaluation.lm_eval_command import lm_eval_main
@@ -157,14 +182,18 @@ COMMANDS = {
     "generate": (Generate, generate_command, "answer an input with a specialised model"),
     "pack": (Pack, pack_command, "write a trained generator as two small files"),
     "lm_eval": (None, lm_eval_command, "evaluate with lm-evaluation-harness"),
+    "agent": (None, agent_main, "train and score on tool calls, as the paper's agent table"),
     "bench": (None, bench_main, "time a config's training step against the machine's matmul rate"),
+    "efficiency": (None, efficiency_main, "time, memory and multiply-adds of an answer, by method"),
+    "side_by_side": (SideBySide, side_by_side_command, "the base with the prompt beside the specialised model without"),
+    "report": (Report, report_command, "write report.html and figures from what runs and evaluations left"),
 }
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """``python -m lora_gen_jax COMMAND …``."""
     arguments = list(sys.argv[1:] if args is None else args)
-    listing = "\n".join(f"  {name:<12}{text}" for name, (_, _, text) in COMMANDS.items())
+    listing = "\n".join(f"  {name:<14}{text}" for name, (_, _, text) in COMMANDS.items())
     usage = f"usage: lora-gen COMMAND [flags]\n\n{listing}\n\nlora-gen COMMAND --help explains its flags."
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage)

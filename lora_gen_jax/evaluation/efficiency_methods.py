@@ -1,0 +1,191 @@
+"""The methods whose cost is measured, and the work that is the same for all of them.
+
+In: a pair of models, a generator and a `Workload`. Out: for each method a `Ready`: what the edge model reads for a
+query, with which weights, and what has to be done once a task before the first query.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_gen_jax.adapters.merge import merge
+from lora_gen_jax.config import Config
+from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.generator.cloud import pack_prompts
+from lora_gen_jax.generator.specialize import specialize
+from lora_gen_jax.inference.buckets import bucket
+from lora_gen_jax.inference.prefix import Prefix, encode_prefix
+from lora_gen_jax.models import Pair, make_generator
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One task with one query, as token ids.
+
+    Attributes:
+        cloud_prompt: the instruction as the cloud model reads it.
+        query: as the edge model reads it alone.
+        whole: instruction and query as the edge model reads them together.
+        kept: the first ids of `whole`, which are the instruction's and can be read ahead.
+        new_tokens: of the answer; it never ends sooner.
+    """
+
+    cloud_prompt: list[int]
+    query: list[int]
+    whole: list[int]
+    kept: int
+    new_tokens: int
+
+
+def workload_of_sizes(pair: Pair, instruction: int, query: int, new_tokens: int) -> Workload:
+    """Random ids, always the same: what is measured depends on their number alone."""
+    rng = np.random.default_rng(0)
+
+    def ids(model: Any, count: int) -> list[int]:
+        # The first ids of most vocabularies are control tokens.
+        known = len(model.encoder.tokenizer)
+        return rng.integers(min(16, known // 2), known, count).tolist()
+
+    prompt, asked = ids(pair.edge, instruction), ids(pair.edge, query)
+    return checked(Workload(ids(pair.cloud, instruction), asked, prompt + asked, instruction, new_tokens), pair)
+
+
+def workload_of_texts(pair: Pair, prompt: str, query: str, new_tokens: int) -> Workload:
+    """A real prompt and query: the prompt, a blank line, the query."""
+    encoder = pair.edge.encoder
+    whole, alone = encoder.text(prompt.rstrip() + "\n\n" + query), encoder.prompt(prompt)
+    same = (a == b for a, b in zip(whole[:-1], alone, strict=False))
+    kept = next((i for i, equal in enumerate(same) if not equal), min(len(whole) - 1, len(alone)))
+    return checked(Workload(pair.cloud.encoder.prompt(prompt), encoder.text(query), whole, kept, new_tokens), pair)
+
+
+def checked(work: Workload, pair: Pair) -> Workload:
+    """The workload itself.
+
+    Raises:
+        ConfigError: naming the flag, when something is empty or does not fit a model's positions.
+    """
+    if min(len(work.cloud_prompt), len(work.query), work.kept) < 1 or work.new_tokens < 2:
+        raise ConfigError("--instruction-tokens and --input-tokens must be at least 1, --new-tokens at least 2")
+    for tokens, model, what in (
+        (len(work.whole) + work.new_tokens, pair.edge.config, "instruction, input and --new-tokens"),
+        (len(work.cloud_prompt) + pair.edge.config.num_layers, pair.cloud.config, "the instruction with meta tokens"),
+    ):
+        if tokens > model.max_positions:
+            raise ConfigError(
+                f"{what} are {tokens} tokens, but the model has {model.max_positions} positions: lower"
+                " --instruction-tokens (a shorter --prompt), --input-tokens or --new-tokens"
+            )
+    return work
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setup:
+    """What the methods are made from: the models, a LoRA-Gen generator with its variables, and the work."""
+
+    config: Config
+    pair: Pair
+    generator: Any
+    variables: Any
+    work: Workload
+
+    def specialise(self) -> Any:
+        """The cloud's pass over the instruction: the adapter of one prompt."""
+        prompts = [self.work.cloud_prompt]
+        return specialize(self.generator, self.variables, self.pair.cloud.params, prompts).adapter.select(0)
+
+    def packed_prompt(self) -> Any:
+        """The instruction in the shape in which `specialise` hands it to the compiled program."""
+        layers = self.pair.edge.config.num_layers
+        length = bucket(len(self.work.cloud_prompt) + layers)
+        return pack_prompts([self.work.cloud_prompt], layers, 1, length)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ready:
+    """A method that can answer.
+
+    Attributes:
+        ids: what the edge model reads for the query.
+        params: its weights.
+        adapter: of a method that cannot be merged; None otherwise.
+        adapter_macs: what it adds for one token, over all layers.
+        prefix: read before the ids, kept.
+        once: does again what is done once a task, and gives the seconds of each stage; None where nothing is.
+    """
+
+    ids: list[int]
+    params: Any
+    adapter: Any = None
+    adapter_macs: int = 0
+    prefix: Prefix | None = None
+    once: Callable[[], dict[str, float]] | None = None
+
+    @property
+    def kept(self) -> int:
+        """Tokens of the prefix."""
+        return 0 if self.prefix is None else self.prefix.length
+
+
+def stage(work: Callable[[], Any]) -> tuple[Any, float]:
+    """A result that is ready, and the seconds it took."""
+    began = time.perf_counter()
+    result = jax.block_until_ready(work())
+    return result, time.perf_counter() - began
+
+
+def base(setup: Setup) -> Ready:
+    """The query alone."""
+    return Ready(setup.work.query, setup.pair.edge.params)
+
+
+def icl(setup: Setup) -> Ready:
+    """The instruction is read before every query."""
+    return Ready(setup.work.whole, setup.pair.edge.params)
+
+
+def icl_kept_prefix(setup: Setup) -> Ready:
+    """The instruction is read once; its keys and values are kept."""
+    edge, work = setup.pair.edge, setup.work
+
+    def read() -> Prefix:
+        return encode_prefix(edge.decoder, edge.params, work.whole[: work.kept])
+
+    return Ready(
+        work.whole[work.kept :], edge.params, prefix=read(), once=lambda: {"prefix": stage(lambda: read().cache)[1]}
+    )
+
+
+def lora(setup: Setup) -> Ready:
+    """Multi-task LoRA, merged when the model is loaded: no task needs anything of its own. Its factors are untrained,
+    which changes no cost."""
+    module = make_generator(dataclasses.replace(setup.config, method="lora"), setup.pair)
+    adapter = module.apply(module.init(jax.random.key(0), None, None), None, None).adapter
+    return Ready(setup.work.query, merge(setup.pair.edge.params, adapter))
+
+
+def lora_gen(setup: Setup) -> Ready:
+    """The cloud reads the instruction once; the merged edge model reads the query alone."""
+    params = setup.pair.edge.params
+
+    def once() -> dict[str, float]:
+        adapter, reading = stage(setup.specialise)
+        _, merging = stage(lambda: merge(params, adapter))
+        return {"cloud": reading, "merge": merging}
+
+    return Ready(setup.work.query, merge(params, setup.specialise()), once=once)
+
+
+# One entry a method. One whose adapter depends on the token (LoRAMoE, MixLoRA) leaves the weights alone and gives
+# `Ready(query, params, adapter=…, adapter_macs=…)`.
+METHODS: dict[str, Callable[[Setup], Ready]] = {
+    "base": base,
+    "icl": icl,
+    "icl_kept_prefix": icl_kept_prefix,
+    "lora": lora,
+    "lora_gen": lora_gen,
+}

@@ -1,0 +1,243 @@
+"""What the measured costs mean: ratios, break-even points and tables.
+
+In: the dictionary that efficiency.json holds. Out: the derived part of it, and tables of at most 120 columns on
+standard output.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+# Qwen2-1.5B on an A100, 100 input and 200 instruction tokens, training at batch 8: the paper's Table 13.
+PUBLISHED = {
+    "model": "Qwen2-1.5B",
+    "lora": {"macs": 4.708e11, "latency_s": 0.19, "step_s": 0.85},
+    "lora_gen": {"macs": 1.552e11, "latency_s": 0.11, "step_s": 2.84},
+}
+# Each with what it says: the first system's time over the second's.
+RATIOS = {
+    ("lora_gen", "icl"): "specialised / full prompt",
+    ("lora_gen", "icl_kept_prefix"): "specialised / kept prefix",
+    ("lora_gen", "transformers_full_prompt"): "specialised / transformers, full prompt",
+    ("lora_gen", "transformers_kept_prefix"): "specialised / transformers, kept prefix",
+    ("base", "transformers_no_prompt"): "same work: base, no prompt",
+    ("icl", "transformers_full_prompt"): "same work: full prompt",
+    ("icl_kept_prefix", "transformers_kept_prefix"): "same work: kept prefix",
+}
+# Pairs that read the same ids with the same weights must write the same.
+SAME_ANSWER = [pair for pair in RATIOS if pair[0] != "lora_gen"]
+RATIO_COLUMNS = ("first_token", "per_token", "answer", "first_answer")
+CURVE_QUERIES = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
+
+
+def break_even(own: tuple[float, float], other: tuple[float, float]) -> dict[str, Any]:
+    """How many queries it takes until a method with a cost of its own beforehand is no dearer than another.
+
+    Args:
+        own, other: (once a task, each query), in the same unit.
+
+    Returns:
+        ``{"queries": n}`` with the smallest n ≥ 1 for which once + n·each of `own` is at most that of `other`, None
+        where there is none; and a "reason" where n is None or where it stops paying again ("until" queries).
+    """
+    (once, each), (other_once, other_each) = own, other
+    more, saved = once - other_once, other_each - each
+    if more + each - other_each <= 0:
+        if saved >= 0:
+            return {"queries": 1}
+        until = math.floor(more / saved)
+        return {"queries": 1, "until": until, "reason": f"a query takes {-saved:.3g} ms longer"}
+    if saved <= 0:
+        reason = f"a query takes {-saved:.3g} ms longer" if saved else "a query takes as long"
+        return {"queries": None, "reason": f"{reason}, and the task {more:.3g} ms more beforehand"}
+    # In floating point the quotient of two equal costs may come out just above the integer.
+    return {"queries": max(1, math.ceil(more / saved - 1e-9))}
+
+
+def derived(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Ratios, break-even points and curves from the methods' figures."""
+    systems = {**results["methods"], **results["transformers"].get("systems", {})}
+    costs = {name: (sum(s["once_ms"].values()), s["answer_ms"]) for name, s in systems.items()}
+    pairs = [pair for pair in RATIOS if pair[0] in systems and pair[1] in systems]
+    return {
+        "ratios": [
+            {"of": a, "to": b, **{k: round(systems[a][f"{k}_ms"] / systems[b][f"{k}_ms"], 4) for k in RATIO_COLUMNS}}
+            for a, b in pairs
+        ],
+        "break_even": {b: break_even(costs["lora_gen"], costs[b]) for a, b in pairs if a == "lora_gen"},
+        "curve": {
+            "queries": list(CURVE_QUERIES),
+            "ms": {name: [round(o + n * each, 3) for n in CURVE_QUERIES] for name, (o, each) in costs.items()},
+        },
+        "same_answer": {
+            f"{a} = {b}": [
+                sum(x == y for x, y in zip(systems[a]["ids"], systems[b]["ids"], strict=True)),
+                len(systems[b]["ids"]),
+            ]
+            for a, b in pairs
+            if (a, b) in SAME_ANSWER
+        },
+    }
+
+
+def disagreements(results: Mapping[str, Any]) -> list[str]:
+    """Programs whose multiply-adds by formula and by the compiler differ by more than the tolerance."""
+    found = []
+    for name, method in results["methods"].items():
+        for part in ("executed_prefill", "executed_token"):
+            if not method["macs"][part]["agrees"]:
+                found.append(f"{name} {part}: {method['macs'][part]['difference']:+.1%}")
+    for name, part in results["specialising"].items():
+        if not part["macs"]["agrees"]:
+            found.append(f"specialising, {name}: {part['macs']['difference']:+.1%}")
+    return found
+
+
+def si(value: float | None) -> str:
+    """Three significant digits with a prefix: 37.5 G."""
+    if value is None:
+        return "–"
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.3g} {prefix}"
+    return f"{value:.3g}"
+
+
+def number(value: float) -> str:
+    """Three significant digits, never in powers of ten."""
+    return f"{value:.0f}" if value >= 99.5 else f"{value:.3g}"
+
+
+def make_table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
+    """The first column to the left, figures to the right."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def speed_table(results: Mapping[str, Any]) -> Table:
+    """Context, latency, memory and throughput, one line a system."""
+    batches = [str(n) for n in results["setting"]["batch_sizes"]]
+    rows = []
+    for name, s in {**results["methods"], **results["transformers"].get("systems", {})}.items():
+        kept = f" + {s['kept_tokens']} kept" if s["kept_tokens"] else ""
+        low, high = s["answer_ms_range"]
+        once = sum(s["once_ms"].values())
+        rows.append(
+            [name, f"{s['context_tokens']}{kept}", number(s["first_token_ms"]), number(s["per_token_ms"]),
+             f"{number(s['answer_ms'])} ({number(low)}–{number(high)})", number(once) if once else "–",
+             number(s["first_answer_ms"]), si(s["peak_bytes"]), *(number(s["tokens_per_s"][n]) for n in batches)]
+        )  # fmt: skip
+    headings = [
+        "edge reads",
+        "first\ntoken",
+        "each\nlater",
+        "answer (range)",
+        "once a\ntask",
+        "first\nanswer",
+        "peak\nB",
+    ]
+    title = f"Milliseconds for an answer of {results['setting']['new_tokens']} tokens, medians; tokens/s by batch size"
+    return make_table(title, ["method", *headings, *(f"tok/s\nB={n}" for n in batches)], rows)
+
+
+def macs_table(results: Mapping[str, Any]) -> Table:
+    """Multiply-adds by formula and by the compiler."""
+    rows = []
+
+    def cells(macs: Mapping[str, Any]) -> list[str]:
+        extra = macs["elementwise_share"]
+        share = "–" if extra is None else f"{100 * extra:+.1f}"
+        return [si(macs["formula"]), si(macs["compiler"]), f"{100 * macs['difference']:+.2f}", share]
+
+    for name, method in results["methods"].items():
+        macs = method["macs"]
+        needed = [si(macs["prefill"]), si(macs["answer"])]
+        rows.append([name, *needed, *cells(macs["executed_prefill"]), *cells(macs["executed_token"])])
+    for name, part in results["specialising"].items():
+        rows.append([f"  lora_gen, once: {name}", "", "", *cells(part["macs"]), *[""] * 4])
+    one = ["formula", "compiler", "%", "all %"]
+    columns = ["method", "reading", "answer", *(f"prefill\n{c}" for c in one), *(f"token\n{c}" for c in one)]
+    return make_table("Multiply-adds; 'reading' and 'answer' unpadded, the rest as executed", columns, rows)
+
+
+def training_table(results: Mapping[str, Any]) -> Table:
+    """Training step time and memory."""
+    rows = []
+    for name, t in results["training"].items():
+        low, high = t["step_ms_range"]
+        rows.append(
+            [name, f"{t['prompts']} × {t['queries'] // t['prompts']}", str(t["cloud_tokens"]), str(t["edge_tokens"]),
+             si(t["macs"]), f"{number(t['step_ms'])} ({number(low)}–{number(high)})", si(t["peak_bytes"])]
+        )  # fmt: skip
+    columns = ["training step", "prompts × queries", "cloud tokens", "edge tokens", "MACs", "ms (range)", "peak B"]
+    return make_table("One training step", columns, rows)
+
+
+def ratio_table(results: Mapping[str, Any]) -> Table:
+    """Times of one system over another's; below 1 the first is faster."""
+    columns = ["ratio of times", "first token", "each later", "answer", "first answer, once included"]
+    rows = [[RATIOS[r["of"], r["to"]], *(f"{r[key]:.2g}" for key in RATIO_COLUMNS)] for r in results["ratios"]]
+    return make_table("Ratios of times; below 1 the first is faster", columns, rows)
+
+
+def print_report(results: Mapping[str, Any]) -> None:
+    """All tables, then break-even points and remarks, on standard output."""
+    console = Console(width=120, highlight=False)
+    console.print(speed_table(results))
+    console.print(macs_table(results))
+    console.print(ratio_table(results))
+    if results["training"]:
+        console.print(training_table(results))
+    for line in remarks(results):
+        console.print(line)
+
+
+def remarks(results: Mapping[str, Any]) -> list[str]:
+    """What the tables do not say."""
+    lines = []
+    for name, found in results["break_even"].items():
+        n, until = found["queries"], f" to query {found['until']} ({found['reason']})" if "until" in found else " on"
+        lines.append(
+            f"Specialising pays against {name}: " + (f"from query {n}{until}" if n else f"never: {found['reason']}")
+        )
+    lines += [kept_prefix_remark(results)]
+    cloud, merging = (results["specialising"][name]["peak_bytes"] for name in ("cloud", "merge"))
+    lines.append(f"Specialising takes {si(cloud)}B for the cloud's pass and {si(merging)}B for merging, at the peak.")
+    for pair, (same, count) in results["same_answer"].items():
+        lines.append(f"Greedy tokens {pair}: {same} of {count}")
+    if "skipped" in results["transformers"]:
+        lines.append(f"Without transformers' times: {results['transformers']['skipped']}")
+    lines.append(f"Generator: {results['generator']}.")
+    if results["training"]:
+        p = PUBLISHED
+        lines.append(
+            f"Published ({p['model']}, Table 13, A100): inference LoRA {si(p['lora']['macs'])}MACs"
+            f" {p['lora']['latency_s']} s, LoRA-Gen {si(p['lora_gen']['macs'])}MACs {p['lora_gen']['latency_s']} s;"
+            f" training step LoRA {p['lora']['step_s']} s, LoRA-Gen {p['lora_gen']['step_s']} s."
+        )
+    bad = disagreements(results)
+    lines += [f"DISAGREEMENT of formula and compiler: {line}" for line in bad]
+    if not bad:
+        lines.append("Multiply-adds by formula and by the compiler agree within 2 % everywhere.")
+    return lines
+
+
+def kept_prefix_remark(results: Mapping[str, Any]) -> str:
+    """Why a specialised model and a kept prefix are close, in figures."""
+    memory, methods = results["kept_prefix"], results["methods"]
+    fewer = 1 - methods["lora_gen"]["macs"]["answer"] / methods["icl_kept_prefix"]["macs"]["answer"]
+    share = 100 * memory["bytes"] / memory["weight_bytes"]
+    return (
+        f"Behind a kept prefix an answer takes the same linear layers as a specialised one. Specialising saves"
+        f" {100 * fewer:.1f} % of the multiply-adds, all in attention, and the keys and values of {memory['tokens']}"
+        f" tokens in every step: {si(memory['bytes'])}B for each task, beside {si(memory['weight_bytes'])}B of weights"
+        f" ({share:.1f} %). They take {memory['tokens']} of {memory['positions']} positions."
+    )

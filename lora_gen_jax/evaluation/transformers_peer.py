@@ -1,0 +1,143 @@
+"""The same model in transformers (torch): what this project's figures are held against.
+
+In: a model of this project and the source it was read from. Out: a transformers model with the same weights, and
+greedy decoding with it: the whole prompt, or behind a prefix whose keys and values are kept. torch is imported when
+it is asked for; it is no dependency of the package.
+"""
+
+import copy
+import dataclasses
+import importlib.util
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lora_gen_jax.decoder.pretrained import Source, leaves, load_hf_config
+from lora_gen_jax.errors import ConfigError, ModelError
+from lora_gen_jax.models import Model
+
+
+def torch_missing() -> str | None:
+    """Why the torch side cannot run, in one line; None when it can."""
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed: pip install torch (or 'lora_gen_jax[test]') for the comparison with it"
+    return None
+
+
+def torch_model(source: str | Source, model: Model) -> Any:
+    """The same weights as a transformers model, in fp32 and ready for inference.
+
+    Args:
+        source: where `model` was read from; its config.json says which class transformers builds.
+        model: of this project.
+
+    Returns:
+        a `transformers.PreTrainedModel`, in `eval` mode, on the CPU.
+
+    Raises:
+        ConfigError: when torch is not installed.
+        ModelError: when the weights do not fit the class that transformers builds.
+    """
+    if (reason := torch_missing()) is not None:
+        raise ConfigError(reason)
+    import torch
+    import transformers
+
+    tensors = {}
+    for leaf in leaves(model.config):
+        value: Any = model.params
+        for key in leaf.path:
+            value = value[key]
+        stack = np.asarray(value, np.float32)
+        slices = list(stack) if leaf.stacked else [stack]
+        for name, one in zip(leaf.tensor_names(model.config.num_layers), slices, strict=True):
+            # A copy: torch warns about memory it must not write to, and JAX's arrays are such.
+            tensors[name] = torch.from_numpy(np.array(one.T if leaf.transpose else one, order="C"))
+    config = transformers.AutoConfig.for_model(**load_hf_config(source))
+    hf = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    missing, unexpected = hf.load_state_dict(tensors, strict=False, assign=True)
+    if unexpected or set(missing) - {"lm_head.weight"}:
+        raise ModelError(
+            f"the weights of {source} do not fit transformers' {type(hf).__name__}: missing {missing},"
+            f" unexpected {unexpected}; use a source whose config.json describes its weights"
+        )
+    hf.tie_weights()
+    return hf.float().eval()
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchAnswer:
+    """Tokens of an answer and when they came.
+
+    Attributes:
+        ids: new token ids of each row.
+        first: seconds to the first of them.
+        total: seconds to the last.
+    """
+
+    ids: list[list[int]]
+    first: float
+    total: float
+
+
+class TorchPrefix:
+    """Keys and values of a prefix, read once and copied for every answer that follows it."""
+
+    def __init__(self, hf: Any, ids: Sequence[int]):
+        import torch
+
+        with torch.inference_mode():
+            read = hf(input_ids=torch.tensor([list(ids)]), use_cache=True, logits_to_keep=1)
+        self._cache = read.past_key_values
+
+    def cache(self, rows: int = 1) -> Any:
+        """A cache of `rows` rows that an answer may write to."""
+        import torch
+
+        with torch.inference_mode():
+            cache = copy.deepcopy(self._cache)
+            if rows > 1:
+                cache.batch_repeat_interleave(rows)
+        return cache
+
+
+def torch_answer(hf: Any, rows: Sequence[Sequence[int]], new_tokens: int, cache: Any = None) -> TorchAnswer:
+    """Decodes greedily, always `new_tokens`; a loop by hand is quicker than transformers' `generate`.
+
+    Args:
+        hf: from `torch_model`.
+        rows: ids that the model reads, those behind the prefix where there is one; all rows of one length.
+        new_tokens: at least 1.
+        cache: of `TorchPrefix`; it is written to. None without a prefix.
+    """
+    import torch
+
+    began, first, made = time.perf_counter(), 0.0, []
+    with torch.inference_mode():
+        newest = torch.tensor([list(row) for row in rows])
+        for number in range(new_tokens):
+            step = hf(input_ids=newest, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            newest, cache = step.logits[:, -1].argmax(-1, keepdim=True), step.past_key_values
+            made.append(newest[:, 0].tolist())
+            first = time.perf_counter() - began if number == 0 else first
+    return TorchAnswer([list(ids) for ids in zip(*made, strict=True)], first, time.perf_counter() - began)
+
+
+def use_quickest_threads(hf: Any, ids: Sequence[int]) -> int:
+    """Sets torch's number of threads to one or to its own choice, whichever reads and decodes quicker, and returns it.
+
+    Its threads wait for each other after every operation: on a small model, or a machine that does other work, one
+    thread is often quicker, and the comparison should be with the best that torch can do.
+    """
+    import torch
+
+    own = torch.get_num_threads()
+    seconds = {}
+    for threads in {own, 1}:
+        torch.set_num_threads(threads)
+        seconds[threads] = min(torch_answer(hf, [ids], 4).total for _ in range(3))
+    best = min(seconds, key=lambda threads: seconds[threads])
+    torch.set_num_threads(best)
+    return best

@@ -1,0 +1,224 @@
+"""Multiply-adds (MACs) of reading, of decoding and of specialising: by formula, and as the compiler counts them.
+
+In: decoder configs and the sizes of a batch; or a lowered program. Out: numbers of MACs; one MAC is two flops.
+
+The formula counts matmuls: linear layers, attention's two (every slot of the cache, masked ones too, as they are
+computed), logits. The compiler's figure comes from the program that JAX hands to it, before optimisation: there a
+matmul is a `dot` on every platform, whereas afterwards it may be a library call without a cost. A scanned body counts
+once whatever its length, so the layers are unrolled first. Two numbers are taken from that program: its `dot`s, which
+are what the formula says, and XLA's cost analysis, which adds every elementwise operation (norms, softmax, rotation,
+activation) as a flop an element.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_gen_jax.config import GeneratorConfig
+from lora_gen_jax.decoder.attention import KVCache
+from lora_gen_jax.decoder.config import DecoderConfig
+from lora_gen_jax.decoder.model import Decoder
+from lora_gen_jax.generator.cloud import CLOUD_SITES
+from lora_gen_jax.inference.buckets import bucket
+from lora_gen_jax.inference.forward import logits_at
+from lora_gen_jax.training.cost import linear_macs
+
+# The two counts of matmuls may differ by this share.
+TOLERANCE = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """The sizes of one forward pass.
+
+    Attributes:
+        rows: B.
+        tokens: read per row.
+        slots: of each row's own cache, these tokens' among them.
+        kept: slots of a prefix that all rows read; 0 without.
+        logits: positions per row whose logits are computed.
+        adapter: MACs a token of an adapter that is not merged; 0 for merged ones.
+    """
+
+    rows: int
+    tokens: int
+    slots: int
+    kept: int = 0
+    logits: int = 1
+    adapter: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Macs:
+    """MACs by part."""
+
+    linear: int
+    attention: int
+    logits: int
+    adapter: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.linear + self.attention + self.logits + self.adapter
+
+
+def pass_macs(config: DecoderConfig, sizes: Pass) -> Macs:
+    """B·(T·Σ inputs·outputs + L·2·T·S·N·H + logits·D·V) and what an adapter adds; S counts a prefix's slots, too."""
+    tokens = sizes.rows * sizes.tokens
+    return Macs(
+        linear=tokens * linear_macs(config),
+        attention=2 * tokens * (sizes.kept + sizes.slots) * config.num_heads * config.head_dim * config.num_layers,
+        logits=sizes.rows * sizes.logits * config.width * config.vocab_size,
+        adapter=tokens * sizes.adapter,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What one answer takes: tokens read, tokens kept before them, new tokens, rows.
+
+    Attributes:
+        tokens: read for the answer.
+        kept: of a prefix whose keys and values are there already.
+        new: generated; the prefill gives the first, a decoding step each of the others.
+        rows: B.
+        adapter: as `Pass.adapter`.
+    """
+
+    tokens: int
+    kept: int
+    new: int
+    rows: int = 1
+    adapter: int = 0
+
+    @property
+    def executed(self) -> tuple[Pass, Pass]:
+        """The prefill and one decoding step as they run: lengths padded to their buckets."""
+        read, kept = bucket(self.tokens), bucket(self.kept) if self.kept else 0
+        prefill = Pass(self.rows, read, read, kept, adapter=self.adapter)
+        return prefill, Pass(self.rows, 1, bucket(read + self.new), kept, adapter=self.adapter)
+
+
+def answer_macs(config: DecoderConfig, sizes: Sizes) -> tuple[int, int]:
+    """(prefill, all decoding steps) of one answer, nothing padded."""
+    before = sizes.kept + sizes.tokens
+    prefill = pass_macs(config, Pass(sizes.rows, sizes.tokens, before, adapter=sizes.adapter)).total
+    steps = (Pass(sizes.rows, 1, before + i, adapter=sizes.adapter) for i in range(1, sizes.new))
+    return prefill, sum(pass_macs(config, step).total for step in steps)
+
+
+def specialise_macs(cloud: DecoderConfig, edge: DecoderConfig, settings: GeneratorConfig, length: int) -> int:
+    """MACs of the cloud's pass over one prompt of `length` slots (its meta tokens and padding among them) and the
+    router, or the head of direct generation."""
+    body = pass_macs(cloud, Pass(1, length, length, logits=0)).total
+    side = sum(sum(cloud.site_shape(site)) for site in CLOUD_SITES) * settings.cloud_rank
+    body += length * side * cloud.num_layers
+    if settings.generator == "direct":
+        factors = sum(sum(edge.site_shape(site)) for site in edge.ffn_sites) * settings.rank
+        return body + edge.num_layers * settings.direct_width * (cloud.width + factors)
+    hidden = settings.router_width or cloud.width
+    return body + edge.num_layers * hidden * (cloud.width + settings.num_experts)
+
+
+def merge_macs(edge: DecoderConfig, settings: GeneratorConfig) -> int:
+    """MACs of computing ΔW of every FFN site and layer for one prompt: inputs·outputs·(K·R) each."""
+    shapes = [edge.site_shape(site) for site in edge.ffn_sites]
+    if settings.generator == "direct":
+        return edge.num_layers * settings.rank * sum(a * b for a, b in shapes)
+    if settings.mix == "factors":
+        mixing = settings.num_experts * settings.rank * sum(a + b for a, b in shapes)
+        return edge.num_layers * (mixing + settings.rank * sum(a * b for a, b in shapes))
+    return edge.num_layers * settings.active_experts * settings.rank * sum(a * b for a, b in shapes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """MACs of a program before optimisation.
+
+    Attributes:
+        matmuls: of its `dot`s.
+        everything: flops of XLA's cost analysis, halved; None where the platform gives none.
+    """
+
+    matmuls: int
+    everything: float | None
+
+
+def lower_pass(decoder: Decoder, params: Any, adapter: Any, sizes: Pass) -> Any:
+    """One forward pass as prefill and decoding run it, the drawing of a token left out; its cache is written in place.
+
+    Args:
+        decoder: as it runs.
+        params, adapter: arrays, or their shapes.
+        sizes: of the pass; `logits` must be 1.
+
+    Returns:
+        a `jax.stages.Lowered`.
+    """
+    empty = functools.partial(KVCache.empty, decoder.config, dtype=decoder.dtype)
+
+    def forward(params: Any, adapter: Any, tokens_BT: jax.Array, cache: KVCache, prefix: KVCache | None) -> Any:
+        # Which positions the tokens have is data, and any array of integers will do.
+        hidden, after = decoder.apply(
+            {"params": params}, tokens_BT, tokens_BT, adapter=adapter, cache=cache, prefix=prefix
+        )
+        assert isinstance(hidden, jax.Array)
+        return logits_at(decoder, params, hidden[:, -1]), after
+
+    tokens = jax.ShapeDtypeStruct((sizes.rows, sizes.tokens), jnp.int32)
+    cache = jax.eval_shape(lambda: empty(rows=sizes.rows, slots=sizes.slots))
+    prefix = jax.eval_shape(lambda: empty(rows=1, slots=sizes.kept)) if sizes.kept else None
+    return jax.jit(forward, donate_argnums=3).lower(params, adapter, tokens, cache, prefix)
+
+
+def count_pass(decoder: Decoder, params: Any, adapter: Any, sizes: Pass) -> Counted:
+    """MACs of `lower_pass` with all layers unrolled; nothing is compiled."""
+    return count(lower_pass(decoder.clone(unroll=decoder.config.num_layers, remat="none"), params, adapter, sizes))
+
+
+def count(lowered: Any) -> Counted:
+    """MACs of a `jax.stages.Lowered`; the body of a while loop counts once."""
+    analysis = lowered.cost_analysis()
+    flops = None if not analysis else analysis.get("flops")
+    return Counted(dot_macs(lowered.as_text("hlo")), None if flops is None else flops / 2)
+
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) (?:\([^\n]*\) -> [^\n]* )?\{$")
+_RESULT = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = \w+\[([\d,]*)\]")
+_DOT = re.compile(r" dot\((?:[^%()]*%)?([\w.\-]+), .*lhs_contracting_dims=\{([\d,]*)\}")
+_CALLED = re.compile(r"(?:to_apply|body|calls|condition)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+
+
+def dot_macs(hlo: str) -> int:
+    """MACs of all `dot`s of a module's text, those of a called computation once a call; a loop's body once."""
+    own: dict[str, int] = {}
+    calls: dict[str, list[str]] = {}
+    name, entry, shapes = "", "", {}
+    for line in hlo.splitlines():
+        if found := _COMPUTATION.match(line):
+            name, shapes = found[1], {}
+            own[name], calls[name] = 0, []
+            entry = name if line.startswith("ENTRY") else entry
+            continue
+        if found := _RESULT.match(line):
+            shapes[found[1]] = [int(n) for n in found[2].split(",") if n]
+            if dot := _DOT.search(line):
+                contracted = (shapes[dot[1]][int(axis)] for axis in dot[2].split(",") if axis)
+                own[name] += math.prod(shapes[found[1]]) * math.prod(contracted)
+        for one, several in _CALLED.findall(line):
+            calls[name] += [one] if one else [part.strip().lstrip("%") for part in several.split(",")]
+    total: dict[str, int] = {}
+    # A computation stands before those that call it.
+    for name in own:
+        total[name] = own[name] + sum(total[called] for called in calls[name])
+    return total[entry]
+
+
+def difference(formula: int, counted: int) -> float:
+    """By what share the compiler's number exceeds the formula's."""
+    return counted / formula - 1
