@@ -13,6 +13,7 @@ Needs the `test` extra (torch, lm-eval).
 import argparse
 import json
 import time
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,7 @@ def main() -> None:
     for number, (shots, name) in enumerate(units):
         unit: dict[str, Any] = {"task": name, "shots": shots}
         for side in sorted(backends, reverse=bool(number % 2)):
-            path = flags.out / f"{name}-{shots}-{flags.limit}-{side}.json"
+            path = flags.out / f"{name}-{shots}-{flags.limit}-{ours.subject.identity}-{side}.json"
             if not path.exists():
                 found = run_task(backends[side], manager, f"lora_gen_{name}", shots, flags.limit)
                 temporary = path.with_suffix(".tmp")
@@ -189,8 +190,9 @@ def main() -> None:
     report(results)
     if flags.texts:
         tasks = [manager.load([f"lora_gen_{name}"])["tasks"][f"lora_gen_{name}"] for name in flags.tasks.split(",")]
-        queries = [t.dataset["test"][i]["query"] for i in range(flags.texts) for t in tasks]
-        contexts = [query for query in queries if query][: flags.texts]
+        # In turns, so that all tasks are among the first; WinoGrande's options stand in its queries and are left out.
+        rows = zip_longest(*(task.dataset["test"]["query"] for task in tasks))
+        contexts = [query for row in rows for query in row if query][: flags.texts]
         ids, texts = text_parity(ours, hf, contexts)
         print(f"greedy, {NEW_TOKENS} new tokens: {ids} of {len(contexts)} prompts equal transformers' token for token,")
         print(f"{texts} of {len(contexts)} texts of generate_until equal")

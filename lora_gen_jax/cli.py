@@ -132,7 +132,7 @@ def eval_config(arguments: list[str]) -> tuple[Config, EvalFlags, list[int]]:
     if flags.shots is not None:
         parts = [part.strip() for part in flags.shots.split(",")]
         if not all(part.isdecimal() for part in parts):
-            raise ConfigError(f"--shots {flags.shots} must be a number, or several separated by commas: 1,3,5")
+            raise ConfigError(f"eval.shots is {flags.shots}: give a number, or several separated by commas, as 1,3,5")
         shots = [int(part) for part in parts]
         updates["shots"] = max(shots)
     return check(dataclasses.replace(config, eval=dataclasses.replace(config.eval, **updates))), flags, shots

@@ -6,13 +6,14 @@ two tables on the screen.
 """
 
 import dataclasses
-import json
+import functools
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.progress import Progress
 
@@ -29,7 +30,6 @@ from lora_gen_jax.evaluation.agent_scoring import (
     blank_line,
     check_lengths,
     context_ids,
-    digest_of,
     latency,
     output_limit,
 )
@@ -37,11 +37,13 @@ from lora_gen_jax.evaluation.agent_table import METHODS, PUBLISHED, print_tables
 from lora_gen_jax.evaluation.comparison import say, write_json
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.run import describe, machine
-from lora_gen_jax.evaluation.systems import multi_task, specializer
-from lora_gen_jax.evaluation.task import System
+from lora_gen_jax.evaluation.subject import identity_of
+from lora_gen_jax.evaluation.systems import identifier, multi_task, specializer
+from lora_gen_jax.evaluation.task import System, task_prompt
 from lora_gen_jax.files import check_output, complete_directory
 from lora_gen_jax.inference.buckets import bucket
 from lora_gen_jax.models import Pair, load_pair
+from lora_gen_jax.sharding import evaluation_mesh
 from lora_gen_jax.training.checkpoint import Loaded, check_models, load_checkpoint, versions
 from lora_gen_jax.training.loop import train
 from lora_gen_jax.training.portable import DEFAULT
@@ -75,9 +77,9 @@ def score_agents(
     for task in tasks:
         for document in task.test:
             agent.compare(document.response, document.response)
-    pair = load_pair(config)
+    pair = load_pair(config, evaluation_mesh())
     limit = output_limit(pair.edge, tasks)
-    check_lengths(pair, tasks, limit, config.eval.prompt_limit)
+    check_lengths(pair, tasks, limit, config.eval.prompt_limit, any(METHODS[m].reads_prompt for m in methods))
     loaded = {"lora_gen_untrained": untrained_generator(pair, untrained)} if "lora_gen_untrained" in methods else {}
     for name, variant in variants(config, pair, methods).items():
         train_missing(name, variant)
@@ -87,13 +89,13 @@ def score_agents(
     report |= {"checkpoints": {name: describe(one) for name, one in loaded.items()}, "published": PUBLISHED}
     report |= {"methods": {}, "outputs": {}}
     began = time.monotonic()
+    journal = agent_journal(config)
     for name in methods:
-        method = make_method(config, pair, name, loaded.get(name))
-        writer = Writer(pair.edge, limit, RequestCache(config.directory / "agent_requests", method.identity))
+        method, writer = make_method(config, pair, name, loaded.get(name)), Writer(pair.edge, limit, journal)
         report["methods"][name], report["outputs"][name] = score_method(writer, name, method, tasks)
     say(f"scored {len(methods)} methods on {sum(len(t.test) for t in tasks)} rows in {time.monotonic() - began:.0f} s")
     add_compression(report["methods"], pair, tasks)
-    write_report(report, config.directory, out)
+    write_report(report, config.directory, out, "agent.json")
     print_tables(report["methods"])
     return report
 
@@ -161,15 +163,26 @@ def untrained_generator(pair: Pair, named: Path | None) -> Loaded:
 def make_method(config: Config, pair: Pair, name: str, loaded: Loaded | None) -> Method:
     """The method of a row, with the tools as the whole prompt."""
     reads, base = METHODS[name].reads_prompt, pair.edge.params
-    known = [pair.fingerprints, str(pair.edge.decoder.dtype), versions()]
     if loaded is None:
-        return Method(System(lambda task: base, reads), True, digest_of(*known, "base"))
-    identity = digest_of(*known, loaded.variables, dataclasses.asdict(loaded.config.generator))
+        plain = identity_of(pair.edge, {"method": "base"})
+        return Method(System(lambda task: base, reads, lambda task: plain), True)
+    identify = identifier(pair, loaded)
     if loaded.config.method == "lora":
-        params = multi_task(pair, loaded)
-        return Method(System(lambda task: params, reads), True, identity)
+        merged, identity = functools.cache(functools.partial(multi_task, pair, loaded)), identify("")
+        return Method(System(lambda task: merged(), reads, lambda task: identity), True)
     alone = dataclasses.replace(config, eval=dataclasses.replace(config.eval, shots=0))
-    return Method(System(specializer(alone, pair, loaded)), False, identity)
+    make = specializer(alone, pair, loaded)
+    return Method(System(make, False, lambda task: identify(task_prompt(task, alone.eval) or "")), False)
+
+
+def agent_journal(config: Config) -> RequestCache:
+    """Outputs that were written in a work directory, by what was asked; of several processes the first keeps them.
+
+    Raises:
+        OutputError: when the directory cannot be written.
+    """
+    directory = config.directory / "agent_requests" if jax.process_index() == 0 else None
+    return RequestCache(directory, "agent", "give another --workdir")
 
 
 def score_method(
@@ -217,13 +230,14 @@ def mean_context(pair: Pair, tasks: Sequence[Task]) -> float:
     return sum(lengths) / len(lengths)
 
 
-def write_report(report: dict[str, Any], directory: Path, out: Path | None) -> None:
-    """agent.json: in `out`, complete or not at all, else in the run's directory."""
+def write_report(report: dict[str, Any], directory: Path, out: Path | None, name: str) -> None:
+    """The file `name`: in `out`, complete or not at all, else in the run's directory; the first process writes."""
+    if jax.process_index():
+        return
     if out is None:
         directory.mkdir(parents=True, exist_ok=True)
-        write_json(directory / "agent.json", report)
-        say(f"results: {directory / 'agent.json'}")
-        return
-    with complete_directory(out) as temporary:
-        (temporary / "agent.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    say(f"results: {out / 'agent.json'}")
+        write_json(directory / name, report)
+    else:
+        with complete_directory(out) as temporary:
+            write_json(temporary / name, report)
+    say(f"results: {(out or directory) / name}")

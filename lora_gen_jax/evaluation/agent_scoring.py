@@ -4,16 +4,13 @@ In: an edge model, a `Method`, tasks whose description is the tools' part of a p
 the edge read for it, and the time that an answer takes.
 """
 
-import hashlib
 import itertools
 import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-
+from lora_gen_jax.config import EvalConfig
 from lora_gen_jax.data.edge_prompt import continued
 from lora_gen_jax.data.prompts import separator
 from lora_gen_jax.data.tasks import Example, Task
@@ -21,13 +18,11 @@ from lora_gen_jax.errors import DataError
 from lora_gen_jax.evaluation import answers
 from lora_gen_jax.evaluation.agent import parse
 from lora_gen_jax.evaluation.request_cache import RequestCache
+from lora_gen_jax.evaluation.request_runner import Runner
+from lora_gen_jax.evaluation.subject import Subject
 from lora_gen_jax.evaluation.task import System
-from lora_gen_jax.inference.decode import generate
 from lora_gen_jax.models import Model, Pair
-from lora_gen_jax.training.portable import flatten
 
-ROWS = 16
-"""Outputs that are written at a time."""
 SPARE_TOKENS = 8
 """An output may be this much longer than the longest gold one."""
 LATENCY_TASKS = 4
@@ -42,12 +37,10 @@ class Method:
     Attributes:
         system: weights for a task, and whether the edge reads the tools.
         shared: the weights are the same for all tasks, so that rows of different tasks are written together.
-        identity: digest of everything that the weights for a given prompt depend on.
     """
 
     system: System
     shared: bool
-    identity: str
 
 
 @dataclass(frozen=True)
@@ -66,18 +59,6 @@ class Written:
     text: str
 
 
-def digest_of(*parts: Any) -> str:
-    """16 hex digits of texts, numbers and trees of arrays."""
-    digest = hashlib.sha256()
-    for part in parts:
-        for name, leaf in sorted(flatten({"": part} if not isinstance(part, dict) else part), key=lambda pair: pair[0]):
-            value = leaf if isinstance(leaf, (str, int, float, bool, type(None))) else np.asarray(leaf)
-            plain = not isinstance(value, np.ndarray)
-            digest.update(f"{name}{value!r}".encode() if plain else f"{name}{value.shape}{value.dtype}".encode())
-            digest.update(b"" if plain else value.tobytes())
-    return digest.hexdigest()[:16]
-
-
 def context_ids(edge: Model, task: Task, document: Example, reads_prompt: bool) -> list[int]:
     """What the edge model reads for a document: its query, behind the task's description where it reads that."""
     query = edge.encoder.pair(document.query, separator(document.query, document.response) + document.response)[0]
@@ -93,8 +74,15 @@ def output_limit(edge: Model, tasks: Sequence[Task]) -> int:
     return max(lengths) + SPARE_TOKENS
 
 
-def check_lengths(pair: Pair, tasks: Sequence[Task], limit: int, prompt_limit: int) -> None:
+def check_lengths(pair: Pair, tasks: Sequence[Task], limit: int, prompt_limit: int, reads_prompt: bool = True) -> None:
     """Every prompt and every context fits its model, before anything is trained or written.
+
+    Args:
+        pair: of models.
+        tasks: with test documents.
+        limit: most tokens of an output.
+        prompt_limit: most tokens of a prompt for the cloud model.
+        reads_prompt: some method's edge model reads the tools.
 
     Raises:
         DataError: naming the document and how many tokens fit.
@@ -108,10 +96,11 @@ def check_lengths(pair: Pair, tasks: Sequence[Task], limit: int, prompt_limit: i
                 " cloud model with more positions"
             )
         for document in task.test:
-            if (length := len(context_ids(pair.edge, task, document, reads_prompt=True))) > most:
+            if (length := len(context_ids(pair.edge, task, document, reads_prompt))) > most:
+                what = "with its tools it" if reads_prompt else "it"
                 raise DataError(
-                    f"{document.id}: with its tools it is {length} edge tokens, {most} fit beside {limit} of output:"
-                    " take an edge model with more positions"
+                    f"{document.id}: {what} is {length} edge tokens, {most} fit beside {limit} of output: take an edge"
+                    " model with more positions, or methods that do not read the tools"
                 )
 
 
@@ -121,47 +110,41 @@ class Writer:
     Args:
         edge: the model.
         limit: most tokens of an output.
-        cache: of the method; a row is found again by the ids of its prompt and of its context.
+        journal: where outputs are kept, by what was asked of which weights.
     """
 
-    def __init__(self, edge: Model, limit: int, cache: RequestCache):
-        self.edge, self.limit, self.cache = edge, limit, cache
+    def __init__(self, edge: Model, limit: int, journal: RequestCache):
+        self.edge, self.limit, self.journal = edge, limit, journal
 
     def write(self, method: Method, tasks: Sequence[Task], progress: Callable[[int], None]) -> list[Written]:
         """An output for every test document, in order; `progress` is told how many rows each step has finished."""
         reads = method.system.reads_prompt
         asked = [(task, d, context_ids(self.edge, task, d, reads)) for task in tasks for d in task.test]
-        keys = [self._key(task, ids) for task, _, ids in asked]
-        order = list(range(len(asked)))
-        if method.shared:
-            # Rows of similar length together; otherwise a batch has the rows of one task.
-            order.sort(key=lambda i: len(asked[i][2]))
-            groups = [order]
-        else:
-            groups = [list(g) for _, g in itertools.groupby(order, key=lambda i: id(asked[i][0]))]
+        # Rows of different tasks are written together where the weights are the same.
+        by_task = itertools.groupby(asked, key=lambda row: id(row[0]))
+        groups = [asked] if method.shared else [list(rows) for _, rows in by_task]
+        written: list[Written] = []
         for group in groups:
-            params = None
-            for batch in (group[i : i + ROWS] for i in range(0, len(group), ROWS)):
-                if any(keys[i] not in self.cache for i in batch):
-                    params = method.system.params_for(asked[batch[0]][0]) if params is None else params
-                    texts = self._generate(params, [asked[i][2] for i in batch])
-                    self.cache.add({keys[i]: text for i, text in zip(batch, texts, strict=True)})
-                progress(len(batch))
-        return [Written(t, d, len(ids), self.cache[key]) for (t, d, ids), key in zip(asked, keys, strict=True)]
+            texts = self._texts(method.system, group[0][0], [tuple(ids) for _, _, ids in group], progress)
+            written += [Written(t, d, len(ids), text) for (t, d, ids), text in zip(group, texts, strict=True)]
+        return written
 
-    def _key(self, task: Task, ids: list[int]) -> str:
-        return self.cache.key("agent", task.descriptions[0], ids, self.limit)
+    def _texts(
+        self, system: System, task: Task, contexts: list[tuple[int, ...]], progress: Callable[[int], None]
+    ) -> list[str]:
+        assert system.identity_for is not None
+        subject, reported = Subject(system.identity_for(task), self.edge, lambda: system.params_for(task)), 0
 
-    def _generate(self, params: Any, contexts: list[list[int]]) -> list[str]:
+        def report(done: int, total: int) -> None:
+            nonlocal reported
+            progress(done - reported)
+            reported = done
+
         end = self.edge.encoder.end
-        made = generate(
-            self.edge.decoder,
-            params,
-            contexts,
-            max_new_tokens=self.limit,
-            stop_ids=[] if end is None else [end],
-        )
-        return [self.edge.encoder.decode(answer.ids) for answer in made]
+        runner = Runner(subject, self.journal, EvalConfig().batch_tokens, report)
+        made = runner.tokens(contexts, self.limit, [] if end is None else [end])
+        progress(len(contexts) - reported)
+        return [self.edge.encoder.decode(ids) for ids in made]
 
 
 def as_read(text: str, gold: str, end: str | None) -> str:

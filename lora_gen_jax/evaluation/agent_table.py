@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lora_gen_jax.evaluation.published import AGENT, AGENT_COMPRESSION, AgentRow
+
 
 @dataclass(frozen=True)
 class Row:
@@ -14,26 +16,29 @@ class Row:
 
     Attributes:
         title: how it is printed.
-        reads_prompt: the tools stand in the edge model's context.
-        published: the paper's average of the five metrics in %, Gemma on GPT4Tools.
+        published: the paper's row, Gemma on GPT4Tools.
     """
 
     title: str
-    reads_prompt: bool
-    published: float
+    published: AgentRow
+
+    @property
+    def reads_prompt(self) -> bool:
+        """The tools stand in the edge model's context."""
+        return self.published.tools_in_prompt
 
 
 METHODS = {
-    "base_with_tools": Row("base, tools in context", True, 79.3),
-    "lora_with_tools": Row("LoRA, tools in context", True, 88.4),
-    "lora": Row("LoRA, no tools in context", False, 75.1),
-    "lora_gen_untrained": Row("LoRA-Gen, never saw tools", False, 84.2),
-    "lora_gen": Row("LoRA-Gen, trained on tools", False, 91.5),
+    "base_with_tools": Row("base, tools in context", AGENT[0]),
+    "lora_with_tools": Row("LoRA, tools in context", AGENT[1]),
+    "lora": Row("LoRA, no tools in context", AGENT[2]),
+    "lora_gen_untrained": Row("LoRA-Gen, never saw tools", AGENT[3]),
+    "lora_gen": Row("LoRA-Gen, trained on tools", AGENT[4]),
 }
 PUBLISHED = {
     "source": "the paper's Table 3, Gemma on GPT4Tools: not measured here",
-    "average": {name: row.published for name, row in METHODS.items()},
-    "compression": 10.1,
+    "average": {name: row.published.average for name, row in METHODS.items()},
+    "compression": AGENT_COMPRESSION,
 }
 _TITLES = ("SR_t", "SR_act", "SR_args", "SR ± error", "IoU", "average", "edge\ntokens", "com-\npression", "latency\nms")
 
@@ -71,5 +76,5 @@ def published_table() -> Table:
     table.add_column("compression", justify="right")
     for row in METHODS.values():
         ratio = "1.0×" if row.reads_prompt else f"{PUBLISHED['compression']:.1f}×"
-        table.add_row(row.title, f"{row.published:.1f}", ratio)
+        table.add_row(row.title, f"{row.published.average:.1f}", ratio)
     return table

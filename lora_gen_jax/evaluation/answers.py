@@ -19,8 +19,6 @@ from lora_gen_jax.models import Model
 
 # Answers that are timed, one at a time, and how often; the best time of each counts, then the median.
 LATENCY_DOCUMENTS, LATENCY_REPEATS = 2, 5
-# Rows of a batch; smaller batches are filled up, so that few programs are compiled.
-ROWS = 16
 
 
 def contexts(edge: Model, documents: Sequence[Example], description: str, shots: Sequence[Example]) -> list[list[int]]:
@@ -33,28 +31,18 @@ def contexts(edge: Model, documents: Sequence[Example], description: str, shots:
     return [ids(document) for document in documents]
 
 
-def exact_matches(runner: Runner, documents: Sequence[Example], contexts: list[list[int]]) -> list[bool]:
-    """Whether each document is answered exactly; batches of which nothing is missing in the runner's cache do not run.
+def exact_matches(runner: Runner, documents: Sequence[Example], contexts: Sequence[Sequence[int]]) -> list[bool]:
+    """Whether each document is answered exactly.
 
     Generation ends with the end token, or with a blank line, where a model that reads shots would write the next one.
     """
-    edge, end = runner.subject.model, break_of(documents)
-    limit, matches = max(len(answer_ids(edge, document)) for document in documents) + 2, []
-    for start in range(0, len(documents), ROWS):
-        batch, part = contexts[start : start + ROWS], documents[start : start + ROWS]
-        ends = stops(edge, part)
-        keys = [runner.key("answer", context, limit, ends) for context in batch]
-        if any(key not in runner.cache for key in keys):
-            rows = batch + [batch[0]] * (ROWS - len(batch))
-            made = generate(edge.decoder, edge.params, rows, max_new_tokens=limit, stop_ids=ends)
-            runner.cache.add({key: edge.encoder.decode(one.ids) for key, one in zip(keys, made, strict=False)})
-        matches += [
-            trimmed(runner.cache[key], end) == document.response.strip()
-            for key, document in zip(keys, part, strict=True)
-        ]
-        if runner.progress is not None:
-            runner.progress(len(matches), len(documents))
-    return matches
+    edge, end = runner.subject.edge, break_of(documents)
+    limit = max(len(answer_ids(edge, document)) for document in documents) + 2
+    made = runner.tokens([tuple(context) for context in contexts], limit, stops(edge, documents))
+    return [
+        trimmed(edge.encoder.decode(ids), end) == document.response.strip()
+        for ids, document in zip(made, documents, strict=True)
+    ]
 
 
 def answer_ids(edge: Model, document: Example) -> list[int]:

@@ -20,7 +20,9 @@ from rich.table import Table
 
 from lora_gen_jax.config import Config
 from lora_gen_jax.data.tasks import Task
+from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.evaluation.figures import draw_report
+from lora_gen_jax.evaluation.harness import PREFIX
 from lora_gen_jax.evaluation.report.command import write_report
 from lora_gen_jax.evaluation.report.style import title_of
 from lora_gen_jax.evaluation.run import describe, evaluated_tasks, gates_json, score_systems, unfinished
@@ -51,7 +53,7 @@ def compare(config: Config) -> dict[str, Any]:
     checkpoints = load_checkpoints(config, config.compare, None)
     pair, began = load_pair(config, evaluation_mesh()), time.monotonic()
     systems = make_systems(config, config.compare, pair, checkpoints, tasks)
-    with unfinished(config.directory / "compare") as journal:
+    with unfinished(config.directory, "compare") as journal:
         results = score_systems(config, pair, systems, tasks, journal)
     say(f"scored {len(systems)} methods on {len(tasks)} tasks in {time.monotonic() - began:.0f} s")
     report = report_of(results, tasks)
@@ -77,6 +79,10 @@ def check_comparison(config: Config) -> None:
         LoraGenError: for an unknown method or task, or a task that cannot be scored.
     """
     check_methods(config.compare, "compare")
+    if any(name.startswith(PREFIX) for name in config.eval.tasks):
+        raise ConfigError(
+            f"compare cannot score {PREFIX} tasks after training: take them out of eval.tasks, use eval.py"
+        )
     check_tasks(config.compare, evaluated_tasks(config))
 
 

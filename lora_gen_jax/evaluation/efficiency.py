@@ -16,7 +16,7 @@ import jax
 from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.evaluation.efficiency_methods import Ready, Setup, stage
-from lora_gen_jax.evaluation.transformers_peer import TorchPrefix, torch_answer
+from lora_gen_jax.evaluation.transformers_peer import TorchAnswer, TorchPrefix, torch_answer
 from lora_gen_jax.inference import cost, decode
 from lora_gen_jax.inference.forward import forward_only
 
@@ -31,8 +31,12 @@ class System(Protocol):
         """Does what a task needs once; seconds by stage."""
         ...
 
-    def answer(self, rows: int) -> tuple[float, float, list[int]]:
-        """Answers in `rows` equal rows: seconds to the first token and to the last, ids of the first row."""
+    def answer(self) -> tuple[float, float, list[int]]:
+        """Answers: seconds to the first token and to the last, ids."""
+        ...
+
+    def batch(self, rows: int) -> float:
+        """Answers in `rows` equal rows: seconds to the last token."""
         ...
 
 
@@ -45,14 +49,20 @@ class OurSystem:
     def once(self) -> dict[str, float]:
         return {} if self.ready.once is None else self.ready.once()
 
-    def answer(self, rows: int) -> tuple[float, float, list[int]]:
-        r = self.ready
-        prompts = [r.ids] * rows
-        arguments: Any = {"max_new_tokens": self.new_tokens, "adapter": r.adapter, "prefix": r.prefix}
+    def answer(self) -> tuple[float, float, list[int]]:
         # Two runs: the whole answer is one program without a stop, in which no token can be timed.
-        first = stage(lambda: next(decode.stream(self.decoder, r.params, prompts, **arguments)))[1]
-        made, total = stage(lambda: decode.generate(self.decoder, r.params, prompts, **arguments))
+        r = self.ready
+        first = stage(lambda: next(decode.stream(self.decoder, r.params, [r.ids], **self._arguments)))[1]
+        made, total = stage(lambda: decode.generate(self.decoder, r.params, [r.ids], **self._arguments))
         return first, total, made[0].ids
+
+    def batch(self, rows: int) -> float:
+        r = self.ready
+        return stage(lambda: decode.generate(self.decoder, r.params, [r.ids] * rows, **self._arguments))[1]
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        return {"max_new_tokens": self.new_tokens, "adapter": self.ready.adapter, "prefix": self.ready.prefix}
 
 
 class TorchSystem:
@@ -74,10 +84,16 @@ class TorchSystem:
         """Seconds of one copy of the prefix's cache."""
         return None if self.prefix is None else min(stage(self.prefix.cache)[1] for _ in range(3))
 
-    def answer(self, rows: int) -> tuple[float, float, list[int]]:
-        cache = None if self.prefix is None else self.prefix.cache(rows)
-        made = torch_answer(self.hf, [self.ids[self.kept :]] * rows, self.new_tokens, cache)
+    def answer(self) -> tuple[float, float, list[int]]:
+        made = self._decode(1)
         return made.first, made.total, made.ids[0]
+
+    def batch(self, rows: int) -> float:
+        return self._decode(rows).total
+
+    def _decode(self, rows: int) -> TorchAnswer:
+        cache = None if self.prefix is None else self.prefix.cache(rows)
+        return torch_answer(self.hf, [self.ids[self.kept :]] * rows, self.new_tokens, cache)
 
 
 def torch_systems(hf: Any, setup: Setup) -> dict[str, TorchSystem]:
@@ -114,7 +130,7 @@ def measure(systems: Mapping[str, System], batch_sizes: Sequence[int], repeats: 
     for turn in range(repeats + 1):
         say(f"answers, turn {turn} of {repeats}" if turn else "answers, first turn: compiling")
         for name, system in systems.items():
-            once, (first, total, ids) = system.once(), system.answer(1)
+            once, (first, total, ids) = system.once(), system.answer()
             time.sleep(PAUSE)
             if turn:
                 times = found[name]
@@ -123,13 +139,17 @@ def measure(systems: Mapping[str, System], batch_sizes: Sequence[int], repeats: 
                 times.total.append(total)
                 times.ids = ids
     for rows in batch_sizes:
+        if rows == 1:
+            for times in found.values():
+                times.batches[1] = times.total
+            continue
         say(f"batches of {rows}")
         for turn in range(min(repeats, 3) + 1):
             for name, system in systems.items():
-                total = system.answer(rows)[1]
+                seconds = system.batch(rows)
                 time.sleep(PAUSE)
                 if turn:
-                    found[name].batches.setdefault(rows, []).append(total)
+                    found[name].batches.setdefault(rows, []).append(seconds)
     return found
 
 

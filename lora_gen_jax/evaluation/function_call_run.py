@@ -5,8 +5,8 @@ a table on the screen.
 """
 
 import dataclasses
-import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,15 @@ from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import to_json
 from lora_gen_jax.data.function_calls import FunctionRow, load_function_calls
 from lora_gen_jax.errors import CheckpointError, DataError
-from lora_gen_jax.evaluation.agent_run import make_method
+from lora_gen_jax.evaluation.agent_run import agent_journal, make_method, write_report
 from lora_gen_jax.evaluation.agent_scoring import Writer, Written, check_lengths, context_ids, output_limit
 from lora_gen_jax.evaluation.answers import trimmed
-from lora_gen_jax.evaluation.comparison import say, write_json
+from lora_gen_jax.evaluation.comparison import say
 from lora_gen_jax.evaluation.function_calls import CallScore, parse_calls, score_calls, summarize_calls
-from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.run import describe, machine
-from lora_gen_jax.files import check_output, complete_directory
+from lora_gen_jax.files import check_output
 from lora_gen_jax.models import Pair, load_pair
+from lora_gen_jax.sharding import evaluation_mesh
 from lora_gen_jax.training.checkpoint import Loaded, check_models, find_checkpoint, load_checkpoint, versions
 
 METHODS = {"base_with_tools": "base, functions in context", "lora_gen": "LoRA-Gen, no functions in context"}
@@ -52,15 +52,15 @@ def score_function_calls(
     if out is not None:
         check_output(out)
     rows, loaded = load_function_calls(paths, limit), find_generator(config, checkpoint)
-    pair = load_pair(config)
+    pair = load_pair(config, evaluation_mesh())
     check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")
     fitting, skipped = divide(pair, rows, config.eval.prompt_limit)
     report: dict[str, Any] = {"config": to_json(config), "versions": versions(), "machine": machine()}
     report |= {"checkpoint": describe(loaded), "skipped": skipped, "methods": {}, "outputs": {}}
-    tokens = output_limit(pair.edge, [row.task for row in fitting])
+    tokens, journal = output_limit(pair.edge, [row.task for row in fitting]), agent_journal(config)
     for name in METHODS:
         method = make_method(config, pair, name, None if name == "base_with_tools" else loaded)
-        writer = Writer(pair.edge, tokens, RequestCache(config.directory / "agent_requests", method.identity))
+        writer = Writer(pair.edge, tokens, journal)
         console = Console(file=sys.stderr)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             line = bar.add_task(name, total=len(fitting))
@@ -69,7 +69,7 @@ def score_function_calls(
         scored = [scored_row(row, one) for row, one in zip(fitting, written, strict=True)]
         report["outputs"][name], report["methods"][name] = scored, by_category(pair, fitting, written, scored)
         say(f"{METHODS[name]}: {len(scored)} rows")
-    write(report, config.directory, out)
+    write_report(report, config.directory, out, "bfcl.json")
     print_calls(report)
     return report
 
@@ -93,23 +93,22 @@ def divide(pair: Pair, rows: Sequence[FunctionRow], prompt_limit: int) -> tuple[
     Raises:
         DataError: where none fits: what is wrong with the first.
     """
-    fitting = [row for row in rows if not too_long(pair, [row], row, prompt_limit)]
-    # The longest output of all rows is the limit of each.
-    fitting = [row for row in fitting if not too_long(pair, fitting, row, prompt_limit)]
+    fitting = [row for row in rows if not too_long(pair, row, output_limit(pair.edge, [row.task]), prompt_limit)]
+    if fitting:
+        # The longest output of all rows is the limit of each.
+        longest = output_limit(pair.edge, [row.task for row in fitting])
+        fitting = [row for row in fitting if not too_long(pair, row, longest, prompt_limit)]
     if not fitting:
-        reason = too_long(pair, rows[:1], rows[0], prompt_limit)
+        reason = too_long(pair, rows[0], output_limit(pair.edge, [rows[0].task]), prompt_limit)
         raise DataError(f"none of {len(rows)} rows fits the models; the first: {reason}")
-    skipped: dict[str, int] = {}
-    for row in rows:
-        if row not in fitting:
-            skipped[row.category] = skipped.get(row.category, 0) + 1
-    return fitting, skipped
+    left = Counter(row.category for row in rows) - Counter(row.category for row in fitting)
+    return fitting, dict(left)
 
 
-def too_long(pair: Pair, rows: Sequence[FunctionRow], row: FunctionRow, prompt_limit: int) -> str:
-    """Why a row does not fit beside an output as long as the longest gold one of `rows`; "" where it does."""
+def too_long(pair: Pair, row: FunctionRow, output: int, prompt_limit: int) -> str:
+    """Why a row does not fit beside an output of so many tokens; "" where it does."""
     try:
-        check_lengths(pair, [row.task], output_limit(pair.edge, [one.task for one in rows]), prompt_limit)
+        check_lengths(pair, [row.task], output, prompt_limit)
     except DataError as error:
         return str(error)
     return ""
@@ -137,17 +136,6 @@ def by_category(
         sizes = {"context_tokens": round(read, 1), "compression": round(full / read, 2)}
         metrics[category] = summarize_calls(scores) | sizes
     return metrics
-
-
-def write(report: dict[str, Any], directory: Path, out: Path | None) -> None:
-    """bfcl.json: in `out`, complete or not at all, else in the work directory."""
-    if out is None:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_json(directory / "bfcl.json", report)
-    else:
-        with complete_directory(out) as temporary:
-            (temporary / "bfcl.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    say(f"results: {(out or directory) / 'bfcl.json'}")
 
 
 def print_calls(report: dict[str, Any]) -> None:

@@ -1,19 +1,21 @@
 """Tasks of lm-evaluation-harness inside eval.py, by the same methods as ours.
 
 In: a pair of models, checkpoints and names ``lm_eval/<task>``. Out: results by method and task, as for our own tasks.
-The base and the LoRA read queries alone, in-context learning the task's description and shots before each, LoRA-Gen
-reads them once; shots are the same for all documents. Latency is not measured here.
+In-context learning reads the task's description and shots before each query, LoRA-Gen once, the others never; shots are
+the same for all documents. Latency is not measured here.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 from lora_gen_jax.config import Config
-from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.data.reasoning import REASONING_TASKS, SEEN_TASKS
+from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.subject import Subject, end_ids, identity_of
-from lora_gen_jax.evaluation.systems import identifier, multi_task, prompt_specializer
+from lora_gen_jax.evaluation.systems import METHODS, identifier, multi_task, prompt_specializer
 from lora_gen_jax.models import Pair
 from lora_gen_jax.training.checkpoint import Loaded
 
@@ -35,7 +37,7 @@ def check_harness(methods: Sequence[str], names: Sequence[str]) -> None:
     _manager(names, {})
 
 
-def _manager(names: Sequence[str], metadata: dict[str, str]) -> Any:
+def _manager(names: Sequence[str], metadata: dict[str, Any]) -> Any:
     """lm-eval's index of tasks: of ours alone where these are enough, as that of all takes seconds."""
     try:
         from lm_eval.tasks import TaskManager
@@ -57,52 +59,73 @@ def harness_scores(
     """{method: {task: result}}; finished requests are kept in `journal`.
 
     Raises:
-        DataError: where the contexts of a task do not begin with a prompt that LoRA-Gen could read.
+        DataError: for a task without a figure between 0 and 1 that is better when higher.
     """
     from lm_eval.evaluator import simple_evaluate
 
     from lora_gen_jax.evaluation.lm_eval_model import LoraGenLM
-    from lora_gen_jax.evaluation.lm_eval_prompts import fixed_shots
+    from lora_gen_jax.evaluation.lm_eval_prompts import use_fixed_shots
 
-    d = config.data
-    given = {"data_dir": d.dir, "tfds_dir": d.tfds_dir}
-    manager = _manager(names, {name: str(path) for name, path in given.items() if path is not None})
+    use_fixed_shots()
+    manager = _manager(names, _metadata(config))
+    # A name may stand for several tasks.
+    tasks = {name: list(manager.load([name.removeprefix(PREFIX)])["tasks"]) for name in names}
     scored: dict[str, dict[str, dict]] = {}
     for method in config.eval.methods:
         subject = _subject(method, config, pair, checkpoints)
         model: Any = LoraGenLM.of(subject, journal, config.eval.batch_tokens)  # pyright: ignore
-        for name in names:
-            with fixed_shots():
-                found: Any = simple_evaluate(
-                    model,
-                    tasks=[name.removeprefix(PREFIX)],
-                    num_fewshot=config.eval.shots if method in ("icl", "lora_gen") else 0,
-                    limit=config.eval.limit,
-                    task_manager=manager,
-                    bootstrap_iters=100,
-                )
-            tokens = model.context_tokens()
-            results = found["results"]
-            # A name may stand for several tasks.
-            for task, metrics in results.items():
-                if count := found["n-samples"].get(task):
-                    own = task if len(results) > 1 else name.removeprefix(PREFIX)
-                    scored.setdefault(method, {})[PREFIX + own] = result_of(metrics, count["effective"], tokens)
+        for task in dict.fromkeys(task for found in tasks.values() for task in found):
+            found: Any = simple_evaluate(
+                model,
+                tasks=[task],
+                # All methods are asked alike; those that do not read the prompt drop it.
+                num_fewshot=config.eval.shots,
+                limit=config.eval.limit,
+                task_manager=manager,
+                bootstrap_iters=100,
+                fewshot_random_seed=config.eval.seed,
+            )
+            result = result_of(task, found["results"][task], found["higher_is_better"][task])
+            result |= {"n": found["n-samples"][task]["effective"], "context_tokens": round(model.context_tokens(), 1)}
+            scored.setdefault(method, {})[PREFIX + task] = result
     return scored
 
 
-def result_of(metrics: dict[str, Any], count: int, context_tokens: float) -> dict[str, Any]:
-    """A task's entry in results.json, from lm-eval's metrics (``acc,none``: figure and filter)."""
-    numbers = {k.split(",")[0]: v for k, v in metrics.items() if "," in k and isinstance(v, int | float)}
-    main = next((m for m in MAIN_METRICS if m in numbers), next((m for m in numbers if "_stderr" not in m), None))
+def _metadata(config: Config) -> dict[str, Any]:
+    """For the task definitions that read local files: the same shots and descriptions as our own evaluation."""
+    given = {"data_dir": config.data.dir, "tfds_dir": config.data.tfds_dir}
+    paths = {name: str(path) for name, path in given.items() if path is not None}
+    return {**paths, "shots_seed": config.eval.seed, "descriptions": True}
+
+
+def seen_of(name: str) -> bool | None:
+    """Whether generators are trained on an lm-eval task: None for one that is none of the eight reasoning tasks."""
+    own = name.removeprefix(PREFIX).removeprefix("lora_gen_")
+    return own in SEEN_TASKS if own in REASONING_TASKS else None
+
+
+def result_of(task: str, metrics: dict[str, Any], higher_is_better: dict[str, Any]) -> dict[str, Any]:
+    """A task's entry in results.json, from lm-eval's metrics (``acc,none`` is figure and filter; the first one counts).
+
+    Raises:
+        DataError: where none of them is a share that is better when higher.
+    """
+    figures: dict[str, Any] = {}
+    for key, value in metrics.items():
+        name, comma, _ = key.partition(",")
+        if comma and isinstance(value, int | float):
+            figures.setdefault(name, float(value))
+    shares = [name for name, value in figures.items() if higher_is_better.get(name) and 0 <= value <= 1]
+    main = next((name for name in (*MAIN_METRICS, *shares) if name in shares), None)
     if main is None:
-        raise ConfigError(f"a task has no figure that could be compared; it gives {', '.join(metrics)}")
+        raise DataError(
+            f"lm_eval/{task} has no figure between 0 and 1 that is better when higher ({', '.join(figures)}): take it"
+            " out of the tasks, and run it with `lora-gen lm_eval`"
+        )
     return {
-        "acc": float(numbers[main]),
-        "acc_norm": float(numbers.get("acc_norm", numbers[main])),
-        "stderr": float(numbers.get(f"{main}_stderr", 0.0)),
-        "n": count,
-        "context_tokens": round(context_tokens, 1),
+        "acc": figures[main],
+        "acc_norm": figures.get("acc_norm", figures[main]),
+        "stderr": figures.get(f"{main}_stderr"),
         "latency_ms": None,
         "metric": main,
     }
@@ -110,15 +133,18 @@ def result_of(metrics: dict[str, Any], count: int, context_tokens: float) -> dic
 
 def _subject(method: str, config: Config, pair: Pair, checkpoints: dict[str, Loaded]) -> Subject:
     ends, edge = end_ids(config.edge.source, pair.edge), pair.edge
-    if method in ("base", "icl"):
-        return Subject(identity_of(edge, {"method": "base"}), lambda: edge, ends)
-    loaded = checkpoints[method]
+    base = Subject(identity_of(edge, {"method": "base"}), edge, None, ends)
+    if method == "icl":
+        return base
+    if method == "base":
+        return dataclasses.replace(base, specialise=lambda prompt: base)
+    loaded = checkpoints[METHODS[method] or method]
     identify = identifier(pair, loaded)
     if method == "lora":
-        return Subject(identify(""), lambda: dataclasses.replace(edge, params=multi_task(pair, loaded)), ends)
-    make = prompt_specializer(config, pair, loaded)
-
-    def specialise(prompt: str) -> Subject:
-        return Subject(identify(prompt), lambda: dataclasses.replace(edge, params=make(prompt)), ends)
-
-    return Subject(identify(""), lambda: edge, ends, specialise=specialise)
+        make = functools.cache(functools.partial(multi_task, pair, loaded))
+        lora = Subject(identify(""), edge, make, ends)
+        return dataclasses.replace(lora, specialise=lambda prompt: lora)
+    made = prompt_specializer(config, pair, loaded)
+    return dataclasses.replace(
+        base, specialise=lambda prompt: Subject(identify(prompt), edge, lambda: made(prompt), ends)
+    )

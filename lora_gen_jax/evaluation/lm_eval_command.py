@@ -3,7 +3,6 @@
 In: lm-eval's arguments. Out: what lm-eval writes. Heavy imports wait until the command runs.
 """
 
-import contextlib
 import json
 import sys
 
@@ -38,14 +37,14 @@ def lm_eval_main(arguments: list[str]) -> None:
     # lm-eval looks for no entry points: the model is known by name once this module is imported.
     import lora_gen_jax.evaluation.lm_eval_model  # noqa: F401
     from lora_gen_jax.evaluation.lm_eval_documents import TASKS
-    from lora_gen_jax.evaluation.lm_eval_prompts import fixed_shots
+    from lora_gen_jax.evaluation.lm_eval_prompts import use_fixed_shots
 
-    same = FIXED_SHOTS in arguments or any("prompt_from_task" in argument for argument in arguments)
+    if FIXED_SHOTS in arguments:
+        use_fixed_shots()
     before = sys.argv
     sys.argv = ["lm-eval", *with_defaults([a for a in arguments if a != FIXED_SHOTS], str(TASKS))]
     try:
-        with fixed_shots() if same else contextlib.nullcontext():
-            cli_evaluate()
+        cli_evaluate()
     finally:
         sys.argv = before
 
@@ -81,11 +80,12 @@ def _data_flags(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     rest, metadata, queue = [], {}, list(arguments)
     while queue:
         argument = queue.pop(0)
-        flag, _, value = argument.partition("=")
+        flag, equals, value = argument.partition("=")
         if flag not in DATA_FLAGS:
             rest.append(argument)
             continue
-        if not value and not queue:
+        value = value if equals or not queue else queue.pop(0)
+        if not value:
             raise ConfigError(f"{flag} needs a directory")
-        metadata[DATA_FLAGS[flag]] = value or queue.pop(0)
+        metadata[DATA_FLAGS[flag]] = value
     return rest, metadata

@@ -6,6 +6,7 @@ begin with (a few-shot block) once for all of them. Importing this module makes 
 """
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lora_gen_jax.errors import ConfigError, DataError, ModelError
 from lora_gen_jax.evaluation.lm_eval_generation import Wanted, parse_wanted
-from lora_gen_jax.evaluation.lm_eval_prompts import split_contexts
+from lora_gen_jax.evaluation.lm_eval_prompts import split_contexts, use_fixed_shots
 from lora_gen_jax.evaluation.lm_eval_source import Settings, load_subject, parse_settings
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.request_runner import Ids, Runner
@@ -48,11 +49,17 @@ class LoraGenLM(TemplateLM):
 
     def __init__(self, **arguments: Any):
         settings = parse_settings(arguments)
+        if settings.prompt_from_task:
+            # One prompt for a task: lm-eval builds its tasks after the model.
+            use_fixed_shots()
         self._set_up(settings, load_subject(settings), None)
 
     @classmethod
     def of(cls, subject: Subject, journal: RequestCache, batch_tokens: int) -> "LoraGenLM":
-        """A model that a program has loaded already; finished requests are kept in `journal`."""
+        """A model that a program has loaded already; finished requests are kept in `journal`.
+
+        Tasks without description and shots are then answered by the subject as it is.
+        """
         made = cls.__new__(cls)
         made._set_up(Settings(batch_tokens=batch_tokens), subject, journal)
         return made
@@ -60,9 +67,9 @@ class LoraGenLM(TemplateLM):
     def _set_up(self, settings: Settings, subject: Subject, journal: RequestCache | None) -> None:
         super().__init__()
         self.settings, self.subject, self.journal = settings, subject, journal
-        self.lengths: list[int] = []
-        self.tokenizer: Any = self.subject.model.encoder.tokenizer
-        if (self.settings.max_length or 0) > (most := self.subject.model.config.max_positions):
+        self.contexts: set[Ids] = set()
+        self.tokenizer: Any = self.subject.edge.encoder.tokenizer
+        if (self.settings.max_length or 0) > (most := self.subject.edge.config.max_positions):
             raise ConfigError(f"max_length={self.settings.max_length} exceeds the model's {most} positions: lower it")
         self.runner = self._runner(self.subject)
 
@@ -72,16 +79,16 @@ class LoraGenLM(TemplateLM):
         return Runner(subject, cache, self.settings.tokens_at_once)
 
     def context_tokens(self) -> float:
-        """Mean tokens of the contexts that the edge model was given since the last call."""
-        lengths = [*self.lengths]
-        # Models specialised on the way note their contexts in the same list.
-        self.lengths.clear()
+        """Mean tokens of the different contexts that the edge model was given since the last call."""
+        lengths = [len(ids) for ids in self.contexts]
+        # Models specialised on the way note their contexts in the same set.
+        self.contexts.clear()
         return sum(lengths) / max(1, len(lengths))
 
     @property
     def max_length(self) -> int:
         """Tokens that the model reads, at most."""
-        return self.settings.max_length or self.subject.model.config.max_positions
+        return self.settings.max_length or self.subject.edge.config.max_positions
 
     @property
     def max_gen_toks(self) -> int:
@@ -123,7 +130,10 @@ class LoraGenLM(TemplateLM):
 
         Raises:
             ModelError: when the tokenizer has no chat template.
+            ConfigError: where prompts are to come from the tasks, which cannot be told in a conversation.
         """
+        if self.subject.specialise is not None:
+            raise ConfigError("prompt_from_task=true cannot cut conversations: leave --apply_chat_template out")
         if not self.tokenizer.chat_template:
             raise ModelError("the model's tokenizer has no chat template: leave --apply_chat_template out")
         options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
@@ -142,7 +152,7 @@ class LoraGenLM(TemplateLM):
         """Answers requests of one kind; where prompts come from the tasks, by the model specialised for each.
 
         Raises:
-            DataError: as `split_contexts`.
+            DataError: for a task whose contexts show no prompt.
         """
         if self.subject.specialise is None:
             answer = super().loglikelihood if kind == "loglikelihood" else self._generate
@@ -152,13 +162,22 @@ class LoraGenLM(TemplateLM):
             tasks.setdefault(str(request.task_name), []).append(i)
         prompts: dict[str, list[tuple[int, Asked]]] = {}
         for task, members in tasks.items():
-            parts = split_contexts(task, [requests[i].args[0] for i in members])
-            for i, (prompt, query) in zip(members, parts, strict=True):
+            contexts = [requests[i].args[0] for i in members]
+            parts = split_contexts(contexts)
+            if parts is None and self.journal is None:
+                raise DataError(
+                    f"the contexts of task {task} do not begin with a prompt of their own: give --num_fewshot K, a task"
+                    " with a description, or more than one document"
+                )
+            for i, context in zip(members, contexts, strict=True):
+                prompt, query = ("", context) if parts is None else parts[context]
                 prompts.setdefault(prompt, []).append((i, Asked((query, *requests[i].args[1:]))))
         results: list[Any] = [None] * len(requests)
         for prompt, asked in prompts.items():
             special = copy.copy(self)
-            special.subject = self.subject.specialise(prompt)
+            # What has no prompt (a continuation alone, asked for by a metric) is the unspecialised model's.
+            plain = dataclasses.replace(self.subject, specialise=None)
+            special.subject = self.subject.specialise(prompt) if prompt else plain
             special.runner = self._runner(special.subject)
             found = getattr(special, kind)([one for _, one in asked], disable_tqdm)
             for (i, _), result in zip(asked, found, strict=True):
@@ -190,7 +209,7 @@ class LoraGenLM(TemplateLM):
         pairs = [self._fitted(context, continuation) for _, context, continuation in requests]
         if cut := sum(len(p[0]) < len(r[1]) for p, r in zip(pairs, requests, strict=True)):
             log.warning("%d of %d contexts were cut from the left to %d tokens", cut, len(pairs), self.max_length)
-        self.lengths += [len(context) for context, _ in pairs]
+        self.contexts |= {context for context, _ in pairs}
         return self.runner.logprobs(pairs, disable_tqdm)
 
     def _fitted(self, context: list[int], continuation: list[int]) -> tuple[Ids, Ids]:
@@ -221,7 +240,7 @@ class LoraGenLM(TemplateLM):
         for context, arguments in (request.args for request in requests):
             wanted = parse_wanted(arguments, self.max_gen_toks, end)
             prompts.append((self._prompt(context, wanted), wanted))
-        self.lengths += [len(ids) for ids, _ in prompts]
+        self.contexts |= {ids for ids, _ in prompts}
         return self.runner.texts(prompts, self.settings.seed, disable_tqdm)
 
     def _prompt(self, context: str, wanted: Wanted) -> Ids:

@@ -1,11 +1,10 @@
 """Which part of lm-eval's contexts is the task's prompt, for models that read it once instead of with every document.
 
 In: the contexts of a task, as text. Out: for each the prompt (description and shots) and the query that is left.
-Shots must be the same for all documents, which `fixed_shots` sees to where a task draws them.
+Shots must be the same for all documents, which `use_fixed_shots` sees to where a task draws them.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from random import Random
 from typing import Any
 
@@ -17,39 +16,37 @@ from lora_gen_jax.errors import DataError
 DELIMITER = "\n\n"
 
 
-def split_contexts(task: str, contexts: Sequence[str]) -> list[tuple[str, str]]:
+def split_contexts(contexts: Sequence[str]) -> dict[str, tuple[str, str]] | None:
     """(prompt, query) of every context; all but a few have the same prompt.
 
-    The prompt is what more than half of the contexts begin with, up to a blank line. A context that begins otherwise
-    (its own document is one of the task's shots, and another stands in for it) is cut after as many blank lines.
+    The prompt is what more than half of the different contexts begin with, up to a blank line. A context that begins
+    otherwise (its own document is one of the task's shots, and another stands in for it) is cut after as many blank
+    lines. The empty context, which a metric may ask for, has no prompt.
 
-    Args:
-        task: its name, for errors.
-        contexts: at least one.
+    Returns:
+        None where that cannot be told: contexts begin with nothing in common, or there is only one.
 
     Raises:
-        DataError: where contexts share no text that ends with a blank line.
+        DataError: for a context that has fewer blank lines than others' prompts.
     """
-    ordered = sorted(contexts)
+    ordered = sorted(set(contexts) - {""})
+    if len(ordered) < 2:
+        return None
     half = len(ordered) // 2
     # Among sorted texts, those that begin alike are neighbours: half of them apart, two share what a majority does.
     starts = (_common(one, other) for one, other in zip(ordered, ordered[half:], strict=False))
-    longest = max(starts, key=len)
-    blocks = longest.count(DELIMITER)
+    blocks = max(starts, key=len).count(DELIMITER)
     if not blocks:
-        raise DataError(
-            f"the contexts of task {task} do not begin with a prompt of their own: give --num_fewshot K with shots that"
-            " are the same for all documents, or a task with a description"
-        )
-    found = []
-    for context in contexts:
+        return None
+    found = {"": ("", "")}
+    for context in ordered:
         parts = context.split(DELIMITER)
         if len(parts) <= blocks:
             raise DataError(
-                f"task {task}: a context has fewer than the {blocks} blank lines that others' prompts have, so that its"
-                " query cannot be told: use a task whose shots are the same for all documents"
+                f"a context has fewer than the {blocks} blank lines that others' prompts have, so that its query cannot"
+                f" be told: {context[:80]!r}; use a task whose shots are the same for all documents"
             )
-        found.append((DELIMITER.join(parts[:blocks]), DELIMITER.join(parts[blocks:])))
+        found[context] = (DELIMITER.join(parts[:blocks]), DELIMITER.join(parts[blocks:]))
     return found
 
 
@@ -59,27 +56,27 @@ def _common(one: str, other: str) -> str:
 
 
 class FixedShots(ContextSampler):
-    """Draws the same shots for every document; where a document is one of them, one more is drawn for it."""
+    """Draws the same shots for every document, by lm-eval's seed; where a document is one of them, one more for it."""
+
+    def __init__(self, *args: Any, rnd: int | None = None, **kwargs: Any):
+        super().__init__(*args, rnd=rnd, **kwargs)
+        self.seed = rnd
+
+    def set_rnd(self, rnd: int | None) -> "FixedShots":
+        self.seed = rnd
+        return self
 
     def sample(self, n: int, eval_doc: Any = None, df: Any = None, **_: Any) -> list[dict[str, Any]]:
         if df:
             self.df = df
         pool = list(self.fewshot_docs())
-        order = Random(0).sample(range(len(pool)), min(n + 1, len(pool)))
+        order = Random(self.seed).sample(range(len(pool)), min(n + 1, len(pool)))
         shots = [pool[i] for i in order if pool[i] != eval_doc]
         if len(shots) < n:
-            raise DataError(
-                f"a task has {len(pool)} documents to draw shots from, too few for {n}: lower --num_fewshot"
-            )
+            raise DataError(f"a task has {len(pool)} documents for shots, too few for {n}: lower --num_fewshot")
         return shots[:n]
 
 
-@contextmanager
-def fixed_shots() -> Iterator[None]:
-    """Tasks of lm-eval that are built inside the block show all documents the same shots."""
-    before = SAMPLER_REGISTRY["default"]
+def use_fixed_shots() -> None:
+    """From now on tasks of lm-eval that are built in this process show all documents the same shots."""
     SAMPLER_REGISTRY["default"] = FixedShots
-    try:
-        yield
-    finally:
-        SAMPLER_REGISTRY["default"] = before

@@ -5,22 +5,20 @@ In: lm-eval's arguments of the model `lora_gen`. Out: a `Subject`: the edge mode
 
 import dataclasses
 import difflib
-import json
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
-from lora_gen_jax.adapters.merge import merge, merge_donated
+from lora_gen_jax.adapters.merge import merge_donated
 from lora_gen_jax.adapters.specialization import adapter_of, load_specialization
 from lora_gen_jax.commands import find_generator, relocate
 from lora_gen_jax.config import Config, EvalConfig, ModelConfig
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.evaluation.subject import Subject, content_of, digest_of, end_ids, identity_of
-from lora_gen_jax.evaluation.systems import multi_task
+from lora_gen_jax.evaluation.systems import description_of, identifier, multi_task, prompt_specializer
 from lora_gen_jax.files import text_argument
-from lora_gen_jax.generator.specialize import specialize
-from lora_gen_jax.models import Model, load_model, load_pair, make_generator
+from lora_gen_jax.models import Model, load_model, load_pair
 from lora_gen_jax.sharding import evaluation_mesh
 from lora_gen_jax.training.checkpoint import check_models, load_checkpoint, versions
 from lora_gen_jax.training.portable import DEFAULT
@@ -127,17 +125,13 @@ def load_subject(settings: Settings) -> Subject:
     if settings.checkpoint or settings.prompt or settings.prompt_from_task:
         return _with_generator(settings)
     config = ModelConfig(settings.model or "", dtype=settings.dtype or "auto")  # pyright: ignore
-    return _subject(load_model(config, evaluation_mesh()), config.source, {"method": "base"})
+    edge, made = load_model(config, evaluation_mesh()), {"method": "base"}
+    return Subject(identity_of(edge, made), edge, None, end_ids(config.source, edge), _info(edge, made))
 
 
-def _subject(edge: Model, source: str, made: dict[str, Any], params: Any = None, specialise: Any = None) -> Subject:
-    """`params` are merged weights, or None for the base's own."""
-    ends = end_ids(source, edge)
-    identity = identity_of(edge, made | {"ends": sorted(ends)})
+def _info(edge: Model, made: dict[str, Any]) -> dict[str, Any]:
     dtype = jnp.dtype(edge.decoder.dtype).name
-    info = {"lora_gen": {**made, "edge": edge.fingerprint, "dtype": dtype}, "versions": versions()}
-    model = edge if params is None else dataclasses.replace(edge, params=params)
-    return Subject(identity, lambda: model, ends, info, specialise)
+    return {"lora_gen": {**made, "edge": edge.fingerprint, "dtype": dtype}, "versions": versions()}
 
 
 def _with_specialization(settings: Settings) -> Subject:
@@ -152,7 +146,10 @@ def _with_specialization(settings: Settings) -> Subject:
     )
     made = {"method": "specialization", **special.fingerprints, "gates": content_of(special.tensors)}
     made["prompt"] = digest_of(special.prompt)
-    return _subject(edge, config.edge.source, made, merge_donated(edge.params, adapter))
+    # The base is not needed any more.
+    params = merge_donated(edge.params, adapter)
+    ends = end_ids(config.edge.source, edge)
+    return Subject(identity_of(edge, made), edge, lambda: params, ends, _info(edge, made))
 
 
 def _with_generator(settings: Settings) -> Subject:
@@ -165,25 +162,17 @@ def _with_generator(settings: Settings) -> Subject:
     text = text_argument(settings.prompt, "prompt") if settings.prompt is not None else None
     pair = load_pair(config, evaluation_mesh())
     check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")
-    made = {"method": config.method, "generator": content_of(loaded.variables)}
-    made["settings"] = digest_of(json.dumps(dataclasses.asdict(config.generator), sort_keys=True))
-    source = config.edge.source
+    made, ends = description_of(pair, loaded), end_ids(config.edge.source, pair.edge)
+    identify, info = identifier(pair, loaded), _info(pair.edge, made)
     if config.method == "lora":
-        return _subject(pair.edge, source, made, multi_task(pair, loaded))
-    made |= {"cloud": pair.cloud.fingerprint, "cloud_dtype": jnp.dtype(pair.cloud.decoder.dtype).name}
-    generator, limit = make_generator(config, pair), config.eval.prompt_limit
+        return Subject(identify(""), pair.edge, lambda: multi_task(pair, loaded), ends, info)
+    make = prompt_specializer(config, pair, loaded)
 
-    def specialise(prompt: str, keep_base: bool = True) -> Subject:
-        ids = pair.cloud.encoder.prompt(prompt)
-        generated = specialize(generator, loaded.variables, pair.cloud.params, [ids], limit)
-        into = merge if keep_base else merge_donated
-        params = into(pair.edge.params, generated.adapter.select(0))
-        return _subject(pair.edge, source, made | {"prompt": digest_of(prompt)}, params)
+    def specialise(prompt: str) -> Subject:
+        info = _info(pair.edge, made | {"prompt": digest_of(prompt)})
+        return Subject(identify(prompt), pair.edge, lambda: make(prompt), ends, info)
 
-    if text is None:
-        return _subject(pair.edge, source, made, specialise=specialise)
-    # The base is not needed any more; where the cloud model shares its weights, neither is that.
-    return specialise(text, keep_base=False)
+    return Subject(identify(""), pair.edge, None, ends, info, specialise) if text is None else specialise(text)
 
 
 def _relocated(config: Config, settings: Settings) -> Config:

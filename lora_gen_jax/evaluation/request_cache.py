@@ -20,14 +20,15 @@ class RequestCache:
 
     Args:
         directory: where to keep them; in memory alone when None.
-        identity: of the model: weights, what is merged into them, and their type.
+        identity: of the model: weights, what is merged into them, and their type; or of what is evaluated.
+        remedy: what to do when the directory cannot be used, for errors.
 
     Raises:
         OutputError: when the directory cannot be written or its file cannot be read.
     """
 
-    def __init__(self, directory: Path | None, identity: str):
-        self.identity = identity
+    def __init__(self, directory: Path | None, identity: str, remedy: str = "give another cache=DIR"):
+        self.identity, self.remedy = identity, remedy
         self.path = None if directory is None else directory / f"requests-{identity}.jsonl"
         self.results: dict[str, Any] = {}
         if self.path is None:
@@ -41,7 +42,7 @@ class RequestCache:
                     file.write(b"\n")
         except OSError as error:
             raise OutputError(
-                f"the cache {self.path} cannot be used: {error.strerror}; give another cache=DIR"
+                f"the file of finished requests {self.path} cannot be used: {error.strerror}; {remedy}"
             ) from error
         self._read(text.splitlines())
 
@@ -81,7 +82,10 @@ class RequestCache:
             return
         lines = "".join(json.dumps({"key": key, "result": result}) + "\n" for key, result in results.items())
         try:
+            # Another process that evaluates the same may have finished, and removed it.
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
                 file.write(lines.encode())
         except OSError as error:
-            raise OutputError(f"the cache {self.path} cannot be written: {error.strerror}") from error
+            message = f"finished requests cannot be written to {self.path}: {error.strerror}; {self.remedy}"
+            raise OutputError(message) from error

@@ -12,8 +12,11 @@ from lora_gen_jax.inference.buckets import bucket
 
 # A shorter prefix is not worth programs of its own.
 SHORTEST_PREFIX = 16
-# Keys and values held at a time, as a multiple of the tokens read at a time: a long prefix is repeated in every row.
+# Keys and values held at a time, as a multiple of the tokens read at a time: rows that write many tokens hold them.
 HELD_PER_READ = 4
+# Keys that each token of a full batch may look at: with a longer prefix fewer rows are read at a time, so that the
+# scores of attention stay in memory.
+SEEN_PER_READ = 1024
 
 
 class Group(NamedTuple):
@@ -110,26 +113,31 @@ def _overlap(one: tuple[int, ...], other: tuple[int, ...]) -> int:
     return next(i for i in range(length) if one[i] != other[i])
 
 
-def pieces(lengths: Sequence[int], held: int, batch_tokens: int, batches: int) -> Iterator[tuple[list[int], int]]:
+def pieces(
+    lengths: Sequence[int], prefix: int, new: int, batch_tokens: int, batches: int
+) -> Iterator[tuple[list[int], int]]:
     """Rows of similar length, longest first, a few batches at a time.
 
     Args:
         lengths: tokens that each row reads.
-        held: tokens more for which each row keeps keys and values: those of its prefix, those still to come.
+        prefix: tokens that all rows begin with, read before.
+        new: tokens that each row will write.
         batch_tokens: about how many tokens are read at a time.
         batches: of a piece, at most.
 
     Returns:
-        an iterator over indices of rows, and the tokens to read at a time so that keys and values fit as well.
+        an iterator over indices of rows, and the tokens to read at a time so that what is held fits as well.
     """
     queue = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while queue:
         longest = bucket(lengths[queue[0]])
-        fit = max(1, min(batch_tokens // longest, HELD_PER_READ * batch_tokens // (held + longest)))
+        held = HELD_PER_READ * batch_tokens // (longest + new)
+        seen = SEEN_PER_READ * batch_tokens // (longest * (prefix + longest))
+        fit = max(1, min(batch_tokens // longest, held, seen))
         # A power of two of rows, as batches have, so that pieces end where batches do.
         rows = 1 << (fit.bit_length() - 1)
         taken = queue[: rows * batches]
-        # Much shorter rows would be read more at a time, and each holds its prefix.
+        # Much shorter rows would be read more at a time, and each holds what it writes.
         taken = [i for i in taken if 2 * bucket(lengths[i]) > longest]
         yield taken, rows * longest
         queue = queue[len(taken) :]

@@ -14,6 +14,8 @@ from lora_gen_jax.evaluation.lm_eval_generation import Wanted, texts
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.request_plan import pieces, shared_prefixes
 from lora_gen_jax.evaluation.subject import Subject
+from lora_gen_jax.inference.buckets import bucket
+from lora_gen_jax.inference.decode import generate
 from lora_gen_jax.inference.prefix import Prefix, encode_prefix
 from lora_gen_jax.inference.rows import Request
 from lora_gen_jax.inference.scoring import score
@@ -21,6 +23,8 @@ from lora_gen_jax.inference.scoring import score
 Ids = tuple[int, ...]
 # Batches that are scored between two writes of the cache: what a stopped evaluation computes again.
 BATCHES_PER_WRITE = 8
+# Rows of a batch of answers, at most.
+ANSWERS = 16
 
 
 class Runner:
@@ -62,7 +66,7 @@ class Runner:
                     for context, continuations in (requests[i] for i in members)
                 ]
                 begun = _Begun(self.subject, prefix)
-                for piece, at_once in pieces(lengths, len(prefix), self.batch_tokens, BATCHES_PER_WRITE):
+                for piece, at_once in pieces(lengths, len(prefix), 0, self.batch_tokens, BATCHES_PER_WRITE):
                     self._score([requests[members[i]] for i in piece], keys, begun, at_once, bar)
         results = (self.cache[keys[pair]] for pair in pairs)
         return [(float(logprob), bool(greedy)) for logprob, greedy in results]
@@ -109,7 +113,7 @@ class Runner:
             group, repeat = by_wanted.setdefault(wanted, {}), 0
             while wanted.temperature and (ids, repeat) in group:
                 repeat += 1
-            drawn = (repeat, seed) if wanted.temperature else ()
+            drawn = (self.subject.end_ids, repeat, seed) if wanted.temperature else (self.subject.end_ids,)
             keys.append(group.setdefault((ids, repeat), self.key("generate", ids, wanted, *drawn)))
         with self._bar(keys, quiet, "texts") as bar:
             for wanted, group in by_wanted.items():
@@ -125,7 +129,7 @@ class Runner:
         for prefix, members in self._groups([ids for ids, _ in prompts]):
             lengths = [len(prompts[i][0]) - len(prefix) for i in members]
             begun = _Begun(self.subject, prefix)
-            for piece, _ in pieces(lengths, len(prefix) + wanted.tokens, self.batch_tokens, 1):
+            for piece, _ in pieces(lengths, len(prefix), wanted.tokens, self.batch_tokens, 1):
                 rows = [prompts[members[i]] for i in piece]
                 if not (missing := sum(keys[row] not in self.cache for row in rows)):
                     continue
@@ -135,9 +139,44 @@ class Runner:
                 self.cache.add({keys[row]: text for row, text in zip(rows, made, strict=True)})
                 bar.update(missing)
 
+    def tokens(self, contexts: Sequence[Ids], limit: int, stop_ids: Sequence[int]) -> list[list[int]]:
+        """At most `limit` greedy new ids for every context, without the id that stopped it.
+
+        Raises:
+            DataError, OutputError: as `generate` and `RequestCache.add`.
+        """
+        keys = {ids: self.key("tokens", ids, limit, sorted(stop_ids)) for ids in contexts}
+        asked = list(keys)
+        with self._bar(list(keys.values()), False, "answers") as bar:
+            for prefix, members in self._groups(asked):
+                lengths = [len(asked[i]) - len(prefix) for i in members]
+                begun = _Begun(self.subject, prefix)
+                for piece, at_once in pieces(lengths, len(prefix), limit, self.batch_tokens, 1):
+                    rows = min(ANSWERS, at_once // bucket(lengths[piece[0]]))
+                    for start in range(0, len(piece), rows):
+                        batch = [asked[members[i]] for i in piece[start : start + rows]]
+                        if missing := sum(keys[ids] not in self.cache for ids in batch):
+                            made = self._answers(batch, rows, begun, (limit, stop_ids))
+                            self.cache.add({keys[ids]: one for ids, one in zip(batch, made, strict=True)})
+                            bar.update(missing)
+        return [self.cache[keys[ids]] for ids in contexts]
+
+    def _answers(
+        self, batch: list[Ids], rows: int, begun: "_Begun", until: tuple[int, Sequence[int]]
+    ) -> list[list[int]]:
+        # Smaller batches are filled up, so that few programs are compiled.
+        rest = [ids[len(begun.ids) :] for ids in batch + [batch[0]] * (rows - len(batch))]
+        model, (limit, stop_ids) = self.subject.model, until
+        made = generate(
+            model.decoder, model.params, rest, max_new_tokens=limit, stop_ids=stop_ids, prefix=begun.prefix()
+        )
+        return [one.ids for one in made[: len(batch)]]
+
     def _groups(self, contexts: Sequence[Any]) -> Iterator[tuple[Ids, list[int]]]:
-        # A prefix must save at least one batch: it costs a pass of its own, and programs for its size.
-        yield from shared_prefixes(contexts, self.batch_tokens)
+        # A prefix must save at least one batch: it costs a pass of its own, and programs for its size. It must also
+        # fit the model; contexts that are longer than that lose their beginning when they are scored.
+        most = self.subject.edge.config.max_positions - 1
+        yield from shared_prefixes([context[:most] for context in contexts], self.batch_tokens)
 
     def _bar(self, keys: Sequence[str], quiet: bool, what: str) -> Any:
         distinct = dict.fromkeys(keys)

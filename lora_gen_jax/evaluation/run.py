@@ -8,10 +8,9 @@ import dataclasses
 import json
 import os
 import platform
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from lora_gen_jax.data.tasks import Task
 from lora_gen_jax.evaluation import harness
 from lora_gen_jax.evaluation.published import MACHINE, REASONING
 from lora_gen_jax.evaluation.request_cache import RequestCache
+from lora_gen_jax.evaluation.subject import content_of, digest_of
 from lora_gen_jax.evaluation.systems import check_methods, gates_of, load_checkpoints, make_systems
 from lora_gen_jax.evaluation.task import System, evaluate_task, scored_documents, summary
 from lora_gen_jax.files import check_output, complete_directory
@@ -37,6 +37,7 @@ from lora_gen_jax.models import Pair, load_pair
 from lora_gen_jax.sharding import evaluation_mesh
 from lora_gen_jax.training.checkpoint import Loaded, versions
 
+TITLES = {True: "seen", False: "unseen", None: "lm-eval"}
 # With more tasks the table has one column for all seen and one for all unseen tasks.
 WIDEST_TABLE = 10
 
@@ -44,7 +45,8 @@ WIDEST_TABLE = 10
 def evaluate(config: Config, checkpoint: Path | None, out: Path, shots: Sequence[int] = ()) -> dict[str, Any]:
     """Scores the config's methods on its tasks and writes `out`/results.json, and gates.json where there are gates.
 
-    What is finished is kept in a directory beside `out` until all is: an evaluation that was stopped goes on there.
+    What is finished is kept in the work directory until all is: an evaluation that was stopped goes on there. Of
+    several processes each evaluates everything, and the first writes.
 
     Args:
         config: eval.methods, eval.tasks and so on.
@@ -66,45 +68,59 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path, shots: Sequence
     pair = load_pair(config, evaluation_mesh())
     by_shots: dict[str, Any] = {}
     results: dict[str, Any] = {}
-    with unfinished(out) as journal:
+    asked = [to_json(config), {m: content_of(loaded.variables) for m, loaded in checkpoints.items()}, list(shots)]
+    with unfinished(config.directory, digest_of(json.dumps(asked, sort_keys=True))) as journal:
         for number in sorted(set(shots)) or [config.eval.shots]:
             config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, shots=number))
             systems = make_systems(config, config.eval.methods, pair, checkpoints, tasks)
             results = score_systems(config, pair, systems, tasks, journal)
-            seen = {task.name: task.seen for task in tasks}
+            seen: dict[str, bool | None] = {task.name: task.seen for task in tasks}
             if foreign:
                 add(results, harness.harness_scores(config, pair, checkpoints, foreign, journal), seen)
             by_shots[str(number)] = results["methods"]
-            print_table(results, seen, f"{number} shots")
+            if jax.process_index() == 0:
+                print_table(results, seen, f"{number} shots")
         results["checkpoints"] = {method: describe(loaded) for method, loaded in checkpoints.items()}
         if len(by_shots) > 1:
             results["by_shots"] = by_shots
         gates = gates_of(config, pair, checkpoints["lora_gen"], tasks) if "lora_gen" in checkpoints else None
-        with complete_directory(out) as temporary:
-            (temporary / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-            if gates:
-                (temporary / "gates.json").write_text(json.dumps(gates_json(gates)) + "\n", encoding="utf-8")
+        if jax.process_index() == 0:
+            with complete_directory(out) as temporary:
+                (temporary / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+                if gates:
+                    (temporary / "gates.json").write_text(json.dumps(gates_json(gates)) + "\n", encoding="utf-8")
     return results
 
 
-def add(results: dict[str, Any], more: dict[str, dict[str, dict]], seen: dict[str, bool]) -> None:
-    """Adds results of lm-eval's tasks, which count as unseen, to those of our own."""
+def add(results: dict[str, Any], more: dict[str, dict[str, dict]], seen: dict[str, bool | None]) -> None:
+    """Adds results of lm-eval's tasks to those of our own; most of them count neither as seen nor as unseen."""
     for method, tasks in more.items():
-        seen |= dict.fromkeys(tasks, False)
+        seen |= {task: harness.seen_of(task) for task in tasks}
         scored = results["methods"].get(method, {"tasks": {}})["tasks"] | tasks
         results["methods"][method] = {"tasks": scored, **summary(scored, seen)}
 
 
 @contextmanager
-def unfinished(out: Path) -> Iterator[RequestCache]:
-    """A journal of finished requests beside `out`; removed when the block ends without an error.
+def unfinished(workdir: Path, name: str) -> Iterator[RequestCache]:
+    """A journal of finished requests in a work directory; removed when the block ends without an error.
+
+    Args:
+        workdir: of the run.
+        name: what is evaluated: the same command finds its journal again, and no other one does.
 
     Raises:
         OutputError: when it cannot be written.
     """
-    directory = out.parent / f".{out.name}.unfinished"
-    yield RequestCache(directory, "evaluation")
-    shutil.rmtree(directory, ignore_errors=True)
+    if jax.process_index():
+        yield RequestCache(None, name)
+        return
+    journal = RequestCache(workdir / ".unfinished", name, "give another --workdir")
+    yield journal
+    assert journal.path is not None
+    journal.path.unlink(missing_ok=True)
+    with suppress(OSError):  # unless there are journals of other evaluations, or a run
+        journal.path.parent.rmdir()
+        workdir.rmdir()
 
 
 def gates_json(gates: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -173,7 +189,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def print_table(results: dict[str, Any], seen: dict[str, bool], title: str) -> None:
+def print_table(results: dict[str, Any], seen: dict[str, bool | None], title: str) -> None:
     """Methods as rows, tasks as columns, seen ones first: acc ± standard error in percent, as the paper's Table 2.
 
     Where all eight reasoning tasks were scored, the paper's own figures follow in a table of their own.
@@ -183,14 +199,14 @@ def print_table(results: dict[str, Any], seen: dict[str, bool], title: str) -> N
     table = Table(title=f"acc % ± standard error, {title}; AVE and HAR are the mean and the harmonic mean")
     table.add_column("method")
     for task in tasks if wide else ():
-        table.add_column(f"{task}\n{'seen' if seen[task] else 'unseen'}", justify="right")
-    for text in ("seen", "unseen"):
-        table.add_column(f"AVE of {sum(seen[t] == (text == 'seen') for t in tasks)}\n{text} tasks", justify="right")
+        table.add_column(f"{task}\n{TITLES[seen[task]]}", justify="right")
+    for kind in (True, False):
+        table.add_column(f"AVE of {sum(seen[t] is kind for t in tasks)}\n{TITLES[kind]} tasks", justify="right")
     for text in ("AVE", "HAR", "context\ntokens", "latency\nms"):
         table.add_column(text, justify="right")
     for method, result in results["methods"].items():
         scored = [result["tasks"][task] for task in tasks]
-        cells = [f"{100 * r['acc']:.1f} ± {100 * r['stderr']:.1f}" for r in scored] if wide else []
+        cells = [share_of(r) for r in scored] if wide else []
         means = (result["ave_seen"], result["ave_unseen"], result["ave"], result["har"])
         cells += ["–" if mean is None else f"{100 * mean:.1f}" for mean in means]
         cells += [mean_of([r[column] for r in scored]) for column in ("context_tokens", "latency_ms")]
@@ -199,6 +215,12 @@ def print_table(results: dict[str, Any], seen: dict[str, bool], title: str) -> N
     console.print(table)
     if set(tasks) == set(REASONING_TASKS):
         console.print(published_table())
+
+
+def share_of(result: dict[str, Any]) -> str:
+    """Accuracy and its standard error, where there is one, in percent."""
+    error = result["stderr"]
+    return f"{100 * result['acc']:.1f} ± {'–' if error is None else f'{100 * error:.1f}'}"
 
 
 def mean_of(figures: Sequence[float | None]) -> str:

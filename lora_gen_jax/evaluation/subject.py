@@ -26,21 +26,24 @@ class Subject:
 
     Attributes:
         identity: 16 hex digits of everything that its answers depend on.
-        load: the model, with the weights that answer; called when the first request is not answered yet.
+        edge: the model before anything is merged into it.
+        make: the weights that answer, called when a request is not answered yet; None for those of `edge`.
         end_ids: ids that end a generated text.
         info: what results.json says about it.
         specialise: from a prompt to the subject specialised for it; None where no prompts are to be read.
     """
 
     identity: str
-    load: Callable[[], Model]
+    edge: Model
+    make: Callable[[], Any] | None = None
     end_ids: tuple[int, ...] = ()
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
     specialise: Callable[[str], "Subject"] | None = None
 
     @cached_property
     def model(self) -> Model:
-        return self.load()
+        """With the weights that answer."""
+        return self.edge if self.make is None else dataclasses.replace(self.edge, params=self.make())
 
 
 def identity_of(edge: Model, made: dict[str, Any]) -> str:
@@ -52,7 +55,13 @@ def identity_of(edge: Model, made: dict[str, Any]) -> str:
     """
     # Another version may tokenise, generate or merge otherwise.
     known = {**made, "edge": edge.fingerprint, "dtype": jnp.dtype(edge.decoder.dtype).name, "versions": versions()}
-    return digest_of(json.dumps(known | {"tokenizer": digest_of(repr(edge.encoder.tokenizer))}, sort_keys=True))
+    return digest_of(json.dumps(known | {"tokenizer": tokenizer_digest(edge.encoder.tokenizer)}, sort_keys=True))
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """16 hex digits of what a tokenizer does, wherever its files lie."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    return digest_of(repr(sorted(tokenizer.get_vocab().items())) if fast is None else fast.to_str())
 
 
 def end_ids(source: str, model: Model) -> tuple[int, ...]:

@@ -124,15 +124,25 @@ def prompted(config: Config, pair: Pair, loaded: Loaded, tasks: Sequence[tuple[T
 
 
 def identifier(pair: Pair, loaded: Loaded) -> Callable[[str], str]:
-    """From a prompt to hex digits of everything that the model depends on which a generator makes of it."""
-    made = {
+    """From a prompt, "" for none, to hex digits of all that the model depends on which a generator makes of it."""
+    made = description_of(pair, loaded)
+
+    def identify(prompt: str) -> str:
+        ids = pair.cloud.encoder.prompt(prompt) if prompt else []
+        return identity_of(pair.edge, made | {"prompt": digest_of(repr(ids))})
+
+    return identify
+
+
+def description_of(pair: Pair, loaded: Loaded) -> dict[str, Any]:
+    """A generator and its cloud model, as JSON holds them: digests, and the settings of the generator."""
+    return {
         "method": loaded.config.method,
         "generator": content_of(loaded.variables),
         "settings": dataclasses.asdict(loaded.config.generator),
         "cloud": pair.cloud.fingerprint,
         "cloud_dtype": jnp.dtype(pair.cloud.decoder.dtype).name,
     }
-    return lambda prompt: identity_of(pair.edge, made | {"prompt": digest_of(prompt)})
 
 
 def multi_task(pair: Pair, loaded: Loaded) -> Any:

@@ -7,9 +7,10 @@ in-context learning. Documents with options are scored by log-likelihood, others
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from lora_gen_jax.config import EvalConfig
@@ -67,11 +68,13 @@ def evaluate_task(
     description = task.descriptions[0] if system.reads_prompt and task.descriptions else ""
     keeps = journal is not None and system.identity_for is not None
     identity = system.identity_for(task) if system.identity_for is not None and keeps else ""
-    subject = Subject(identity, lambda: dataclasses.replace(edge, params=system.params_for(task)))
+    subject = Subject(identity, edge, lambda: system.params_for(task))
     cache = journal if journal is not None and keeps else RequestCache(None, "")
     runner = Runner(subject, cache, settings.batch_tokens, progress or (lambda done, total: None))
     texts = [(d.id, d.query, d.response, d.options, d.contexts) for d in documents]
-    whole = runner.key("task", task.name, texts, description, [(s.query, s.response) for s in shots])
+    # Latency is part of the result, so the device is part of the key.
+    device = jax.devices()[0].device_kind
+    whole = runner.key("task", device, task.name, texts, description, [(s.query, s.response) for s in shots])
     if whole not in cache:
         score = score_options if documents[0].options else score_answers
         cache.add({whole: score(edge, runner, (documents, description, shots), settings)})
@@ -135,7 +138,7 @@ def task_prompt(task: Task, settings: EvalConfig) -> str | None:
     return system_prompt(description, shots) if description.strip() or shots else None
 
 
-def summary(tasks: dict[str, dict], seen: dict[str, bool]) -> dict[str, float | None]:
+def summary(tasks: dict[str, dict], seen: Mapping[str, bool | None]) -> dict[str, float | None]:
     """AVE (mean of `acc`) and HAR (their harmonic mean) over all tasks, and the means over seen and unseen ones."""
 
     def mean(names: list[str]) -> float | None:
@@ -145,6 +148,6 @@ def summary(tasks: dict[str, dict], seen: dict[str, bool]) -> dict[str, float | 
     return {
         "ave": mean(list(tasks)),
         "har": statistics.harmonic_mean(acc) if acc else None,
-        "ave_seen": mean([name for name in tasks if seen[name]]),
-        "ave_unseen": mean([name for name in tasks if not seen[name]]),
+        "ave_seen": mean([name for name in tasks if seen[name] is True]),
+        "ave_unseen": mean([name for name in tasks if seen[name] is False]),
     }

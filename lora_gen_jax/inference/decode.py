@@ -208,7 +208,6 @@ def _prefill(decoder: Decoder, slots: int, inputs: Inputs, batch: tuple[Any, Any
     tokens_BT, positions_BT = batch
     B, T = tokens_BT.shape
     # Slots for the new tokens come afterwards: here every query would look at them in vain.
-    # Slots for the new tokens come afterwards: here every query would look at them in vain.
     cache = KVCache.empty(decoder.config, B, T, decoder.dtype)
     hidden_BTD, cache = decoder.apply(
         {"params": inputs.params},

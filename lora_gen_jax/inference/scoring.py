@@ -138,8 +138,8 @@ def _run(
     waiting: list[tuple[list[Row], tuple[jax.Array, jax.Array]]] = []
     for batch in batches(rows, batch_tokens):
         packed = pack(batch, offset, padded_rows(len(batch), params))
-        rows = place_rows((packed.tokens_BT, packed.positions_BT, packed.segments_BT), params)
-        packed = packed.replace(tokens_BT=rows[0], positions_BT=rows[1], segments_BT=rows[2])
+        tokens, positions, segments = place_rows((packed.tokens_BT, packed.positions_BT, packed.segments_BT), params)
+        packed = packed.replace(tokens_BT=tokens, positions_BT=positions, segments_BT=segments)
         waiting.append((batch, _score_batch(decoder, params, adapter, packed, cache)))
         if len(waiting) > 1:
             yield _fetch(waiting.pop(0))

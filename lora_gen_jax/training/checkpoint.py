@@ -172,7 +172,8 @@ def load_checkpoint(path: Path) -> Loaded:
         metadata = found.metadata
         return Loaded(
             step=int(metadata["step"]),
-            variables=found.generator,
+            # On the host: on one device they could not meet models that lie on several.
+            variables=jax.device_get(found.generator),
             config=from_json(metadata["config"]),
             fingerprints=metadata["fingerprints"],
             versions=metadata["versions"],

@@ -254,7 +254,7 @@ def test_the_cpus_attention_is_the_accelerators(heads):
     positions = padded([[1] * 9, [1] * 5, [1] * 7], 9)[1]
     mask = attention.visible(positions, positions)
     config = dataclasses.replace(EDGE, attention_scale=0.7)
-    ours = attention.attend(q, (k, v), mask, config)
+    ours = attention.attend(q, [(k, v)], mask, config)
     theirs = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=0.7)
     real = positions >= 0
     assert np.max(np.abs(np.asarray(ours - theirs)[real])) <= 1e-5
@@ -267,7 +267,7 @@ def test_attention_is_a_plain_loop_over_visible_keys():
     positions = np.array([[0, 1, 2, 3, 4]], np.int32)
     mask = attention.visible(positions, positions) & attention.within_window(positions, positions, 2)
     config = dataclasses.replace(EDGE, attention_scale=0.9, attention_softcap=1.5)
-    ours = np.asarray(attention.attend(jnp.asarray(q), (jnp.asarray(k), jnp.asarray(v)), mask, config))
+    ours = np.asarray(attention.attend(jnp.asarray(q), [(jnp.asarray(k), jnp.asarray(v))], mask, config))
     for t in range(5):
         for n in range(4):
             keys = [s for s in range(5) if t - 2 < s <= t]
@@ -275,6 +275,21 @@ def test_attention_is_a_plain_loop_over_visible_keys():
             weight = np.exp(score) / np.exp(score).sum()
             expected = sum(w * v[0, s, n // 2] for w, s in zip(weight, keys, strict=True))
             np.testing.assert_allclose(ours[0, t, n], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_keys_that_rows_share_are_as_if_each_row_had_them(cap):
+    rng = np.random.default_rng(2)
+    q, k, v = (jnp.asarray(rng.standard_normal((3, 5, n, 4), np.float32)) for n in (4, 2, 2))
+    shared = [jnp.asarray(rng.standard_normal((1, 6, 2, 4), np.float32)) for _ in range(2)]
+    mask = jnp.asarray(rng.random((3, 5, 11)) < 0.6).at[:, :, 0].set(True)
+    config = dataclasses.replace(EDGE, attention_scale=0.9, attention_softcap=cap)
+    repeated = [
+        jnp.concatenate([jnp.broadcast_to(a, (3, 6, 2, 4)), b], axis=1) for a, b in zip(shared, (k, v), strict=True)
+    ]
+    whole = attention.attend(q, [tuple(repeated)], mask, config)
+    parts = attention.attend(q, [tuple(shared), (k, v)], mask, config)
+    np.testing.assert_allclose(parts, whole, atol=1e-6)
 
 
 def test_an_unknown_recomputation_policy_is_named():

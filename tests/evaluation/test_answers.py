@@ -5,10 +5,11 @@ import pytest
 
 from lora_gen_jax.config import EvalConfig, ModelConfig
 from lora_gen_jax.data.pocket.suite import find
+from lora_gen_jax.data.pocket.world import ATTRIBUTES
 from lora_gen_jax.data.prompts import evaluation_shots
 from lora_gen_jax.data.tasks import Example, Task
 from lora_gen_jax.errors import DataError
-from lora_gen_jax.evaluation import answers
+from lora_gen_jax.evaluation import answers, request_runner
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.request_runner import Runner
 from lora_gen_jax.evaluation.subject import Subject
@@ -31,7 +32,7 @@ def _quick(monkeypatch):
 
 
 def runner(edge):
-    return Runner(Subject("", lambda: edge), RequestCache(None, ""), 64)
+    return Runner(Subject("", edge), RequestCache(None, ""), 8192)
 
 
 def test_a_model_that_reads_shots_stops_where_the_next_one_would_start(edge):
@@ -51,19 +52,21 @@ def test_another_answer_is_no_match(edge):
 
 
 def test_many_documents_are_answered_in_batches_and_in_order(edge, monkeypatch):
-    documents = [Example(str(i), f"{thing}:", f" {thing}") for i, thing in enumerate(["owl", "cow", "dog"] * 7)]
+    things = sorted({thing for attribute in ATTRIBUTES for thing in attribute.values})[:21]
+    documents = [Example(thing, f"{thing}:", f" {thing}") for thing in things]
     batches = []
 
     def echo(decoder, params, rows, **settings):
         batches.append(len(rows))
         return [Generation(edge.encoder.text(" " + edge.encoder.decode(row)[:-1]), "stop", []) for row in rows]
 
-    monkeypatch.setattr(answers, "generate", echo)
+    monkeypatch.setattr(request_runner, "generate", echo)
     read = answers.contexts(edge, documents, "", ())
     swapped = [*read[1:], read[0]]
     assert all(answers.exact_matches(runner(edge), documents, read))
     assert sum(answers.exact_matches(runner(edge), documents, swapped)) == 0
-    assert set(batches) == {answers.ROWS}
+    # Two of all rows, and what a second question about the same rows repeats.
+    assert set(batches) == {request_runner.ANSWERS}
 
 
 def test_what_is_cut_off():

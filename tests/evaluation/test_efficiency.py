@@ -209,14 +209,17 @@ def test_systems_take_turns_and_the_first_turn_is_dropped():
         def once(self) -> dict[str, float]:
             return {}
 
-        def answer(self, rows: int) -> tuple[float, float, list[int]]:
-            calls.append((self.name, rows))
-            return 1.0, float(len(calls)), [7]
+        def answer(self) -> tuple[float, float, list[int]]:
+            return 1.0, self.batch(1), [7]
 
-    found = measure({"a": Fake("a"), "b": Fake("b")}, [2], 2)
+        def batch(self, rows: int) -> float:
+            calls.append((self.name, rows))
+            return float(len(calls))
+
+    found = measure({"a": Fake("a"), "b": Fake("b")}, [1, 2], 2)
     assert calls == [("a", 1), ("b", 1)] * 3 + [("a", 2), ("b", 2)] * 3
     assert (found["a"].total, found["b"].total) == ([3.0, 5.0], [4.0, 6.0])
-    assert found["b"].batches == {2: [10.0, 12.0]}
+    assert found["b"].batches == {1: [4.0, 6.0], 2: [10.0, 12.0]}
 
 
 def test_report_fits_the_screen(results: dict[str, Any], capsys: pytest.CaptureFixture[str]):

@@ -14,13 +14,14 @@ from lora_gen_jax.config import EvalConfig
 from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.tasks import Example, Task
 from lora_gen_jax.errors import CheckpointError, DataError, OutputError
-from lora_gen_jax.evaluation import answers, request_runner, run
+from lora_gen_jax.evaluation import request_runner, run, systems
 from lora_gen_jax.evaluation.choices import metrics
 from lora_gen_jax.evaluation.run import evaluate
 from lora_gen_jax.evaluation.systems import make_systems
 from lora_gen_jax.evaluation.task import System, evaluate_task, summary, task_prompt
 from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.models import load_pair, make_generator
+from lora_gen_jax.sharding import make_mesh
 from lora_gen_jax.training.checkpoint import load_checkpoint
 
 QUICK = EvalConfig(shots=2, batch_tokens=64)
@@ -170,11 +171,12 @@ def test_ave_and_har_by_hand():
 
 
 def test_evaluate_writes_the_layout_and_the_specialised_model_has_learnt_its_tasks(tmp_path):
-    config = dataclasses.replace(trained(), eval=dataclasses.replace(trained().eval, batch_tokens=64))
-    results = evaluate(config, None, tmp_path / "out")
+    settings = dataclasses.replace(trained().eval, batch_tokens=64)
+    config = dataclasses.replace(trained(), eval=settings, workdir=tmp_path / "run")
+    results = evaluate(config, trained().directory, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["gates.json", "results.json"]
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert not (tmp_path / "run").exists()
     gates = json.loads((tmp_path / "out" / "gates.json").read_text())["tasks"]
     assert list(gates) == ["warm", "count"]
     assert np.shape(gates["warm"])[1] == 4
@@ -257,21 +259,16 @@ def test_scoring_leaves_the_base_weights_alone(pair):
 
 
 def counted(monkeypatch, name, most=None):
-    """Calls of a function of `request_runner` or `answers` are noted, those that time a single answer are not.
-
-    It fails when it is called more than `most` times.
-    """
-    module = {"score": request_runner, "generate": answers}[name]
-    real, calls = getattr(module, name), []
+    """Calls of a function of `request_runner` are noted; it fails when it is called more than `most` times."""
+    real, calls = getattr(request_runner, name), []
 
     def call(*args, **kwargs):
-        if name == "score" or len(args[2]) == answers.ROWS:
-            if len(calls) == most:
-                raise KeyboardInterrupt
-            calls.append(args[2])
+        if len(calls) == most:
+            raise KeyboardInterrupt
+        calls.append(args[2])
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(module, name, call)
+    monkeypatch.setattr(request_runner, name, call)
     return calls
 
 
@@ -285,8 +282,8 @@ def without_latency(results):
 
 @pytest.mark.parametrize("kind", ["options", "free form"])
 def test_an_evaluation_that_was_stopped_finishes_alike_and_repeats_nothing(tmp_path, monkeypatch, kind):
-    config = dataclasses.replace(trained(), eval=dataclasses.replace(trained().eval, batch_tokens=16))
-    name = "score"
+    settings = dataclasses.replace(trained().eval, batch_tokens=16)
+    config, name = dataclasses.replace(trained(), eval=settings, workdir=tmp_path / "run"), "score"
     if kind == "free form":
         name = "generate"
         rows = [{k: v for k, v in row.items() if k not in ("options", "gold")} for row in color_rows()]
@@ -296,22 +293,45 @@ def test_an_evaluation_that_was_stopped_finishes_alike_and_repeats_nothing(tmp_p
     with monkeypatch.context() as patch:
         all_calls = counted(patch, name)
         whole = evaluate(config, trained().directory, tmp_path / "whole")
-    done = []
-    for most in (1, 2):
-        with monkeypatch.context() as patch:
-            calls = counted(patch, name, most)
-            with pytest.raises(KeyboardInterrupt):
-                evaluate(config, trained().directory, tmp_path / "out")
-            done += calls
-    assert not (tmp_path / "out").exists()
-    assert (tmp_path / ".out.unfinished").is_dir()
+    with monkeypatch.context() as patch:
+        done = counted(patch, name, 2)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(config, trained().directory, tmp_path / "out")
+    # Another evaluation in the same place leaves the first one's results alone.
+    other = dataclasses.replace(config, eval=dataclasses.replace(settings, limit=1, methods=("base",)))
+    evaluate(other, None, tmp_path / "other")
+    (journal,) = (tmp_path / "run" / ".unfinished").iterdir()
+    with monkeypatch.context() as patch:
+        calls = counted(patch, name, 1)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(config, trained().directory, tmp_path / "out")
+        done += calls
     with monkeypatch.context() as patch:
         calls = counted(patch, name)
+        made = patch_counter(patch, systems, "specialize")
         again = evaluate(config, trained().directory, tmp_path / "out")
-    done += calls
-    assert done == all_calls
+    assert done + calls == all_calls
     assert without_latency(again) == without_latency(whole)
-    assert not (tmp_path / ".out.unfinished").exists()
+    assert not journal.parent.exists()
+    # Once for the gates of each task; the weights of a finished task are not made again.
+    assert len(made) <= 2 + 2
+
+
+def patch_counter(monkeypatch, module, name):
+    """Notes every call of a function."""
+    real, calls = getattr(module, name), []
+    monkeypatch.setattr(module, name, lambda *args, **kwargs: (calls.append(args), real(*args, **kwargs))[1])
+    return calls
+
+
+def test_a_trained_generator_meets_models_on_several_devices(tmp_path, monkeypatch):
+    """What a checkpoint holds must not be tied to one device."""
+    settings = dataclasses.replace(trained().eval, batch_tokens=64, tasks=("warm",), methods=("lora_gen",))
+    config = dataclasses.replace(trained(), eval=settings, workdir=tmp_path / "run")
+    one = evaluate(config, trained().directory, tmp_path / "one")
+    monkeypatch.setattr(run, "evaluation_mesh", make_mesh)
+    several = evaluate(config, trained().directory, tmp_path / "several")
+    assert without_latency(several) == without_latency(one)
 
 
 def test_several_numbers_of_shots_are_scored_at_once(tmp_path):

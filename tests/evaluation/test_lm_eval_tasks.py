@@ -13,8 +13,9 @@ from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.prompts import evaluation_shots, few_shot_context
 from lora_gen_jax.data.reasoning import REASONING_TASKS
 from lora_gen_jax.errors import ConfigError, DataError
+from lora_gen_jax.evaluation.harness import result_of, seen_of
 from lora_gen_jax.evaluation.lm_eval_documents import TASKS, documents
-from lora_gen_jax.evaluation.lm_eval_prompts import FixedShots, fixed_shots, split_contexts
+from lora_gen_jax.evaluation.lm_eval_prompts import FixedShots, split_contexts, use_fixed_shots
 
 REAL = os.environ.get("LORA_GEN_DATA")
 
@@ -91,31 +92,32 @@ def test_another_seed_draws_other_shots(directory):
 def test_the_prompt_is_what_contexts_begin_with():
     prompt = "say it\n\nQ: a\nA: b\n\nQ: c\nA: d"
     contexts = [f"{prompt}\n\nQ: {letter}\nA:" for letter in "efgh"]
-    assert split_contexts("t", contexts) == [(prompt, f"Q: {letter}\nA:") for letter in "efgh"]
-    assert split_contexts("t", contexts[:1]) == [(prompt, "Q: e\nA:")]
+    wanted = {context: (prompt, context[len(prompt) + 2 :]) for context in contexts} | {"": ("", "")}
+    assert split_contexts(contexts) == wanted
     # A document that is itself among the shots has another prompt.
     other = "say it\n\nQ: c\nA: d\n\nQ: x\nA: y"
-    found = split_contexts("t", [*contexts, f"{other}\n\nQ: a\nA:"])
-    assert found[-1] == (other, "Q: a\nA:")
-    assert found[:4] == split_contexts("t", contexts)
-    # A query may have blank lines of its own.
-    found = split_contexts("t", [f"say it\n\n{a}\n\nwhat?" for a in ("one", "two", "three")])
-    assert found[1] == ("say it", "two\n\nwhat?")
+    found = split_contexts([*contexts, f"{other}\n\nQ: a\nA:"])
+    assert found == wanted | {f"{other}\n\nQ: a\nA:": (other, "Q: a\nA:")}
+    # A query may have blank lines of its own, and as many requests as it has options.
+    passages = [f"say it\n\n{a} passage\n\nwhat?" for a in ("one", "two", "three")]
+    found = split_contexts([passages[0]] * 5 + [passages[1]] * 4 + [passages[2], ""])
+    assert found[passages[1]] == ("say it", "two passage\n\nwhat?")
 
 
-def test_contexts_without_a_prompt_are_refused():
-    with pytest.raises(DataError, match="the contexts of task t do not begin with a prompt"):
-        split_contexts("t", ["Q: a\n\nQ: b", "Q: c\n\nQ: d"])
+def test_contexts_that_show_no_prompt():
+    assert split_contexts(["Q: a\n\nQ: b", "Q: c\n\nQ: d"]) is None
+    # A single document does not tell where its query begins.
+    assert split_contexts(["an article\n\na question"] * 4) is None
     with pytest.raises(DataError, match="fewer than the 1 blank lines"):
-        split_contexts("t", ["say\n\na", "say\n\nb", "c"])
+        split_contexts(["say\n\na", "say\n\nb", "c"])
 
 
-def test_fixed_shots_are_the_same_for_all_documents():
+def test_fixed_shots_are_the_same_for_all_documents(monkeypatch):
+    monkeypatch.setitem(SAMPLER_REGISTRY, "default", SAMPLER_REGISTRY["default"])
     rows = [{"x": i} for i in range(9)]
-    with fixed_shots():
-        assert SAMPLER_REGISTRY["default"] is FixedShots
-        sampler = SAMPLER_REGISTRY["default"](rows)
-    assert SAMPLER_REGISTRY["default"] is not FixedShots
+    use_fixed_shots()
+    sampler = SAMPLER_REGISTRY["default"](rows, rnd=3)
+    assert isinstance(sampler, FixedShots)
     shots = sampler.sample(3)
     assert len(shots) == 3
     assert all(sampler.sample(3, eval_doc=row) == shots for row in rows if row not in shots)
@@ -124,12 +126,20 @@ def test_fixed_shots_are_the_same_for_all_documents():
         assert len(without) == 3
         assert shot not in without
         assert [one for one in shots if one != shot] == without[:2]
+    others = [sampler.set_rnd(seed).sample(3) for seed in range(5)]
+    assert len({str(one) for one in others}) > 1
     with pytest.raises(DataError, match="too few for 10: lower --num_fewshot"):
         sampler.sample(10)
 
 
+@pytest.fixture
+def registry(monkeypatch):
+    """Models that read prompts from tasks change how lm-eval draws shots; not for the tests that follow."""
+    monkeypatch.setitem(SAMPLER_REGISTRY, "default", SAMPLER_REGISTRY["default"])
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_each_task_is_answered_by_the_model_specialised_for_its_own_prompt(tmp_path):
+def test_each_task_is_answered_by_the_model_specialised_for_its_own_prompt(tmp_path, registry, monkeypatch):
     """Scores of a model that reads prompts from the tasks, against those of a model given that prompt."""
     from lm_eval.api.instance import Instance
     from lm_eval_requests import agree
@@ -157,35 +167,52 @@ def test_each_task_is_answered_by_the_model_specialised_for_its_own_prompt(tmp_p
     assert len(texts) == 6
     with pytest.raises(ConfigError, match="whole texts have none"):
         both.loglikelihood_rolling(asked, disable_tqdm=True)
+    with pytest.raises(ConfigError, match="leave --apply_chat_template out"):
+        both.apply_chat_template([{"role": "user", "content": "red"}])
+    bare = [dataclasses.replace(one, arguments=(f"the {i}", "\nred")) for i, one in enumerate(asked)]
+    with pytest.raises(DataError, match="contexts of task one do not begin with a prompt"):
+        both.loglikelihood(bare, disable_tqdm=True)
+    # A model that goes on makes no weights for what is finished.
+    again = LoraGenLM(checkpoint=checkpoint, prompt_from_task=True, batch_tokens=64, cache=str(tmp_path / "cache"))
+    monkeypatch.setattr("lora_gen_jax.evaluation.systems.specialize", lambda *args: pytest.fail("specialised again"))
+    assert again.loglikelihood(asked, disable_tqdm=True) == got
     with pytest.raises(ConfigError, match="prompt and prompt_from_task both say"):
         LoraGenLM(checkpoint=checkpoint, prompt="x", prompt_from_task=True)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_eval_runs_tasks_of_lm_eval_beside_our_own(directory, tmp_path):
-    """The same task by name here and in lm-eval: the same figures, for every method."""
-    from helpers import trained
-
+def test_eval_runs_tasks_of_lm_eval_beside_our_own(directory, tmp_path, registry):
+    """The same task by name here and in lm-eval: the same figures, for every method and number of shots."""
     from lora_gen_jax.evaluation.run import evaluate
 
     settings = dataclasses.replace(
-        trained().eval, batch_tokens=64, shots=1, limit=4, tasks=("arc_easy", "lm_eval/lora_gen_arc_easy")
+        trained().eval, batch_tokens=64, limit=4, seed=3, tasks=("arc_easy", "lm_eval/lora_gen_arc_easy")
     )
     config = dataclasses.replace(
         trained(), eval=settings, data=dataclasses.replace(trained().data, dir=directory), workdir=tmp_path / "run"
     )
-    results = evaluate(config, trained().directory, tmp_path / "out")
-    for method, result in results["methods"].items():
-        ours, theirs = result["tasks"]["arc_easy"], result["tasks"]["lm_eval/lora_gen_arc_easy"]
-        assert (theirs["n"], theirs["metric"], theirs["latency_ms"]) == (4, "acc", None)
-        if method == "base":
-            assert [ours[k] for k in ("acc", "acc_norm", "stderr")] == [
-                theirs[k] for k in ("acc", "acc_norm", "stderr")
-            ]
-            assert ours["context_tokens"] == theirs["context_tokens"]
-        assert result["ave"] == pytest.approx((ours["acc"] + theirs["acc"]) / 2)
+    results = evaluate(config, trained().directory, tmp_path / "out", [0, 1])
+    for methods in results["by_shots"].values():
+        for result in methods.values():
+            ours, theirs = result["tasks"]["arc_easy"], result["tasks"]["lm_eval/lora_gen_arc_easy"]
+            assert (theirs["n"], theirs["metric"], theirs["latency_ms"]) == (4, "acc", None)
+            for figure in ("acc", "acc_norm", "stderr", "context_tokens"):
+                assert theirs[figure] == pytest.approx(ours[figure], abs=1e-9), figure
+            assert result["ave"] == result["ave_seen"] == ours["acc"]
+            assert result["ave_unseen"] is None
     tokens = {m: r["tasks"]["lm_eval/lora_gen_arc_easy"]["context_tokens"] for m, r in results["methods"].items()}
     assert tokens["icl"] > tokens["base"] == tokens["lora_gen"]
     unknown = dataclasses.replace(settings, tasks=("lm_eval/nothing",))
     with pytest.raises(ConfigError, match="lm-eval knows no task 'nothing'"):
         evaluate(dataclasses.replace(config, eval=unknown), None, tmp_path / "none")
+
+
+def test_figures_of_lm_eval_that_cannot_stand_beside_accuracies_are_refused():
+    better = {"acc": True, "word_perplexity": False, "f1": True}
+    found = result_of("t", {"alias": "t", "f1,none": 0.5, "f1_stderr,none": "N/A"}, better)
+    assert (found["acc"], found["stderr"], found["metric"]) == (0.5, None, "f1")
+    found = result_of("t", {"acc,first": 0.25, "acc,second": 0.75, "acc_stderr,first": 0.1}, better)
+    assert (found["acc"], found["stderr"]) == (0.25, 0.1)
+    with pytest.raises(DataError, match="lm_eval/t has no figure between 0 and 1"):
+        result_of("t", {"word_perplexity,none": 45.2}, better)
+    assert [seen_of(f"lm_eval/{t}") for t in ("arc_easy", "lora_gen_piqa", "mmlu")] == [True, False, None]

@@ -1,6 +1,7 @@
 """How requests are divided, against hand-made cases and what any division must keep."""
 
 import numpy as np
+import pytest
 
 from lora_gen_jax.evaluation.request_plan import SHORTEST_PREFIX, pieces, shared_prefixes
 from lora_gen_jax.inference.buckets import bucket
@@ -40,14 +41,20 @@ def test_every_context_is_in_one_group_and_goes_on_after_its_prefix():
             assert all(contexts[i][: len(prefix)] == prefix and len(contexts[i]) > len(prefix) for i in members)
 
 
-def test_pieces_hold_every_row_once_and_bound_what_is_held():
+@pytest.mark.parametrize(("prefix", "new"), [(1000, 0), (0, 1000), (0, 0), (5000, 20)])
+def test_pieces_hold_every_row_once_and_bound_what_is_held(prefix, new):
     lengths = np.random.default_rng(1).integers(1, 300, 200).tolist()
-    seen = []
-    for piece, tokens in pieces(lengths, held=1000, batch_tokens=512, batches=2):
+    seen, most = [], 0
+    for piece, tokens in pieces(lengths, prefix, new, batch_tokens=512, batches=2):
         seen += piece
         longest = bucket(max(lengths[i] for i in piece))
         rows = tokens // longest
+        most = max(most, rows)
         assert len(piece) <= 2 * rows
-        assert rows == 1 or rows * (1000 + longest) <= 4 * 512
+        assert rows == 1 or rows * longest <= 512
+        assert rows == 1 or rows * (new + longest) <= 4 * 512
+        assert rows == 1 or rows * longest * (prefix + longest) <= 1024 * 512
     assert sorted(seen) == list(range(200))
     assert seen == sorted(seen, key=lambda i: -lengths[i])
+    # Short rows are read many at a time unless they write much or follow a very long prefix.
+    assert most == {(1000, 0): 32, (0, 1000): 2, (0, 0): 32, (5000, 20): 4}[prefix, new]

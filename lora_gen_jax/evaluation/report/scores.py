@@ -42,11 +42,13 @@ class Scores:
         files: where the figures come from.
         tasks: names, in the order of the first file.
         methods: method → shots → result, as results.json has them.
+        checkpoints: method → the checkpoint that was scored.
     """
 
     files: list[File]
     tasks: list[str]
     methods: dict[str, dict[int, dict[str, Any]]]
+    checkpoints: dict[str, Any]
 
     @property
     def machines(self) -> str:
@@ -67,7 +69,9 @@ def gather(files: Sequence[File]) -> list[Scores]:
             names = list(next(iter(next(iter(by_shots.values())).values()))["tasks"])
             config = file.values.get("config") or {}
             settings = config.get("eval") or {}
-            key = (tuple(sorted(names)), (config.get("edge") or {}).get("source"), settings.get("limit"))
+            edge = config.get("edge") or {}
+            kept = (edge.get("source"), edge.get("dtype"), settings.get("limit"), settings.get("seed"))
+            key = (tuple(sorted(names)), *kept)
             _add(made, key, file, names, by_shots)
         except (StopIteration, KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
@@ -84,13 +88,16 @@ def _add(made: dict[Any, Scores], key: Any, file: File, names: list[str], by_sho
             new.setdefault(method, {}).setdefault(0 if method in WITHOUT_PROMPT else shots, result)
             for name in names:
                 float(result["tasks"][name]["acc"])
+    checkpoints = file.values.get("checkpoints") or {}
     while key in made:
-        known = made[key].methods
-        # Methods without a prompt are the same in both; the first file's stay.
-        if not any(s in known.get(m, {}) for m, of in new.items() for s in of if m not in WITHOUT_PROMPT):
+        known, same = made[key].methods, made[key].checkpoints
+        # Methods without a prompt are the same in both; the first file's stay. Two generators are never one line.
+        twice = any(s in known.get(m, {}) for m, of in new.items() for s in of if m not in WITHOUT_PROMPT)
+        if not twice and all(same.get(m, checkpoint) == checkpoint for m, checkpoint in checkpoints.items()):
             break
         key = (*key, "again")
-    scores = made.setdefault(key, Scores([], names, {}))
+    scores = made.setdefault(key, Scores([], names, {}, {}))
+    scores.checkpoints.update(checkpoints)
     scores.files.append(file)
     for method, of in new.items():
         for shots, result in of.items():
@@ -125,8 +132,9 @@ def task_point(result: dict[str, Any], task: str, shots: int) -> Point:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
+    """Of what was measured: tasks of lm-eval have no latency."""
     known = [value for value in values if value is not None]
-    return sum(known) / len(known) if len(known) == len(values) else None
+    return sum(known) / len(known) if known else None
 
 
 def machine_text(results: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +104,7 @@ def _tiles(own: gates.Gates) -> str:
     layers = next(iter(own.values())).shape[0]
     height = int(min(max(12 * layers, 48), 180))
     for group, names in gates.grouped(list(own)).items():
-        parts.append(f"<h3>{group}</h3><div class='tiles'>")
+        parts.append(f"<h3>{escape(group)}</h3><div class='tiles'>")
         for name in names:
             caption = f"{name} (n = {gates.effective(gates.share_of([own[name]])):.1f})"
             parts.append(small_picture(gates.tile(own[name], top), caption, height))
