@@ -3,12 +3,14 @@
 In: a path and a function that fills a directory. Out: the directory under its own name, once it is complete.
 """
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lora_gen_jax.errors import DataError, OutputError
 
@@ -45,6 +47,20 @@ def complete_directory(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def write_json(path: Path, values: Any, remedy: str = "choose another place") -> None:
+    """Replaces the file at once, so that no half of it is ever read.
+
+    Raises:
+        OutputError: when it cannot be written; the message ends with the remedy.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}; {remedy}") from error
 
 
 def text_argument(value: str, flag: str) -> str:

@@ -5,7 +5,9 @@ tokenizer adds one) stay; a query and its answer are tokenised together and then
 tokens are those the model would really read.
 """
 
+import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from lora_gen_jax.data.prompts import separator
@@ -28,6 +30,13 @@ class Encoder:
             )
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits of what the tokenizer does, wherever its files lie."""
+        fast = getattr(self.tokenizer, "backend_tokenizer", None)
+        text = repr(sorted(self.tokenizer.get_vocab().items())) if fast is None else fast.to_str()
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def end(self) -> int | None:

@@ -6,7 +6,6 @@ two tables on the screen.
 """
 
 import dataclasses
-import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -34,17 +33,15 @@ from lora_gen_jax.evaluation.agent_scoring import (
     output_limit,
 )
 from lora_gen_jax.evaluation.agent_table import METHODS, PUBLISHED, print_tables
-from lora_gen_jax.evaluation.comparison import say, write_json
+from lora_gen_jax.evaluation.comparison import say
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.run import describe, machine
-from lora_gen_jax.evaluation.subject import identity_of
-from lora_gen_jax.evaluation.systems import identifier, multi_task, specializer
-from lora_gen_jax.evaluation.task import System, task_prompt
-from lora_gen_jax.files import check_output, complete_directory
+from lora_gen_jax.evaluation.systems import base_system, multi_task_system, prompted_system
+from lora_gen_jax.files import check_output, complete_directory, write_json
 from lora_gen_jax.inference.buckets import bucket
 from lora_gen_jax.models import Pair, load_pair
 from lora_gen_jax.sharding import evaluation_mesh
-from lora_gen_jax.training.checkpoint import Loaded, check_models, load_checkpoint, versions
+from lora_gen_jax.training.checkpoint import Loaded, check_method, check_models, load_checkpoint, versions
 from lora_gen_jax.training.loop import train
 from lora_gen_jax.training.portable import DEFAULT
 from lora_gen_jax.training.prepare import prepare_directory, training_tasks
@@ -149,8 +146,7 @@ def untrained_generator(pair: Pair, named: Path | None) -> Loaded:
         CheckpointError: when it is of other models, or of another method.
     """
     loaded = load_checkpoint(named or DEFAULT)
-    if loaded.config.method != "lora_gen":
-        raise CheckpointError(f"{loaded.path} was trained with method {loaded.config.method}, not lora_gen")
+    check_method(loaded, "lora_gen")
     if named is None and loaded.fingerprints != pair.fingerprints:
         raise CheckpointError(
             "no generator is shipped for these models: name one that never saw tools with --untrained-checkpoint, or"
@@ -162,17 +158,13 @@ def untrained_generator(pair: Pair, named: Path | None) -> Loaded:
 
 def make_method(config: Config, pair: Pair, name: str, loaded: Loaded | None) -> Method:
     """The method of a row, with the tools as the whole prompt."""
-    reads, base = METHODS[name].reads_prompt, pair.edge.params
+    reads = METHODS[name].reads_prompt
     if loaded is None:
-        plain = identity_of(pair.edge, {"method": "base"})
-        return Method(System(lambda task: base, reads, lambda task: plain), True)
-    identify = identifier(pair, loaded)
+        return Method(base_system(pair, reads), True)
     if loaded.config.method == "lora":
-        merged, identity = functools.cache(functools.partial(multi_task, pair, loaded)), identify("")
-        return Method(System(lambda task: merged(), reads, lambda task: identity), True)
+        return Method(multi_task_system(pair, loaded, reads), True)
     alone = dataclasses.replace(config, eval=dataclasses.replace(config.eval, shots=0))
-    make = specializer(alone, pair, loaded)
-    return Method(System(make, False, lambda task: identify(task_prompt(task, alone.eval) or "")), False)
+    return Method(prompted_system(alone, pair, loaded), False)
 
 
 def agent_journal(config: Config) -> RequestCache:

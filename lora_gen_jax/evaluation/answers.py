@@ -4,7 +4,7 @@ In: an edge model, documents with their contexts. Out: `acc` (exact match after 
 its standard error, tokens in the edge's context and the latency of one answer.
 """
 
-import time
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from lora_gen_jax.data.prompts import few_shot_context, separator
 from lora_gen_jax.data.tasks import Example
 from lora_gen_jax.evaluation.request_runner import Runner
+from lora_gen_jax.evaluation.timing import best_of
 from lora_gen_jax.inference.buckets import power_of_two
 from lora_gen_jax.inference.decode import generate
 from lora_gen_jax.models import Model
@@ -75,11 +76,9 @@ def answer_latency(edge: Model, params: Any, documents: Sequence[Example], conte
     """Milliseconds from a document's context to its whole answer; nothing is shared with other documents."""
     times = []
     for document, context in zip(documents[:LATENCY_DOCUMENTS], contexts, strict=False):
-        limit, best = power_of_two(len(answer_ids(edge, document)) + 2), float("inf")
-        for attempt in range(LATENCY_REPEATS + 1):
-            began = time.perf_counter()
-            generate(edge.decoder, params, [context], max_new_tokens=limit, stop_ids=stops(edge, [document]))
-            # The first run may compile.
-            best = min(best, time.perf_counter() - began) if attempt else best
-        times.append(best)
+        limit = power_of_two(len(answer_ids(edge, document)) + 2)
+        run = functools.partial(
+            generate, edge.decoder, params, [context], max_new_tokens=limit, stop_ids=stops(edge, [document])
+        )
+        times.append(best_of(run, LATENCY_REPEATS)[1])
     return float(np.median(times) * 1000)

@@ -3,8 +3,8 @@
 In: a model, documents and what stands before their queries. Out: `acc`, `acc_norm`, their standard error and latency.
 """
 
+import functools
 import statistics
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +14,7 @@ from lora_gen_jax.data.prompts import few_shot_context
 from lora_gen_jax.data.tasks import Example
 from lora_gen_jax.evaluation.request_runner import Ids, Runner
 from lora_gen_jax.evaluation.standard_error import standard_error
+from lora_gen_jax.evaluation.timing import best_of
 from lora_gen_jax.inference.rows import Request
 from lora_gen_jax.inference.scoring import score
 from lora_gen_jax.models import Model
@@ -63,11 +64,12 @@ def latency(model: Model, pairs: Sequence[Sequence[tuple[Ids, Ids]]], settings: 
         by_context: dict[Ids, list[Ids]] = {}
         for context, continuation in document:
             by_context.setdefault(context, []).append(continuation)
-        requests, best = [Request(*item) for item in by_context.items()], float("inf")
-        for attempt in range(LATENCY_REPEATS + 1):
-            began = time.perf_counter()
-            score(model.decoder, model.params, requests, batch_tokens=settings.batch_tokens)
-            # The first run may compile.
-            best = min(best, time.perf_counter() - began) if attempt else best
-        times.append(best)
+        run = functools.partial(
+            score,
+            model.decoder,
+            model.params,
+            [Request(*item) for item in by_context.items()],
+            batch_tokens=settings.batch_tokens,
+        )
+        times.append(best_of(run, LATENCY_REPEATS)[1])
     return round(statistics.median(times) * 1000, 2)

@@ -6,11 +6,9 @@ directory, and a table on the screen.
 """
 
 import dataclasses
-import json
 import math
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,6 +32,7 @@ from lora_gen_jax.evaluation.systems import (
     load_checkpoints,
     make_systems,
 )
+from lora_gen_jax.files import write_json
 from lora_gen_jax.models import load_pair
 from lora_gen_jax.sharding import evaluation_mesh
 from lora_gen_jax.training.loop import train
@@ -89,13 +88,6 @@ def check_comparison(config: Config) -> None:
 def say(text: str) -> None:
     if jax.process_index() == 0:
         print(text, file=sys.stderr)
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Replaces the file at once, so that no half of it is ever read."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def report_of(results: dict[str, Any], tasks: list[Task]) -> dict[str, Any]:

@@ -15,7 +15,8 @@ import jax
 
 from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.decoder.model import Decoder
-from lora_gen_jax.evaluation.efficiency_methods import Ready, Setup, stage
+from lora_gen_jax.evaluation.efficiency_methods import Ready, Setup
+from lora_gen_jax.evaluation.timing import timed
 from lora_gen_jax.evaluation.transformers_peer import TorchAnswer, TorchPrefix, torch_answer
 from lora_gen_jax.inference import cost, decode
 from lora_gen_jax.inference.forward import forward_only
@@ -52,13 +53,13 @@ class OurSystem:
     def answer(self) -> tuple[float, float, list[int]]:
         # Two runs: the whole answer is one program without a stop, in which no token can be timed.
         r = self.ready
-        first = stage(lambda: next(decode.stream(self.decoder, r.params, [r.ids], **self._arguments)))[1]
-        made, total = stage(lambda: decode.generate(self.decoder, r.params, [r.ids], **self._arguments))
+        first = timed(lambda: next(decode.stream(self.decoder, r.params, [r.ids], **self._arguments)))[1]
+        made, total = timed(lambda: decode.generate(self.decoder, r.params, [r.ids], **self._arguments))
         return first, total, made[0].ids
 
     def batch(self, rows: int) -> float:
         r = self.ready
-        return stage(lambda: decode.generate(self.decoder, r.params, [r.ids] * rows, **self._arguments))[1]
+        return timed(lambda: decode.generate(self.decoder, r.params, [r.ids] * rows, **self._arguments))[1]
 
     @property
     def _arguments(self) -> dict[str, Any]:
@@ -78,11 +79,11 @@ class TorchSystem:
     def once(self) -> dict[str, float]:
         if self.prefix is None:
             return {}
-        return {"prefix": stage(lambda: TorchPrefix(self.hf, self.ids[: self.kept]))[1]}
+        return {"prefix": timed(lambda: TorchPrefix(self.hf, self.ids[: self.kept]))[1]}
 
     def copy(self) -> float | None:
         """Seconds of one copy of the prefix's cache."""
-        return None if self.prefix is None else min(stage(self.prefix.cache)[1] for _ in range(3))
+        return None if self.prefix is None else min(timed(self.prefix.cache)[1] for _ in range(3))
 
     def answer(self) -> tuple[float, float, list[int]]:
         made = self._decode(1)
@@ -175,9 +176,9 @@ def ms(seconds: float) -> float:
     return round(seconds * 1000, 3)
 
 
-def peak_bytes(lowered: Any) -> int | None:
+def peak_bytes(compiled: Any) -> int | None:
     """Arguments, temporaries and results of a compiled program, memory that results share with arguments once."""
-    m = lowered.compile().memory_analysis()
+    m = compiled.memory_analysis()
     if m is None:
         return None
     return m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
@@ -186,7 +187,7 @@ def peak_bytes(lowered: Any) -> int | None:
 def answer_cost(decoder: Decoder, ready: Ready, new_tokens: int) -> dict[str, Any]:
     """Memory of an answer's programs, and its multiply-adds by formula and by the compiler."""
     model, sizes = forward_only(decoder), cost.Sizes(len(ready.ids), ready.kept, new_tokens, adapter=ready.adapter_macs)
-    peaks = [peak_bytes(cost.lower_pass(model, ready.params, ready.adapter, one)) for one in sizes.executed]
+    peaks = [peak_bytes(cost.lower_pass(model, ready.params, ready.adapter, one).compile()) for one in sizes.executed]
     needed = cost.answer_macs(decoder.config, sizes)
     result: dict[str, Any] = {
         "peak_bytes": None if None in peaks else max(peak for peak in peaks if peak is not None),
@@ -215,10 +216,10 @@ def specialising_cost(setup: Setup) -> dict[str, Any]:
     whole = cost.Counted(counted.matmuls * edge.num_layers, everything)
     return {
         "cloud": {
-            "peak_bytes": peak_bytes(lower(setup.generator)),
+            "peak_bytes": peak_bytes(lower(setup.generator).compile()),
             "macs": compared(formula, cost.count(lower(unrolled))),
         },
-        "merge": {"peak_bytes": peak_bytes(merging), "macs": compared(cost.merge_macs(edge, config), whole)},
+        "merge": {"peak_bytes": peak_bytes(merging.compile()), "macs": compared(cost.merge_macs(edge, config), whole)},
     }
 
 

@@ -4,7 +4,6 @@ In: a config and flags. Out: tables on standard output, and efficiency.json in a
 """
 
 import dataclasses
-import json
 import resource
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,10 @@ from lora_gen_jax.evaluation.efficiency_methods import (
 from lora_gen_jax.evaluation.efficiency_report import PUBLISHED, derived, disagreements, print_report
 from lora_gen_jax.evaluation.efficiency_training import training_costs
 from lora_gen_jax.evaluation.run import machine
-from lora_gen_jax.files import check_output, complete_directory, text_argument
+from lora_gen_jax.files import check_output, complete_directory, text_argument, write_json
 from lora_gen_jax.generator.cloud import pack_prompts
 from lora_gen_jax.models import Pair, load_pair, make_generator
-from lora_gen_jax.training.checkpoint import check_models, find_checkpoint, versions
+from lora_gen_jax.training.checkpoint import check_method, check_models, find_checkpoint, versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +122,7 @@ def run(config: Config, flags: EfficiencyFlags, out: Path) -> dict[str, Any]:
     results |= derived(results)
     results["process_peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     with complete_directory(out) as temporary:
-        (temporary / "efficiency.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_json(temporary / "efficiency.json", results)
     print_report(results)
     if wrong := disagreements(results):
         raise ConfigError(f"formula and compiler disagree about multiply-adds: {'; '.join(wrong)}. Report this model")
@@ -147,8 +146,7 @@ def make_setup(config: Config, pair: Pair, work: Workload, named: Path | None) -
     config = dataclasses.replace(config, method="lora_gen")
     try:
         loaded = find_checkpoint(config, named)
-        if loaded.config.method != "lora_gen":
-            raise CheckpointError(f"{loaded.path} was trained with method {loaded.config.method}, not lora_gen")
+        check_method(loaded, "lora_gen")
     except CheckpointError:
         if named is not None:
             raise

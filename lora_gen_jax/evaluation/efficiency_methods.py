@@ -5,7 +5,6 @@ query, with which weights, and what has to be done once a task before the first 
 """
 
 import dataclasses
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.config import Config
 from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.evaluation.timing import timed
 from lora_gen_jax.generator.cloud import pack_prompts
 from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.inference.buckets import bucket
@@ -131,13 +131,6 @@ class Ready:
         return 0 if self.prefix is None else self.prefix.length
 
 
-def stage(work: Callable[[], Any]) -> tuple[Any, float]:
-    """A result that is ready, and the seconds it took."""
-    began = time.perf_counter()
-    result = jax.block_until_ready(work())
-    return result, time.perf_counter() - began
-
-
 def base(setup: Setup) -> Ready:
     """The query alone."""
     return Ready(setup.work.query, setup.pair.edge.params)
@@ -156,7 +149,7 @@ def icl_kept_prefix(setup: Setup) -> Ready:
         return encode_prefix(edge.decoder, edge.params, work.whole[: work.kept])
 
     return Ready(
-        work.whole[work.kept :], edge.params, prefix=read(), once=lambda: {"prefix": stage(lambda: read().cache)[1]}
+        work.whole[work.kept :], edge.params, prefix=read(), once=lambda: {"prefix": timed(lambda: read().cache)[1]}
     )
 
 
@@ -173,8 +166,8 @@ def lora_gen(setup: Setup) -> Ready:
     params = setup.pair.edge.params
 
     def once() -> dict[str, float]:
-        adapter, reading = stage(setup.specialise)
-        _, merging = stage(lambda: merge(params, adapter))
+        adapter, reading = timed(setup.specialise)
+        _, merging = timed(lambda: merge(params, adapter))
         return {"cloud": reading, "merge": merging}
 
     return Ready(setup.work.query, merge(params, setup.specialise()), once=once)

@@ -18,7 +18,7 @@ import numpy as np
 from lora_gen_jax.config import Config
 from lora_gen_jax.data.pipeline import Batch, Group, pack_groups
 from lora_gen_jax.errors import ConfigError
-from lora_gen_jax.evaluation.efficiency import ms, say
+from lora_gen_jax.evaluation.efficiency import ms, peak_bytes, say
 from lora_gen_jax.models import Pair, make_generator
 from lora_gen_jax.training.cost import (
     ATTENTION_PASSES,
@@ -99,8 +99,6 @@ def prepare(config: Config, pair: Pair, case: Case, sizes: tuple[int, int]) -> t
     state = init_state(generator, optimizer, pair.cloud.params, batch, config.train.seed)
     step = make_train_step(generator, pair.edge.decoder, optimizer, config)
     compiled = step.lower(state, pair.frozen, batch).compile()
-    m = compiled.memory_analysis()
-    peak = m and m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     cost = (lora_cost if case.method == "lora" else lora_gen_cost)(config, pair, batch)
     measured = {
         "prompts": case.prompts,
@@ -108,7 +106,7 @@ def prepare(config: Config, pair: Pair, case: Case, sizes: tuple[int, int]) -> t
         "cloud_tokens": 0 if case.method == "lora" else int(np.sum(batch.prompts.positions_BT >= 0)),
         "edge_tokens": int(np.sum(batch.positions_PT >= 0)),
         "macs": cost.total,
-        "peak_bytes": peak,
+        "peak_bytes": peak_bytes(compiled),
         "trained_parameters": sum(x.size for x in jax.tree.leaves(state.params)),
     }
     return (compiled, state, batch), measured

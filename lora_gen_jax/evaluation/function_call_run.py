@@ -18,7 +18,7 @@ from rich.table import Table
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import to_json
 from lora_gen_jax.data.function_calls import FunctionRow, load_function_calls
-from lora_gen_jax.errors import CheckpointError, DataError
+from lora_gen_jax.errors import DataError
 from lora_gen_jax.evaluation.agent_run import agent_journal, make_method, write_report
 from lora_gen_jax.evaluation.agent_scoring import Writer, Written, check_lengths, context_ids, output_limit
 from lora_gen_jax.evaluation.answers import trimmed
@@ -28,7 +28,14 @@ from lora_gen_jax.evaluation.run import describe, machine
 from lora_gen_jax.files import check_output
 from lora_gen_jax.models import Pair, load_pair
 from lora_gen_jax.sharding import evaluation_mesh
-from lora_gen_jax.training.checkpoint import Loaded, check_models, find_checkpoint, load_checkpoint, versions
+from lora_gen_jax.training.checkpoint import (
+    Loaded,
+    check_method,
+    check_models,
+    find_checkpoint,
+    load_checkpoint,
+    versions,
+)
 
 METHODS = {"base_with_tools": "base, functions in context", "lora_gen": "LoRA-Gen, no functions in context"}
 
@@ -82,8 +89,7 @@ def find_generator(config: Config, named: Path | None) -> Loaded:
     """
     trained = config.directory / "lora_gen"
     loaded = load_checkpoint(trained) if named is None and trained.is_dir() else find_checkpoint(config, named)
-    if loaded.config.method != "lora_gen":
-        raise CheckpointError(f"{loaded.path} was trained with method {loaded.config.method}, not lora_gen")
+    check_method(loaded, "lora_gen")
     return loaded
 
 

@@ -5,9 +5,7 @@ for each case on the screen, and JSON when a file is named.
 """
 
 import dataclasses
-import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +90,7 @@ def side_by_side_command(flags: SideBySide) -> None:
     """Checks what costs nothing first, then loads the models and answers."""
     from lora_gen_jax.evaluation.run import describe, machine
     from lora_gen_jax.evaluation.side_by_side_table import print_comparison
+    from lora_gen_jax.files import write_json
     from lora_gen_jax.training.checkpoint import load_checkpoint, versions
     from lora_gen_jax.training.portable import DEFAULT
 
@@ -108,7 +107,7 @@ def side_by_side_command(flags: SideBySide) -> None:
     if flags.json is not None:
         found = {"checkpoint": describe(loaded), "edge": loaded.config.edge.source, "chat": flags.chat}
         found |= {"machine": machine(), "versions": versions()}
-        write_json(flags.json, found | {"cases": [dataclasses.asdict(one) for one in compared]})
+        write_json(flags.json, found | {"cases": [dataclasses.asdict(one) for one in compared]}, "name another --json")
 
 
 def given_case(flags: SideBySide) -> Case | None:
@@ -157,6 +156,7 @@ class Sides:
             ModelError: with `chat`, where the edge model has no chat template.
         """
         from lora_gen_jax.adapters.merge import merge
+        from lora_gen_jax.evaluation.timing import best_of
         from lora_gen_jax.generator.specialize import specialize
 
         base, limit = self.pair.edge.params, self.loaded.config.eval.prompt_limit
@@ -167,10 +167,10 @@ class Sides:
             made = specialize(self.generator, self.loaded.variables, self.pair.cloud.params, [ids], limit)
             return made.adapter.select(0)
 
-        adapter, cloud_ms = timed(read)
-        params, merge_ms = timed(lambda: merge(base, adapter))
+        adapter, reading = best_of(read, REPEATS)
+        params, merging = best_of(lambda: merge(base, adapter), REPEATS)
         left, right = self.answers([(base, whole), (params, alone)])
-        return Comparison(case, left, right, len(ids), cloud_ms, merge_ms)
+        return Comparison(case, left, right, len(ids), 1000 * reading, 1000 * merging)
 
     def contexts(self, case: Case) -> tuple[list[int], list[int]]:
         """Ids of prompt and input together, and of the input alone."""
@@ -182,20 +182,22 @@ class Sides:
 
     def answers(self, sides: Sequence[tuple[Any, list[int]]]) -> list[Side]:
         """Answers of several (weights, context); they take turns, so that a slow moment of the machine hits all."""
+        from lora_gen_jax.evaluation.timing import timed
+
         first: list[list[float]] = [[] for _ in sides]
         total: list[list[float]] = [[] for _ in sides]
         made: list[Any] = [None] * len(sides)
         for turn in range(REPEATS + 1):
             for i, (params, ids) in enumerate(sides):
-                _, until_first = clocked(lambda p=params, x=ids: next(self.decode("stream", p, x), None))
-                generations, until_last = clocked(lambda p=params, x=ids: self.decode("generate", p, x))
+                _, until_first = timed(lambda p=params, x=ids: next(self.decode("stream", p, x), None))
+                generations, until_last = timed(lambda p=params, x=ids: self.decode("generate", p, x))
                 made[i] = generations[0]
                 if turn:  # the first compiles
                     first[i].append(until_first)
                     total[i].append(until_last)
         decode = self.pair.edge.encoder.decode
         return [
-            Side(decode(g.ids), g.finish, len(ids), len(g.ids), min(f), min(t))
+            Side(decode(g.ids), g.finish, len(ids), len(g.ids), 1000 * min(f), 1000 * min(t))
             for g, (_, ids), f, t in zip(made, sides, first, total, strict=True)
         ]
 
@@ -206,32 +208,3 @@ class Sides:
         edge = self.pair.edge
         stop = [] if edge.encoder.end is None else [edge.encoder.end]
         return getattr(decode, how)(edge.decoder, params, [ids], max_new_tokens=self.max_new_tokens, stop_ids=stop)
-
-
-def clocked(work: Callable[[], Any]) -> tuple[Any, float]:
-    """A result that is ready, and the milliseconds it took."""
-    import jax
-
-    began = time.perf_counter()
-    result = jax.block_until_ready(work())
-    return result, 1000 * (time.perf_counter() - began)
-
-
-def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """A result, and the best of its milliseconds after a run that compiles."""
-    work_ms = [clocked(work) for _ in range(REPEATS + 1)]
-    return work_ms[-1][0], min(ms for _, ms in work_ms[1:])
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Replaces the file at once.
-
-    Raises:
-        OutputError: when it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"--json {path} cannot be written: {error.strerror}; name another file") from error

@@ -55,13 +55,7 @@ def identity_of(edge: Model, made: dict[str, Any]) -> str:
     """
     # Another version may tokenise, generate or merge otherwise.
     known = {**made, "edge": edge.fingerprint, "dtype": jnp.dtype(edge.decoder.dtype).name, "versions": versions()}
-    return digest_of(json.dumps(known | {"tokenizer": tokenizer_digest(edge.encoder.tokenizer)}, sort_keys=True))
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """16 hex digits of what a tokenizer does, wherever its files lie."""
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    return digest_of(repr(sorted(tokenizer.get_vocab().items())) if fast is None else fast.to_str())
+    return digest_of(json.dumps(known | {"tokenizer": edge.encoder.digest}, sort_keys=True))
 
 
 def end_ids(source: str, model: Model) -> tuple[int, ...]:

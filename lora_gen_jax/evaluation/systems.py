@@ -6,7 +6,7 @@ weights for a task, and whether the edge reads the prompt.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from lora_gen_jax.evaluation.task import System, task_prompt
 from lora_gen_jax.generator.lora_gen import Generated
 from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.models import Pair, make_generator
-from lora_gen_jax.training.checkpoint import Loaded, check_models, find_checkpoint, load_checkpoint
+from lora_gen_jax.training.checkpoint import Loaded, check_method, check_models, find_checkpoint, load_checkpoint
 
 # Each method with the method whose checkpoint it needs.
 METHODS = {"base": None, "icl": None, "lora": "lora", "lora_gen": "lora_gen", "shuffled": "lora_gen"}
@@ -59,8 +59,7 @@ def load_checkpoints(config: Config, methods: Sequence[str], named: Path | None)
             continue
         own = method == config.method
         found[method] = loaded = find_checkpoint(config, named) if own else beside(named or config.directory, method)
-        if loaded.config.method != method:
-            raise CheckpointError(f"{loaded.path} was trained with method {loaded.config.method}, not {method}")
+        check_method(loaded, method)
     return found
 
 
@@ -94,32 +93,43 @@ def make_systems(
         CheckpointError: when a checkpoint was trained on other models.
         ConfigError: for "shuffled" with a single task.
     """
-    base, systems = pair.edge.params, {}
+    systems = {}
     check_tasks(methods, tasks)
     for loaded in checkpoints.values():
         check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")
-    plain = identity_of(pair.edge, {"method": "base"})
     for method in methods:
         if method in ("base", "icl"):
-            systems[method] = System(lambda task: base, method == "icl", lambda task: plain)
+            systems[method] = base_system(pair, reads_prompt=method == "icl")
         elif method == "lora":
-            merged = functools.cache(functools.partial(multi_task, pair, checkpoints["lora"]))
-            made = identifier(pair, checkpoints["lora"])("")
-            systems[method] = System(lambda task, make=merged: make(), False, lambda task, made=made: made)
+            systems[method] = multi_task_system(pair, checkpoints["lora"])
         else:
             others = [*tasks[1:], tasks[0]] if method == "shuffled" else tasks
-            systems[method] = prompted(config, pair, checkpoints["lora_gen"], list(zip(tasks, others, strict=True)))
+            prompts = {id(task): other for task, other in zip(tasks, others, strict=True)}
+            systems[method] = prompted_system(config, pair, checkpoints["lora_gen"], prompts)
     return systems
 
 
-def prompted(config: Config, pair: Pair, loaded: Loaded, tasks: Sequence[tuple[Task, Task]]) -> System:
-    """LoRA-Gen, where every first task is given the prompt of the second."""
-    other = {id(task): source for task, source in tasks}
+def base_system(pair: Pair, reads_prompt: bool) -> System:
+    """The edge model as it is."""
+    params, identity = pair.edge.params, identity_of(pair.edge, {"method": "base"})
+    return System(lambda task: params, reads_prompt, lambda task: identity)
+
+
+def multi_task_system(pair: Pair, loaded: Loaded, reads_prompt: bool = False) -> System:
+    """The edge model with a LoRA that is the same for all tasks; merged when it is first needed."""
+    merged, identity = functools.cache(functools.partial(multi_task, pair, loaded)), identifier(pair, loaded)("")
+    return System(lambda task: merged(), reads_prompt, lambda task: identity)
+
+
+def prompted_system(config: Config, pair: Pair, loaded: Loaded, prompts: Mapping[int, Task] | None = None) -> System:
+    """LoRA-Gen: every task with its own prompt, or with that of the task which `prompts` has for its `id`."""
     make, identify = specializer(config, pair, loaded), identifier(pair, loaded)
+
+    def source(task: Task) -> Task:
+        return task if prompts is None else prompts[id(task)]
+
     return System(
-        lambda task: make(other[id(task)]),
-        False,
-        lambda task: identify(task_prompt(other[id(task)], config.eval) or ""),
+        lambda task: make(source(task)), False, lambda task: identify(task_prompt(source(task), config.eval) or "")
     )
 
 

@@ -205,6 +205,16 @@ def metadata_of(config: Config, fingerprints: dict[str, str], step: int) -> dict
     return {"step": step, "config": to_json(config), "fingerprints": fingerprints, "versions": versions()}
 
 
+def check_method(loaded: Loaded, method: str) -> None:
+    """A checkpoint must hold the method that is asked of it.
+
+    Raises:
+        CheckpointError: when it was trained with another one.
+    """
+    if loaded.config.method != method:
+        raise CheckpointError(f"{loaded.path} was trained with method {loaded.config.method}, not {method}")
+
+
 def check_models(expected: dict[str, str], found: dict[str, str], what: str) -> None:
     """A generator works with the models it was trained on alone.
 
