@@ -14,12 +14,33 @@ class ModelConfig:
         dtype: of weights and activations; "auto" is bfloat16 on an accelerator and float32 on a CPU.
         remat: what the backward pass keeps of each layer: none (everything), dots (matmul results), full (nothing).
         unroll: layers per iteration of the scan over layers; more compile longer.
+        attention: kernel of the training pass: grouped (ours, fastest on a CPU), xla (`jax.nn.dot_product_attention`),
+            cudnn (the same through the GPU's flash kernel), splash (the TPU's flash kernel); auto is splash on a TPU,
+            grouped on a CPU, xla elsewhere. Calls that a flash kernel cannot do take xla, or grouped with a soft-cap.
     """
 
     source: str = "smollm2-135m"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: Literal["none", "dots", "full"] = "none"
     unroll: int = 1
+    attention: Literal["auto", "grouped", "xla", "cudnn", "splash"] = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How a training job's devices are arranged; one size may be -1, which takes what the others leave.
+
+    Rows of a batch are split over data and fsdp. Several TPU slices lie along data, which must be a multiple of them.
+
+    Attributes:
+        data: copies of the frozen weights.
+        fsdp: devices that a copy's weights are spread over; each layer's are gathered where they are used.
+        model: devices that share the heads and FFN columns of a row, for jobs with fewer prompts than devices.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    model: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +111,9 @@ class DataConfig:
         response_slots: answer tokens of an edge row that are learned from.
         min_shots, max_shots: shots in a training prompt, drawn evenly, both included.
         query_length: longest query with its answer; longer ones are left out of training.
+        rows_per_block: rows of the cloud's batch that are packed together, so that long prompts meet short ones. What a
+            row holds depends on this number and never on the number of processes, each of which takes whole blocks.
+        workers: processes that build batches ahead; 0 builds them in a thread.
         edge_reads_prompt: a row of the edge begins with the prompt, which all its queries read; only for method lora.
     """
 
@@ -107,6 +131,8 @@ class DataConfig:
     min_shots: int = 1
     max_shots: int = 5
     query_length: int = 1024
+    rows_per_block: int = 8
+    workers: int = 0
     edge_reads_prompt: bool = False
 
 
@@ -177,6 +203,7 @@ class Config:
             that learn are trained alike, each in a directory of its own inside the work directory.
         cloud: reads the prompt.
         edge: is specialised.
+        mesh: the devices' arrangement; a run may go on with another one.
         workdir: everything a run writes; left out, runs/<name>.
     """
 
@@ -185,6 +212,7 @@ class Config:
     compare: tuple[str, ...] = ()
     cloud: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     edge: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     generator: GeneratorConfig = dataclasses.field(default_factory=GeneratorConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)

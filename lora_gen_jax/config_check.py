@@ -20,6 +20,7 @@ POSITIVE = (
     "data.queries_per_prompt",
     "data.response_slots",
     "data.query_length",
+    "data.rows_per_block",
     "train.steps",
     "train.validate_every",
     "train.checkpoint_every",

@@ -1,7 +1,12 @@
 """Names of array axes and the mesh axes they are split over: one table, loud about typos.
 
-In: logical axis names written beside each parameter. Out: `NamedSharding`s for a mesh with the axes
-``data`` (batch rows), ``fsdp`` (batch rows and frozen weights) and ``model`` (tensor parallelism).
+In: logical axis names written beside each parameter and activation. Out: `NamedSharding`s, and constraints inside
+compiled programs, for a mesh with the axes ``data`` (batch rows), ``fsdp`` (batch rows and frozen weights) and
+``model`` (heads, FFN columns and, between them, tokens).
+
+A frozen weight is stored in pieces over `fsdp` and `model`. Where a layer uses it, it is gathered over `fsdp` (every
+device then computes its own rows with the whole matrix) and stays split over `model` (every device computes its
+heads or columns of the same rows). What is trained is small and lies whole on every device.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,17 +14,20 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_gen_jax.errors import ConfigError
 
 MESH_AXES = ("data", "fsdp", "model")
 
-# Logical axis -> mesh axis. A weight is split over `model` along the axis that its matmul does not contract
-# first, and over `fsdp` along the other.
 LOGICAL_RULES: dict[str, str | tuple[str, ...] | None] = {
-    "layers": None,
+    # Axes of activations.
     "batch": ("data", "fsdp"),
+    "length": "model",
+    # Axes of weights. One is split over `model`, along the axis that its matmul does not contract first; another over
+    # `fsdp`, to be stored.
+    "layers": None,
     "vocab": "model",
     "embed": "fsdp",
     "heads": "model",
@@ -42,6 +50,36 @@ def spec(*axes: str | None) -> PartitionSpec:
     return PartitionSpec(*(None if axis is None else LOGICAL_RULES[axis] for axis in axes))
 
 
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x`, split inside a compiled program as the logical names of its axes say; None is an axis that is not split.
+
+    Without a mesh in the context (`jax.set_mesh`) nothing happens, so that modules work on one device as they are.
+    An axis that its mesh axes do not divide is left whole.
+
+    Raises:
+        ConfigError: for a name that is not in `LOGICAL_RULES`.
+    """
+    wanted, mesh = spec(*axes), jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    kept = (part if size % _size(mesh, part) == 0 else None for size, part in zip(x.shape, wanted, strict=True))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
+
+
+def mesh_size(axis: str) -> int:
+    """Devices that a logical axis is split over in the mesh of the context; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else _size(mesh, spec(axis)[0])
+
+
+def _size(mesh: Any, part: str | tuple[str, ...] | None) -> int:
+    names = () if part is None else (part,) if isinstance(part, str) else part
+    size = 1
+    for name in names:
+        size *= mesh.shape[name]
+    return size
+
+
 def partitioned(init: Callable[..., jax.Array], *axes: str) -> Callable[..., Any]:
     """An initialiser whose result carries its logical axes; the names are checked here."""
     spec(*axes)
@@ -51,18 +89,29 @@ def partitioned(init: Callable[..., jax.Array], *axes: str) -> Callable[..., Any
 def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices, or those given; one of the sizes may be -1 and takes what the others leave.
 
+    On several TPU slices `data` runs over the slices first: only what is summed or gathered over `data` crosses the
+    network between them, which is the trainable tree's gradient.
+
     Raises:
-        ConfigError: when the sizes do not multiply to the number of devices.
+        ConfigError: when the sizes do not multiply to the number of devices, or `data` is no multiple of the slices.
     """
-    sizes, count = [data, fsdp, model], jax.device_count() if devices is None else len(devices)
+    devices = jax.devices() if devices is None else list(devices)
+    sizes, count = [data, fsdp, model], len(devices)
     known = 1
     for size in sizes:
         known *= size if size != -1 else 1
-    if sizes.count(-1) > 1 or count % known or (-1 not in sizes and known != count):
+    if sizes.count(-1) > 1 or known < 1 or count % known or (-1 not in sizes and known != count):
         raise ConfigError(f"mesh sizes data={data}, fsdp={fsdp}, model={model} do not fit {count} devices")
     sizes = [count // known if size == -1 else size for size in sizes]
     # Linen's boxed initialisers need Auto axes; jax.make_mesh makes Explicit ones by default.
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
+    if sizes[0] % slices:
+        raise ConfigError(f"mesh.data = {sizes[0]} must be a multiple of the {slices} slices that the devices are on")
+    within, across = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices=devices), MESH_AXES, axis_types=types)
 
 
 def evaluation_mesh() -> Mesh | None:

@@ -4,6 +4,7 @@ In: a config. Out: lines on standard output. The matmul rate is measured before 
 is taken, so that the share is not flattered by a slow moment.
 """
 
+import dataclasses
 import statistics
 import time
 
@@ -32,7 +33,7 @@ def bench(config: Config) -> dict[str, float]:
     if config.method != "lora_gen":
         raise ConfigError(f"method is {config.method}; the multiply-adds of a step are counted for lora_gen alone")
     keep_freed_memory()
-    mesh = make_mesh()
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
     pair = load_pair(config, mesh)
     sampler = make_sampler(config, pair, training_tasks(config), "train")
     assert sampler is not None

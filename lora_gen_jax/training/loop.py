@@ -67,7 +67,7 @@ def train(config: Config) -> TrainState:
     # Tasks and models first: bad input must not leave a work directory behind.
     tasks = training_tasks(config)
     keep_freed_memory()
-    mesh = make_mesh()
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
     pair = load_pair(config, mesh)
     check_shapes(config, pair, mesh)
     shard = Shard(jax.process_index(), jax.process_count())
