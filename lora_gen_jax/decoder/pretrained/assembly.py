@@ -2,13 +2,15 @@
 
 In: a `DecoderConfig` and a `Checkpoint` (Hugging Face or GGUF). Out: nested dicts of jax arrays, layers stacked on a
 leading axis. Tensors are read in row blocks straight into the target dtype, and a sharded leaf is read one shard at
-a time, so that host memory holds the model and about one leaf more, never two copies of the model.
+a time, any other one layer at a time, so that host memory never holds two copies of a large leaf.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lora_gen_jax.decoder.config import DecoderConfig
@@ -131,8 +133,22 @@ def _load_leaf(
         return out
 
     if sharding is None:
-        return jax.device_put(part(None))
+        return _layer_by_layer(shape, dtype, part) if leaf.stacked else jax.device_put(part(None))
     return jax.make_array_from_callback(shape, sharding, part, dtype=dtype)
+
+
+def _layer_by_layer(shape: tuple[int, ...], dtype: np.dtype, part: Callable[[Index], np.ndarray]) -> jax.Array:
+    # A leaf of an 8B model is a quarter of its weights: handed over whole, it would exist twice.
+    whole = jnp.zeros(shape, dtype)
+    rest = (slice(None),) * (len(shape) - 1)
+    for layer in range(shape[0]):
+        whole = _set_layer(whole, part((slice(layer, layer + 1), *rest)), layer)
+    return whole
+
+
+@partial(jax.jit, donate_argnums=0)
+def _set_layer(whole: jax.Array, new: jax.Array, layer: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(whole, new, layer, axis=0)
 
 
 def _fill(out: np.ndarray, checkpoint: Checkpoint, name: str, index: Index, transpose: bool) -> None:

@@ -43,11 +43,14 @@ class HFCheckpoint:
 
     def __init__(self, directory: Path):
         self.description = str(directory)
-        self._shard_of: dict[str, Any] = {}
+        self._shard_of: dict[str, Path] = {}
+        self._kind_of: dict[str, tuple[tuple[int, ...], str]] = {}
         for path in _shards(directory):
-            shard = _open(path)
-            for name in shard.keys():  # noqa: SIM118 (it is no dictionary)
-                self._shard_of[name] = shard
+            with _open(path) as shard:
+                for name in shard.keys():  # noqa: SIM118 (it is no dictionary)
+                    self._shard_of[name] = path
+                    stored = shard.get_slice(name)
+                    self._kind_of[name] = (tuple(stored.get_shape()), stored.get_dtype())
 
     def __contains__(self, name: str) -> bool:
         """Whether a shard holds this tensor, under this name or without `model.`."""
@@ -55,7 +58,7 @@ class HFCheckpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape as stored: [outputs, inputs] for a linear layer."""
-        return tuple(self._slice(name).get_shape())
+        return self._kind_of[self._stored_name(name)][0]
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """tensor[index] in its stored dtype; reads only that part of the file.
@@ -68,22 +71,24 @@ class HFCheckpoint:
                 f"{self.description}: tensor {name!r} is stored as {self.stored_dtype(name)}; only "
                 f"{', '.join(_FLOATS)} are supported. Use an unquantised checkpoint"
             )
-        return self._slice(name)[index]
+        return self._read(name, index)
 
     def stored_dtype(self, name: str) -> str:
         """The dtype's name in safetensors, as BF16."""
-        return self._slice(name).get_dtype()
+        return self._kind_of[self._stored_name(name)][1]
 
     def stored_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows start..stop as stored."""
-        return self._slice(name)[start:stop]
+        return self._read(name, slice(start, stop))
 
     def _stored_name(self, name: str) -> str:
         return name if name in self._shard_of else name.removeprefix("model.")
 
-    def _slice(self, name: str) -> Any:
+    def _read(self, name: str, index: Any) -> np.ndarray:
         stored = self._stored_name(name)
-        return self._shard_of[stored].get_slice(stored)
+        # Opened anew for every part: the pages of a mapping that stays open would count as this process's memory.
+        with _open(self._shard_of[stored]) as shard:
+            return shard.get_slice(stored)[index]
 
 
 def _shards(directory: Path) -> list[Path]:

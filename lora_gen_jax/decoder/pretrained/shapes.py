@@ -1,7 +1,7 @@
 """Sizes of well-known models, for what needs a model's shape and not its weights.
 
-In: a hub id. Out: what the model's ``config.json`` says about its shape. Compiling a training step for a machine that is
-not there, and counting its flops, then need neither a download nor access to a gated repository.
+In: a hub id. Out: what the model's ``config.json`` says about its shape. Compiling a training step for a machine that
+is not there, and counting its flops, then need neither a download nor access to a gated repository.
 """
 
 from typing import Any
