@@ -1,40 +1,25 @@
-"""LoRA-Gen's training step in torch and transformers: what this project's own step is held against.
+"""LoRA-Gen in torch and transformers: the model that this project's training step is held against.
 
-In: the two frozen models as transformers has them, an experiment's config, this project's trainable parameters and
-its `Batch`es. Out: the loss, the gates and updated parameters, which have to be those of `lora_gen_jax.training.step`.
+In: the two frozen models as transformers has them, a generator's settings, and a `Batch` of tensors. Out: the
+objective, its parts and the gates, which have to be those of `lora_gen_jax.training.step.objective`.
 
 It is written as one would write it for torch: frozen layers are wrapped where a side path is added, attention is
-torch's fused kernel under a boolean mask, low-rank products are added by the matmul that makes them, the optimiser is
-the fused AdamW, and nothing is recomputed in the backward pass.
+torch's fused kernel, low-rank products are added by the matmul that makes them, unused slots get
+no logits, and nothing is recomputed in the backward pass.
 """
 
-import copy
 import dataclasses
-import math
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_gen_jax.config import Config, GeneratorConfig, TrainConfig
+from lora_gen_jax.config import GeneratorConfig
 from lora_gen_jax.data.pipeline import Batch
-from lora_gen_jax.errors import ConfigError
-from lora_gen_jax.evaluation.transformers_peer import torch_model
-from lora_gen_jax.models import Pair
 
-FAMILIES = ("llama", "qwen2")
 CLOUD_SITES = ("q", "v")
 FFN_SITES = ("gate", "up", "down")
-# Where a leaf of this project's tree lies in the torch module; a True marks matrices that are stored transposed.
-_SINGLE = {
-    ("cloud", "meta_embedding"): ("meta_embedding", False),
-    ("router", "f1"): ("f1.weight", True),
-    ("router", "f2"): ("f2.weight", True),
-    ("router", "norm", "scale"): ("norm.weight", False),
-    ("router", "norm", "bias"): ("norm.bias", False),
-}
 
 
 class LoRALinear(nn.Module):
@@ -170,120 +155,10 @@ def _wrap(module: nn.Module, site: str, wrapper: Any) -> None:
 
 def _hidden(model: Any, x_BTD: torch.Tensor, positions_BT: torch.Tensor, segments_BT: torch.Tensor) -> torch.Tensor:
     # Block-diagonal and causal. Padding sees itself: a row without any key is not a number in some kernels.
-    mask = (positions_BT[:, None, :] <= positions_BT[:, :, None]) & (positions_BT[:, None, :] >= 0)
-    mask &= segments_BT[:, None, :] == segments_BT[:, :, None]
-    mask |= torch.eye(mask.shape[-1], dtype=torch.bool)
-    positions_BT = positions_BT.clamp(min=0)
-    given = {"inputs_embeds": x_BTD, "attention_mask": mask[:, None], "position_ids": positions_BT}
+    visible_BTT = (positions_BT[:, None, :] <= positions_BT[:, :, None]) & (positions_BT[:, None, :] >= 0)
+    visible_BTT &= segments_BT[:, None, :] == segments_BT[:, :, None]
+    visible_BTT |= torch.eye(x_BTD.shape[1], dtype=torch.bool)
+    # As numbers to add, which is what torch's kernel would make of it again in every layer.
+    mask = torch.zeros_like(visible_BTT, dtype=x_BTD.dtype).masked_fill_(~visible_BTT, torch.finfo(x_BTD.dtype).min)
+    given = {"inputs_embeds": x_BTD, "attention_mask": mask[:, None], "position_ids": positions_BT.clamp(min=0)}
     return model(**given, use_cache=False).last_hidden_state
-
-
-class TorchTrainer:
-    """The model and its optimiser; `step` is one update.
-
-    Args:
-        pair: the two models of this project, whose weights are copied.
-        config: the experiment.
-        params: this project's trainable tree, copied.
-
-    Raises:
-        ConfigError: for a variant that is not written here.
-    """
-
-    def __init__(self, pair: Pair, config: Config, params: Any):
-        _check(pair, config)
-        edge = torch_model(config.edge.source, pair.edge)
-        if pair.cloud.params is pair.edge.params:
-            # Wrappers of their own around the same weights.
-            cloud = copy.deepcopy(edge, {id(weight): weight for weight in edge.parameters()})
-        else:
-            cloud = torch_model(config.cloud.source, pair.cloud)
-        self.model, self.config = TorchLoRAGen(cloud, edge, config.generator).train(), config.train
-        for path, (tensors, transposed) in self._leaves().items():
-            value = np.array(_at(params, path))
-            slices = value if len(tensors) > 1 else value.reshape(1, *tensors[0].mT.shape) if transposed else [value]
-            for tensor, one in zip(tensors, slices, strict=True):
-                tensor.data = torch.from_numpy(np.array(np.swapaxes(one, -1, -2) if transposed else one, order="C"))
-        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer, self.scheduler = make_optimizer(self.model, config.train)
-
-    def step(self, batch: Batch) -> dict[str, float]:
-        """One update on a batch of NumPy arrays; loss, CV² and the norm of the gradient before clipping."""
-        self.optimizer.zero_grad(set_to_none=True)
-        result = self.model(tensors_of(batch))
-        result.total.backward()
-        limit = math.inf if self.config.clip_norm is None else self.config.clip_norm
-        norm = nn.utils.clip_grad_norm_(self.trainable, limit)
-        self.optimizer.step()
-        self.scheduler.step()
-        return {"loss": result.loss.item(), "cv": result.cv.item(), "grad_norm": norm.item()}
-
-    def tree(self, attribute: str) -> dict[tuple[str, ...], np.ndarray]:
-        """Parameters ("data") or their gradients ("grad") by path, in the shapes of this project's tree."""
-        found = {}
-        for path, (tensors, transposed) in self._leaves().items():
-            values = [getattr(tensor, attribute).numpy() for tensor in tensors]
-            values = [np.swapaxes(value, -1, -2) if transposed else value for value in values]
-            found[path] = np.stack(values) if path[1][:2] in ("q_", "v_") else values[0]
-        return found
-
-    def _leaves(self) -> dict[tuple[str, ...], tuple[list[nn.Parameter], bool]]:
-        """Each leaf of this project's tree: the parameters it is made of, one a layer, and whether they transpose."""
-        found = {path: ([self.model.get_parameter(name)], flip) for path, (name, flip) in _SINGLE.items()}
-        attention = [layer.self_attn for layer in self.model.cloud.layers]
-        for site in CLOUD_SITES:
-            linears = [getattr(module, f"{site}_proj") for module in attention]
-            found["cloud", f"{site}_a"] = [linear.a for linear in linears], True
-            found["cloud", f"{site}_b"] = [linear.b for linear in linears], True
-        for name, tensor in self.model.pool.items():
-            found["pool", name] = [tensor], name.endswith("_a")
-        return found
-
-
-def make_optimizer(model: TorchLoRAGen, config: TrainConfig) -> tuple[torch.optim.Optimizer, Any]:
-    """AdamW with decay on matrices alone, and warm-up and cosine decay as a scheduler of single updates."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    plain = [p for name, p in named if p.ndim < 2 or "embedding" in name]
-    decayed = [p for name, p in named if p.ndim >= 2 and "embedding" not in name]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    betas = (config.beta1, config.beta2)
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
-
-    def share(updates: int) -> float:
-        count, warm = updates + 1, config.warmup_steps
-        if count < warm:
-            return count / warm
-        return 0.5 * (1 + math.cos(math.pi * (count - warm) / (config.steps + 1 - warm)))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-
-
-def tensors_of(batch: Batch) -> Batch:
-    """The batch with tensors for arrays; indices as 64-bit integers, which torch indexes with."""
-
-    def convert(value: Any) -> Any:
-        if isinstance(value, np.ndarray):
-            return torch.from_numpy(value if value.dtype == np.float32 else value.astype(np.int64))
-        return value.replace(**{f.name: convert(getattr(value, f.name)) for f in dataclasses.fields(value)})
-
-    return convert(batch)
-
-
-def _at(tree: Any, path: tuple[str, ...]) -> Any:
-    for key in path:
-        tree = tree[key]
-    return tree
-
-
-def _check(pair: Pair, config: Config) -> None:
-    s = config.generator
-    families = [model.config.family for model in (pair.cloud, pair.edge)]
-    plain = (s.generator, s.routing, s.pool, s.mix) == ("meta_tokens", "keep_top_k", "shared", "products")
-    plain = plain and s.batch_norm and not s.shared_meta_token and s.cloud_rank > 0 and s.num_experts > 1
-    if not plain or config.method != "lora_gen" or config.data.edge_reads_prompt or set(families) - set(FAMILIES):
-        raise ConfigError(
-            f"the step in torch covers method lora_gen with the paper's settings and models of {', '.join(FAMILIES)};"
-            " undo the config's changes to the generator's variant"
-        )
-    if s.dropout:
-        raise ConfigError("two libraries do not draw the same dropout: set generator.dropout to 0")

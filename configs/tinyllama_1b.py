@@ -1,18 +1,22 @@
 """Llama-3-8B-Instruct as cloud model, TinyLlama-1.1B as edge model, with the hyper-parameters of the paper's Table 10.
 
 Command:  python train.py configs/tinyllama_1b.py --data.dir DIR
-Needs accelerators and access to both models on the hub (or --cloud.source and --edge.source as directories). Four
-epochs of the five seen tasks (51,000 training queries) are about 400 steps of 64 prompts with up to 8 queries each.
+Needs:    accelerators, and access to both models on the hub (or --cloud.source and --edge.source as directories).
+          What a step takes and where it fits: python -m lora_gen_jax compile configs/tinyllama_1b.py --topology v5e:4x4
+
+Four epochs of the five seen tasks (51,000 training queries) are about 400 steps of 64 prompts with up to 8 queries.
 """
 
-from lora_gen_jax.config import Config, DataConfig, GeneratorConfig, ModelConfig, TrainConfig
+from lora_gen_jax.config import Config, DataConfig, GeneratorConfig, MeshConfig, ModelConfig, TrainConfig
 
 
 def get_config() -> Config:
     return Config(
         cloud=ModelConfig("meta-llama/Meta-Llama-3-8B-Instruct", dtype="bfloat16", remat="full"),
         edge=ModelConfig("TinyLlama/TinyLlama_v1.1", dtype="bfloat16", remat="full"),
+        # The frozen weights lie in pieces over all chips.
+        mesh=MeshConfig(data=1, fsdp=-1),
         generator=GeneratorConfig(num_experts=8, top_k=2, rank=16, alpha=16, dropout=0.05, cv_coefficient=0.01),
-        data=DataConfig(prompts_per_step=64, cloud_length=2048, edge_length=2048, queries_per_prompt=8),
+        data=DataConfig(prompts_per_step=64, cloud_length=2048, edge_length=2048, queries_per_prompt=8, workers=2),
         train=TrainConfig(steps=400, learning_rate=2e-5, warmup_steps=50, weight_decay=0.1),
     )

@@ -1,4 +1,4 @@
-"""The command line: train.py, eval.py and ``python -m lora_gen_jax specialize|generate|pack|lm_eval|agent|bench``.
+"""The command line: train.py, eval.py and ``python -m lora_gen_jax specialize|generate|pack|lm_eval|bench|compile|…``.
 
 In: arguments. Out: files, text on standard output, messages on standard error. Bad input ends with one line that
 says what to do, and status 2.
@@ -70,20 +70,42 @@ def train_main(args: Sequence[str] | None = None) -> None:
 
     def run() -> None:
         config = config_from_args("train.py", arguments)
-        from lora_gen_jax.training.loop import train
+        from lora_gen_jax.training import distributed
+        from lora_gen_jax.training.preemption import Stopped
 
-        if config.compare:
-            from lora_gen_jax.evaluation.comparison import check_comparison
-
-            check_comparison(config)
-        train(config)
-        if config.compare:
-            from lora_gen_jax.evaluation.comparison import compare
-
-            compare(config)
-        print(f"done: {config.directory}", file=sys.stderr)
+        try:
+            distributed.start(config.distributed)
+            trained_and_compared(config)
+            distributed.stop()
+        except Stopped as stopped:
+            distributed.stop()
+            distributed.say(str(stopped))
+            sys.exit(128 + stopped.signal)
+        except BaseException:
+            distributed.stop(failed=True)
+            raise
+        distributed.say(f"done: {config.directory}")
 
     guarded(run)
+
+
+def trained_and_compared(config: Config) -> None:
+    """Trains, then scores what `compare` names; of several processes each scores everything, process 0 writes.
+
+    Raises:
+        LoraGenError, Stopped: as training.
+    """
+    from lora_gen_jax.training.loop import train
+
+    if config.compare:
+        from lora_gen_jax.evaluation.comparison import check_comparison
+
+        check_comparison(config)
+    train(config)
+    if config.compare:
+        from lora_gen_jax.evaluation.comparison import compare
+
+        compare(config)
 
 
 def eval_main(args: Sequence[str] | None = None) -> None:
@@ -177,6 +199,13 @@ def lm_eval_command(arguments: list[str]) -> None:
     lm_eval_main(arguments)
 
 
+def compile_main(arguments: list[str]) -> None:
+    """``compile CONFIG.py --topology v5e:4x4``: memory, flops and bytes of an experiment's programs on TPUs."""
+    from lora_gen_jax.scaling.command import parse, run
+
+    run(*parse(arguments))
+
+
 COMMANDS = {
     "specialize": (Specialize, specialize_command, "turn a system prompt into a specialisation"),
     "generate": (Generate, generate_command, "answer an input with a specialised model"),
@@ -184,6 +213,7 @@ COMMANDS = {
     "lm_eval": (None, lm_eval_command, "evaluate with lm-evaluation-harness"),
     "agent": (None, agent_main, "train and score on tool calls, as the paper's agent table"),
     "bench": (None, bench_main, "time a config's training step against the machine's matmul rate"),
+    "compile": (None, compile_main, "memory, flops and bytes of an experiment's programs on TPUs that are not there"),
     "efficiency": (None, efficiency_main, "time, memory and multiply-adds of an answer, by method"),
     "side_by_side": (SideBySide, side_by_side_command, "the base with the prompt beside the specialised model without"),
     "report": (Report, report_command, "write report.html and figures from what runs and evaluations left"),

@@ -44,6 +44,23 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """How the processes of a training job find each other, where no TPU pod, SLURM, Open MPI or Kubernetes tells them.
+
+    Attributes:
+        coordinator: HOST:PORT of process 0, the same for all; the port must be free there.
+        processes: how many there are. With 1, and no other flag, a process stays alone whatever the system tells.
+        process: this one's number, from 0.
+        heartbeat_seconds: how long a silent process counts as alive.
+    """
+
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+    heartbeat_seconds: int = 30
+
+
+@dataclasses.dataclass(frozen=True)
 class GeneratorConfig:
     """The trainable part: cloud LoRA, meta tokens, router and expert pool.
 
@@ -204,6 +221,7 @@ class Config:
         cloud: reads the prompt.
         edge: is specialised.
         mesh: the devices' arrangement; a run may go on with another one.
+        distributed: the processes of one job; a run may go on with another number of them.
         workdir: everything a run writes; left out, runs/<name>.
     """
 
@@ -213,6 +231,7 @@ class Config:
     cloud: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     edge: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     generator: GeneratorConfig = dataclasses.field(default_factory=GeneratorConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)

@@ -3,8 +3,10 @@
 In: a config. Out: the same, or an error that names the field and the remedy, before anything is loaded or written.
 """
 
+import itertools
+
 from lora_gen_jax.adapters.protocol import SITES
-from lora_gen_jax.config import Config, DataConfig, GeneratorConfig
+from lora_gen_jax.config import Config, DataConfig, DistributedConfig, GeneratorConfig
 from lora_gen_jax.errors import ConfigError
 
 POSITIVE = (
@@ -29,6 +31,7 @@ POSITIVE = (
     "edge.unroll",
     "eval.batch_tokens",
     "eval.prompt_limit",
+    "distributed.processes",
 )
 
 
@@ -43,7 +46,8 @@ def check(config: Config) -> Config:
         value = getattr(getattr(config, part), name)
         if value is not None and value < 1:
             raise ConfigError(f"{field} is {value}; it must be at least 1")
-    for holds, message in (*_generator_rules(config.generator), *_data_rules(config.data), *_run_rules(config)):
+    parts = (_distributed_rules(config.distributed), _generator_rules(config.generator), _data_rules(config.data))
+    for holds, message in (*itertools.chain(*parts), *_run_rules(config)):
         if not holds:
             raise ConfigError(message)
     return config
@@ -66,12 +70,37 @@ def _generator_rules(g: GeneratorConfig) -> list[tuple[bool, str]]:
     ]
 
 
+def _distributed_rules(d: DistributedConfig) -> list[tuple[bool, str]]:
+    place, count = (d.coordinator, d.process), d.processes or 0
+    alone = count == 1 and place == (None, None)
+    return [
+        (
+            alone or None not in (*place, d.processes) or (*place, d.processes) == (None, None, None),
+            "distributed.coordinator, distributed.processes and distributed.process belong together: give all three, or"
+            " none where the system tells the processes of each other",
+        ),
+        (
+            d.coordinator is None or (d.coordinator.rpartition(":")[2].isdecimal() and ":" in d.coordinator),
+            f"distributed.coordinator is {d.coordinator!r}; write HOST:PORT",
+        ),
+        (
+            d.process is None or 0 <= d.process < count,
+            f"distributed.process is {d.process}; it must lie between 0 and distributed.processes - 1 = {count - 1}",
+        ),
+        (
+            d.heartbeat_seconds >= 10,
+            f"distributed.heartbeat_seconds is {d.heartbeat_seconds}; it must be at least 10",
+        ),
+    ]
+
+
 def _data_rules(d: DataConfig) -> list[tuple[bool, str]]:
     return [
         (
             d.prompts_per_step % d.prompts_per_row == 0,
             f"data.prompts_per_row = {d.prompts_per_row} must divide data.prompts_per_step = {d.prompts_per_step}",
         ),
+        (d.workers >= 0, f"data.workers is {d.workers}; it must be 0 or more"),
         (
             0 <= d.min_shots <= d.max_shots,
             f"data.min_shots = {d.min_shots} must lie between 0 and data.max_shots = {d.max_shots}",

@@ -12,7 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_gen_jax.config import Config, DataConfig, EvalConfig, GeneratorConfig, MeshConfig, ModelConfig, TrainConfig
+from lora_gen_jax.config import (
+    Config,
+    DataConfig,
+    DistributedConfig,
+    EvalConfig,
+    GeneratorConfig,
+    MeshConfig,
+    ModelConfig,
+    TrainConfig,
+)
 from lora_gen_jax.config_check import check
 from lora_gen_jax.errors import ConfigError
 
@@ -71,7 +80,7 @@ def from_json(values: dict[str, Any]) -> Config:
     Raises:
         ConfigError: for a field that this version does not know.
     """
-    nested = {"cloud": ModelConfig, "edge": ModelConfig, "mesh": MeshConfig}
+    nested = {"cloud": ModelConfig, "edge": ModelConfig, "mesh": MeshConfig, "distributed": DistributedConfig}
     nested |= {"generator": GeneratorConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig}
 
     def build(cls: Any, fields: dict[str, Any], prefix: str) -> Any:
@@ -94,7 +103,8 @@ def _from_json_value(name: str, value: Any) -> Any:
 
 
 # Where things lie and how devices are arranged may differ between two machines that continue the same run.
-PLACE_FIELDS = ("workdir", "data.dir", "data.tfds_dir", "data.workers", "mesh.data", "mesh.fsdp", "mesh.model")
+PLACE_FIELDS = {"workdir", "data.dir", "data.tfds_dir", "data.workers", "mesh.data", "mesh.fsdp", "mesh.model"}
+PLACE_FIELDS |= {f"distributed.{field.name}" for field in dataclasses.fields(DistributedConfig)}
 # What is scored afterwards does not change what is trained.
 SCORING_FIELDS = ("compare", "eval.")
 
@@ -102,7 +112,7 @@ SCORING_FIELDS = ("compare", "eval.")
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Lines 'field: old -> new' for two configs as `to_json` gives them, places and scoring left out."""
     flat_old, flat_new = _flatten(old), _flatten(new)
-    fields = sorted((flat_old.keys() | flat_new.keys()) - set(PLACE_FIELDS))
+    fields = sorted((flat_old.keys() | flat_new.keys()) - PLACE_FIELDS)
     fields = [field for field in fields if not field.startswith(SCORING_FIELDS)]
     return [f"{f}: {flat_old.get(f)!r} -> {flat_new.get(f)!r}" for f in fields if flat_old.get(f) != flat_new.get(f)]
 

@@ -65,6 +65,11 @@ def compute_dtype(name: str) -> Any:
     return jnp.dtype(name).type
 
 
+def attention_kernel(name: str, platform: str) -> str:
+    """The `Decoder.attention` of a training pass on a platform: auto is the TPU's flash kernel there."""
+    return "splash" if name == "auto" and platform == "tpu" else name
+
+
 def load_model(settings: ModelConfig, mesh: Mesh | None = None) -> Model:
     """Reads a model's config, weights and tokenizer.
 
@@ -73,7 +78,8 @@ def load_model(settings: ModelConfig, mesh: Mesh | None = None) -> Model:
     """
     source = resolve(settings.source)
     config, dtype = load_config(source), compute_dtype(settings.dtype)
-    decoder = Decoder(config, dtype, settings.remat, settings.unroll)
+    kernel = attention_kernel(settings.attention, jax.default_backend())
+    decoder = Decoder(config, dtype, settings.remat, settings.unroll, kernel)
     encoder = Encoder(load_tokenizer(source), config.vocab_size)
     shardings = None if mesh is None else param_shardings(mesh, lambda: init_params(decoder))
     return Model(decoder, load_params(source, config, dtype, shardings), encoder, fingerprint(source))
@@ -92,7 +98,8 @@ def load_pair(config: Config, mesh: Mesh | None = None) -> Pair:
     """
     edge = load_model(config.edge, mesh)
     if (config.cloud.source, config.cloud.dtype) == (config.edge.source, config.edge.dtype):
-        decoder = edge.decoder.clone(remat=config.cloud.remat, unroll=config.cloud.unroll)
+        kernel = attention_kernel(config.cloud.attention, jax.default_backend())
+        decoder = edge.decoder.clone(remat=config.cloud.remat, unroll=config.cloud.unroll, attention=kernel)
         return Pair(dataclasses.replace(edge, decoder=decoder), edge)
     return Pair(load_model(config.cloud, mesh), edge)
 
@@ -103,5 +110,11 @@ def make_generator(config: Config, pair: Pair) -> Any:
         return MultiTaskLoRA(pair.edge.config, config.generator)
     cloud = pair.cloud.decoder
     return LoRAGen(
-        cloud.config, pair.edge.config, config.generator, dtype=cloud.dtype, remat=cloud.remat, unroll=cloud.unroll
+        cloud.config,
+        pair.edge.config,
+        config.generator,
+        dtype=cloud.dtype,
+        remat=cloud.remat,
+        unroll=cloud.unroll,
+        attention=cloud.attention,
     )

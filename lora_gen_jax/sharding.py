@@ -25,6 +25,8 @@ LOGICAL_RULES: dict[str, str | tuple[str, ...] | None] = {
     # Axes of activations.
     "batch": ("data", "fsdp"),
     "length": "model",
+    # Rows while their tokens are looked up in an embedding whose columns lie over `fsdp`.
+    "lookup": "data",
     # Axes of weights. One is split over `model`, along the axis that its matmul does not contract first; another over
     # `fsdp`, to be stored.
     "layers": None,
@@ -59,11 +61,21 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     Raises:
         ConfigError: for a name that is not in `LOGICAL_RULES`.
     """
+    wanted, mesh = divided_spec(x.shape, *axes), jax.sharding.get_abstract_mesh()
+    return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, wanted)
+
+
+def divided_spec(shape: Sequence[int], *axes: str | None) -> PartitionSpec:
+    """`spec` for an array of this shape on the mesh of the context: an axis that is not divided evenly stays whole.
+
+    Raises:
+        ConfigError: for a name that is not in `LOGICAL_RULES`.
+    """
     wanted, mesh = spec(*axes), jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return x
-    kept = (part if size % _size(mesh, part) == 0 else None for size, part in zip(x.shape, wanted, strict=True))
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
+    if mesh.empty:
+        return PartitionSpec()
+    kept = (part if size % _size(mesh, part) == 0 else None for size, part in zip(shape, wanted, strict=True))
+    return PartitionSpec(*kept)
 
 
 def mesh_size(axis: str) -> int:
@@ -100,7 +112,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, devices: Sequence[A
     known = 1
     for size in sizes:
         known *= size if size != -1 else 1
-    if sizes.count(-1) > 1 or known < 1 or count % known or (-1 not in sizes and known != count):
+    if sizes.count(-1) > 1 or known < 1 or min(sizes) < -1 or count % known or (-1 not in sizes and known != count):
         raise ConfigError(f"mesh sizes data={data}, fsdp={fsdp}, model={model} do not fit {count} devices")
     sizes = [count // known if size == -1 else size for size in sizes]
     # Linen's boxed initialisers need Auto axes; jax.make_mesh makes Explicit ones by default.

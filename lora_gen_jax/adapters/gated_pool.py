@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from lora_gen_jax.adapters.lora import dropout, group_rows, require_prompt, require_single
+from lora_gen_jax.adapters.lora import dropout, group_rows, matmul_trained, require_prompt, require_single
 
 
 class GatedPool(struct.PyTreeNode):
@@ -41,12 +41,12 @@ class GatedPool(struct.PyTreeNode):
         """(α/r)·Σ_e G_pe·B_e·A_e·dropout(x) for the prompt p of each row, [B, T, outputs]."""
         if site not in self.pool:
             return None
-        a, b = (self.pool[site][name].astype(x_BTD.dtype) for name in ("a", "b"))
-        gates_PE = self.scanned["gates"].astype(x_BTD.dtype)
+        # What is gathered or mixed per prompt is cast after it: gradients are summed over prompts in fp32.
+        a, b, gates_PE = self.pool[site]["a"], self.pool[site]["b"], self.scanned["gates"]
         x_PSD = group_rows(dropout(x_BTD, self.dropout_rate, key), gates_PE.shape[0])
         if self.mix == "factors":
-            h = jnp.matmul(x_PSD, jnp.einsum("pe,edr->pdr", gates_PE, a))
-            y_PSF = jnp.matmul(h, jnp.einsum("pe,erf->prf", gates_PE, b))
+            h = jnp.matmul(x_PSD, jnp.einsum("pe,edr->pdr", gates_PE, a).astype(x_BTD.dtype))
+            y_PSF = jnp.matmul(h, jnp.einsum("pe,erf->prf", gates_PE, b).astype(x_BTD.dtype))
         else:
             y_PSF = self._sum_products(x_PSD, gates_PE, a, b)
         return y_PSF.reshape(*x_BTD.shape[:2], -1) * jnp.asarray(self.scale, x_BTD.dtype)
@@ -55,14 +55,14 @@ class GatedPool(struct.PyTreeNode):
         (P, E), (_, D, R), F = gates_PE.shape, a_EDR.shape, b_ERF.shape[-1]
         if self.top_k == E:
             # All experts side by side: one pair of matmuls for all prompts.
-            h_PSER = (x_PSD @ a_EDR.transpose(1, 0, 2).reshape(D, E * R)).reshape(P, -1, E, R)
-            h = (h_PSER * gates_PE[:, None, :, None]).reshape(P, -1, E * R)
-            return h @ b_ERF.reshape(E * R, F)
+            h_PSER = matmul_trained(x_PSD, a_EDR.transpose(1, 0, 2).reshape(D, E * R)).reshape(P, -1, E, R)
+            h = (h_PSER * gates_PE[:, None, :, None].astype(x_PSD.dtype)).reshape(P, -1, E * R)
+            return matmul_trained(h, b_ERF.reshape(E * R, F))
         # The chosen experts side by side: one pair of matmuls per prompt, K/E of the work.
         weight_PK, index_PK = jax.lax.top_k(gates_PE, self.top_k)
         a_PDX = a_EDR[index_PK].transpose(0, 2, 1, 3).reshape(P, D, self.top_k * R)
-        b_PXF = b_ERF[index_PK] * weight_PK[:, :, None, None]
-        return jnp.matmul(jnp.matmul(x_PSD, a_PDX), b_PXF.reshape(P, self.top_k * R, F))
+        b_PXF = (b_ERF[index_PK] * weight_PK[:, :, None, None]).reshape(P, self.top_k * R, F)
+        return jnp.matmul(jnp.matmul(x_PSD, a_PDX.astype(x_PSD.dtype)), b_PXF.astype(x_PSD.dtype))
 
     def weight_delta(self, site: str) -> jax.Array | None:
         """ΔW of one layer in fp32, [inputs, outputs]; for a single prompt."""

@@ -36,6 +36,28 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(bytes_ >= jnp.uint8(dropped), x * scale, jnp.zeros((), x.dtype))
 
 
+@jax.custom_vjp
+def matmul_trained(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [..., inputs] · w [inputs, outputs] in the type of x; w and its gradient are in fp32.
+
+    JAX alone would round the gradient to the type of x first, and sum that over the devices.
+    """
+    return x @ w.astype(x.dtype)
+
+
+def _matmul_forward(x, w):
+    return matmul_trained(x, w), (x, w)
+
+
+def _matmul_backward(residuals, gradient):
+    x, w = residuals
+    rows, out = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+    return gradient @ w.astype(x.dtype).T, jnp.matmul(rows.T, out, preferred_element_type=jnp.float32)
+
+
+matmul_trained.defvjp(_matmul_forward, _matmul_backward)
+
+
 class LoRA(struct.PyTreeNode):
     """The same factors for every row of the batch.
 
@@ -55,8 +77,9 @@ class LoRA(struct.PyTreeNode):
         """(α/r)·B·A·dropout(x), [B, T, outputs]."""
         if site not in self.scanned:
             return None
-        a, b = (self.scanned[site][name].astype(x_BTD.dtype) for name in ("a", "b"))
-        return (dropout(x_BTD, self.dropout_rate, key) @ a) @ b * jnp.asarray(self.scale, x_BTD.dtype)
+        a, b = (self.scanned[site][name] for name in ("a", "b"))
+        h_BTR = matmul_trained(dropout(x_BTD, self.dropout_rate, key), a)
+        return matmul_trained(h_BTR, b) * jnp.asarray(self.scale, x_BTD.dtype)
 
     def weight_delta(self, site: str) -> jax.Array | None:
         """(α/r)·A·B of one layer in fp32, [inputs, outputs]."""

@@ -1,7 +1,7 @@
 """Grouped training batches: P prompts, each read once by the cloud, with up to Q queries for the edge.
 
-In: tasks, two encoders and a `DataConfig`. Out: a Grain iterator of `Batch`es of NumPy arrays of fixed shapes.
-Batch number i is a pure function of (seed, i): the order is the same on every machine and after every resume.
+In: a sampler of groups. Out: an iterator of `Batch`es of NumPy arrays of fixed shapes. Batch number i is a pure
+function of (seed, i): the order is the same on every machine, in any number of processes and after every resume.
 
 Both sides are packed. Prompts share rows (`prompts_per_row`), long with short. The queries of a prompt share one
 row of the edge's batch, each a segment of its own: short queries cost no padding, and gates stay one per row. With
@@ -9,19 +9,24 @@ row of the edge's batch, each a segment of its own: short queries cost no paddin
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+import math
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 from flax import struct
 
 from lora_gen_jax.config import DataConfig
-from lora_gen_jax.data.edge_prompt import beside
-from lora_gen_jax.data.encode import Encoder
-from lora_gen_jax.data.prompts import sample_shots, system_prompt
-from lora_gen_jax.data.tasks import Example, Task
-from lora_gen_jax.errors import ConfigError, DataError
+from lora_gen_jax.data.groups import Group, GroupSampler
+from lora_gen_jax.errors import CheckpointError
 from lora_gen_jax.generator.cloud import PackedPrompts, pack_prompts
 
 
@@ -44,157 +49,6 @@ class Batch(struct.PyTreeNode):
     source_PS: Any
     target_PS: Any
     weight_PS: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """One prompt with its queries.
-
-    Attributes:
-        description, shots: what the prompt is made of.
-        prompt: its token ids.
-        queries: token ids of (query, response) pairs.
-        prefix: the prompt in the edge model's ids where the edge reads it, else empty.
-    """
-
-    description: str
-    shots: tuple[Example, ...]
-    prompt: list[int]
-    queries: list[tuple[list[int], list[int]]]
-    prefix: list[int] = dataclasses.field(default_factory=list)
-
-
-class GroupSampler:
-    """Draws a task by the mixture's weights, then a wording, shots and queries that are none of the shots.
-
-    Args:
-        tasks: whose `split` has examples; others are ignored.
-        cloud, edge: encoders of the two models.
-        config: shapes and numbers of shots.
-        num_meta: meta tokens a prompt is followed by.
-        split: "train", or "validation" for queries that training never sees (shots are of train all the same).
-
-    Raises:
-        DataError: when no task has an example of the split that fits `query_length`.
-        ConfigError: for a weight that is malformed or of an unknown source.
-    """
-
-    def __init__(
-        self, tasks: Sequence[Task], cloud: Encoder, edge: Encoder, config: DataConfig, num_meta: int, split: str
-    ):
-        self.cloud, self.edge, self.config = cloud, edge, config
-        self.num_meta, self.split = num_meta, split
-        self.tasks = [task for task in tasks if getattr(task, split)]
-        if not self.tasks:
-            raise DataError(f"no task has {split} examples: name tasks that do, or give files with data.files")
-        weights = source_weights(config.source_weights, {task.source for task in self.tasks})
-        sizes: dict[str, int] = {}
-        for task in self.tasks:
-            sizes[task.source] = sizes.get(task.source, 0) + len(getattr(task, split))
-        chance = np.array([weights[t.source] * len(getattr(t, split)) / sizes[t.source] for t in self.tasks])
-        self.cumulative = np.cumsum(chance / chance.sum())
-
-    def draw(self, rng: np.random.Generator) -> Group:
-        """One prompt and at least one query; other tasks are tried where no query fits.
-
-        Raises:
-            DataError: when nothing fits after many tries.
-        """
-        for _ in range(100):
-            place = np.searchsorted(self.cumulative, rng.random(), side="right")
-            task = self.tasks[min(int(place), len(self.tasks) - 1)]
-            examples, queries = self._queries(task, rng)
-            if not queries:
-                continue
-            description = task.descriptions[rng.integers(len(task.descriptions))]
-            count = int(rng.integers(self.config.min_shots, self.config.max_shots + 1))
-            shots = sample_shots(task, count, rng, [example.id for example in examples])
-            group = self._fit(Group(description, tuple(shots), [], queries))
-            if group is not None:
-                return group
-        raise DataError(
-            f"no query with its prompt fits: raise data.query_length ({self.config.query_length}),"
-            f" data.edge_length ({self.config.edge_length}) or data.cloud_length ({self.config.cloud_length})"
-        )
-
-    def _queries(self, task: Task, rng: np.random.Generator) -> tuple[list[Example], list[Any]]:
-        c, rows = self.config, getattr(task, self.split)
-        examples, queries, room, slots = [], [], c.edge_length, c.response_slots
-        # A few more candidates than needed: the row is filled with those that fit.
-        for index in rng.choice(len(rows), size=min(len(rows), 2 * c.queries_per_prompt), replace=False):
-            query, response = self.edge.query(rows[index].query, rows[index].response, task.chat)
-            if self.split == "train" and self.edge.end is not None:
-                response = [*response, self.edge.end]
-            length = len(query) + len(response) - 1
-            if length <= min(room, c.query_length) and len(response) <= slots:
-                examples.append(rows[index])
-                queries.append((query, response))
-                room, slots = room - length, slots - len(response)
-            if len(queries) == c.queries_per_prompt:
-                break
-        return examples, queries
-
-    def _fit(self, group: Group) -> Group | None:
-        limit = self.config.cloud_length - self.config.prompts_per_row * self.num_meta
-        if not (group.description.strip() or group.shots):
-            return None
-        text = system_prompt(group.description, group.shots)
-        group = dataclasses.replace(group, prompt=self.cloud.prompt(text))
-        fits = len(group.prompt) <= limit
-        if fits and self.config.edge_reads_prompt:
-            # Queries give way before shots do, all but the first.
-            prefix = self.edge.prompt(text)
-            kept = beside(self.edge, prefix, group.queries, self.config.edge_length)
-            fits, group = bool(kept), dataclasses.replace(group, prefix=prefix, queries=kept or group.queries)
-        return group if fits else self.shorten(group)
-
-    def shorten(self, group: Group) -> Group | None:
-        """The group with its last shot dropped, and more of them until the prompt fits a row; None without shots."""
-        return self._fit(dataclasses.replace(group, shots=group.shots[:-1])) if group.shots else None
-
-    def rows(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups in an order in which consecutive ones fit a row together, shots dropped where they must be.
-
-        Raises:
-            DataError: when prompts without shots do not fit.
-        """
-        M = self.config.prompts_per_row
-        limit = self.config.cloud_length - M * self.num_meta
-        rows = _balance(groups, M)
-        for row in rows:
-            while sum(len(group.prompt) for group in row) > limit:
-                longest = max((g for g in row if g.shots), key=lambda g: len(g.prompt), default=None)
-                shorter = None if longest is None else self.shorten(longest)
-                if longest is None or shorter is None:
-                    raise DataError(
-                        f"{M} prompts without shots do not fit data.cloud_length = {self.config.cloud_length}:"
-                        " raise it, or lower data.prompts_per_row"
-                    )
-                row[row.index(longest)] = shorter
-        return [group for row in rows for group in row]
-
-
-def source_weights(pairs: Sequence[str], sources: set[str]) -> Mapping[str, float]:
-    """Weight of every source: 1, or what ``name=weight`` says.
-
-    Raises:
-        ConfigError: for a malformed pair, an unknown source or weights that are all zero.
-    """
-    weights = dict.fromkeys(sorted(sources), 1.0)
-    for pair in pairs:
-        name, _, value = pair.partition("=")
-        try:
-            weight = float(value)
-        except ValueError:
-            weight = -1.0
-        if weight < 0:
-            raise ConfigError(f"data.source_weights has {pair!r}; write name=weight with a weight of 0 or more")
-        if name not in sources:
-            raise ConfigError(f"data.source_weights names {name!r}; the sources are {', '.join(sorted(sources))}")
-        weights[name] = weight
-    if not any(weights.values()):
-        raise ConfigError("data.source_weights gives every source the weight 0: leave one positive")
-    return weights
 
 
 def pack_groups(groups: Sequence[Group], config: DataConfig, num_meta: int) -> Batch:
@@ -221,47 +75,129 @@ def pack_groups(groups: Sequence[Group], config: DataConfig, num_meta: int) -> B
     return Batch(prompts, tokens, positions, segments, source, target, weight)
 
 
-def _balance(groups: Sequence[Group], per_row: int) -> list[list[Group]]:
-    # Rows of even length: the longest prompts are dealt out first, then back and forth.
-    order = sorted(groups, key=lambda g: len(g.prompt), reverse=True)
-    rows = len(groups) // per_row
-    dealt: list[list[Group]] = [[] for _ in range(rows)]
-    for i, group in enumerate(order):
-        lap, place = divmod(i, rows)
-        dealt[place if lap % 2 == 0 else rows - 1 - place].append(group)
-    return dealt
-
-
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """This process's part of every batch: prompts [index · P / count, (index + 1) · P / count)."""
+    """This process's part of every batch: these rows of the cloud's batch, with their prompts; None is all of them."""
 
-    index: int = 0
-    count: int = 1
+    rows: tuple[int, ...] | None = None
 
 
 def build_batch(sampler: GroupSampler, seed: tuple[int, ...], shard: Shard) -> Batch:
     """This process's part of the batch that belongs to `seed`.
 
-    Raises:
-        ConfigError: when the prompts do not divide among the processes.
+    Rows are packed in blocks, and every block that has a row of the part is drawn whole: what a row holds does not
+    depend on who builds it. Parts that are whole blocks draw no prompt in vain.
     """
-    c = sampler.config
-    if c.prompts_per_step % (shard.count * c.prompts_per_row):
-        raise ConfigError(
-            f"data.prompts_per_step = {c.prompts_per_step} must be a multiple of processes times"
-            f" data.prompts_per_row = {shard.count * c.prompts_per_row}"
-        )
-    local = c.prompts_per_step // shard.count
-    prompts = range(shard.index * local, (shard.index + 1) * local)
-    groups = [sampler.draw(np.random.default_rng([*seed, prompt])) for prompt in prompts]
-    return pack_groups(sampler.rows(groups), c, sampler.num_meta)
+    c, total = sampler.config, sampler.config.prompts_per_step // sampler.config.prompts_per_row
+    size, M = math.gcd(total, c.rows_per_block), c.prompts_per_row
+    wanted, groups = range(total) if shard.rows is None else shard.rows, []
+    for block in sorted({row // size for row in wanted}):
+        prompts = range(block * size * M, (block + 1) * size * M)
+        packed = sampler.rows([sampler.draw(np.random.default_rng([*seed, prompt])) for prompt in prompts])
+        for row in wanted:
+            if row // size == block:
+                groups += packed[(row % size) * M : (row % size + 1) * M]
+    return pack_groups(groups, c, sampler.num_meta)
 
 
-def training_batches(sampler: GroupSampler, seed: int, steps: int, shard: Shard) -> grain.IterDataset:
-    """Batches 0 to steps-1, built ahead in threads; its iterators save and restore their place."""
-    batches = grain.MapDataset.range(steps).map(lambda step: build_batch(sampler, (seed, int(step)), shard))
-    return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+class TrainingBatches:
+    """Batches 0 to steps-1 in order, built ahead; an iterator that can be set to any place.
+
+    Args:
+        sampler: of the training split.
+        seed: of the run.
+        steps: batches there are.
+        shard: this process's part of each.
+    """
+
+    def __init__(self, sampler: GroupSampler, seed: int, steps: int, shard: Shard):
+        self.build = functools.partial(_numbered_batch, sampler, seed, shard)
+        self.workers, self.steps, self.next = sampler.config.workers, steps, 0
+        self.ahead: grain.DatasetIterator | None = None
+        self.pool: ProcessPoolExecutor | None = None
+
+    def __iter__(self) -> "TrainingBatches":
+        return self
+
+    def __next__(self) -> Batch:
+        if self.ahead is None:
+            self.ahead = iter(self._dataset())
+        batch = next(self.ahead)
+        self.next += 1
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """The place, as a checkpoint keeps it: the same whatever builds the batches."""
+        return {"next_batch": self.next}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        """Goes on from a place that `get_state` gave, or Grain itself in checkpoints of earlier versions.
+
+        Raises:
+            CheckpointError: for a state that is neither.
+        """
+        place = state.get("next_batch", state.get("next_index"))
+        if not isinstance(place, int):
+            raise CheckpointError(
+                f"the checkpoint's place in the data is {dict(state)}, which this version cannot read"
+            )
+        self.close()
+        self.next = place
+
+    def close(self) -> None:
+        """Ends the threads and processes that build batches."""
+        if self.ahead is not None:
+            self.ahead.close()
+            self.ahead = None
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+            self.pool = None
+
+    def _dataset(self) -> grain.IterDataset:
+        build, threads = self.build, 1
+        if self.workers:
+            # Grain's threads each wait for a process. (Grain's own processes hand over arrays in shared memory, which
+            # containers have little of, and take 25 s to end where they do not.)
+            spawn = multiprocessing.get_context("spawn")
+            self.pool = ProcessPoolExecutor(self.workers, spawn, initializer=_start_worker, initargs=(self.build,))
+            build, threads = functools.partial(_build_elsewhere, self.pool), self.workers + 1
+        batches = grain.MapDataset.range(self.next, self.steps).map(build)
+        return batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads + 2))
+
+
+def _numbered_batch(sampler: GroupSampler, seed: int, shard: Shard, number: int) -> Batch:
+    return build_batch(sampler, (seed, int(number)), shard)
+
+
+def _build_elsewhere(pool: ProcessPoolExecutor, number: int) -> Batch:
+    return pool.submit(_build_here, int(number)).result()
+
+
+# In a worker: what it builds batches with, sent once.
+_build: Callable[[int], Batch]
+
+
+def _build_here(number: int) -> Batch:
+    return _build(number)
+
+
+def _start_worker(build: Callable[[int], Batch]) -> None:
+    global _build
+    _build = build
+    # Devices belong to the training process: should a worker ever ask JAX for one, it gets the CPU.
+    jax.config.update("jax_platforms", "cpu")
+    # Ctrl-C, and what a scheduler sends to all processes, are for the training process, which then ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # A pipe that the kernel closes however the parent ends.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def validation_batches(sampler: GroupSampler, count: int, shard: Shard) -> list[Batch]:

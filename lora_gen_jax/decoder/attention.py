@@ -73,6 +73,7 @@ def attend(
     parts: Sequence[tuple[jax.Array, jax.Array]],
     mask_BTS: jax.Array,
     config: Any,
+    kernel: str = "auto",
 ) -> jax.Array:
     """Softmax attention with grouped heads, [B, T, N, H]; the softmax is in fp32.
 
@@ -83,11 +84,22 @@ def attend(
         mask_BTS: True where attention is allowed, over the slots of all parts. Rows without any True (padding) give a
             finite, unused result.
         config: supplies `attention_scale` and `attention_softcap`.
+        kernel: grouped (`_grouped_attention`), or `jax.nn.dot_product_attention` as xla, or as cudnn through the GPU's
+            flash kernel; auto is grouped on a CPU and xla elsewhere. What the library's function lacks is grouped.
     """
-    if config.attention_softcap is not None or len(parts) > 1 or jax.default_backend() == "cpu":
+    if kernel == "auto":
+        kernel = "grouped" if jax.default_backend() == "cpu" else "xla"
+    if config.attention_softcap is not None or len(parts) > 1 or kernel == "grouped":
         return _grouped_attention(q_BTNH, parts, mask_BTS, config)
     ((k_BSGH, v_BSGH),) = parts
-    return jax.nn.dot_product_attention(q_BTNH, k_BSGH, v_BSGH, mask=mask_BTS[:, None], scale=config.attention_scale)
+    return jax.nn.dot_product_attention(
+        q_BTNH,
+        k_BSGH,
+        v_BSGH,
+        mask=mask_BTS[:, None],
+        scale=config.attention_scale,
+        implementation="cudnn" if kernel == "cudnn" else "xla",
+    )
 
 
 def _grouped_attention(

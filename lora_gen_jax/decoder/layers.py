@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lora_gen_jax.adapters.protocol import Adapter
 from lora_gen_jax.decoder.config import DecoderConfig
-from lora_gen_jax.sharding import partitioned
+from lora_gen_jax.sharding import constrain, partitioned
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -33,7 +33,9 @@ class Linear(nn.Module):
         """[B, T, inputs] -> [B, T, features]."""
         init = partitioned(nn.initializers.lecun_normal(), *self.axes)
         kernel = self.param("kernel", init, (x_BTD.shape[-1], self.features))
-        y = x_BTD @ kernel.astype(self.dtype)
+        # Stored in pieces, gathered here: the alternative, partial sums of all rows, moves far more.
+        kernel = constrain(kernel.astype(self.dtype), *(None if axis == "embed" else axis for axis in self.axes))
+        y = x_BTD @ kernel
         if self.use_bias:
             init = partitioned(nn.initializers.zeros_init(), self.axes[1])
             bias = self.param("bias", init, (self.features,))

@@ -15,9 +15,10 @@ from flax import struct
 from lora_gen_jax.adapters.protocol import Adapter
 from lora_gen_jax.decoder.attention import KVCache, attend, visible, within_window
 from lora_gen_jax.decoder.config import DecoderConfig
+from lora_gen_jax.decoder.flash import fits_flash, flash_attention
 from lora_gen_jax.decoder.layers import ACTIVATIONS, Linear, Norm, rotary_angles, rotate
 from lora_gen_jax.errors import ConfigError
-from lora_gen_jax.sharding import partitioned
+from lora_gen_jax.sharding import constrain, partitioned
 
 # What the backward pass keeps of each layer: everything, the results of matmuls, or the layer's input alone.
 REMAT_POLICIES = {
@@ -25,6 +26,8 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+KERNELS = ("auto", "grouped", "xla", "cudnn", "splash")
 
 
 class Context(struct.PyTreeNode):
@@ -36,6 +39,7 @@ class Context(struct.PyTreeNode):
         cos_sin: rotary angles; None for learned positions.
         adapter: the adapter without its scanned part; None for the base model.
         slot: first cache slot that this call fills; None without a cache.
+        packed_BT: segments, where a flash kernel that knows them can do the call; else None.
     """
 
     mask_BTS: jax.Array
@@ -43,6 +47,7 @@ class Context(struct.PyTreeNode):
     cos_sin: tuple[jax.Array, jax.Array] | None
     adapter: Any
     slot: jax.Array | None
+    packed_BT: jax.Array | None
 
 
 class PerLayer(struct.PyTreeNode):
@@ -66,6 +71,7 @@ class Attention(nn.Module):
 
     config: DecoderConfig
     dtype: jax.typing.DTypeLike
+    kernel: str
 
     @nn.compact
     def __call__(self, x_BTD, kv, per_layer: PerLayer, context: Context, adapter: Adapter | None):
@@ -74,7 +80,7 @@ class Attention(nn.Module):
         def heads(name: str, count: int) -> jax.Array:
             axes = ("embed", "heads" if name == "q" else "kv_heads")
             y = Linear(count * c.head_dim, axes, c.qkv_bias, self.dtype, name=name)(x_BTD, adapter)
-            return y.reshape(B, T, count, c.head_dim)
+            return constrain(y.reshape(B, T, count, c.head_dim), "batch", None, axes[1], None)
 
         q, k, v = heads("q", c.num_heads), heads("k", c.num_kv_heads), heads("v", c.num_kv_heads)
         if context.cos_sin is not None:
@@ -89,8 +95,12 @@ class Attention(nn.Module):
         mask_BTS = context.mask_BTS
         if per_layer.windowed is not None and context.window_BTS is not None:
             mask_BTS = jnp.where(per_layer.windowed, context.window_BTS, mask_BTS)
-        parts = [(k, v)] if per_layer.prefix is None else [per_layer.prefix, (k, v)]
-        y = attend(q, parts, mask_BTS, c).reshape(B, T, c.num_heads * c.head_dim)
+        if context.packed_BT is not None:
+            y = flash_attention(q, k, v, context.packed_BT, c)
+        else:
+            parts = [(k, v)] if per_layer.prefix is None else [per_layer.prefix, (k, v)]
+            y = attend(q, parts, mask_BTS, c, self.kernel)
+        y = constrain(y.reshape(B, T, c.num_heads * c.head_dim), "batch", None, "heads")
         return Linear(c.width, ("heads", "embed"), c.out_bias, self.dtype, name="o")(y, adapter), kv
 
 
@@ -109,6 +119,7 @@ class FFN(nn.Module):
             h_BTF = act(gate) * h_BTF
         else:
             h_BTF = act(h_BTF)
+        h_BTF = constrain(h_BTF, "batch", None, "mlp")
         return Linear(c.width, ("mlp", "embed"), c.ffn_bias, self.dtype, name="down")(h_BTF, adapter)
 
 
@@ -117,6 +128,7 @@ class Layer(nn.Module):
 
     config: DecoderConfig
     dtype: jax.typing.DTypeLike
+    kernel: str
 
     @nn.compact
     def __call__(self, carry, per_layer: PerLayer, context: Context):
@@ -126,11 +138,11 @@ class Layer(nn.Module):
         def norm(name: str, y: jax.Array) -> jax.Array:
             return Norm(c, self.dtype, name=name)(y)
 
-        attention = Attention(c, self.dtype, name="attention")
+        attention = Attention(c, self.dtype, self.kernel, name="attention")
         y, kv = attention(norm("attention_norm", x), kv, per_layer, context, adapter)
-        x = x + (norm("post_attention_norm", y) if c.post_norms else y)
+        x = constrain(x + (norm("post_attention_norm", y) if c.post_norms else y), "batch", "length", None)
         y = FFN(c, self.dtype, name="ffn")(norm("ffn_norm", x), adapter)
-        x = x + (norm("post_ffn_norm", y) if c.post_norms else y)
+        x = constrain(x + (norm("post_ffn_norm", y) if c.post_norms else y), "batch", "length", None)
         return (x, kv), None
 
 
@@ -145,17 +157,21 @@ class Decoder(nn.Module):
         dtype: computed in; parameters keep their own type.
         remat: a key of `REMAT_POLICIES`.
         unroll: layers per iteration of the scan.
+        attention: one of `KERNELS`; see `attend`. "splash" is the TPU's flash kernel for packed rows, xla for others.
     """
 
     config: DecoderConfig
     dtype: jax.typing.DTypeLike = jnp.float32
     remat: str = "none"
     unroll: int = 1
+    attention: str = "auto"
 
     def setup(self):
         c = self.config
         if self.remat not in REMAT_POLICIES:
             raise ConfigError(f"remat={self.remat!r} is unknown; use one of {', '.join(REMAT_POLICIES)}")
+        if self.attention not in KERNELS:
+            raise ConfigError(f"attention={self.attention!r} is unknown; use one of {', '.join(KERNELS)}")
         self.embedding = self.table("embed", (c.vocab_size, c.width), ("vocab", "embed"))
         if c.rope_theta is None:
             rows = c.max_positions + c.learned_position_offset
@@ -171,7 +187,7 @@ class Decoder(nn.Module):
             length=c.num_layers,
             unroll=self.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.dtype)
+        )(c, self.dtype, self.attention)
         self.final_norm = Norm(c, self.dtype)
         if not c.tied_embeddings:
             self.unembed = Linear(c.vocab_size, ("embed", "vocab"), dtype=self.dtype)
@@ -185,6 +201,7 @@ class Decoder(nn.Module):
         positions_BT: jax.Array | None = None,
         *,
         segments_BT: jax.Array | None = None,
+        packed: bool = False,
         adapter: Adapter | None = None,
         cache: KVCache | None = None,
         prefix: KVCache | None = None,
@@ -195,6 +212,8 @@ class Decoder(nn.Module):
             tokens_BT: ids below `vocab_size`; the caller checks, an id beyond it would read the last row.
             positions_BT: position of each token in its sequence, -1 for padding; 0, 1, 2, … when left out.
             segments_BT: which of several sequences packed into a row a token is of; see `visible`.
+            packed: a promise that the tokens of a segment stand in their order, and that segment 0 is padding and
+                nothing else: what a flash kernel needs, which knows slots and segments alone.
             adapter: a method's adapter; None for the base model.
             cache: keys and values of earlier tokens; must have T free slots.
             prefix: keys and values of one row that all rows begin with; it is only read, and not repeated for them.
@@ -205,7 +224,13 @@ class Decoder(nn.Module):
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
         hidden, cache = self.encode(
-            self.embed(tokens_BT), positions_BT, segments_BT=segments_BT, adapter=adapter, cache=cache, prefix=prefix
+            self.embed(tokens_BT),
+            positions_BT,
+            segments_BT=segments_BT,
+            packed=packed,
+            adapter=adapter,
+            cache=cache,
+            prefix=prefix,
         )
         if self.is_initializing():
             self.logits(hidden[:, -1:])
@@ -213,11 +238,11 @@ class Decoder(nn.Module):
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Input embeddings [B, T, D]."""
-        x = self.embedding(tokens_BT).astype(self.dtype)
+        x = constrain(self.embedding(tokens_BT).astype(self.dtype), "batch", "length", None)
         # transformers rounds Gemma's √D to the compute type before multiplying.
         return x if self.config.embedding_scale == 1.0 else x * jnp.asarray(self.config.embedding_scale, self.dtype)
 
-    def encode(self, x_BTD, positions_BT, *, segments_BT=None, adapter=None, cache=None, prefix=None):
+    def encode(self, x_BTD, positions_BT, *, segments_BT=None, packed=False, adapter=None, cache=None, prefix=None):
         """Input embeddings to hidden states; arguments and results as of `__call__`."""
         c = self.config
         slot = None if cache is None else cache.used
@@ -242,6 +267,7 @@ class Decoder(nn.Module):
             cos_sin=None if c.rope_theta is None else rotary_angles(c, at_BT),
             adapter=None if adapter is None else adapter.replace(scanned=None),
             slot=slot,
+            packed_BT=segments_BT if packed and self._flash(x_BTD.shape[1], cache, prefix) else None,
         )
         per_layer = PerLayer(
             adapter=None if adapter is None else adapter.scanned,
@@ -253,6 +279,9 @@ class Decoder(nn.Module):
         (x_BTD, kv), _ = self.layers((x_BTD, kv), per_layer, context)
         cache = None if cache is None else cache.replace(k_LBSGH=kv[0], v_LBSGH=kv[1])
         return self.final_norm(x_BTD), cache
+
+    def _flash(self, length: int, cache: Any, prefix: Any) -> bool:
+        return self.attention == "splash" and cache is None and prefix is None and fits_flash(length, self.config)
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Next-token logits [B, T, V] in fp32, soft-capped where the family says so."""
@@ -275,8 +304,11 @@ class _Table(nn.Module):
         self.embedding = self.param("embedding", init, self.shape)
 
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
-        return jnp.take(self.embedding, ids_BT, axis=0, mode="clip")
+        # Every device looks up its columns of the rows that `fsdp` shares; moving those is less than gathering the
+        # table.
+        x_BTD = jnp.take(self.embedding, constrain(ids_BT, "lookup", None), axis=0, mode="clip")
+        return constrain(x_BTD, "lookup", None, "embed")
 
     def attend(self, hidden_BTD: jax.Array) -> jax.Array:
-        table = self.embedding.astype(hidden_BTD.dtype)
+        table = constrain(self.embedding.astype(hidden_BTD.dtype), self.axes[0], None)
         return jnp.einsum("btd,vd->btv", hidden_BTD, table, preferred_element_type=jnp.float32)

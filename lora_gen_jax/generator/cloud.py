@@ -16,6 +16,7 @@ from lora_gen_jax.adapters.lora import LoRA, factor_a_init
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import DataError
+from lora_gen_jax.sharding import constrain
 
 CLOUD_SITES = ("q", "v")
 
@@ -75,7 +76,7 @@ class CloudEncoder(nn.Module):
         config: of the cloud model.
         num_meta: L, the edge model's layers.
         settings: `lora_gen_jax.config.GeneratorConfig`.
-        dtype, remat, unroll: of the cloud's forward pass, as in `Decoder`.
+        dtype, remat, unroll, attention: of the cloud's forward pass, as in `Decoder`.
     """
 
     config: DecoderConfig
@@ -84,6 +85,7 @@ class CloudEncoder(nn.Module):
     dtype: jax.typing.DTypeLike = jnp.float32
     remat: str = "none"
     unroll: int = 1
+    attention: str = "auto"
 
     @nn.compact
     def __call__(self, frozen: Any, prompts: PackedPrompts, train: bool = False) -> jax.Array:
@@ -91,7 +93,7 @@ class CloudEncoder(nn.Module):
         c, s = self.config, self.settings
         count = 1 if s.shared_meta_token else self.num_meta
         meta_LC = self.param("meta_embedding", nn.initializers.normal(0.02), (count, c.width))
-        decoder = Decoder(c, self.dtype, self.remat, self.unroll, parent=None)
+        decoder = Decoder(c, self.dtype, self.remat, self.unroll, self.attention, parent=None)
         x_BTC: Any = decoder.apply({"params": frozen}, prompts.tokens_BT, method="embed")
         # The learned embeddings are of the size of the model's own inputs, whatever those are scaled by.
         scale = jnp.asarray(c.embedding_scale, jnp.float32)
@@ -103,11 +105,13 @@ class CloudEncoder(nn.Module):
             x_BTC,
             prompts.positions_BT,
             segments_BT=prompts.segments_BT,
+            packed=True,
             adapter=self._lora(),
             rngs=rngs,
             method="encode",
         )
         B, M, L = prompts.slots_BML.shape
+        hidden_BTC = constrain(hidden_BTC, "batch", None, None)
         meta_BXC = jnp.take_along_axis(hidden_BTC, prompts.slots_BML.reshape(B, M * L, 1), axis=1)
         return meta_BXC.reshape(B * M, L, c.width).astype(jnp.float32)
 

@@ -95,7 +95,7 @@ class LoRAGen(nn.Module):
     Attributes:
         cloud, edge: of the two models.
         settings: `lora_gen_jax.config.GeneratorConfig`.
-        dtype, remat, unroll: of the cloud's forward pass.
+        dtype, remat, unroll, attention: of the cloud's forward pass, as in `Decoder`.
     """
 
     cloud: DecoderConfig
@@ -104,11 +104,21 @@ class LoRAGen(nn.Module):
     dtype: jax.typing.DTypeLike = jnp.float32
     remat: str = "none"
     unroll: int = 1
+    attention: str = "auto"
 
     @nn.compact
     def __call__(self, frozen_cloud: Any, prompts: PackedPrompts, train: bool = False) -> Generated:
         s, scale = self.settings, self.settings.alpha / self.settings.rank
-        encoder = CloudEncoder(self.cloud, self.edge.num_layers, s, self.dtype, self.remat, self.unroll, name="cloud")
+        encoder = CloudEncoder(
+            self.cloud,
+            self.edge.num_layers,
+            s,
+            self.dtype,
+            self.remat,
+            self.unroll,
+            self.attention,
+            name="cloud",
+        )
         meta_PLC = encoder(frozen_cloud, prompts, train)
         if s.generator == "direct":
             factors = DirectHead(self.edge, s.rank, s.direct_width, name="direct")(meta_PLC)

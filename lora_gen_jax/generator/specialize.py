@@ -15,6 +15,7 @@ from lora_gen_jax.errors import DataError
 from lora_gen_jax.generator.cloud import pack_prompts
 from lora_gen_jax.generator.lora_gen import Generated, LoRAGen
 from lora_gen_jax.inference.buckets import bucket, check_tokens, power_of_two
+from lora_gen_jax.inference.placement import mesh_context
 
 
 @partial(jax.jit, static_argnums=0)
@@ -56,7 +57,8 @@ def specialize(
     # Rows that only fill the bucket repeat the first prompt and are cut off again.
     padded = [list(p) for p in prompts] + [list(prompts[0])] * (rows - len(prompts))
     packed = pack_prompts(padded, layers, rows, length)
-    generated = _generate(generator, variables, frozen_cloud, packed)
+    with mesh_context(frozen_cloud):
+        generated = _generate(generator, variables, frozen_cloud, packed)
     if rows == len(prompts):
         return generated
     wanted, gates = np.arange(len(prompts)), generated.gates_PLE

@@ -4,6 +4,7 @@ In: weights on a mesh, or on one device. Out: the number of rows that divides am
 are split over them. Nobody passes a mesh along: the weights say where they are.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -18,6 +19,12 @@ def mesh_of(params: Any) -> Mesh | None:
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
     mesh = getattr(sharding, "mesh", None)
     return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
+
+
+def mesh_context(params: Any) -> AbstractContextManager[Any]:
+    """The mesh of the weights as the context of a computation, where it has constraints; nothing on one device."""
+    mesh = mesh_of(params)
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def padded_rows(count: int, params: Any) -> int:

@@ -77,7 +77,8 @@ class Checkpoints:
             ]
         )
         options = ocp.CheckpointManagerOptions(preservation_policy=preserve, cleanup_tmp_directories=True)
-        self.manager = ocp.CheckpointManager(directory.absolute(), options=options, item_names=ITEMS)
+        self.directory = directory.absolute()
+        self.manager = ocp.CheckpointManager(self.directory, options=options, item_names=ITEMS)
 
     def save(self, state: TrainState, data_state: Any, metadata: dict[str, Any], validation_loss: float | None) -> None:
         """Starts writing; training goes on meanwhile. A checkpoint appears under its step only when complete."""

@@ -5,6 +5,7 @@ by part. Counted is what the matmuls of the step execute, padding included and r
 """
 
 import dataclasses
+import math
 import time
 from typing import Any
 
@@ -14,6 +15,8 @@ import jax.numpy as jnp
 from lora_gen_jax.config import GeneratorConfig
 from lora_gen_jax.data.pipeline import Batch
 from lora_gen_jax.decoder.config import DecoderConfig
+from lora_gen_jax.decoder.flash import LARGEST_BLOCK, fits_flash
+from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.generator.cloud import CLOUD_SITES
 
 # A frozen matmul runs forward and once more for the gradient of its input; a trained one a third time.
@@ -43,6 +46,10 @@ class StepCost:
     def total(self) -> int:
         return self.cloud + self.edge + self.attention + self.adapters + self.logits
 
+    def causal(self) -> "StepCost":
+        """With attention below the diagonal alone: what a causal model needs, whatever its kernel computes."""
+        return dataclasses.replace(self, attention=self.attention // 2)
+
 
 def linear_macs(config: DecoderConfig) -> int:
     """MACs of all linear layers for one token, the unembedding not among them."""
@@ -71,6 +78,53 @@ def step_cost(cloud: DecoderConfig, edge: DecoderConfig, settings: GeneratorConf
         adapters=TRAINED_PASSES * adapters,
         logits=FROZEN_PASSES * batch.target_PS.size * edge.width * edge.vocab_size,
     )
+
+
+def executed_cost(cloud: Decoder, edge: Decoder, settings: GeneratorConfig, batch: Batch) -> StepCost:
+    """MACs of one step as it runs: `step_cost`, what each model's remat computes a second time, and attention as the
+    kernel in use does it.
+
+    Of a layer that is computed again, the result of its last linear layer is not, as no gradient asks for it, unless a
+    norm follows. "dots" keeps the results of matmuls, those excepted that are one per prompt or per head.
+    """
+    cost = step_cost(cloud.config, edge.config, settings, batch)
+    rows, cloud_length = batch.prompts.tokens_BT.shape
+    prompts, edge_length = batch.tokens_PT.shape
+    cloud_tokens, edge_tokens = rows * cloud_length, prompts * edge_length
+    again = 0
+    if cloud.remat == "full":
+        side = sum(sum(cloud.config.site_shape(site)) for site in CLOUD_SITES) * settings.cloud_rank
+        again += cloud_tokens * side * cloud.config.num_layers
+    if edge.remat != "none":
+        sides = {site: edge.config.site_shape(site) for site in edge.config.ffn_sites}
+        parts = [a + (b if site != "down" or edge.config.post_norms else 0) for site, (a, b) in sides.items()]
+        again += edge_tokens * settings.active_experts * settings.rank * sum(parts) * edge.config.num_layers
+    return dataclasses.replace(
+        cost,
+        cloud=cost.cloud + cloud_tokens * _again_macs(cloud),
+        edge=cost.edge + edge_tokens * _again_macs(edge),
+        attention=_attention_macs(cloud, rows, cloud_length) + _attention_macs(edge, prompts, edge_length),
+        adapters=cost.adapters + again,
+    )
+
+
+def _again_macs(decoder: Decoder) -> int:
+    config = decoder.config
+    if decoder.remat != "full":
+        return 0
+    skipped = 0 if config.post_norms else config.num_layers * math.prod(config.site_shape("down"))
+    return linear_macs(config) - skipped
+
+
+def _attention_macs(decoder: Decoder, rows: int, length: int) -> int:
+    # Two matmuls forward, again under remat, and four backward. The flash kernel has seven backward, because each of
+    # its two passes computes scores and dP anew; it skips blocks above the diagonal.
+    config, again = decoder.config, 0 if decoder.remat == "none" else 2
+    if decoder.attention == "splash" and fits_flash(length, config):
+        block = math.gcd(length, LARGEST_BLOCK)
+        pairs = length * (length + block) // 2
+        return rows * pairs * (9 + again) * config.num_heads * config.head_dim * config.num_layers
+    return rows * length**2 * (6 + again) * config.num_heads * config.head_dim * config.num_layers
 
 
 def matmul_rate(size: int = 2048, repeats: int = 5, dtype: Any = jnp.float32) -> float:

@@ -2,33 +2,36 @@
 
 In: a `Config`. Out: the work directory: config.json, metrics.jsonl, tensorboard/, checkpoints/<step>/.
 A run starts in this order: its own checkpoint (resume), else fresh parameters. Running the same command again
-resumes; another config in the same directory is an error that shows the difference.
+resumes, on other devices and in another number of processes too; another config in the same directory is an error that
+shows the difference. SIGTERM and Ctrl-C end a run after the step they came in, with a checkpoint.
 """
 
 import dataclasses
 import math
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_gen_jax.config import Config
-from lora_gen_jax.data.pipeline import Batch, Shard, build_batch, training_batches, validation_batches
+from lora_gen_jax.data.pipeline import Batch, TrainingBatches, build_batch, validation_batches
 from lora_gen_jax.errors import LoraGenError
 from lora_gen_jax.models import Pair, load_pair, make_generator
 from lora_gen_jax.sharding import make_mesh
+from lora_gen_jax.training import distributed
 from lora_gen_jax.training.checkpoint import Checkpoints, check_models, metadata_of
 from lora_gen_jax.training.optimizer import make_optimizer
+from lora_gen_jax.training.preemption import Stopped, StopSignals
 from lora_gen_jax.training.prepare import (
     check_shapes,
     keep_freed_memory,
     make_sampler,
     place,
     prepare_directory,
+    shard_of,
     training_tasks,
 )
 from lora_gen_jax.training.progress import Recorder
@@ -49,7 +52,7 @@ class Run:
     state: TrainState
     train_step: Any
     validate: Any
-    batches: grain.DatasetIterator
+    batches: TrainingBatches
     held_out: list[Batch]
     checkpoints: Checkpoints
 
@@ -57,12 +60,18 @@ class Run:
         """This process's part of a batch as global arrays, rows split over the mesh."""
         return place(batch, self.mesh)
 
+    def save(self, step: int, validation_loss: float | None) -> None:
+        """Starts writing the checkpoint of this step, the newest."""
+        metadata = metadata_of(self.config, self.pair.fingerprints, step)
+        self.checkpoints.save(self.state, self.batches.get_state(), metadata, validation_loss)
+
 
 def train(config: Config) -> TrainState:
     """Trains, or goes on training, and returns the last state.
 
     Raises:
         LoraGenError: for bad input, before anything is written; `TrainingDivergedError` for a loss that is not finite.
+        Stopped: after SIGTERM or Ctrl-C, with the checkpoint saved.
     """
     # Tasks and models first: bad input must not leave a work directory behind.
     tasks = training_tasks(config)
@@ -70,22 +79,26 @@ def train(config: Config) -> TrainState:
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     pair = load_pair(config, mesh)
     check_shapes(config, pair, mesh)
-    shard = Shard(jax.process_index(), jax.process_count())
+    shard = shard_of(config, mesh)
     sampler, held_out = (make_sampler(config, pair, tasks, split) for split in ("train", "validation"))
     assert sampler is not None
     first = build_batch(sampler, (config.train.seed, 0), shard)
     fixed = [] if held_out is None else validation_batches(held_out, config.train.validation_batches, shard)
     prepare_directory(config)
-    batches = iter(training_batches(sampler, config.train.seed, config.train.steps, shard))
-    run = set_up(config, pair, mesh, batches, place(first, mesh))
-    run.held_out = [place(batch, mesh) for batch in fixed]
-    try:
-        return loop(run)
-    finally:
-        run.checkpoints.close()
+    batches = TrainingBatches(sampler, config.train.seed, config.train.steps, shard)
+    # Modules find the mesh in the context, and say there how activations are split.
+    with jax.set_mesh(mesh), closing(batches):
+        run = set_up(config, pair, mesh, batches, place(first, mesh))
+        run.held_out = [place(batch, mesh) for batch in fixed]
+        with closing(run.checkpoints):
+            try:
+                return loop(run)
+            except jax.errors.JaxRuntimeError:
+                distributed.await_verdict()
+                raise
 
 
-def set_up(config: Config, pair: Pair, mesh: Mesh, batches: grain.DatasetIterator, example: Batch) -> Run:
+def set_up(config: Config, pair: Pair, mesh: Mesh, batches: TrainingBatches, example: Batch) -> Run:
     """Compiled steps, and the state: restored, with the place of `batches`, where the directory has a checkpoint.
 
     `example` only gives shapes. No batch is held out yet.
@@ -108,7 +121,7 @@ def set_up(config: Config, pair: Pair, mesh: Mesh, batches: grain.DatasetIterato
         mesh=mesh,
         state=state,
         train_step=make_train_step(generator, pair.edge.decoder, optimizer, config),
-        validate=make_validation_step(generator, pair.edge.decoder),
+        validate=make_validation_step(generator, pair.edge.decoder, config),
         batches=batches,
         held_out=[],
         checkpoints=checkpoints,
@@ -116,16 +129,21 @@ def set_up(config: Config, pair: Pair, mesh: Mesh, batches: grain.DatasetIterato
 
 
 def loop(run: Run) -> TrainState:
-    """Steps until the last; metrics of a step are fetched while the next one runs."""
+    """Steps until the last, or a signal; metrics of a step are fetched while the next one runs.
+
+    Raises:
+        Stopped, TrainingDivergedError: as `train`.
+    """
     config, t = run.config, run.config.train
     start, frozen = int(run.state.step), run.pair.frozen
     # A trace that a failing step leaves open is closed, and so written, by the stack.
-    with Recorder(config.directory, start, t.steps) as recorder, ExitStack() as trace:
+    with Recorder(config.directory, start, t.steps) as recorder, ExitStack() as trace, StopSignals() as signals:
         announce(run, recorder, start)
         if start == 0:
             _validate(run, recorder, 0)
         pending: _Pending | None = None
         for step in range(start + 1, t.steps + 1):
+            distributed.note(step, run.checkpoints.directory)
             batch = next(run.batches)
             if t.profile and step == min(start + 5, t.steps):
                 jax.profiler.start_trace(str(config.directory / "profile"))
@@ -133,19 +151,23 @@ def loop(run: Run) -> TrainState:
             run.state, metrics = run.train_step(run.state, frozen, run.place(batch))
             if pending is not None:
                 pending.finish(recorder)
-            pending = _Pending(step, metrics, _tokens(batch))
+            pending = _Pending(step, metrics, _tokens(batch, config.data.prompts_per_step))
+            last = step == t.steps
+            stop = None if last else signals.after(step)
             if t.profile and step == min(start + 8, t.steps):
                 jax.block_until_ready(metrics)
                 trace.close()
-            last = step == t.steps
-            if last or step % t.checkpoint_every == 0 or step % t.validate_every == 0:
+            validates = last or step % t.validate_every == 0
+            saves = last or step % t.checkpoint_every == 0 or stop is not None
+            if validates or saves:
                 # Nothing is validated or saved before this step's loss is known to be finite.
                 pending.finish(recorder)
                 pending = None
-                validated = _validate(run, recorder, step) if last or step % t.validate_every == 0 else None
-                if last or step % t.checkpoint_every == 0:
-                    metadata = metadata_of(config, run.pair.fingerprints, step)
-                    run.checkpoints.save(run.state, run.batches.get_state(), metadata, validated)
+                validated = _validate(run, recorder, step) if validates else None
+                if saves:
+                    run.save(step, validated)
+            if stop is not None:
+                raise Stopped(stop, step)
     return run.state
 
 
@@ -159,8 +181,10 @@ def announce(run: Run, recorder: Recorder, start: int) -> None:
     )
 
 
-def _tokens(batch: Batch) -> int:
-    return int(np.sum(batch.prompts.positions_BT >= 0) + np.sum(batch.positions_PT >= 0)) * jax.process_count()
+def _tokens(batch: Batch, prompts: int) -> int:
+    # Of all processes, taken to have as many each as this one.
+    here = int(np.sum(batch.prompts.positions_BT >= 0) + np.sum(batch.positions_PT >= 0))
+    return here * prompts // len(batch.positions_PT)
 
 
 class _Pending:

@@ -1,8 +1,8 @@
 """The language-model loss at the supervised positions alone.
 
-In: hidden states [N, D], the frozen unembedding and targets. Out: the mean cross-entropy in nats. Logits exist
-for one chunk of tokens at a time, in the forward pass only: the gradient with respect to the hidden states is
-computed there as well, and the unembedding needs none.
+In: hidden states [P, S, D] at S slots of each of P rows, the frozen unembedding and targets. Out: the cross-entropy of
+each slot in nats. Logits exist for some slots of every row at a time, in the forward pass only: the gradient with
+respect to the hidden states is computed there as well, and the unembedding needs none.
 """
 
 from collections.abc import Callable
@@ -13,55 +13,55 @@ import jax.numpy as jnp
 
 
 def chunked_cross_entropy(
-    logits_of: Callable[..., jax.Array], frozen: object, hidden_ND: jax.Array, targets_N: jax.Array, chunk: int
+    logits_of: Callable[..., jax.Array], frozen: object, hidden_PSD: jax.Array, targets_PS: jax.Array, chunk: int
 ) -> jax.Array:
-    """Cross-entropy [N] in nats, -log softmax(logits)[target], differentiable in `hidden_ND` alone.
+    """Cross-entropy [P, S] in nats, -log softmax(logits)[target], differentiable in `hidden_PSD` alone.
 
     Args:
-        logits_of: ``logits_of(frozen, hidden_XD) -> logits [X, V]``; static.
+        logits_of: ``logits_of(frozen, hidden_PXD) -> logits [P, X, V]``; static.
         frozen: its parameters; they receive a zero gradient.
-        hidden_ND: hidden states.
-        targets_N: token ids.
-        chunk: tokens whose logits exist at the same time; N is padded to a multiple.
+        hidden_PSD: hidden states; rows may be split over devices, so chunks are of slots and have all rows.
+        targets_PS: token ids.
+        chunk: slots of a row whose logits exist at the same time; S is padded to a multiple.
     """
-    return _cross_entropy(logits_of, chunk, frozen, hidden_ND, targets_N)
+    return _cross_entropy(logits_of, chunk, frozen, hidden_PSD, targets_PS)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _cross_entropy(logits_of, chunk, frozen, hidden_ND, targets_N):
-    return _chunks(lambda h, t: _loss(logits_of, frozen, h, t), chunk, hidden_ND, targets_N)
+def _cross_entropy(logits_of, chunk, frozen, hidden_PSD, targets_PS):
+    return _chunks(lambda h, t: _loss(logits_of, frozen, h, t), chunk, hidden_PSD, targets_PS)
 
 
-def _loss(logits_of, frozen, hidden_XD, targets_X):
-    logits_XV = logits_of(frozen, hidden_XD).astype(jnp.float32)
-    picked = jnp.take_along_axis(logits_XV, targets_X[:, None], axis=-1)[:, 0]
-    return jax.nn.logsumexp(logits_XV, axis=-1) - picked
+def _loss(logits_of, frozen, hidden_PXD, targets_PX):
+    logits_PXV = logits_of(frozen, hidden_PXD).astype(jnp.float32)
+    picked_PX = jnp.take_along_axis(logits_PXV, targets_PX[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits_PXV, axis=-1) - picked_PX
 
 
-def _chunks(fn, chunk, hidden_ND, targets_N):
-    N, D = hidden_ND.shape
-    if N <= chunk:
-        return fn(hidden_ND, targets_N)
-    pad = -N % chunk
-    hidden = jnp.pad(hidden_ND, ((0, pad), (0, 0))).reshape(-1, chunk, D)
-    targets = jnp.pad(targets_N, (0, pad)).reshape(-1, chunk)
+def _chunks(fn, chunk, hidden_PSD, targets_PS):
+    P, S, D = hidden_PSD.shape
+    if S <= chunk:
+        return fn(hidden_PSD, targets_PS)
+    pad = -S % chunk
+    hidden = jnp.pad(hidden_PSD, ((0, 0), (0, pad), (0, 0))).reshape(P, -1, chunk, D).swapaxes(0, 1)
+    targets = jnp.pad(targets_PS, ((0, 0), (0, pad))).reshape(P, -1, chunk).swapaxes(0, 1)
     out = jax.lax.map(lambda pair: fn(*pair), (hidden, targets))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:N], out)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(P, -1, *x.shape[3:])[:, :S], out)
 
 
-def _forward(logits_of, chunk, frozen, hidden_ND, targets_N):
+def _forward(logits_of, chunk, frozen, hidden_PSD, targets_PS):
     def both(h, t):
         loss, pull = jax.vjp(lambda x: _loss(logits_of, frozen, x, t), h)
         return loss, pull(jnp.ones_like(loss))[0]
 
-    loss_N, gradient_ND = _chunks(both, chunk, hidden_ND, targets_N)
-    return loss_N, (frozen, gradient_ND)
+    loss_PS, gradient_PSD = _chunks(both, chunk, hidden_PSD, targets_PS)
+    return loss_PS, (frozen, gradient_PSD)
 
 
-def _backward(logits_of, chunk, residuals, cotangent_N):
-    frozen, gradient_ND = residuals
+def _backward(logits_of, chunk, residuals, cotangent_PS):
+    frozen, gradient_PSD = residuals
     zeros = jax.tree.map(jnp.zeros_like, frozen)
-    return zeros, gradient_ND * cotangent_N[:, None].astype(gradient_ND.dtype), None
+    return zeros, gradient_PSD * cotangent_PS[..., None].astype(gradient_PSD.dtype), None
 
 
 _cross_entropy.defvjp(_forward, _backward)

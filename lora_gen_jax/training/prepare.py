@@ -7,6 +7,7 @@ error before anything is written.
 import ctypes
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,12 +15,14 @@ from jax.sharding import Mesh, NamedSharding
 
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import difference, from_json, to_json
+from lora_gen_jax.data.groups import GroupSampler
 from lora_gen_jax.data.load import load_tasks
-from lora_gen_jax.data.pipeline import GroupSampler
+from lora_gen_jax.data.pipeline import Shard
 from lora_gen_jax.data.tasks import Task
 from lora_gen_jax.errors import CheckpointError, ConfigError
 from lora_gen_jax.models import Pair
 from lora_gen_jax.sharding import spec
+from lora_gen_jax.training import distributed
 
 
 def keep_freed_memory() -> None:
@@ -83,31 +86,62 @@ def make_sampler(config: Config, pair: Pair, tasks: list[Task], split: str) -> G
 
 
 def prepare_directory(config: Config) -> None:
-    """Writes config.json, or compares with the one there.
+    """Writes config.json, or compares with the one there; every process looks, process 0 writes.
 
     Raises:
         CheckpointError: when the directory belongs to a run with another config.
+        ConfigError: when the processes do not share the directory.
     """
     directory, new = config.directory, to_json(config)
+    if str(directory).startswith("gs:"):
+        raise ConfigError("workdir is a bucket's address; mount the bucket (Cloud Storage FUSE) and name the directory")
     path = directory / "config.json"
-    if path.exists():
-        # Fields that were added since that run was started count as their defaults.
-        old = to_json(from_json(json.loads(path.read_text(encoding="utf-8"))))
-        lines = difference(old, new)
-        if lines:
-            raise CheckpointError(
-                f"{directory} holds a run with another config; choose another --workdir, or undo:\n  "
-                + "\n  ".join(lines)
-            )
-        return
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and not path.exists():
         directory.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
         temporary.replace(path)
+    if jax.process_count() > 1:
+        distributed.barrier("config.json")
+        if not path.exists():
+            raise ConfigError(f"process 0 wrote {path}, which process {jax.process_index()} does not see: {SHARED}")
+    _compare(path, new)
+
+
+SHARED = "set --workdir to a directory that all processes share"
+
+
+def _compare(path: Path, new: dict[str, Any]) -> None:
+    # Fields that were added since that run was started count as their defaults.
+    old = to_json(from_json(json.loads(path.read_text(encoding="utf-8"))))
+    lines = difference(old, new)
+    if lines:
+        raise CheckpointError(
+            f"{path.parent} holds a run with another config; choose another --workdir, or undo:\n  "
+            + "\n  ".join(lines)
+        )
+
+
+def shard_of(config: Config, mesh: Mesh) -> Shard:
+    """The rows of every batch that this process's devices hold; on a TPU pod they need not lie side by side."""
+    mine, parts = _parts(mesh)
+    count = config.data.prompts_per_step // config.data.prompts_per_row // parts
+    return Shard(tuple(row for part in mine for row in range(part * count, (part + 1) * count)))
 
 
 def place(batch: Any, mesh: Mesh) -> Any:
     """NumPy arrays of this process as global arrays whose rows are split over `data` and `fsdp`."""
-    sharding = NamedSharding(mesh, spec("batch"))
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    sharding, (mine, parts) = NamedSharding(mesh, spec("batch")), _parts(mesh)
+
+    def whole(x: Any) -> jax.Array:
+        shape = (x.shape[0] * parts // len(mine), *x.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, x, shape)
+
+    return jax.tree.map(whole, batch)
+
+
+def _parts(mesh: Mesh) -> tuple[list[int], int]:
+    # Of the equal parts that a batch's rows are split into: those on this process's devices, and how many there are.
+    grid = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+    here = jax.process_index()
+    return [i for i, devices in enumerate(grid) if any(d.process_index == here for d in devices)], len(grid)

@@ -1,6 +1,6 @@
 """What a run shows and records: a progress bar, ``metrics.jsonl`` and TensorBoard.
 
-In: metrics of finished steps. Out: lines and files in the work directory. Only process 0 has one.
+In: metrics of finished steps. Out: lines and files in the work directory, from process 0 alone.
 """
 
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
@@ -19,15 +20,18 @@ class Recorder:
     """Records the metrics of a run that starts, or goes on, at a step.
 
     Lines of `metrics.jsonl` from steps that a resumed run repeats are dropped, so that each step appears once.
-    On a terminal there is a live bar; elsewhere (a log file) a line every `every` steps.
+    On a terminal there is a live bar; elsewhere (a log file) a line every `every` steps. In the other processes of a
+    job it shows and writes nothing.
     """
 
     def __init__(self, directory: Path, start: int, steps: int, every: int = 10):
         self.path, self.start, self.steps, self.every = directory / "metrics.jsonl", start, steps, every
-        self._drop_repeated(start)
-        self.file = self.path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
-        self.console = Console(file=sys.stderr)
+        self.file, self.board, quiet = None, None, jax.process_index() > 0
+        if not quiet:
+            self._drop_repeated(start)
+            self.file = self.path.open("a", encoding="utf-8")
+            self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
+        self.console = Console(file=sys.stderr, quiet=quiet)
         columns = (
             BarColumn(bar_width=12),
             MofNCompleteColumn(),
@@ -35,7 +39,7 @@ class Recorder:
             TimeRemainingColumn(),
             TextColumn("{task.description}"),
         )
-        self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.progress = Progress(*columns, console=self.console, disable=quiet or not self.console.is_terminal)
         self.bar = self.progress.add_task("compiling", total=steps, completed=start)
         self.began = self.step_end = time.monotonic()
 
@@ -47,8 +51,9 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.stop()
-        self.file.close()
-        self.board.close()
+        if self.file is not None and self.board is not None:
+            self.file.close()
+            self.board.close()
 
     def say(self, text: str) -> None:
         """A line above the bar."""
@@ -56,6 +61,8 @@ class Recorder:
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:
         """Writes one step's metrics and moves the bar."""
+        if self.file is None or self.board is None:
+            return
         self.file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.file.flush()
         for name, value in metrics.items():
@@ -78,7 +85,10 @@ class Recorder:
                     kept.append(line + "\n")
             except (ValueError, KeyError):  # the line that a kill cut short
                 continue
-        self.path.write_text("".join(kept), encoding="utf-8")
+        # Replaced at once: a kill at this moment loses nothing.
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(self.path)
 
 
 # Short enough for a terminal of 80 columns.

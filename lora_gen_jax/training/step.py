@@ -18,9 +18,10 @@ from lora_gen_jax.data.pipeline import Batch
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.generator.lora_gen import LoRAGen
 from lora_gen_jax.generator.router import cv_squared, gate_entropy
+from lora_gen_jax.sharding import constrain, mesh_size
 from lora_gen_jax.training.losses import chunked_cross_entropy
 
-# Logits that exist at the same time: 2^26 numbers are 256 MB in fp32.
+# Logits that exist at the same time on a device: 2^26 numbers are 256 MB in fp32.
 LOGITS_AT_ONCE = 2**26
 
 
@@ -60,26 +61,32 @@ def init_state(
     return jax.jit(init)(frozen_cloud, batch.prompts)
 
 
-def edge_loss(edge: Decoder, frozen_edge: Any, adapter: Adapter | None, batch: Batch, rngs: Any) -> jax.Array:
-    """Mean cross-entropy in nats over the supervised tokens; the edge sees queries alone, never the prompt."""
+def edge_loss(
+    edge: Decoder, frozen_edge: Any, adapter: Adapter | None, batch: Batch, rngs: Any, packed: bool = True
+) -> jax.Array:
+    """Mean cross-entropy in nats over the supervised tokens; the edge sees queries alone, never the prompt.
 
-    def logits_of(frozen: Any, hidden_XD: jax.Array) -> jax.Array:
-        return edge.apply({"params": frozen}, hidden_XD[None], method="logits")[0]
+    `packed` is the decoder's promise; a prompt that the queries of a row share (`edge_reads_prompt`) breaks it.
+    """
+
+    def logits_of(frozen: Any, hidden_PXD: jax.Array) -> jax.Array:
+        return edge.apply({"params": frozen}, hidden_PXD, method="logits")
 
     hidden_PTD, _ = edge.apply(
         {"params": frozen_edge},
         batch.tokens_PT,
         batch.positions_PT,
         segments_BT=batch.segments_PT,
+        packed=packed,
         adapter=adapter,
         rngs=rngs,
     )
+    hidden_PTD = constrain(hidden_PTD, "batch", None, None)
     hidden_PSD = jnp.take_along_axis(hidden_PTD, batch.source_PS[:, :, None], axis=1)
-    hidden_ND = hidden_PSD.reshape(-1, hidden_PSD.shape[-1])
-    chunk = max(1, LOGITS_AT_ONCE // edge.config.vocab_size)
-    loss_N = chunked_cross_entropy(logits_of, frozen_edge, hidden_ND, batch.target_PS.reshape(-1), chunk)
-    weight_N = batch.weight_PS.reshape(-1)
-    return jnp.sum(loss_N * weight_N) / jnp.maximum(jnp.sum(weight_N), 1.0)
+    rows = -(-hidden_PSD.shape[0] // mesh_size("batch"))
+    chunk = max(1, LOGITS_AT_ONCE // (rows * edge.config.vocab_size // mesh_size("vocab")))
+    loss_PS = chunked_cross_entropy(logits_of, frozen_edge, hidden_PSD, batch.target_PS, chunk)
+    return jnp.sum(loss_PS * batch.weight_PS) / jnp.maximum(jnp.sum(batch.weight_PS), 1.0)
 
 
 def objective(
@@ -98,7 +105,8 @@ def objective(
             mutable=["batch_stats"],
         )
         rngs = {"dropout": edge_key} if config.generator.dropout > 0 else {}
-        loss = edge_loss(edge, frozen["edge"], generated.adapter, batch, rngs)
+        packed = not config.data.edge_reads_prompt
+        loss = edge_loss(edge, frozen["edge"], generated.adapter, batch, rngs, packed)
         metrics, total = {"loss": loss}, loss
         if generated.gates_PLE is not None:
             cv = cv_squared(generated.gates_PLE)
@@ -127,7 +135,7 @@ def make_train_step(generator: LoRAGen, edge: Decoder, optimizer: optax.Gradient
     return jax.jit(step_fn, donate_argnums=0)
 
 
-def make_validation_step(generator: LoRAGen, edge: Decoder) -> Any:
+def make_validation_step(generator: LoRAGen, edge: Decoder, config: Config) -> Any:
     """Jitted ``f(variables, frozen, batch) -> loss``; running statistics, no dropout; without variables the base."""
 
     def step_fn(variables: Any, frozen: Any, batch: Batch) -> jax.Array:
@@ -135,6 +143,6 @@ def make_validation_step(generator: LoRAGen, edge: Decoder) -> Any:
         if variables is not None:
             generated: Any = generator.apply(variables, frozen["cloud"], batch.prompts)
             adapter = generated.adapter
-        return edge_loss(edge, frozen["edge"], adapter, batch, {})
+        return edge_loss(edge, frozen["edge"], adapter, batch, {}, not config.data.edge_reads_prompt)
 
     return jax.jit(step_fn)

@@ -206,7 +206,7 @@ def test_four_devices_train_as_one_does(whole, root, monkeypatch):
     _, state, _ = whole
     config = experiment(root, root / "single")
 
-    def one_device():
+    def one_device(**sizes):
         return jax.make_mesh((1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
 
     assert jax.device_count() == 4
@@ -296,9 +296,9 @@ def profiled_run(tmp_path, monkeypatch, steps, fails_at):
 
     monkeypatch.setattr(jax.profiler, "start_trace", lambda path: calls.append(("start", len(done) + 1)))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(("stop", len(done))))
-    monkeypatch.setattr(loop, "_tokens", lambda batch: 1)
+    monkeypatch.setattr(loop, "_tokens", lambda batch, prompts: 1)
     state = TrainState(jnp.zeros((), jnp.int32), {}, {}, {})
-    quiet = SimpleNamespace(save=lambda *args: None)
+    quiet = SimpleNamespace(save=lambda *args: None, directory=tmp_path)
     pair = SimpleNamespace(frozen=None, fingerprints={})
     fields = {"config": config, "pair": pair, "mesh": None, "state": state, "train_step": step, "validate": None}
     run = loop.Run(**fields, batches=_Endless(), held_out=[], checkpoints=quiet)

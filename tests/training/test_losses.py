@@ -7,12 +7,12 @@ import pytest
 
 from lora_gen_jax.training.losses import chunked_cross_entropy
 
-N, D, V = 11, 6, 17
+P, S, D, V = 3, 11, 6, 17
 RNG = np.random.default_rng(0)
 TABLE = jnp.asarray(RNG.standard_normal((D, V), np.float32))
-HIDDEN = jnp.asarray(2 * RNG.standard_normal((N, D), np.float32))
-TARGETS = jnp.asarray(RNG.integers(0, V, N), jnp.int32)
-WEIGHTS = jnp.asarray(RNG.random(N, np.float32)).at[3].set(0.0)
+HIDDEN = jnp.asarray(2 * RNG.standard_normal((P, S, D), np.float32))
+TARGETS = jnp.asarray(RNG.integers(0, V, (P, S)), jnp.int32)
+WEIGHTS = jnp.asarray(RNG.random((P, S), np.float32)).at[1, 3].set(0.0)
 
 
 def logits_of(table, hidden):
@@ -21,12 +21,12 @@ def logits_of(table, hidden):
 
 def plain(hidden):
     log_probabilities = jax.nn.log_softmax(logits_of(TABLE, hidden))
-    return jnp.stack([-log_probabilities[i, t] for i, t in enumerate(np.asarray(TARGETS))])
+    return jnp.stack([jnp.stack([-log_probabilities[p, s, TARGETS[p, s]] for s in range(S)]) for p in range(P)])
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 10, 11, 12, 1000])
 def test_value_and_gradient_are_those_of_plain_cross_entropy(chunk):
-    """Chunks smaller than N (dividing it or not), equal to it, and larger."""
+    """Chunks smaller than S (dividing it or not), equal to it, and larger."""
 
     def chunked(hidden):
         return chunked_cross_entropy(logits_of, TABLE, hidden, TARGETS, chunk)
@@ -35,7 +35,7 @@ def test_value_and_gradient_are_those_of_plain_cross_entropy(chunk):
     ours = jax.jit(jax.grad(lambda h: jnp.sum(chunked(h) * WEIGHTS)))(HIDDEN)
     theirs = jax.grad(lambda h: jnp.sum(plain(h) * WEIGHTS))(HIDDEN)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
-    assert not np.any(ours[3])
+    assert not np.any(ours[1, 3])
 
 
 def test_the_frozen_unembedding_gets_no_gradient():
@@ -44,15 +44,15 @@ def test_the_frozen_unembedding_gets_no_gradient():
 
 
 def test_logits_of_more_than_a_chunk_never_exist():
-    """Neither forward nor backward: the largest array of the jaxpr with a vocabulary axis has `chunk` rows."""
+    """Neither forward nor backward: the largest array of the jaxpr with a vocabulary axis has `chunk` slots."""
 
     def total(hidden):
         return jnp.sum(chunked_cross_entropy(logits_of, TABLE, hidden, TARGETS, 4))
 
     text = str(jax.make_jaxpr(jax.value_and_grad(total))(HIDDEN))
-    assert f"[4,{V}]" in text
-    assert f"[{N},{V}]" not in text
-    assert f"[12,{V}]" not in text
+    assert f"[{P},4,{V}]" in text
+    assert f"[{P},{S},{V}]" not in text
+    assert f"[{P},12,{V}]" not in text
 
 
 def test_hidden_states_in_bf16_get_gradients_in_bf16():

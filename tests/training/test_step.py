@@ -180,7 +180,7 @@ def test_a_grouped_batchs_loss_is_the_mean_over_answer_tokens_of_plain_merged_fo
     generator, _, variables = setting(name)
     made = jax.jit(generator.apply)(variables, frozen["cloud"], BATCH.prompts)
     losses = _losses_of_plain_passes(frozen, lambda p: merge(frozen["edge"], made.adapter.select(p)))
-    validate = make_validation_step(generator, Decoder(EDGE))
+    validate = make_validation_step(generator, Decoder(EDGE), Config())
     np.testing.assert_allclose(validate(variables, frozen, BATCH), np.mean(losses), rtol=1e-5)
     base = _losses_of_plain_passes(frozen, lambda p: frozen["edge"])
     assert abs(np.mean(base) - np.mean(losses)) > 1e-3

@@ -1,0 +1,180 @@
+"""Groups: a prompt drawn from the task mixture with queries that none of its shots answers, and rows of prompts.
+
+In: tasks, two encoders and a `DataConfig`. Out: `Group`s of token ids, drawn by a generator of random numbers, in an
+order in which consecutive ones fit a row together.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lora_gen_jax.config import DataConfig
+from lora_gen_jax.data.edge_prompt import beside
+from lora_gen_jax.data.encode import Encoder
+from lora_gen_jax.data.prompts import sample_shots, system_prompt
+from lora_gen_jax.data.tasks import Example, Task
+from lora_gen_jax.errors import ConfigError, DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """One prompt with its queries.
+
+    Attributes:
+        description, shots: what the prompt is made of.
+        prompt: its token ids.
+        queries: token ids of (query, response) pairs.
+        prefix: the prompt in the edge model's ids where the edge reads it, else empty.
+    """
+
+    description: str
+    shots: tuple[Example, ...]
+    prompt: list[int]
+    queries: list[tuple[list[int], list[int]]]
+    prefix: list[int] = dataclasses.field(default_factory=list)
+
+
+class GroupSampler:
+    """Draws a task by the mixture's weights, then a wording, shots and queries that are none of the shots.
+
+    Args:
+        tasks: whose `split` has examples; others are ignored.
+        cloud, edge: encoders of the two models.
+        config: shapes and numbers of shots.
+        num_meta: meta tokens a prompt is followed by.
+        split: "train", or "validation" for queries that training never sees (shots are of train all the same).
+
+    Raises:
+        DataError: when no task has an example of the split that fits `query_length`.
+        ConfigError: for a weight that is malformed or of an unknown source.
+    """
+
+    def __init__(
+        self, tasks: Sequence[Task], cloud: Encoder, edge: Encoder, config: DataConfig, num_meta: int, split: str
+    ):
+        self.cloud, self.edge, self.config = cloud, edge, config
+        self.num_meta, self.split = num_meta, split
+        self.tasks = [task for task in tasks if getattr(task, split)]
+        if not self.tasks:
+            raise DataError(f"no task has {split} examples: name tasks that do, or give files with data.files")
+        weights = source_weights(config.source_weights, {task.source for task in self.tasks})
+        sizes: dict[str, int] = {}
+        for task in self.tasks:
+            sizes[task.source] = sizes.get(task.source, 0) + len(getattr(task, split))
+        chance = np.array([weights[t.source] * len(getattr(t, split)) / sizes[t.source] for t in self.tasks])
+        self.cumulative = np.cumsum(chance / chance.sum())
+
+    def draw(self, rng: np.random.Generator) -> Group:
+        """One prompt and at least one query; other tasks are tried where no query fits.
+
+        Raises:
+            DataError: when nothing fits after many tries.
+        """
+        for _ in range(100):
+            place = np.searchsorted(self.cumulative, rng.random(), side="right")
+            task = self.tasks[min(int(place), len(self.tasks) - 1)]
+            examples, queries = self._queries(task, rng)
+            if not queries:
+                continue
+            description = task.descriptions[rng.integers(len(task.descriptions))]
+            count = int(rng.integers(self.config.min_shots, self.config.max_shots + 1))
+            shots = sample_shots(task, count, rng, [example.id for example in examples])
+            group = self._fit(Group(description, tuple(shots), [], queries))
+            if group is not None:
+                return group
+        raise DataError(
+            f"no query with its prompt fits: raise data.query_length ({self.config.query_length}),"
+            f" data.edge_length ({self.config.edge_length}) or data.cloud_length ({self.config.cloud_length})"
+        )
+
+    def _queries(self, task: Task, rng: np.random.Generator) -> tuple[list[Example], list[Any]]:
+        c, rows = self.config, getattr(task, self.split)
+        examples, queries, room, slots = [], [], c.edge_length, c.response_slots
+        # A few more candidates than needed: the row is filled with those that fit.
+        for index in rng.choice(len(rows), size=min(len(rows), 2 * c.queries_per_prompt), replace=False):
+            query, response = self.edge.query(rows[index].query, rows[index].response, task.chat)
+            if self.split == "train" and self.edge.end is not None:
+                response = [*response, self.edge.end]
+            length = len(query) + len(response) - 1
+            if length <= min(room, c.query_length) and len(response) <= slots:
+                examples.append(rows[index])
+                queries.append((query, response))
+                room, slots = room - length, slots - len(response)
+            if len(queries) == c.queries_per_prompt:
+                break
+        return examples, queries
+
+    def _fit(self, group: Group) -> Group | None:
+        limit = self.config.cloud_length - self.config.prompts_per_row * self.num_meta
+        if not (group.description.strip() or group.shots):
+            return None
+        text = system_prompt(group.description, group.shots)
+        group = dataclasses.replace(group, prompt=self.cloud.prompt(text))
+        fits = len(group.prompt) <= limit
+        if fits and self.config.edge_reads_prompt:
+            # Queries give way before shots do, all but the first.
+            prefix = self.edge.prompt(text)
+            kept = beside(self.edge, prefix, group.queries, self.config.edge_length)
+            fits, group = bool(kept), dataclasses.replace(group, prefix=prefix, queries=kept or group.queries)
+        return group if fits else self.shorten(group)
+
+    def shorten(self, group: Group) -> Group | None:
+        """The group with its last shot dropped, and more of them until the prompt fits a row; None without shots."""
+        return self._fit(dataclasses.replace(group, shots=group.shots[:-1])) if group.shots else None
+
+    def rows(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups in an order in which consecutive ones fit a row together, shots dropped where they must be.
+
+        Raises:
+            DataError: when prompts without shots do not fit.
+        """
+        M = self.config.prompts_per_row
+        limit = self.config.cloud_length - M * self.num_meta
+        rows = _balance(groups, M)
+        for row in rows:
+            while sum(len(group.prompt) for group in row) > limit:
+                longest = max((g for g in row if g.shots), key=lambda g: len(g.prompt), default=None)
+                shorter = None if longest is None else self.shorten(longest)
+                if longest is None or shorter is None:
+                    raise DataError(
+                        f"{M} prompts without shots do not fit data.cloud_length = {self.config.cloud_length}:"
+                        " raise it, or lower data.prompts_per_row"
+                    )
+                row[row.index(longest)] = shorter
+        return [group for row in rows for group in row]
+
+
+def source_weights(pairs: Sequence[str], sources: set[str]) -> Mapping[str, float]:
+    """Weight of every source: 1, or what ``name=weight`` says.
+
+    Raises:
+        ConfigError: for a malformed pair, an unknown source or weights that are all zero.
+    """
+    weights = dict.fromkeys(sorted(sources), 1.0)
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        try:
+            weight = float(value)
+        except ValueError:
+            weight = -1.0
+        if weight < 0:
+            raise ConfigError(f"data.source_weights has {pair!r}; write name=weight with a weight of 0 or more")
+        if name not in sources:
+            raise ConfigError(f"data.source_weights names {name!r}; the sources are {', '.join(sorted(sources))}")
+        weights[name] = weight
+    if not any(weights.values()):
+        raise ConfigError("data.source_weights gives every source the weight 0: leave one positive")
+    return weights
+
+
+def _balance(groups: Sequence[Group], per_row: int) -> list[list[Group]]:
+    # Rows of even length: the longest prompts are dealt out first, then back and forth.
+    order = sorted(groups, key=lambda g: len(g.prompt), reverse=True)
+    rows = len(groups) // per_row
+    dealt: list[list[Group]] = [[] for _ in range(rows)]
+    for i, group in enumerate(order):
+        lap, place = divmod(i, rows)
+        dealt[place if lap % 2 == 0 else rows - 1 - place].append(group)
+    return dealt

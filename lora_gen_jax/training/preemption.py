@@ -1,0 +1,72 @@
+"""A run that is told to stop saves a checkpoint first: SIGTERM, which preempted machines get, and Ctrl-C.
+
+In: signals. Out: after the step in which one came, the number of the signal. Several processes agree on a step, also
+when only one of them got the signal.
+"""
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(Exception):
+    """A run ended early by a signal, its checkpoint saved.
+
+    Attributes:
+        signal: that was received.
+        step: of the checkpoint.
+    """
+
+    def __init__(self, received: int, step: int):
+        self.signal, self.step = signal.Signals(received), step
+        saved = "the checkpoint is saved, " if step else ""
+        super().__init__(f"stopped by {self.signal.name} at step {step}: {saved}the same command goes on")
+
+
+class StopSignals:
+    """While it is entered, SIGTERM and SIGINT are noted; a second one does what it did before.
+
+    In several processes JAX itself watches for SIGTERM and tells all of them; SIGINT in one is passed on so.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.together = jax.process_count() > 1
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        # Python lets only its main thread handle signals.
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS[1:] if self.together else SIGNALS:
+                self.before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self._restore()
+        if self.together:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _restore(self) -> None:
+        while self.before:
+            number, handler = self.before.popitem()
+            signal.signal(number, handler)
+
+    def after(self, step: int) -> int | None:
+        """The signal that ends the run after this step; every process asks after every step."""
+        if self.together:
+            stop = multihost_utils.reached_preemption_sync_point(step)
+            return (self.received or signal.SIGTERM) if stop else None
+        return self.received

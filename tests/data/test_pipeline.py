@@ -1,0 +1,125 @@
+"""Batches do not depend on who builds them: one process or several, a thread or worker processes, from any place."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from helpers import experiment
+
+from lora_gen_jax.data.pipeline import Shard, TrainingBatches, build_batch, validation_batches
+from lora_gen_jax.errors import CheckpointError
+from lora_gen_jax.models import load_pair
+from lora_gen_jax.training.prepare import make_sampler, training_tasks
+
+# What a cloud row holds: everything, or so little that shots must be dropped.
+ROOM = {"wide": 96, "narrow": 46}
+
+
+@pytest.fixture(scope="module")
+def sampler_of(tmp_path_factory):
+    """Samplers of 8 rows with 2 prompts each, in blocks of 2 rows."""
+    config = experiment(tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("run"))
+    pair, tasks = load_pair(config), training_tasks(config)
+
+    @functools.cache
+    def make(split="train", room="wide", **changes):
+        shape = {"prompts_per_step": 16, "rows_per_block": 2, "cloud_length": ROOM[room], "max_shots": 5}
+        data = dataclasses.replace(config.data, **(shape | changes))
+        return make_sampler(dataclasses.replace(config, data=data), pair, tasks, split)
+
+    return make
+
+
+def part(index, count, rows=8):
+    return Shard(tuple(range(index * rows // count, (index + 1) * rows // count)))
+
+
+def same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def joined(parts):
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+@pytest.mark.parametrize("processes", [2, 4, 8])
+@pytest.mark.parametrize("room", ["wide", "narrow"])
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_the_parts_of_several_processes_are_the_batch_of_one(sampler_of, split, room, processes):
+    """Eight processes hold half a block each."""
+    sampler = sampler_of(split, room)
+    for step in range(3):
+        parts = [build_batch(sampler, (0, step), part(i, processes)) for i in range(processes)]
+        same(joined(parts), build_batch(sampler, (0, step), Shard()))
+
+
+def test_shots_are_dropped_in_the_narrow_rows(sampler_of):
+    def shots(room):
+        sampler = sampler_of("train", room)
+        drawn = [sampler.draw(np.random.default_rng([0, 0, i])) for i in range(4)]
+        return sum(len(group.shots) for group in sampler.rows(drawn)), sum(len(group.shots) for group in drawn)
+
+    kept, drawn = shots("narrow")
+    assert kept < drawn
+    kept, drawn = shots("wide")
+    assert kept == drawn
+
+
+def test_rows_that_do_not_lie_side_by_side_are_those_of_the_whole_batch(sampler_of):
+    sampler, rows = sampler_of(), (0, 3, 4, 7)
+    whole, found = (build_batch(sampler, (0, 0), Shard(r)) for r in (None, rows))
+    np.testing.assert_array_equal(found.prompts.tokens_BT, whole.prompts.tokens_BT[list(rows)])
+    prompts = [2 * row + i for row in rows for i in (0, 1)]
+    np.testing.assert_array_equal(found.tokens_PT, whole.tokens_PT[prompts])
+
+
+def test_a_part_of_whole_blocks_draws_no_other_prompts(sampler_of, monkeypatch):
+    sampler, drawn = sampler_of(), []
+    draw = type(sampler).draw
+    monkeypatch.setattr(type(sampler), "draw", lambda self, rng: drawn.append(1) or draw(self, rng))
+    build_batch(sampler, (0, 0), part(1, 4))
+    assert len(drawn) == 4
+
+
+def test_blocks_change_what_shares_a_row_and_never_what_is_drawn(sampler_of):
+    small, large = (build_batch(sampler_of(rows_per_block=n), (0, 0), Shard()) for n in (2, 8))
+    assert not np.array_equal(small.prompts.tokens_BT, large.prompts.tokens_BT)
+    assert sorted(map(tuple, small.tokens_PT)) == sorted(map(tuple, large.tokens_PT))
+
+
+def test_validation_batches_are_fixed_and_not_those_of_training(sampler_of):
+    sampler = sampler_of("validation")
+    once, again = (validation_batches(sampler, 2, Shard()) for _ in range(2))
+    same(once, again)
+    assert not np.array_equal(once[0].prompts.tokens_BT, once[1].prompts.tokens_BT)
+
+
+def test_worker_processes_build_the_batches_of_the_thread(sampler_of):
+    thread = TrainingBatches(sampler_of(), seed=3, steps=9, shard=part(1, 2))
+    processes = TrainingBatches(sampler_of(workers=2), seed=3, steps=9, shard=part(1, 2))
+    try:
+        for _ in range(4):
+            same(next(processes), next(thread))
+        assert processes.get_state() == thread.get_state() == {"next_batch": 4}
+        # From another place, and to the end.
+        processes.set_state({"next_batch": 6})
+        thread.set_state({"next_batch": 6})
+        rest = [list(batches) for batches in (processes, thread)]
+        assert len(rest[0]) == len(rest[1]) == 3
+        same(*rest)
+    finally:
+        processes.close()
+        thread.close()
+
+
+def test_the_place_of_an_earlier_version_is_read_and_any_other_refused(sampler_of):
+    batches = TrainingBatches(sampler_of(), 0, 9, Shard())
+    batches.set_state({"next_index": 5})  # as Grain's own iterators wrote it
+    expected = build_batch(sampler_of(), (0, 5), Shard())
+    same(next(batches), expected)
+    assert batches.get_state() == {"next_batch": 6}
+    batches.close()
+    with pytest.raises(CheckpointError, match=r"place in the data is .*'threads': 3.*this version cannot read"):
+        batches.set_state({"threads": 3})

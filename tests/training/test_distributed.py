@@ -1,0 +1,161 @@
+"""One training, however it is spread: over the devices of a process, over processes, and from one spread to another."""
+
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from helpers import experiment
+from jax._src.clusters import ClusterEnv
+from jobs import Jobs, batches, largest_difference, metrics, saved
+
+from lora_gen_jax.config import DistributedConfig
+from lora_gen_jax.config_check import check
+from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.sharding import MESH_AXES, make_mesh
+from lora_gen_jax.training import distributed
+from lora_gen_jax.training.prepare import shard_of
+
+pytestmark = pytest.mark.timeout(600)
+MESHES = {"data": ("--mesh.data", "4", "--mesh.model", "2"), "all": ("--mesh.fsdp", "2", "--mesh.model", "2")}
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    started = Jobs(tmp_path_factory.mktemp("jobs") / "root")
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def alone(jobs):
+    """Six steps on one device: the work directory."""
+    return jobs.finish(jobs.config("alone"))
+
+
+@pytest.fixture(scope="module")
+def spread(jobs):
+    """The same six steps on eight devices, and by two processes with two devices each."""
+    found = {name: jobs.finish(jobs.config(name), *flags, devices=8) for name, flags in MESHES.items()}
+    return found | {"processes": jobs.finish_together(jobs.config("processes"), devices=2)}
+
+
+def same_training(one: Path, other: Path) -> None:
+    assert largest_difference(saved(one), saved(other)) <= 1e-5
+    for name in ("loss", "cv", "grad_norm", "validation_loss"):
+        steps, values = zip(*metrics(one, name), strict=True)
+        others, found = zip(*metrics(other, name), strict=True)
+        assert steps == others
+        np.testing.assert_allclose(found, values, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["data", "all", "processes"])
+def test_however_a_batch_is_spread_the_training_is_the_same(alone, spread, how):
+    same_training(alone, spread[how])
+    assert [step for step, _ in metrics(spread[how])] == [1, 2, 3, 4, 5, 6]
+
+
+def test_two_processes_take_each_a_part_of_a_batch(alone, spread, jobs):
+    one, two = batches(jobs.root / "alone.py"), batches(jobs.root / "processes.py")
+    assert [len(one[str(step)]) for step in range(1, 7)] == [1] * 6
+    assert [len(two[str(step)]) for step in range(1, 7)] == [2] * 6
+    # Process 1 writes nothing, and says nothing of its own.
+    assert "step" not in jobs.said(jobs.root / "processes.py", "process1")
+    assert "done:" in jobs.said(jobs.root / "processes.py", "process0")
+
+
+@pytest.mark.parametrize(
+    ("before", "flags", "devices"), [("processes", MESHES["all"], 8), ("all", (), 1), ("data", MESHES["all"], 8)]
+)
+def test_a_run_goes_on_from_step_3_with_other_devices(alone, spread, jobs, before, flags, devices):
+    """From two processes to one, and from one mesh to another."""
+    config = jobs.config(f"{before}_then_{devices}")
+    shutil.copytree(spread[before], config.with_suffix(""))
+    shutil.rmtree(config.with_suffix("") / "checkpoints" / "6")
+    same_training(alone, jobs.finish(config, *flags, devices=devices))
+    assert "resuming at step 3" in jobs.said(config)
+
+
+def test_a_process_needs_the_rows_of_its_own_devices_wherever_they_are(tmp_path, monkeypatch):
+    """A mesh of a TPU pod follows its wires, not the numbers of the processes."""
+    config = experiment(tmp_path, tmp_path / "run")
+
+    def mesh(*owners):
+        devices = np.array([SimpleNamespace(process_index=owner) for owner in owners])
+        return SimpleNamespace(devices=devices, shape=dict(zip(MESH_AXES, devices.shape, strict=True)))
+
+    rows = [[[0], [1]], [[1], [0]]]  # data 2, fsdp 2, model 1: one row each
+    for process, expected in ((0, (0, 3)), (1, (1, 2))):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        found = shard_of(config, SimpleNamespace(devices=_owned(rows), shape={"data": 2, "fsdp": 2, "model": 1}))
+        assert found.rows == expected
+        # Both processes share every row where `model` runs across them.
+        across = SimpleNamespace(devices=_owned([[[0, 1]], [[0, 1]]]), shape={"data": 2, "fsdp": 1, "model": 2})
+        assert shard_of(config, across).rows == (0, 1, 2, 3)
+
+
+def _owned(owners):
+    grid = np.empty(np.shape(owners), object)
+    for place, owner in np.ndenumerate(np.array(owners)):
+        grid[place] = SimpleNamespace(process_index=owner)
+    return grid
+
+
+def test_a_single_process_holds_all_rows(tmp_path):
+    config = experiment(tmp_path, tmp_path / "run")
+    assert shard_of(config, make_mesh()).rows == (0, 1, 2, 3)
+
+
+def cluster(name: str, present: bool, processes: int, opt_in: bool = False):
+    def count():
+        assert processes, "nobody should ask"
+        return processes
+
+    fields = {"opt_in_only_method": opt_in, "is_env_present": lambda: present, "get_process_count": count}
+    return SimpleNamespace(__name__=name, **fields)
+
+
+@pytest.mark.parametrize(
+    ("environments", "processes"),
+    [
+        ([], 1),
+        ([cluster("Slurm", False, 0), cluster("Tpu", True, 4)], 4),
+        ([cluster("Tpu", True, 1)], 1),
+        ([cluster("Mpi", True, 8, opt_in=True)], 1),
+        ([cluster("K8sCluster", True, 0)], 1),
+    ],
+)
+def test_processes_are_counted_as_the_system_tells(monkeypatch, environments, processes):
+    monkeypatch.delenv("JOB_COMPLETION_INDEX", raising=False)
+    monkeypatch.setattr(ClusterEnv, "_cluster_types", environments)
+    assert distributed.detected_processes() == processes
+
+
+def test_one_process_starts_nothing(monkeypatch):
+    started = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: started.append(kwargs))
+    monkeypatch.setattr(ClusterEnv, "_cluster_types", [])
+    distributed.start(DistributedConfig())
+    monkeypatch.setattr(ClusterEnv, "_cluster_types", [cluster("Slurm", True, 4)])
+    distributed.start(DistributedConfig(processes=1))
+    assert not started
+    assert "JAX_COORDINATOR_ADDRESS" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"coordinator": "host:1"}, "belong together: give all three"),
+        ({"processes": 2}, "belong together"),
+        ({"coordinator": "host", "processes": 2, "process": 0}, r"coordinator is 'host'; write HOST:PORT"),
+        ({"coordinator": "host:1", "processes": 2, "process": 2}, r"process is 2; it must lie between 0 and .* = 1"),
+        ({"heartbeat_seconds": 1}, "heartbeat_seconds is 1; it must be at least 10"),
+    ],
+)
+def test_flags_that_do_not_fit_together_are_named(tmp_path, fields, message):
+    config = experiment(tmp_path, tmp_path / "run")
+    with pytest.raises(ConfigError, match=message):
+        check(config.__class__(**{**vars(config), "distributed": DistributedConfig(**fields)}))

@@ -1,0 +1,159 @@
+"""Runs that are killed, told to stop or lose a process, and go on with the same command: bit for bit the same."""
+
+import os
+import random
+import re
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from jobs import Jobs, batches, metrics, saved, saved_steps, wait_for
+
+pytestmark = pytest.mark.timeout(600)
+STEPS = 60
+SETTINGS = {"steps": STEPS, "checkpoint_every": 4, "validate_every": 20}
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    started = Jobs(tmp_path_factory.mktemp("jobs") / "root")
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def whole(jobs):
+    """The config file of a run that nothing disturbed."""
+    config = jobs.config("whole", **SETTINGS)
+    jobs.finish(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(jobs):
+    """The same by two processes."""
+    config = jobs.config("whole_of_two", **SETTINGS)
+    jobs.finish_together(config)
+    return config
+
+
+def same_run(config, undisturbed):
+    """State, order of the data and metrics are those of the undisturbed run."""
+    one, other = config.with_suffix(""), undisturbed.with_suffix("")
+    jax.tree.map(np.testing.assert_array_equal, saved(one), saved(other))
+    assert metrics(one) == metrics(other)
+    assert [step for step, _ in metrics(one)] == list(range(1, STEPS + 1))
+    assert metrics(one, "validation_loss") == metrics(other, "validation_loss")
+    # Every attempt at a step had the batch that belongs to it.
+    assert batches(config) == batches(undisturbed)
+
+
+def last_step(directory):
+    return max((step for step, _ in metrics(directory)), default=0)
+
+
+def test_a_run_that_is_killed_three_times_ends_as_if_it_had_not_been(jobs, whole):
+    config = jobs.config("killed", **SETTINGS)
+    directory, rng = config.with_suffix(""), random.Random(0)
+    for at, writing in ((rng.randint(5, 15), False), (rng.randint(18, 30), True), (rng.randint(35, 50), False)):
+
+        def moment(at=at, writing=writing):
+            saving = any((directory / "checkpoints").glob("*tmp*"))
+            return last_step(directory) >= at and (saving or not writing)
+
+        process = jobs.start(config, step_seconds=0.02)
+        assert wait_for(moment, process), "the run ended before it could be killed"
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    jobs.finish(config)
+    assert "resuming at step" in jobs.said(config)
+    same_run(config, whole)
+
+
+@pytest.mark.parametrize(("number", "name", "status"), [(15, "SIGTERM", 143), (2, "SIGINT", 130)])
+def test_a_signal_saves_the_step_it_came_in(jobs, whole, number, name, status):
+    config = jobs.config(name, **SETTINGS)
+    directory = config.with_suffix("")
+    process = jobs.start(config, "--data.workers", "1", step_seconds=0.3)
+    assert wait_for(lambda: last_step(directory) == 5, process)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == status
+    # Step 5 is known when step 6 runs; the signal may find the start of step 7.
+    step = saved_steps(directory)[-1]
+    assert step in (6, 7)
+    assert last_step(directory) == step
+    said = jobs.said(config)
+    end = f"stopped by {name} at step {step}: the checkpoint is saved, the same command goes on"
+    assert said.splitlines()[-1] == end
+    assert "Traceback" not in said
+    jobs.finish(config)
+    same_run(config, whole)
+
+
+def test_workers_end_with_the_process_that_they_build_for(jobs):
+    config = jobs.config("orphans", **SETTINGS)
+    process = jobs.start(config, "--data.workers", "2", step_seconds=0.2)
+    assert wait_for(lambda: last_step(config.with_suffix("")) >= 2, process)
+    workers = [pid for pid in _children(process.pid) if "spawn_main" in _command(pid)]
+    assert len(workers) == 2
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 20
+    while any("spawn_main" in _command(pid) for pid in workers):
+        assert time.monotonic() < end, "a worker outlived its parent"
+        time.sleep(0.1)
+
+
+def _children(parent):
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                if int(file.read().rpartition(")")[2].split()[1]) == parent:
+                    found.append(pid)
+        except OSError:
+            continue
+    return found
+
+
+def _command(pid):
+    try:
+        with open(f"/proc/{pid}/cmdline") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step(jobs, whole_of_two):
+    config = jobs.config("told", **SETTINGS)
+    directory = config.with_suffix("")
+    processes = jobs.start_together(config, step_seconds=0.1)
+    assert wait_for(lambda: last_step(directory) == 5, processes[0])
+    processes[1].terminate()
+    assert [process.wait(timeout=60) for process in processes] == [143, 143]
+    step = saved_steps(directory)[-1]
+    assert 6 <= step < 20
+    line = f"stopped by SIGTERM at step {step}: the checkpoint is saved, the same command goes on"
+    assert line in jobs.said(config, "process0")
+    jobs.finish_together(config)
+    same_run(config, whole_of_two)
+
+
+def test_a_lost_process_ends_the_other_one_with_a_word_and_the_job_goes_on(jobs, whole_of_two):
+    """First process 1 is lost, then process 0, which coordinates the job."""
+    config = jobs.config("lost", **SETTINGS)
+    directory = config.with_suffix("")
+    for lost, at in ((1, 6), (0, 30)):
+        processes = jobs.start_together(config, step_seconds=0.1)
+        assert wait_for(lambda at=at: last_step(directory) >= at, processes[0])
+        processes[lost].kill()
+        began = time.monotonic()
+        assert processes[1 - lost].wait(timeout=60) > 0
+        assert time.monotonic() - began < 60
+        said = jobs.said(config, f"process{1 - lost}")
+        message = rf"process {lost} of 2 was lost at step \d+: start all processes again; the run goes on from step \d+"
+        assert re.search(message, said), said
+    jobs.finish_together(config)
+    same_run(config, whole_of_two)

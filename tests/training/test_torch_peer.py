@@ -1,0 +1,128 @@
+"""The training step in torch that `benchmarks/torch_step.py` measures against computes what this project's does."""
+
+import dataclasses
+import importlib
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from helpers import experiment, generator_variables, write_model
+
+from lora_gen_jax.config import ModelConfig
+from lora_gen_jax.data.pipeline import Shard, build_batch
+from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.models import load_pair, make_generator
+from lora_gen_jax.training.optimizer import make_optimizer
+from lora_gen_jax.training.prepare import make_sampler, training_tasks
+from lora_gen_jax.training.step import TrainState, edge_loss, make_train_step
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def peer():
+    """The module `benchmarks/torch_trainer.py`; one thread, since the models are tiny."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        yield importlib.import_module("torch_trainer")
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def setting(request, tmp_path_factory):
+    """(config, pair, variables with B away from zero, batches), of two models of other depths or one that is both."""
+    root = tmp_path_factory.mktemp("torch_peer")
+    config = experiment(root, root / "run", steps=5, warmup_steps=2, clip_norm=0.5, weight_decay=0.1)
+    if request.param == "two models":
+        cloud = ModelConfig(str(write_model(root / "cloud", seed=1, layers=3)), dtype="float32")
+        config = dataclasses.replace(config, cloud=cloud)
+    # A balance loss that counts.
+    settings = dataclasses.replace(config.generator, dropout=0.0, cv_coefficient=0.3)
+    config = dataclasses.replace(config, generator=settings)
+    pair = load_pair(config)
+    sampler = make_sampler(config, pair, training_tasks(config), "train")
+    batches = [build_batch(sampler, (0, number), Shard()) for number in range(STEPS)]
+    variables = generator_variables(make_generator(config, pair), pair.cloud.params, batches[0].prompts)
+    return config, pair, variables, batches
+
+
+def recorder():
+    """An optimiser's first link: it changes nothing, and its state is the gradient as it came."""
+    return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), lambda g, *_: (g, g))
+
+
+def by_path(tree):
+    """A tree's leaves by their paths."""
+    return {tuple(part.key for part in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize("setting", ["two models"], indirect=True)
+def test_steps_gradients_and_parameters(peer, setting):
+    config, pair, variables, batches = setting
+    generator = make_generator(config, pair)
+    optimizer = optax.chain(recorder(), make_optimizer(config.train))
+    trainer = peer.TorchTrainer(pair, config, variables["params"])
+    step = make_train_step(generator, pair.edge.decoder, optimizer, config)
+    # The step takes the memory of its state.
+    params, batch_stats = jax.tree.map(jnp.copy, (variables["params"], variables["batch_stats"]))
+    state = TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
+    for batch in batches:
+        trainer.optimizer.zero_grad()
+        trainer.model(peer.tensors_of(batch)).total.backward()
+        theirs = {path: leaf.read("grad").copy() for path, leaf in trainer.leaves.items()}
+        state, metrics = step(state, pair.frozen, batch)
+        gradients = by_path(state.opt_state[0])
+        assert gradients.keys() == theirs.keys()
+        for path, gradient in gradients.items():
+            assert np.any(gradient), path
+            np.testing.assert_allclose(theirs[path], gradient, rtol=1e-4, atol=1e-5, err_msg=str(path))
+        for name, value in trainer.step(batch).items():
+            np.testing.assert_allclose(value, metrics[name], rtol=1e-4, err_msg=name)
+    start = by_path(variables["params"])
+    for path, value in by_path(state.params).items():
+        assert not np.array_equal(value, start[path]), path
+        # A hundredth of one update: Adam's go by the sign of a gradient, also of one that is all but zero.
+        atol = 0.01 * config.train.learning_rate
+        np.testing.assert_allclose(trainer.leaves[path].read("data"), value, rtol=1e-5, atol=atol, err_msg=str(path))
+
+
+@pytest.mark.parametrize("setting", ["one model"], indirect=True)
+def test_gates_and_loss_of_one_model_that_is_both(peer, setting):
+    config, pair, variables, (batch, *_) = setting
+    generator = make_generator(config, pair)
+
+    @jax.jit
+    def ours(variables):
+        made, _ = generator.apply(variables, pair.cloud.params, batch.prompts, True, mutable=["batch_stats"])
+        return made.gates_PLE, edge_loss(pair.edge.decoder, pair.edge.params, made.adapter, batch, {})
+
+    gates_PLE, loss = ours(variables)
+    trainer = peer.TorchTrainer(pair, config, variables["params"])
+    result = trainer.model(peer.tensors_of(batch))
+    assert np.count_nonzero(gates_PLE) == gates_PLE.shape[0] * gates_PLE.shape[1] * config.generator.top_k
+    np.testing.assert_allclose(result.gates_PLE.detach().numpy(), gates_PLE, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(result.loss.item(), loss, rtol=1e-5)
+    # One copy of the weights, and no frozen one that trains.
+    frozen = [p.data_ptr() for p in trainer.model.parameters() if not p.requires_grad]
+    leaves = jax.tree.leaves(pair.edge.params)
+    assert sum(p.numel() for p in trainer.model.parameters() if p.data_ptr() in frozen) == sum(x.size for x in leaves)
+    assert sum(p.numel() for p in trainer.trainable) == sum(x.size for x in jax.tree.leaves(variables["params"]))
+
+
+@pytest.mark.parametrize("setting", ["one model"], indirect=True)
+@pytest.mark.parametrize("change", [{"dropout": 0.05}, {"pool": "per_layer"}, {"routing": "gumbel"}])
+def test_other_variants_are_refused(peer, setting, change):
+    config, pair, variables, _ = setting
+    config = dataclasses.replace(config, generator=dataclasses.replace(config.generator, **change))
+    with pytest.raises(ConfigError, match=r"undo the config's changes|set generator\.dropout"):
+        peer.TorchTrainer(pair, config, variables["params"])
