@@ -14,8 +14,8 @@ def get_config() -> Config:
     return Config(
         cloud=ModelConfig("meta-llama/Meta-Llama-3-8B-Instruct", dtype="bfloat16", remat="full"),
         edge=ModelConfig("facebook/opt-2.7b", dtype="bfloat16", remat="full"),
-        # The frozen weights lie in pieces over all chips.
-        mesh=MeshConfig(data=1, fsdp=-1),
+        # Sixteen chips hold a copy of the frozen weights; what they gather then does not grow with the job.
+        mesh=MeshConfig(data=-1, fsdp=16),
         generator=GeneratorConfig(num_experts=8, top_k=2, rank=16, alpha=16, dropout=0.05, cv_coefficient=0.01),
         data=DataConfig(prompts_per_step=64, cloud_length=2048, edge_length=2048, queries_per_prompt=8, workers=2),
         train=TrainConfig(steps=400, learning_rate=2e-5, warmup_steps=50, weight_decay=0.1),

@@ -20,14 +20,7 @@ from lora_gen_jax.data.pipeline import Batch, Group, pack_groups
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.evaluation.efficiency import ms, peak_bytes, say
 from lora_gen_jax.models import Pair, make_generator
-from lora_gen_jax.training.cost import (
-    ATTENTION_PASSES,
-    FROZEN_PASSES,
-    TRAINED_PASSES,
-    StepCost,
-    linear_macs,
-    step_cost,
-)
+from lora_gen_jax.training.cost import lora_cost, step_cost
 from lora_gen_jax.training.optimizer import make_optimizer
 from lora_gen_jax.training.prepare import keep_freed_memory
 from lora_gen_jax.training.step import init_state, make_train_step
@@ -99,7 +92,8 @@ def prepare(config: Config, pair: Pair, case: Case, sizes: tuple[int, int]) -> t
     state = init_state(generator, optimizer, pair.cloud.params, batch, config.train.seed)
     step = make_train_step(generator, pair.edge.decoder, optimizer, config)
     compiled = step.lower(state, pair.frozen, batch).compile()
-    cost = (lora_cost if case.method == "lora" else lora_gen_cost)(config, pair, batch)
+    models = pair.edge.config, config.generator, batch
+    cost = lora_cost(*models) if case.method == "lora" else step_cost(pair.cloud.config, *models)
     measured = {
         "prompts": case.prompts,
         "queries": QUERIES,
@@ -137,22 +131,3 @@ def make_batch(config: Config, pair: Pair, case: Case, sizes: tuple[int, int]) -
         response_slots=each * answer,
     )
     return pack_groups(groups, data, layers)
-
-
-def lora_gen_cost(config: Config, pair: Pair, batch: Batch) -> StepCost:
-    """MACs of a LoRA-Gen step."""
-    return step_cost(pair.cloud.config, pair.edge.config, config.generator, batch)
-
-
-def lora_cost(config: Config, pair: Pair, batch: Batch) -> StepCost:
-    """MACs of a step of multi-task LoRA: the edge alone."""
-    edge, settings, (rows, length) = pair.edge.config, config.generator, batch.tokens_PT.shape
-    sites = [site for site in settings.lora_sites if site != "gate" or edge.gated_ffn]
-    side = sum(sum(edge.site_shape(site)) for site in sites) * settings.rank * edge.num_layers
-    return StepCost(
-        cloud=0,
-        edge=FROZEN_PASSES * rows * length * linear_macs(edge),
-        attention=ATTENTION_PASSES * 2 * rows * length**2 * edge.num_heads * edge.head_dim * edge.num_layers,
-        adapters=TRAINED_PASSES * rows * length * side,
-        logits=FROZEN_PASSES * batch.target_PS.size * edge.width * edge.vocab_size,
-    )

@@ -7,11 +7,10 @@ needs: forward, activation gradients and adapter weight gradients, attention bel
 import dataclasses
 
 from lora_gen_jax.config import Config
-from lora_gen_jax.evaluation.efficiency_training import lora_cost, lora_gen_cost
 from lora_gen_jax.inference.cost import Pass, merge_macs, pass_macs, specialise_macs
 from lora_gen_jax.models import Pair
 from lora_gen_jax.scaling.programs import Sizes, batch_shapes
-from lora_gen_jax.training.cost import executed_cost
+from lora_gen_jax.training.cost import executed_cost, lora_cost, step_cost
 
 
 def model_flops(name: str, config: Config, pair: Pair, sizes: Sizes, chips: int) -> float:
@@ -32,9 +31,10 @@ def model_flops(name: str, config: Config, pair: Pair, sizes: Sizes, chips: int)
 
 
 def _step(config: Config, pair: Pair) -> int:
-    batch = batch_shapes(config, pair.edge.config.num_layers)
-    cost = lora_cost if config.method == "lora" else lora_gen_cost
-    return cost(config, pair, batch).causal().total
+    edge, batch = pair.edge.config, batch_shapes(config, pair.edge.config.num_layers)
+    if config.method == "lora":
+        return lora_cost(edge, config.generator, batch).causal().total
+    return step_cost(pair.cloud.config, edge, config.generator, batch).causal().total
 
 
 def executed_flops(config: Config, pair: Pair) -> float:
@@ -57,12 +57,12 @@ def lora_ratios(config: Config, pair: Pair) -> dict[str, float]:
         "apart": (data.prompts_per_step * each, prompt + data.edge_length // each, data.response_slots // each),
         "packed": (data.prompts_per_step, prompt + data.edge_length, data.response_slots),
     }
-    ours = lora_gen_cost(config, pair, batch_shapes(config, layers)).causal().total
+    ours = _step(config, pair)
     ratios = {}
     for name, (rows, length, slots) in shapes.items():
         changed = dataclasses.replace(
             data, prompts_per_step=rows, prompts_per_row=1, edge_length=length, response_slots=max(1, slots)
         )
         batch = batch_shapes(dataclasses.replace(config, data=changed), layers)
-        ratios[name] = ours / lora_cost(config, pair, batch).causal().total
+        ratios[name] = ours / lora_cost(pair.edge.config, config.generator, batch).causal().total
     return ratios

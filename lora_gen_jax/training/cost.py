@@ -80,6 +80,20 @@ def step_cost(cloud: DecoderConfig, edge: DecoderConfig, settings: GeneratorConf
     )
 
 
+def lora_cost(edge: DecoderConfig, settings: GeneratorConfig, batch: Batch) -> StepCost:
+    """MACs of a step of multi-task LoRA: the edge alone."""
+    rows, length = batch.tokens_PT.shape
+    sites = [site for site in settings.lora_sites if site != "gate" or edge.gated_ffn]
+    side = sum(sum(edge.site_shape(site)) for site in sites) * settings.rank * edge.num_layers
+    return StepCost(
+        cloud=0,
+        edge=FROZEN_PASSES * rows * length * linear_macs(edge),
+        attention=ATTENTION_PASSES * 2 * rows * length**2 * edge.num_heads * edge.head_dim * edge.num_layers,
+        adapters=TRAINED_PASSES * rows * length * side,
+        logits=FROZEN_PASSES * batch.target_PS.size * edge.width * edge.vocab_size,
+    )
+
+
 def executed_cost(cloud: Decoder, edge: Decoder, settings: GeneratorConfig, batch: Batch) -> StepCost:
     """MACs of one step as it runs: `step_cost`, what each model's remat computes a second time, and attention as the
     kernel in use does it.

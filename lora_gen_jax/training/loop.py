@@ -139,6 +139,8 @@ def loop(run: Run) -> TrainState:
     # A trace that a failing step leaves open is closed, and so written, by the stack.
     with Recorder(config.directory, start, t.steps) as recorder, ExitStack() as trace, StopSignals() as signals:
         announce(run, recorder, start)
+        if (early := signals.before(start)) is not None:
+            raise Stopped(early, start)
         if start == 0:
             _validate(run, recorder, 0)
         pending: _Pending | None = None

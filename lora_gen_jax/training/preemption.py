@@ -39,13 +39,13 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: int | None = None
         self.together = jax.process_count() > 1
-        self.before: dict[int, Any] = {}
+        self.handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
         # Python lets only its main thread handle signals.
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS[1:] if self.together else SIGNALS:
-                self.before[number] = signal.signal(number, self._note)
+                self.handlers[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(
@@ -60,9 +60,18 @@ class StopSignals:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _restore(self) -> None:
-        while self.before:
-            number, handler = self.before.popitem()
+        while self.handlers:
+            number, handler = self.handlers.popitem()
             signal.signal(number, handler)
+
+    def before(self, step: int) -> int | None:
+        """The signal that came before any process asked; every process asks once, before its first step from `step`."""
+        if not self.together:
+            return self.received
+        # Asked for nothing yet, JAX has the processes stop at 1. From here on they stop behind the last step asked for.
+        early = multihost_utils.reached_preemption_sync_point(1)
+        multihost_utils.reached_preemption_sync_point(max(1, step))
+        return signal.SIGTERM if early else None
 
     def after(self, step: int) -> int | None:
         """The signal that ends the run after this step; every process asks after every step."""

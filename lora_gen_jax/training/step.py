@@ -69,7 +69,7 @@ def edge_loss(
     `packed` is the decoder's promise; a prompt that the queries of a row share (`edge_reads_prompt`) breaks it.
     """
 
-    def logits_of(frozen: Any, hidden_PXD: jax.Array) -> jax.Array:
+    def logits_of(frozen: Any, hidden_PXD: jax.Array) -> Any:
         return edge.apply({"params": frozen}, hidden_PXD, method="logits")
 
     hidden_PTD, _ = edge.apply(

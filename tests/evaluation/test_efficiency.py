@@ -23,12 +23,12 @@ from lora_gen_jax.evaluation.efficiency_command import (
 )
 from lora_gen_jax.evaluation.efficiency_methods import METHODS
 from lora_gen_jax.evaluation.efficiency_report import break_even, derived, disagreements, print_report
-from lora_gen_jax.evaluation.efficiency_training import CASES, lora_cost, lora_gen_cost, make_batch
+from lora_gen_jax.evaluation.efficiency_training import CASES, make_batch
 from lora_gen_jax.inference.cost import Counted
 from lora_gen_jax.inference.decode import generate
 from lora_gen_jax.inference.prefix import encode_prefix
 from lora_gen_jax.models import load_model, load_pair
-from lora_gen_jax.training.cost import linear_macs
+from lora_gen_jax.training.cost import linear_macs, lora_cost, step_cost
 
 SMALL = ["--instruction-tokens", "12", "--input-tokens", "8", "--new-tokens", "3", "--batch-sizes", "1"]
 
@@ -164,11 +164,11 @@ def test_training_batches(config_file: Path):
     grouped = batches["lora_gen_grouped"]
     np.testing.assert_array_equal(grouped.positions_PT[0], np.tile(np.arange(8), 8))
     np.testing.assert_array_equal(grouped.segments_PT[0], np.repeat(np.arange(1, 9), 8))
-    edge = pair.edge.config
-    once, each = (lora_gen_cost(config, pair, batches[name]) for name in ("lora_gen_grouped", "lora_gen"))
+    cloud, edge, settings = pair.cloud.config, pair.edge.config, config.generator
+    once, each = (step_cost(cloud, edge, settings, batches[name]) for name in ("lora_gen_grouped", "lora_gen"))
     assert each.cloud == 8 * once.cloud == 8 * 2 * 14 * linear_macs(pair.cloud.config)
     assert each.edge == once.edge == 2 * 64 * linear_macs(edge)
-    lora = lora_cost(config, pair, batches["lora"])
+    lora = lora_cost(edge, settings, batches["lora"])
     side = sum(sum(edge.site_shape(site)) for site in ("q", "v", "gate", "up", "down")) * 4 * 2
     assert (lora.cloud, lora.edge, lora.adapters) == (0, 2 * 160 * linear_macs(edge), 3 * 160 * side)
 

@@ -29,10 +29,8 @@ class Jobs:
         """A config file of a run in a directory of that name."""
         return write_config(self.root / f"{name}.py", experiment(self.root, self.root / name, **train))
 
-    def start(
-        self, config: Path, *flags: str, devices: int = 1, name: str = "job", step_seconds: float = 0
-    ) -> subprocess.Popen:
-        """A process that trains; its output goes to a file, which `said` reads."""
+    def start(self, config: Path, *flags: str, devices: int = 1, name: str = "job", **notes: Any) -> subprocess.Popen:
+        """A process that trains; its output goes to a file, which `said` reads. `notes` are noted_train.py's."""
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -41,8 +39,8 @@ class Jobs:
             "JAX_DEFAULT_MATMUL_PRECISION": "highest",
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
-            "STEP_SECONDS": str(step_seconds),
         }
+        environment |= {name.upper(): str(int(value) if value is True else value) for name, value in notes.items()}
         command = [sys.executable, str(ROOT / "tests" / "training" / "noted_train.py"), str(config), *flags]
         with open(self.log(config, name), "w") as log:
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
@@ -50,7 +48,7 @@ class Jobs:
         return process
 
     def start_together(
-        self, config: Path, *flags: str, processes: int = 2, devices: int = 1, step_seconds: float = 0
+        self, config: Path, *flags: str, processes: int = 2, devices: int = 1, **notes: Any
     ) -> list[subprocess.Popen]:
         """The processes of one job, which meet on a free port of this machine."""
         coordinator = f"127.0.0.1:{free_port()}"
@@ -61,7 +59,7 @@ class Jobs:
                 *(*shared, "--distributed.process", str(i)),
                 devices=devices,
                 name=f"process{i}",
-                step_seconds=step_seconds,
+                **notes,
             )
             for i in range(processes)
         ]
