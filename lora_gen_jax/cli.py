@@ -19,7 +19,7 @@ from lora_gen_jax.commands import Generate, Pack, Specialize, generate_command, 
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_check import check
 from lora_gen_jax.config_file import config_from_args
-from lora_gen_jax.errors import ConfigError, LoraGenError
+from lora_gen_jax.errors import ConfigError, LoraGenError, Stopped
 from lora_gen_jax.evaluation.report.command import Report, report_command
 from lora_gen_jax.evaluation.side_by_side import SideBySide, side_by_side_command
 
@@ -50,6 +50,11 @@ def guarded(run: Callable[[], Any]) -> Any:
         return run()
     except LoraGenError as error:
         _fail(str(error))
+    except Stopped as stopped:
+        from lora_gen_jax.training.distributed import say
+
+        say(str(stopped))
+        sys.exit(128 + stopped.signal)
     except BrokenPipeError:
         # Whoever read the output (… | head) has enough; Python would complain once more while closing it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -71,16 +76,14 @@ def train_main(args: Sequence[str] | None = None) -> None:
     def run() -> None:
         config = config_from_args("train.py", arguments)
         from lora_gen_jax.training import distributed
-        from lora_gen_jax.training.preemption import Stopped
 
         try:
             distributed.start(config.distributed)
             trained_and_compared(config)
             distributed.stop()
-        except Stopped as stopped:
+        except Stopped:
             distributed.stop()
-            distributed.say(str(stopped))
-            sys.exit(128 + stopped.signal)
+            raise
         except BaseException:
             distributed.stop(failed=True)
             raise

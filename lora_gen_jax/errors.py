@@ -1,5 +1,7 @@
 """Errors a user can act on: each message names the field, file or value and the remedy."""
 
+import signal
+
 
 class LoraGenError(Exception):
     """Bad input. Entry points print its message without a traceback and exit with status 2."""
@@ -23,3 +25,17 @@ class CheckpointError(LoraGenError):
 
 class OutputError(LoraGenError):
     """An output path cannot be written, or already holds something."""
+
+
+class Stopped(Exception):
+    """A run ended early by a signal, its checkpoint saved.
+
+    Attributes:
+        signal: that was received.
+        step: of the checkpoint.
+    """
+
+    def __init__(self, received: int, step: int):
+        self.signal, self.step = signal.Signals(received), step
+        saved = "the checkpoint is saved, " if step else ""
+        super().__init__(f"stopped by {self.signal.name} at step {step}: {saved}the same command goes on")

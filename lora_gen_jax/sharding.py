@@ -9,11 +9,13 @@ device then computes its own rows with the whole matrix) and stays split over `m
 heads or columns of the same rows). What is trained is small and lies whole on every device.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -65,13 +67,19 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, wanted)
 
 
-def divided_spec(shape: Sequence[int], *axes: str | None) -> PartitionSpec:
-    """`spec` for an array of this shape on the mesh of the context: an axis that is not divided evenly stays whole.
+def whole(tree: Any) -> Any:
+    """The arrays of a tree, whole on every device of the mesh in the context; nothing happens without one."""
+    return jax.tree.map(lambda x: constrain(x, *(None,) * jnp.ndim(x)), tree)
+
+
+def divided_spec(shape: Sequence[int], *axes: str | None, mesh: Any = None) -> PartitionSpec:
+    """`spec` for an array of this shape on a mesh, the context's if none is given: an axis that its mesh axes do not
+    divide evenly stays whole.
 
     Raises:
         ConfigError: for a name that is not in `LOGICAL_RULES`.
     """
-    wanted, mesh = spec(*axes), jax.sharding.get_abstract_mesh()
+    wanted, mesh = spec(*axes), jax.sharding.get_abstract_mesh() if mesh is None else mesh
     if mesh.empty:
         return PartitionSpec()
     kept = (part if size % _size(mesh, part) == 0 else None for size, part in zip(shape, wanted, strict=True))
@@ -113,7 +121,10 @@ def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, devices: Sequence[A
     for size in sizes:
         known *= size if size != -1 else 1
     if sizes.count(-1) > 1 or known < 1 or min(sizes) < -1 or count % known or (-1 not in sizes and known != count):
-        raise ConfigError(f"mesh sizes data={data}, fsdp={fsdp}, model={model} do not fit {count} devices")
+        raise ConfigError(
+            f"mesh sizes data={data}, fsdp={fsdp}, model={model} do not fit {count} devices: set --mesh.data,"
+            " --mesh.fsdp and --mesh.model to numbers whose product that is; one may be -1"
+        )
     sizes = [count // known if size == -1 else size for size in sizes]
     # Linen's boxed initialisers need Auto axes; jax.make_mesh makes Explicit ones by default.
     types = (AxisType.Auto,) * len(MESH_AXES)
@@ -126,18 +137,24 @@ def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, devices: Sequence[A
     return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices=devices), MESH_AXES, axis_types=types)
 
 
-def evaluation_mesh() -> Mesh | None:
+def evaluation_mesh(fsdp: int = 1) -> Mesh | None:
     """A mesh over this process's accelerators, for rows to be split over; None where there is one device, or a CPU.
 
-    Every process of several evaluates everything by itself.
+    Every process of several evaluates everything by itself. `fsdp` is that of training: weights that were spread over
+    so many devices are spread over as many of these as divide it.
     """
     devices = jax.local_devices()
-    return None if len(devices) == 1 or jax.default_backend() == "cpu" else make_mesh(devices=devices)
+    if len(devices) == 1 or jax.default_backend() == "cpu":
+        return None
+    return make_mesh(fsdp=len(devices) if fsdp == -1 else math.gcd(fsdp, len(devices)), devices=devices)
 
 
 def param_shardings(mesh: Mesh, init: Callable[[], Any]) -> Any:
-    """Shardings of the variables that ``init()`` would make, without making them."""
-    logical = nn.get_partition_spec(jax.eval_shape(init))
+    """Shardings of the variables that ``init()`` would make, without making them; see `divided_spec`."""
+    boxed = jax.eval_shape(init)
     return jax.tree.map(
-        lambda axes: NamedSharding(mesh, spec(*axes)), logical, is_leaf=lambda x: isinstance(x, PartitionSpec)
+        lambda axes, x: NamedSharding(mesh, divided_spec(x.shape, *axes, mesh=mesh)),
+        nn.get_partition_spec(boxed),
+        nn.unbox(boxed),
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
     )

@@ -17,6 +17,7 @@ import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import grain
@@ -26,7 +27,7 @@ from flax import struct
 
 from lora_gen_jax.config import DataConfig
 from lora_gen_jax.data.groups import Group, GroupSampler
-from lora_gen_jax.errors import CheckpointError
+from lora_gen_jax.errors import CheckpointError, DataError
 from lora_gen_jax.generator.cloud import PackedPrompts, pack_prompts
 
 
@@ -122,7 +123,13 @@ class TrainingBatches:
     def __next__(self) -> Batch:
         if self.ahead is None:
             self.ahead = iter(self._dataset())
-        batch = next(self.ahead)
+        try:
+            batch = next(self.ahead)
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a process that builds batches has ended, killed or out of memory: lower data.workers, and give the"
+                " same command again"
+            ) from error
         self.next += 1
         return batch
 

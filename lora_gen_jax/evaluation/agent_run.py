@@ -74,7 +74,7 @@ def score_agents(
     for task in tasks:
         for document in task.test:
             agent.compare(document.response, document.response)
-    pair = load_pair(config, evaluation_mesh())
+    pair = load_pair(config, evaluation_mesh(config.mesh.fsdp))
     limit = output_limit(pair.edge, tasks)
     check_lengths(pair, tasks, limit, config.eval.prompt_limit, any(METHODS[m].reads_prompt for m in methods))
     loaded = {"lora_gen_untrained": untrained_generator(pair, untrained)} if "lora_gen_untrained" in methods else {}

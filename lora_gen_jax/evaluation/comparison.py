@@ -50,7 +50,7 @@ def compare(config: Config) -> dict[str, Any]:
             say(f"training {method} on the same batches")
             train(dataclasses.replace(config, method=method, workdir=config.directory / method))
     checkpoints = load_checkpoints(config, config.compare, None)
-    pair, began = load_pair(config, evaluation_mesh()), time.monotonic()
+    pair, began = load_pair(config, evaluation_mesh(config.mesh.fsdp)), time.monotonic()
     systems = make_systems(config, config.compare, pair, checkpoints, tasks)
     with unfinished(config.directory, "compare") as journal:
         results = score_systems(config, pair, systems, tasks, journal)

@@ -59,7 +59,7 @@ def score_function_calls(
     if out is not None:
         check_output(out)
     rows, loaded = load_function_calls(paths, limit), find_generator(config, checkpoint)
-    pair = load_pair(config, evaluation_mesh())
+    pair = load_pair(config, evaluation_mesh(config.mesh.fsdp))
     check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")
     fitting, skipped = divide(pair, rows, config.eval.prompt_limit)
     report: dict[str, Any] = {"config": to_json(config), "versions": versions(), "machine": machine()}

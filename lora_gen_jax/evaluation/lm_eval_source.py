@@ -140,7 +140,7 @@ def _with_specialization(settings: Settings) -> Subject:
     loaded = find_generator(special, None if settings.checkpoint is None else Path(settings.checkpoint))
     config = _relocated(loaded.config, settings)
     adapter = adapter_of(special, loaded.variables, config.generator)
-    edge = load_model(config.edge, evaluation_mesh())
+    edge = load_model(config.edge, evaluation_mesh(config.mesh.fsdp))
     check_models(
         special.fingerprints, {**special.fingerprints, "edge": edge.fingerprint}, f"specialisation {directory}"
     )
@@ -160,7 +160,7 @@ def _with_generator(settings: Settings) -> Subject:
         remedy = "leave the prompt out" if prompted else "give prompt=TEXT, prompt=@FILE or prompt_from_task=true"
         raise ConfigError(f"checkpoint {loaded.path} was trained with method {config.method}: {remedy}")
     text = text_argument(settings.prompt, "prompt") if settings.prompt is not None else None
-    pair = load_pair(config, evaluation_mesh())
+    pair = load_pair(config, evaluation_mesh(config.mesh.fsdp))
     check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")
     made, ends = description_of(pair, loaded), end_ids(config.edge.source, pair.edge)
     identify, info = identifier(pair, loaded), _info(pair.edge, made)

@@ -65,7 +65,7 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path, shots: Sequence
     harness.check_harness(config.eval.methods, foreign)
     checkpoints = load_checkpoints(config, config.eval.methods, checkpoint)
     tasks = evaluated_tasks(config)
-    pair = load_pair(config, evaluation_mesh())
+    pair = load_pair(config, evaluation_mesh(config.mesh.fsdp))
     by_shots: dict[str, Any] = {}
     results: dict[str, Any] = {}
     asked = [to_json(config), {m: content_of(loaded.variables) for m, loaded in checkpoints.items()}, list(shots)]

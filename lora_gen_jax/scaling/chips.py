@@ -6,8 +6,9 @@ here: v6e's HBM bandwidth (1600 or 1640 GB/s) and interconnect (3200 or 3584 Gbi
 
 Which part of the interconnect's figure one direction gets, the pages do not say plainly. Earlier editions give one
 number in Gbit/s (v5e: 1600), later ones twice as many bytes and call them bidirectional (v5e: 400 GB/s, hence 200 GB/s
-each way). Half of the EARLIER number is what a chip is taken to receive here (v5e: 100 GB/s): the conservative reading,
-which also stands for torus links that a collective along one mesh axis leaves idle.
+each way). Half of the EARLIER number is what a chip is taken to receive here (v5e: 100 GB/s). It is a rate over all
+links: on a slice without wrap-around a corner chip reaches it at best, and along an axis that lies on one line an end
+chip has half of it.
 
 The network between slices: 6.4 Tbit/s for a pod of 256 (v5e), 25.6 Tbit/s for 256 (v6e), 50 Gbit/s a chip (v5p). The
 page of v4 gives none; the least of the others is taken.

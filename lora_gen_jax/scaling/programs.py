@@ -8,6 +8,7 @@ evaluation and serving do: rows split over all chips, the weights whole on each 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,7 @@ from lora_gen_jax.inference.forward import forward_only, logits_at
 from lora_gen_jax.models import Model, Pair, attention_kernel, init_params, make_generator
 from lora_gen_jax.sharding import make_mesh, param_shardings, spec
 from lora_gen_jax.training.optimizer import make_optimizer
+from lora_gen_jax.training.prepare import check_rows
 from lora_gen_jax.training.step import init_state, make_train_step
 
 NAMES = ("train_step", "specialise", "prefill", "decode")
@@ -142,7 +144,7 @@ def build(config: Config, pair: Pair, devices: list[Any], names: tuple[str, ...]
 
 def train_step(config: Config, pair: Pair, mesh: Mesh) -> Program:
     """The optimiser step that training runs, on the config's method, optimiser, batch and mesh."""
-    check_batch(config, mesh)
+    check_rows(config, mesh)
     generator, optimizer = make_generator(config, pair), make_optimizer(config.train)
     batch = batch_shapes(config, pair.edge.config.num_layers)
     state = jax.eval_shape(lambda f, b: init_state(generator, optimizer, f, b, 0), pair.cloud.params, batch)
@@ -156,20 +158,7 @@ def train_step(config: Config, pair: Pair, mesh: Mesh) -> Program:
 
 
 def _chip_bytes(x: Any) -> float:
-    shape = x.sharding.shard_shape(x.shape)
-    return float(jnp.dtype(x.dtype).itemsize * jnp.prod(jnp.array(shape, jnp.float32)))
-
-
-def check_batch(config: Config, mesh: Mesh) -> None:
-    """Raises ConfigError unless the rows of the batch divide among the chips that rows are split over."""
-    data, parts = config.data, mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = data.prompts_per_step // data.prompts_per_row
-    if rows % parts:
-        raise ConfigError(
-            f"data.prompts_per_step / data.prompts_per_row = {rows} rows of the cloud's batch do not divide among"
-            f" mesh data·fsdp = {parts} chips: take a multiple of {parts * data.prompts_per_row} prompts, or let"
-            " chips share a row with --mesh.model"
-        )
+    return float(jnp.dtype(x.dtype).itemsize * math.prod(x.sharding.shard_shape(x.shape)))
 
 
 def specialise(config: Config, pair: Pair, mesh: Mesh) -> Program:

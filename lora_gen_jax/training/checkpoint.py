@@ -76,7 +76,12 @@ class Checkpoints:
                 ),
             ]
         )
-        options = ocp.CheckpointManagerOptions(preservation_policy=preserve, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preserve,
+            cleanup_tmp_directories=True,
+            # Which step is the newest is process 0's word: on a network's file system others may see it later.
+            single_host_load_and_broadcast=True,
+        )
         self.directory = directory.absolute()
         self.manager = ocp.CheckpointManager(self.directory, options=options, item_names=ITEMS)
 

@@ -112,6 +112,6 @@ def stop(failed: bool = False) -> None:
         barrier("end")
         if _peers is not None:
             _peers.end()
-            barrier("told")
+        barrier("told")
         jax.distributed.shutdown()
     _peers = None

@@ -18,14 +18,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_gen_jax.config import Config
 from lora_gen_jax.data.pipeline import Batch, TrainingBatches, build_batch, validation_batches
-from lora_gen_jax.errors import LoraGenError
+from lora_gen_jax.errors import LoraGenError, Stopped
 from lora_gen_jax.models import Pair, load_pair, make_generator
 from lora_gen_jax.sharding import make_mesh
 from lora_gen_jax.training import distributed
 from lora_gen_jax.training.checkpoint import Checkpoints, check_models, metadata_of
 from lora_gen_jax.training.optimizer import make_optimizer
-from lora_gen_jax.training.preemption import Stopped, StopSignals
+from lora_gen_jax.training.preemption import StopSignals
 from lora_gen_jax.training.prepare import (
+    check_rows,
     check_shapes,
     keep_freed_memory,
     make_sampler,
@@ -77,8 +78,9 @@ def train(config: Config) -> TrainState:
     tasks = training_tasks(config)
     keep_freed_memory()
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    check_rows(config, mesh)
     pair = load_pair(config, mesh)
-    check_shapes(config, pair, mesh)
+    check_shapes(config, pair)
     shard = shard_of(config, mesh)
     sampler, held_out = (make_sampler(config, pair, tasks, split) for split in ("train", "validation"))
     assert sampler is not None
@@ -88,14 +90,14 @@ def train(config: Config) -> TrainState:
     batches = TrainingBatches(sampler, config.train.seed, config.train.steps, shard)
     # Modules find the mesh in the context, and say there how activations are split.
     with jax.set_mesh(mesh), closing(batches):
-        run = set_up(config, pair, mesh, batches, place(first, mesh))
-        run.held_out = [place(batch, mesh) for batch in fixed]
-        with closing(run.checkpoints):
-            try:
+        try:
+            run = set_up(config, pair, mesh, batches, place(first, mesh))
+            run.held_out = [place(batch, mesh) for batch in fixed]
+            with closing(run.checkpoints):
                 return loop(run)
-            except jax.errors.JaxRuntimeError:
-                distributed.await_verdict()
-                raise
+        except jax.errors.JaxRuntimeError:
+            distributed.await_verdict()
+            raise
 
 
 def set_up(config: Config, pair: Pair, mesh: Mesh, batches: TrainingBatches, example: Batch) -> Run:

@@ -72,7 +72,7 @@ class Peers:
                 sent, process = link.makefile("r").readline().split()
             except (OSError, ValueError):
                 sent, process = "", "0"
-            if secrets.compare_digest(sent, token):
+            if secrets.compare_digest(sent.encode(), token.encode()) and process.isdecimal():
                 self._watch(int(process), link)
             else:
                 link.close()

@@ -16,20 +16,6 @@ from jax.experimental import multihost_utils
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Stopped(Exception):
-    """A run ended early by a signal, its checkpoint saved.
-
-    Attributes:
-        signal: that was received.
-        step: of the checkpoint.
-    """
-
-    def __init__(self, received: int, step: int):
-        self.signal, self.step = signal.Signals(received), step
-        saved = "the checkpoint is saved, " if step else ""
-        super().__init__(f"stopped by {self.signal.name} at step {step}: {saved}the same command goes on")
-
-
 class StopSignals:
     """While it is entered, SIGTERM and SIGINT are noted; a second one does what it did before.
 
@@ -52,6 +38,9 @@ class StopSignals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore()
+        if self.together and threading.current_thread() is threading.main_thread():
+            # JAX would go on noting SIGTERM, and nobody asks any more.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number

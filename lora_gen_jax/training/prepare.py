@@ -43,19 +43,29 @@ def keep_freed_memory() -> None:
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
-def check_shapes(config: Config, pair: Pair, mesh: Mesh) -> None:
-    """Batches must divide among the devices, and every token have a position of its own.
+def check_rows(config: Config, mesh: Mesh) -> None:
+    """The rows of a batch must divide among the devices that rows are split over.
+
+    Raises:
+        ConfigError: when they do not.
+    """
+    d, devices = config.data, mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = d.prompts_per_step // d.prompts_per_row
+    if rows % devices:
+        raise ConfigError(
+            f"data.prompts_per_step / data.prompts_per_row = {rows} rows cannot be split evenly over mesh data·fsdp ="
+            f" {devices} devices: take a multiple of {devices * d.prompts_per_row} prompts, or let devices share a row"
+            " with --mesh.model"
+        )
+
+
+def check_shapes(config: Config, pair: Pair) -> None:
+    """Every token must have a position of its own.
 
     Raises:
         ConfigError: naming the field. A position beyond a model's table would read its last row, silently.
     """
     d, layers = config.data, pair.edge.config.num_layers
-    rows, devices = d.prompts_per_step // d.prompts_per_row, mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % devices:
-        raise ConfigError(
-            f"data.prompts_per_step / data.prompts_per_row = {rows} rows cannot be split evenly over {devices} devices:"
-            " choose a multiple"
-        )
     # The other prompts of a row have a token each at least, and their meta tokens.
     longest = d.cloud_length - (d.prompts_per_row - 1) * (layers + 1)
     for field, tokens, model in (
@@ -93,8 +103,6 @@ def prepare_directory(config: Config) -> None:
         ConfigError: when the processes do not share the directory.
     """
     directory, new = config.directory, to_json(config)
-    if str(directory).startswith("gs:"):
-        raise ConfigError("workdir is a bucket's address; mount the bucket (Cloud Storage FUSE) and name the directory")
     path = directory / "config.json"
     if jax.process_index() == 0 and not path.exists():
         directory.mkdir(parents=True, exist_ok=True)

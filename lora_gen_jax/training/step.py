@@ -18,7 +18,7 @@ from lora_gen_jax.data.pipeline import Batch
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.generator.lora_gen import LoRAGen
 from lora_gen_jax.generator.router import cv_squared, gate_entropy
-from lora_gen_jax.sharding import constrain, mesh_size
+from lora_gen_jax.sharding import constrain, mesh_size, whole
 from lora_gen_jax.training.losses import chunked_cross_entropy
 
 # Logits that exist at the same time on a device: 2^26 numbers are 256 MB in fp32.
@@ -125,12 +125,14 @@ def make_train_step(generator: LoRAGen, edge: Decoder, optimizer: optax.Gradient
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (_, (batch_stats, metrics)), gradients = grad_fn(state.params, state.batch_stats, frozen, batch, key)
+        # Left to itself the compiler hands parts of the state on in pieces, and the next step is another program.
+        gradients = whole(gradients)
         # Optax mixes Python and array scalars in ways that strict promotion rejects.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         metrics |= {"grad_norm": optax.tree.norm(gradients), "answer_tokens": jnp.sum(batch.weight_PS)}
-        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+        return whole(TrainState(state.step + 1, params, batch_stats, opt_state)), metrics
 
     return jax.jit(step_fn, donate_argnums=0)
 

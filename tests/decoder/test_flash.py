@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import EDGE, random_params, token_rows
 
-from lora_gen_jax.decoder import model
+from lora_gen_jax.decoder import layer
 from lora_gen_jax.decoder.flash import fits_flash, flash_attention
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import ConfigError
@@ -86,7 +86,7 @@ def interpreted(monkeypatch):
         calls.append(q.shape[1])
         return flash_attention(q, k, v, segments, config, interpret=True)
 
-    monkeypatch.setattr(model, "flash_attention", call)
+    monkeypatch.setattr(layer, "flash_attention", call)
     return calls
 
 

@@ -1,6 +1,5 @@
 """One training, however it is spread: over the devices of a process, over processes, and from one spread to another."""
 
-import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ from jobs import Jobs, batches, largest_difference, metrics, saved
 from lora_gen_jax.config import DistributedConfig
 from lora_gen_jax.config_check import check
 from lora_gen_jax.errors import ConfigError
-from lora_gen_jax.sharding import MESH_AXES, make_mesh
+from lora_gen_jax.sharding import make_mesh
 from lora_gen_jax.training import distributed
 from lora_gen_jax.training.prepare import shard_of
 
@@ -82,11 +81,6 @@ def test_a_run_goes_on_from_step_3_with_other_devices(alone, spread, jobs, befor
 def test_a_process_needs_the_rows_of_its_own_devices_wherever_they_are(tmp_path, monkeypatch):
     """A mesh of a TPU pod follows its wires, not the numbers of the processes."""
     config = experiment(tmp_path, tmp_path / "run")
-
-    def mesh(*owners):
-        devices = np.array([SimpleNamespace(process_index=owner) for owner in owners])
-        return SimpleNamespace(devices=devices, shape=dict(zip(MESH_AXES, devices.shape, strict=True)))
-
     rows = [[[0], [1]], [[1], [0]]]  # data 2, fsdp 2, model 1: one row each
     for process, expected in ((0, (0, 3)), (1, (1, 2))):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
@@ -142,7 +136,6 @@ def test_one_process_starts_nothing(monkeypatch):
     monkeypatch.setattr(ClusterEnv, "_cluster_types", [cluster("Slurm", True, 4)])
     distributed.start(DistributedConfig(processes=1))
     assert not started
-    assert "JAX_COORDINATOR_ADDRESS" not in os.environ
 
 
 @pytest.mark.parametrize(

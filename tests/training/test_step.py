@@ -16,6 +16,7 @@ from lora_gen_jax.data.pipeline import Group, pack_groups
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.generator.lora_gen import LoRAGen
 from lora_gen_jax.generator.router import cv_squared
+from lora_gen_jax.sharding import make_mesh
 from lora_gen_jax.training.optimizer import make_optimizer
 from lora_gen_jax.training.step import edge_loss, init_state, make_train_step, make_validation_step, objective
 
@@ -250,3 +251,22 @@ def test_a_step_updates_state_and_statistics_and_no_frozen_weight(setting, froze
     assert float(metrics["answer_tokens"]) == sum(len(r) for g in GROUPS for _, r in g.queries)
     assert np.any(np.asarray(state.params["pool"]["up_b"]) != before[0]["pool"]["up_b"])
     jax.tree.map(np.testing.assert_array_equal, frozen, before[1])
+
+
+@pytest.mark.parametrize("sizes", [(4, 1, 1), (1, 2, 2), (1, 1, 4)])
+def test_the_state_stays_whole_on_every_device(setting, frozen, sizes):
+    """In pieces it would make the next step another program."""
+    generator, config, _ = setting("shared")
+    optimizer, mesh = make_optimizer(config.train), make_mesh(*sizes)
+    state = jax.eval_shape(lambda: init_state(generator, optimizer, frozen["cloud"], BATCH, seed=0))
+
+    def on(tree, *axes):
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+    with jax.set_mesh(mesh):
+        step = make_train_step(generator, Decoder(EDGE), optimizer, config)
+        compiled = step.lower(on(state), on(frozen), on(BATCH)).compile()
+    after, _ = compiled.output_shardings
+    assert len(jax.tree.leaves(after)) == len(jax.tree.leaves(state))
+    assert all(sharding.is_fully_replicated for sharding in jax.tree.leaves(after))

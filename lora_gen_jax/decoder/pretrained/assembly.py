@@ -132,9 +132,18 @@ def _load_leaf(
                 _fill(out[layer], checkpoint, name, tuple(bounds[1:]), leaf.transpose)
         return out
 
-    if sharding is None:
-        return _layer_by_layer(shape, dtype, part) if leaf.stacked else jax.device_put(part(None))
-    return jax.make_array_from_callback(shape, sharding, part, dtype=dtype)
+    if sharding is None or len(sharding.device_set) == 1:
+        return jax.device_put(_layer_by_layer(shape, dtype, part) if leaf.stacked else part(None), sharding)
+    read: dict[Any, np.ndarray] = {}
+
+    def once(index: Index | None) -> np.ndarray:
+        # Devices that hold copies ask for the same part.
+        key = None if index is None else tuple((s.start, s.stop) for s in index)
+        if key not in read:
+            read[key] = part(index)
+        return read[key]
+
+    return jax.make_array_from_callback(shape, sharding, once, dtype=dtype)
 
 
 def _layer_by_layer(shape: tuple[int, ...], dtype: np.dtype, part: Callable[[Index], np.ndarray]) -> jax.Array:
