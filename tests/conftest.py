@@ -21,3 +21,13 @@ jax.config.update("jax_default_matmul_precision", "highest")
 def _bounded_compilation_memory():
     yield
     jax.clear_caches()
+
+
+# Files whose tests start training jobs or train for long. Begun last, one of them would run while the other process of
+# the tests has nothing left to do.
+LONG = ("test_resume", "test_distributed", "test_quickstart", "test_pocket_pair", "test_efficiency", "test_compile")
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
