@@ -18,7 +18,7 @@ import tyro
 from lora_gen_jax.commands import Generate, Pack, Specialize, generate_command, pack_command, specialize_command
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_check import check
-from lora_gen_jax.config_file import config_from_args
+from lora_gen_jax.config_file import config_from_args, flags_and_config
 from lora_gen_jax.errors import ConfigError, LoraGenError, Stopped
 from lora_gen_jax.evaluation.report.command import Report, report_command
 from lora_gen_jax.evaluation.side_by_side import SideBySide, side_by_side_command
@@ -132,21 +132,7 @@ def eval_config(arguments: list[str]) -> tuple[Config, EvalFlags, list[int]]:
     Raises:
         ConfigError: as `config_from_args`, and for shots that are no numbers.
     """
-    short = {f"--{field.name}" for field in dataclasses.fields(EvalFlags)}
-    own, rest = [], arguments[:1]
-    iterator = iter(arguments[1:])
-    for argument in iterator:
-        name = argument.split("=", 1)[0]
-        if name not in short:
-            rest.append(argument)
-            continue
-        own.append(argument)
-        if "=" not in argument and (value := next(iterator, None)) is not None:
-            own.append(value)
-    if any(argument in ("-h", "--help") for argument in rest):
-        tyro.cli(EvalFlags, prog="eval.py CONFIG.py", args=["--help"])
-    flags = tyro.cli(EvalFlags, prog="eval.py", args=own)
-    config = config_from_args("eval.py", rest)
+    flags, config = flags_and_config("eval.py", EvalFlags, arguments)
     updates: dict[str, Any] = {}
     for name in ("tasks", "methods"):
         if (text := getattr(flags, name)) is not None:
@@ -180,9 +166,9 @@ def bench_main(arguments: list[str]) -> None:
 
 def efficiency_main(arguments: list[str]) -> None:
     """``efficiency CONFIG.py``: time, memory and multiply-adds of an answer, by method."""
-    from lora_gen_jax.evaluation.efficiency_command import parse, run
+    from lora_gen_jax.evaluation.efficiency_command import EfficiencyFlags, run
 
-    config, flags = parse(arguments)
+    flags, config = flags_and_config("lora-gen efficiency", EfficiencyFlags, arguments)
     out = flags.out or next_directory(config.directory, "efficiency")
     run(config, flags, out)
     print(f"figures: {out / 'efficiency.json'}", file=sys.stderr)
@@ -204,9 +190,10 @@ def lm_eval_command(arguments: list[str]) -> None:
 
 def compile_main(arguments: list[str]) -> None:
     """``compile CONFIG.py --topology v5e:4x4``: memory, flops and bytes of an experiment's programs on TPUs."""
-    from lora_gen_jax.scaling.command import parse, run
+    from lora_gen_jax.scaling.command import CompileFlags, run
 
-    run(*parse(arguments))
+    flags, config = flags_and_config("lora-gen compile", CompileFlags, arguments)
+    run(config, flags)
 
 
 COMMANDS = {

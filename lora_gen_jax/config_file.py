@@ -69,6 +69,34 @@ def config_from_args(program: str, args: Sequence[str]) -> Config:
     return check(tyro.cli(Config, prog=f"{program} {args[0]}", args=list(args[1:]), default=config, config=options))
 
 
+def flags_and_config(program: str, flags_class: Any, args: Sequence[str]) -> tuple[Any, Config]:
+    """``CONFIG.py [flags of a command] [--any.field VALUE …]`` as the command's flags and a checked `Config`.
+
+    A flag of the command has the name of a field of `flags_class`; all others are the config's.
+
+    Raises:
+        ConfigError: as `config_from_args`.
+    """
+    import tyro
+
+    fields = {f"--{field.name.replace('_', '-')}": field for field in dataclasses.fields(flags_class)}
+    switches = {f"--{no}{name[2:]}" for name, field in fields.items() if field.type is bool for no in ("", "no-")}
+    own, rest = [], list(args[:1])
+    iterator = iter(args[1:])
+    for argument in iterator:
+        name = argument.split("=", 1)[0].replace("_", "-")
+        if name not in switches and name not in fields:
+            rest.append(argument)
+            continue
+        own.append(argument)
+        if name not in switches and "=" not in argument and (value := next(iterator, None)) is not None:
+            own.append(value)
+    if any(argument in ("-h", "--help") for argument in rest):
+        tyro.cli(flags_class, prog=f"{program} CONFIG.py", args=["--help"])
+    flags = tyro.cli(flags_class, prog=program, args=own)
+    return flags, config_from_args(program, rest)
+
+
 def to_json(config: Any) -> dict[str, Any]:
     """A config as plain JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))

@@ -72,7 +72,7 @@ def _local(
     )
     q_BTNH = q_BTNH * jnp.asarray(config.attention_scale, q_BTNH.dtype)
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BTNH, k_BTGH, v_BTGH))
-    y_BNTH = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments_BT, segments_BT))
+    y_BNTH: Any = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments_BT, segments_BT))
     return y_BNTH.transpose(0, 2, 1, 3).astype(q_BTNH.dtype)
 
 

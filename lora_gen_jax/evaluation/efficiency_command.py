@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tyro
 
 from lora_gen_jax.config import Config
-from lora_gen_jax.config_file import config_from_args, to_json
+from lora_gen_jax.config_file import to_json
 from lora_gen_jax.errors import CheckpointError, ConfigError
 from lora_gen_jax.evaluation import efficiency, transformers_peer
 from lora_gen_jax.evaluation.efficiency_methods import (
@@ -58,32 +57,6 @@ class EfficiencyFlags:
     """Measure transformers (torch), too."""
     training: bool = True
     """Measure training steps, too."""
-
-
-def parse(arguments: list[str]) -> tuple[Config, EfficiencyFlags]:
-    """``CONFIG.py [flags] [--any.field VALUE …]`` as a config and the flags.
-
-    Raises:
-        ConfigError: as `config_from_args`.
-    """
-    fields = {f"--{field.name.replace('_', '-')}": field for field in dataclasses.fields(EfficiencyFlags)}
-    switches = {f"--{no}{name}" for name in ("torch", "training") for no in ("", "no-")}
-    own, rest = [], arguments[:1]
-    iterator = iter(arguments[1:])
-    for argument in iterator:
-        name = argument.split("=", 1)[0].replace("_", "-")
-        if name in switches:
-            own.append(argument)
-        elif name in fields:
-            own.append(argument)
-            if "=" not in argument and (value := next(iterator, None)) is not None:
-                own.append(value)
-        else:
-            rest.append(argument)
-    if any(argument in ("-h", "--help") for argument in rest):
-        tyro.cli(EfficiencyFlags, prog="lora-gen efficiency CONFIG.py", args=["--help"])
-    flags = tyro.cli(EfficiencyFlags, prog="lora-gen efficiency", args=own)
-    return config_from_args("lora-gen efficiency", rest), flags
 
 
 def sizes_of(text: str) -> list[int]:

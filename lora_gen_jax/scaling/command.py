@@ -10,10 +10,8 @@ import time
 from typing import Any
 
 import jax
-import tyro
 
 from lora_gen_jax.config import Config
-from lora_gen_jax.config_file import config_from_args
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.models import Pair
 from lora_gen_jax.scaling.formulas import lora_ratios, model_flops
@@ -27,7 +25,7 @@ from lora_gen_jax.scaling.topology import Topology, get_topology
 class CompileFlags:
     """Flags of compile beside those of the config."""
 
-    topology: str
+    topology: str = ""
     """Chips to compile for, as v5e:4x4, v5p:2x2x4, or 2*v5e:4x4 for two slices."""
     programs: str = ",".join(NAMES)
     """Which programs, separated by commas."""
@@ -43,34 +41,6 @@ class CompileFlags:
     """Slots of the cache that decode reads, all of them filled."""
 
 
-def parse(arguments: list[str]) -> tuple[Config, CompileFlags]:
-    """``CONFIG.py --topology NAME [flags] [--any.field VALUE …]`` as a config and the flags.
-
-    Raises:
-        ConfigError: as `config_from_args`, and without a topology.
-    """
-    fields = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(CompileFlags)}
-    switches = {"--json", "--no-json", "--collectives", "--no-collectives"}
-    own, rest = [], arguments[:1]
-    iterator = iter(arguments[1:])
-    for argument in iterator:
-        name = argument.split("=", 1)[0].replace("_", "-")
-        if name in switches:
-            own.append(argument)
-        elif name in fields:
-            own.append(argument)
-            if "=" not in argument and (value := next(iterator, None)) is not None:
-                own.append(value)
-        else:
-            rest.append(argument)
-    if any(argument in ("-h", "--help") for argument in rest):
-        tyro.cli(CompileFlags, prog="lora-gen compile CONFIG.py", args=["--help"])
-    config = config_from_args("lora-gen compile", rest)
-    if not any(argument.split("=", 1)[0] == "--topology" for argument in own):
-        raise ConfigError("name the chips to compile for: --topology v5e:4x4")
-    return config, tyro.cli(CompileFlags, prog="lora-gen compile", args=own)
-
-
 def run(config: Config, flags: CompileFlags) -> dict[str, Any]:
     """Compiles, prints, and returns what ``--json`` prints.
 
@@ -82,6 +52,8 @@ def run(config: Config, flags: CompileFlags) -> dict[str, Any]:
         raise ConfigError(f"--programs is {flags.programs!r}; name some of {', '.join(NAMES)}")
     if config.method != "lora_gen" and flags.programs == CompileFlags.programs:
         names = tuple(name for name in names if name != "specialise")
+    if not flags.topology:
+        raise ConfigError("name the chips to compile for: --topology v5e:4x4")
     sizes = Sizes(flags.rows, flags.input_tokens, flags.cache_slots)
     if min(dataclasses.astuple(sizes)) < 1:
         raise ConfigError("--rows, --input-tokens and --cache-slots must be at least 1")

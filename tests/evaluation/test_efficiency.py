@@ -10,6 +10,7 @@ from helpers import experiment, token_rows, write_config
 
 from lora_gen_jax.cli import main
 from lora_gen_jax.config import ModelConfig
+from lora_gen_jax.config_file import flags_and_config, read_config
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.evaluation import efficiency_command, efficiency_training, transformers_peer
 from lora_gen_jax.evaluation.efficiency import Timings, compared, figures, measure
@@ -17,7 +18,6 @@ from lora_gen_jax.evaluation.efficiency_command import (
     EfficiencyFlags,
     make_peers,
     make_workload,
-    parse,
     run,
     sizes_of,
 )
@@ -151,7 +151,7 @@ def test_derived_figures(results: dict[str, Any]):
 
 
 def test_training_batches(config_file: Path):
-    config, _ = parse([str(config_file)])
+    config = read_config(config_file)
     pair = load_pair(config)
     batches = {name: make_batch(config, pair, case, (12, 8)) for name, case in CASES.items()}
     found = {
@@ -250,7 +250,7 @@ def test_without_torch_a_line_says_so(
 
 
 def test_prompt_and_query_from_texts(config_file: Path):
-    pair = load_pair(parse([str(config_file)])[0])
+    pair = load_pair(read_config(config_file))
     flags = EfficiencyFlags(prompt="say the color", input="the sun ?", new_tokens=4)
     work, tokens = make_workload(pair, flags), pair.edge.encoder
     assert work.whole[: work.kept] == tokens.prompt("say the color")
@@ -265,7 +265,7 @@ def test_bad_input_names_the_flag(config_file: Path, tmp_path: Path):
         (["--instruction-tokens", "150"], "--instruction-tokens"),
         (["--new-tokens", "1"], "--new-tokens"),
     ):
-        config, flags = parse([str(config_file), *arguments])
+        flags, config = flags_and_config("efficiency", EfficiencyFlags, [str(config_file), *arguments])
         with pytest.raises(ConfigError, match=named):
             run(config, flags, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -273,8 +273,10 @@ def test_bad_input_names_the_flag(config_file: Path, tmp_path: Path):
 
 
 def test_flags_stand_between_fields_of_the_config(config_file: Path):
-    config, flags = parse(
-        [str(config_file), "--train.steps", "7", "--no-torch", "--new-tokens=5", "--workdir", "elsewhere"]
+    flags, config = flags_and_config(
+        "efficiency",
+        EfficiencyFlags,
+        [str(config_file), "--train.steps", "7", "--no-torch", "--new-tokens=5", "--workdir", "elsewhere"],
     )
     assert (config.train.steps, config.workdir, flags.torch, flags.new_tokens) == (7, Path("elsewhere"), False, 5)
 

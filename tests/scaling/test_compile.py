@@ -11,11 +11,13 @@ import pytest
 from helpers import experiment, write_config
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lora_gen_jax.cli import compile_main
 from lora_gen_jax.config import Config, DataConfig, GeneratorConfig, MeshConfig, ModelConfig
+from lora_gen_jax.config_file import flags_and_config
 from lora_gen_jax.decoder.pretrained.shapes import KNOWN_SHAPES
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.scaling.collectives import by_kind, find_collectives
-from lora_gen_jax.scaling.command import compile_program, parse, run
+from lora_gen_jax.scaling.command import CompileFlags, compile_program, run
 from lora_gen_jax.scaling.formulas import executed_flops, lora_ratios, model_flops
 from lora_gen_jax.scaling.hlo import parse as parse_hlo
 from lora_gen_jax.scaling.matmuls import matmul_flops
@@ -160,7 +162,7 @@ def test_a_gradient_between_slices_crosses_once_in_pieces():
 def test_the_command_prints_finite_json(tmp_path, capsys):
     config = experiment(tmp_path, tmp_path / "run")
     path = write_config(tmp_path / "tiny.py", config)
-    run(*parse([str(path), "--topology", "v5e:2x2", "--json", "--programs=prefill,decode", "--rows", "2"]))
+    compile_main([str(path), "--topology", "v5e:2x2", "--json", "--programs=prefill,decode", "--rows", "2"])
     out, _ = capsys.readouterr()
     summary = json.loads(out)
     assert (summary["chips"], summary["prompts"], summary["queries_per_prompt"]) == (4, 8, 4)
@@ -207,10 +209,11 @@ def test_input_that_cannot_work_is_an_error_with_a_remedy(middle, monkeypatch):
 
 def test_flags_and_config_fields_are_told_apart(tmp_path):
     path = str(write_config(tmp_path / "tiny.py", experiment(tmp_path, tmp_path / "run")))
-    config, flags = parse([path, "--mesh.fsdp", "4", "--topology=v5e:4x4", "--cache-slots", "64", "--collectives"])
+    arguments = [path, "--mesh.fsdp", "4", "--topology=v5e:4x4", "--cache-slots", "64", "--collectives"]
+    flags, config = flags_and_config("lora-gen compile", CompileFlags, arguments)
     assert (config.mesh.fsdp, flags.topology, flags.cache_slots, flags.collectives) == (4, "v5e:4x4", 64, True)
     with pytest.raises(ConfigError, match="--topology"):
-        parse([path])
+        run(config, CompileFlags())
 
 
 def test_a_step_reads_each_prompt_once_where_lora_reads_it_with_every_query(middle):
