@@ -56,7 +56,7 @@ def init_state(
         variables = generator.init(keys, frozen_cloud, prompts)
         params = variables["params"]
         stats = variables.get("batch_stats", {})
-        return TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params))
+        return whole(TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params)))
 
     return jax.jit(init)(frozen_cloud, batch.prompts)
 

@@ -329,7 +329,7 @@ def test_a_trained_generator_meets_models_on_several_devices(tmp_path, monkeypat
     settings = dataclasses.replace(trained().eval, batch_tokens=64, tasks=("warm",), methods=("lora_gen",))
     config = dataclasses.replace(trained(), eval=settings, workdir=tmp_path / "run")
     one = evaluate(config, trained().directory, tmp_path / "one")
-    monkeypatch.setattr(run, "evaluation_mesh", make_mesh)
+    monkeypatch.setattr(run, "evaluation_mesh", lambda fsdp: make_mesh(fsdp=fsdp))
     several = evaluate(config, trained().directory, tmp_path / "several")
     assert without_latency(several) == without_latency(one)
 

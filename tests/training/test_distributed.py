@@ -39,7 +39,9 @@ def alone(jobs):
 def spread(jobs):
     """The same six steps on eight devices, and by two processes with two devices each."""
     found = {name: jobs.finish(jobs.config(name), *flags, devices=8) for name, flags in MESHES.items()}
-    return found | {"processes": jobs.finish_together(jobs.config("processes"), devices=2)}
+    # The frozen weights of two processes lie in pieces over both.
+    pieces = jobs.finish_together(jobs.config("processes"), "--mesh.data", "1", "--mesh.fsdp", "4", devices=2)
+    return found | {"processes": pieces}
 
 
 def same_training(one: Path, other: Path) -> None:
