@@ -58,16 +58,21 @@ class Pair:
         return {"cloud": self.cloud.fingerprint, "edge": self.edge.fingerprint}
 
 
-def compute_dtype(name: str) -> Any:
-    """float32 or bfloat16; "auto" is bfloat16 on an accelerator (on a CPU, XLA runs it slower than float32)."""
-    if name == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    return jnp.dtype(name).type
+def make_decoder(settings: ModelConfig, config: DecoderConfig, platform: str) -> Decoder:
+    """A model's module as a platform ("cpu", "gpu", "tpu") runs it.
+
+    "auto" computes in float32 on a CPU, where XLA runs bfloat16 slower, and in bfloat16 elsewhere; its attention is the
+    flash kernel on a TPU.
+    """
+    automatic: Any = jnp.float32 if platform == "cpu" else jnp.bfloat16
+    dtype = automatic if settings.dtype == "auto" else jnp.dtype(settings.dtype).type
+    kernel = "splash" if settings.attention == "auto" and platform == "tpu" else settings.attention
+    return Decoder(config, dtype, settings.remat, settings.unroll, kernel)
 
 
-def attention_kernel(name: str, platform: str) -> str:
-    """The `Decoder.attention` of a training pass on a platform: auto is the TPU's flash kernel there."""
-    return "splash" if name == "auto" and platform == "tpu" else name
+def share_weights(config: Config) -> bool:
+    """Whether cloud and edge are the same weights, held once."""
+    return (config.cloud.source, config.cloud.dtype) == (config.edge.source, config.edge.dtype)
 
 
 def load_model(settings: ModelConfig, mesh: Mesh | None = None) -> Model:
@@ -77,12 +82,11 @@ def load_model(settings: ModelConfig, mesh: Mesh | None = None) -> Model:
         ModelError: as the functions of `lora_gen_jax.decoder.pretrained`.
     """
     source = resolve(settings.source)
-    config, dtype = load_config(source), compute_dtype(settings.dtype)
-    kernel = attention_kernel(settings.attention, jax.default_backend())
-    decoder = Decoder(config, dtype, settings.remat, settings.unroll, kernel)
+    config = load_config(source)
+    decoder = make_decoder(settings, config, jax.default_backend())
     encoder = Encoder(load_tokenizer(source), config.vocab_size)
     shardings = None if mesh is None else param_shardings(mesh, lambda: init_params(decoder))
-    return Model(decoder, load_params(source, config, dtype, shardings), encoder, fingerprint(source))
+    return Model(decoder, load_params(source, config, decoder.dtype, shardings), encoder, fingerprint(source))
 
 
 def init_params(decoder: Decoder, seed: int = 0) -> Any:
@@ -97,9 +101,8 @@ def load_pair(config: Config, mesh: Mesh | None = None) -> Pair:
         ModelError: as `load_model`.
     """
     edge = load_model(config.edge, mesh)
-    if (config.cloud.source, config.cloud.dtype) == (config.edge.source, config.edge.dtype):
-        kernel = attention_kernel(config.cloud.attention, jax.default_backend())
-        decoder = edge.decoder.clone(remat=config.cloud.remat, unroll=config.cloud.unroll, attention=kernel)
+    if share_weights(config):
+        decoder = make_decoder(config.cloud, edge.config, jax.default_backend())
         return Pair(dataclasses.replace(edge, decoder=decoder), edge)
     return Pair(load_model(config.cloud, mesh), edge)
 

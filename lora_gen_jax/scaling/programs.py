@@ -28,7 +28,7 @@ from lora_gen_jax.decoder.pretrained.shapes import KNOWN_SHAPES
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.generator.cloud import PackedPrompts
 from lora_gen_jax.inference.forward import forward_only, logits_at
-from lora_gen_jax.models import Model, Pair, attention_kernel, init_params, make_generator
+from lora_gen_jax.models import Model, Pair, init_params, make_decoder, make_generator, share_weights
 from lora_gen_jax.sharding import make_mesh, param_shardings, spec
 from lora_gen_jax.training.optimizer import make_optimizer
 from lora_gen_jax.training.prepare import check_rows
@@ -77,8 +77,7 @@ def decoder_of(settings: ModelConfig) -> Decoder:
     """
     known = KNOWN_SHAPES.get(settings.source)
     config = load_config(resolve(settings.source)) if known is None else DecoderConfig.from_hf(known)
-    dtype: Any = jnp.bfloat16 if settings.dtype == "auto" else jnp.dtype(settings.dtype).type
-    return Decoder(config, dtype, settings.remat, settings.unroll, attention_kernel(settings.attention, "tpu"))
+    return make_decoder(settings, config, "tpu")
 
 
 def shapes_pair(config: Config) -> Pair:
@@ -150,7 +149,7 @@ def train_step(config: Config, pair: Pair, mesh: Mesh) -> Program:
     state = jax.eval_shape(lambda f, b: init_state(generator, optimizer, f, b, 0), pair.cloud.params, batch)
     frozen = {"cloud": frozen_on(mesh, pair.cloud), "edge": frozen_on(mesh, pair.edge)}
     shared = 0.0
-    if (config.cloud.source, config.cloud.dtype) == (config.edge.source, config.edge.dtype):
+    if share_weights(config):
         shared = sum(_chip_bytes(x) for x in jax.tree.leaves(frozen["edge"]))
     arguments = on(mesh, state), frozen, on(mesh, batch, "batch")
     step = make_train_step(generator, pair.edge.decoder, optimizer, config)

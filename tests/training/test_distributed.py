@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import experiment
 from jax._src.clusters import ClusterEnv
-from jobs import Jobs, batches, largest_difference, metrics, saved
+from jobs import batches, largest_difference, metrics, saved
 
 from lora_gen_jax.config import DistributedConfig
 from lora_gen_jax.config_check import check
@@ -20,13 +20,6 @@ from lora_gen_jax.training.prepare import shard_of
 
 pytestmark = pytest.mark.timeout(600)
 MESHES = {"data": ("--mesh.data", "4", "--mesh.model", "2"), "all": ("--mesh.fsdp", "2", "--mesh.model", "2")}
-
-
-@pytest.fixture(scope="module")
-def jobs(tmp_path_factory):
-    started = Jobs(tmp_path_factory.mktemp("jobs") / "root")
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="module")

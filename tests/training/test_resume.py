@@ -9,18 +9,11 @@ import time
 import jax
 import numpy as np
 import pytest
-from jobs import Jobs, batches, metrics, saved, saved_steps, wait_for
+from jobs import batches, metrics, saved, saved_steps, wait_for
 
 pytestmark = pytest.mark.timeout(600)
 STEPS = 60
 SETTINGS = {"steps": STEPS, "checkpoint_every": 4, "validate_every": 20}
-
-
-@pytest.fixture(scope="module")
-def jobs(tmp_path_factory):
-    started = Jobs(tmp_path_factory.mktemp("jobs") / "root")
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="module")
