@@ -64,7 +64,7 @@ def move_b(state: TrainState, seed: int = 0) -> TrainState:
 def both_steps(config: Config, pair: Pair, mesh: Any, batch: Batch) -> tuple[Step, Step]:
     """(ours, torch's): each updates its own copy of the same parameters and returns the step's figures."""
     generator, optimizer = make_generator(config, pair), make_optimizer(config.train)
-    state = move_b(init_state(generator, optimizer, pair.cloud.params, place(batch, mesh), config.train.seed))
+    state = move_b(init_state(generator, optimizer, pair.frozen, place(batch, mesh), config.train.seed))
     # Before the first step: it takes the state's memory.
     trainer = TorchTrainer(pair, config, jax.device_get(state.params))
     train_step = make_train_step(generator, pair.edge.decoder, optimizer, config)

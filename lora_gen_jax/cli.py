@@ -181,6 +181,13 @@ def agent_main(arguments: list[str]) -> None:
     run_agents(arguments)
 
 
+def table_command(arguments: list[str]) -> None:
+    """``table TABLES.py``: every method and ablation trained, scored and printed as the paper's tables."""
+    from lora_gen_jax.tables.command import table_main
+
+    table_main(arguments)
+
+
 def lm_eval_command(arguments: list[str]) -> None:
     """``lm_eval …``: lm-evaluation-harness's own command line with this package's backend."""
     from lora_gen_jax.evaluation.lm_eval_command import lm_eval_main
@@ -202,6 +209,7 @@ COMMANDS = {
     "pack": (Pack, pack_command, "write a trained generator as two small files"),
     "lm_eval": (None, lm_eval_command, "evaluate with lm-evaluation-harness"),
     "agent": (None, agent_main, "train and score on tool calls, as the paper's agent table"),
+    "table": (None, table_command, "train and score every method and ablation, as the paper's tables"),
     "bench": (None, bench_main, "time a config's training step against the machine's matmul rate"),
     "compile": (None, compile_main, "memory, flops and bytes of an experiment's programs on TPUs that are not there"),
     "efficiency": (None, efficiency_main, "time, memory and multiply-adds of an answer, by method"),

@@ -75,12 +75,14 @@ class GeneratorConfig:
         alpha: LoRA's α; the product is scaled by alpha / rank.
         dropout: on the LoRA inputs, cloud and edge.
         cv_coefficient: weight of the balance loss CV².
+        balance_coefficient: weight of the balance loss of methods lora_moe and mixlora.
         router_width: hidden width of the router; left out, the cloud model's width.
         batch_norm: BatchNorm over the router's logits; off only for ablation.
         shared_meta_token: one meta embedding for all layers instead of one each.
         cloud_rank: rank of the LoRA on the cloud model's q and v; 0 leaves the cloud model as it is.
         cloud_alpha: α of that LoRA.
-        lora_sites: of method lora: the linear layers of the edge model that carry a LoRA.
+        lora_sites: the linear layers of the edge model that carry a plain LoRA; left out, the method's own: q, v and
+            the FFN for lora and lorahub, q, k, v and o for mixlora and autocompressor.
         direct_width: hidden width of the head of direct generation.
         gumbel_temperature: of gumbel routing.
     """
@@ -95,12 +97,13 @@ class GeneratorConfig:
     alpha: float = 16.0
     dropout: float = 0.05
     cv_coefficient: float = 0.01
+    balance_coefficient: float = 0.01
     router_width: int | None = None
     batch_norm: bool = True
     shared_meta_token: bool = False
     cloud_rank: int = 16
     cloud_alpha: float = 16.0
-    lora_sites: tuple[str, ...] = ("q", "v", "gate", "up", "down")
+    lora_sites: tuple[str, ...] | None = None
     direct_width: int = 128
     gumbel_temperature: float = 1.0
 
@@ -108,6 +111,51 @@ class GeneratorConfig:
     def active_experts(self) -> int:
         """Gates of a row that may differ from zero."""
         return self.num_experts if self.routing == "gumbel" else self.top_k
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAMoEConfig:
+    """Of method lora_moe.
+
+    Attributes:
+        margin: δ of its balance loss: an expert of the task's own kind counts 1 + δ times, others 1 - δ times.
+    """
+
+    margin: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class HubConfig:
+    """Of method lorahub: modules that are trained, and the search that weighs them for a new task.
+
+    `train.seed` draws the modules' tasks, `eval.seed` the shots; the search itself draws nothing.
+
+    Attributes:
+        modules: LoRAs, one a task, of tasks drawn from those that data.tasks names.
+        budget: candidates that the search scores.
+        bound: weights lie between -bound and bound.
+        penalty: weight of the mean of their absolute values beside the loss of the shots.
+    """
+
+    modules: int = 20
+    budget: int = 40
+    bound: float = 1.5
+    penalty: float = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressorConfig:
+    """Of method autocompressor.
+
+    Attributes:
+        summary_tokens: soft tokens that a segment of the prompt is compressed to.
+        segments: parts of a sequence: those of the prompt, and the queries as the last.
+        substep: segments after which gradients stop.
+    """
+
+    summary_tokens: int = 50
+    segments: int = 4
+    substep: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +179,12 @@ class DataConfig:
         rows_per_block: rows of the cloud's batch that are packed together, so that long prompts meet short ones. What a
             row holds depends on this number and never on the number of processes, each of which takes whole blocks.
         workers: processes that build batches ahead; 0 builds them in a thread.
-        edge_reads_prompt: a row of the edge begins with the prompt, which all its queries read; only for method lora.
+        edge_reads_prompt: a row of the edge begins with the prompt, which all its queries read, in training and when
+            the method is scored; for methods lora, lora_moe and mixlora.
+        edge_prompt_length: longest prompt in the edge model's tokens, for method autocompressor, whose edge model
+            compresses it; prompts lose shots to fit. 0 for the other methods.
+        knowledge_tasks: tasks, by name or source, that ask for knowledge of the world: method lora_moe's balance loss
+            prefers the first half of the experts for them.
     """
 
     dir: Path | None = None
@@ -151,6 +204,8 @@ class DataConfig:
     rows_per_block: int = 8
     workers: int = 0
     edge_reads_prompt: bool = False
+    edge_prompt_length: int = 0
+    knowledge_tasks: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,12 +247,14 @@ class EvalConfig:
     Attributes:
         tasks: what eval.py scores, and train.py with compare; left out, all eight reasoning tasks. eval.py takes
             lm_eval/NAME for a task of lm-evaluation-harness.
-        methods: base, icl, lora, lora_gen, and shuffled: LoRA-Gen with the prompt of another task.
+        methods: base, icl, lora, lora_moe, mixlora, lorahub, autocompressor, lora_gen, and shuffled: LoRA-Gen with the
+            prompt of another task.
         shots: shots in the system prompt: read by the cloud, and by the edge for icl.
         limit: documents a task, the first ones; left out, all.
         seed: of the choice of shots.
         batch_tokens: tokens of one scoring batch.
         prompt_limit: longest system prompt, in cloud tokens; a longer one is an error.
+        latency: measure the time of an answer, too; of no use while other work shares the machine.
     """
 
     tasks: tuple[str, ...] = ()
@@ -207,6 +264,7 @@ class EvalConfig:
     seed: int = 0
     batch_tokens: int = 8192
     prompt_limit: int = 2048
+    latency: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +273,7 @@ class Config:
 
     Attributes:
         name: of the run's directory; the config file's name when left empty.
-        method: which system is trained.
+        method: which system is trained: lora, lora_moe, mixlora, lorahub, autocompressor or lora_gen.
         compare: methods that train.py scores after the last step, on eval.tasks, with report.json and report.png; those
             that learn are trained alike, each in a directory of its own inside the work directory.
         cloud: reads the prompt.
@@ -226,13 +284,16 @@ class Config:
     """
 
     name: str = ""
-    method: Literal["lora_gen", "lora"] = "lora_gen"
+    method: str = "lora_gen"
     compare: tuple[str, ...] = ()
     cloud: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     edge: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     generator: GeneratorConfig = dataclasses.field(default_factory=GeneratorConfig)
+    lora_moe: LoRAMoEConfig = dataclasses.field(default_factory=LoRAMoEConfig)
+    hub: HubConfig = dataclasses.field(default_factory=HubConfig)
+    compressor: CompressorConfig = dataclasses.field(default_factory=CompressorConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)

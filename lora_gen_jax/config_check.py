@@ -8,6 +8,7 @@ import itertools
 from lora_gen_jax.adapters.protocol import SITES
 from lora_gen_jax.config import Config, DataConfig, DistributedConfig, GeneratorConfig
 from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.methods import trained_method
 
 POSITIVE = (
     "generator.num_experts",
@@ -32,7 +33,13 @@ POSITIVE = (
     "eval.batch_tokens",
     "eval.prompt_limit",
     "distributed.processes",
+    "hub.modules",
+    "hub.budget",
+    "compressor.summary_tokens",
 )
+
+# Methods whose edge model may read the prompt like any text.
+BEHIND_PROMPT = ("lora", "lora_moe", "mixlora")
 
 
 def check(config: Config) -> Config:
@@ -41,12 +48,18 @@ def check(config: Config) -> Config:
     Raises:
         ConfigError: naming the field and the remedy.
     """
+    trained_method(config.method)
     for field in POSITIVE:
         part, name = field.split(".")
         value = getattr(getattr(config, part), name)
         if value is not None and value < 1:
             raise ConfigError(f"{field} is {value}; it must be at least 1")
-    parts = (_distributed_rules(config.distributed), _generator_rules(config.generator), _data_rules(config.data))
+    parts = (
+        _distributed_rules(config.distributed),
+        _generator_rules(config.generator),
+        _data_rules(config.data),
+        _method_rules(config),
+    )
     for holds, message in (*itertools.chain(*parts), *_run_rules(config)):
         if not holds:
             raise ConfigError(message)
@@ -57,12 +70,16 @@ def _generator_rules(g: GeneratorConfig) -> list[tuple[bool, str]]:
     return [
         (g.top_k <= g.num_experts, f"generator.top_k is {g.top_k}; at most generator.num_experts = {g.num_experts}"),
         (
-            bool(g.lora_sites) and set(g.lora_sites) <= set(SITES),
+            g.lora_sites is None or (bool(g.lora_sites) and set(g.lora_sites) <= set(SITES)),
             f"generator.lora_sites is {g.lora_sites}; name some of {', '.join(SITES)}",
         ),
         (0 <= g.dropout < 1, f"generator.dropout is {g.dropout}; it must lie in [0, 1)"),
         (g.cloud_rank >= 0, f"generator.cloud_rank is {g.cloud_rank}; it must be 0 or more"),
         (g.cv_coefficient >= 0, f"generator.cv_coefficient is {g.cv_coefficient}; it must be 0 or more"),
+        (
+            g.balance_coefficient >= 0,
+            f"generator.balance_coefficient is {g.balance_coefficient}; it must be 0 or more",
+        ),
         (
             g.gumbel_temperature > 0,
             f"generator.gumbel_temperature is {g.gumbel_temperature}; it must be positive",
@@ -112,6 +129,34 @@ def _data_rules(d: DataConfig) -> list[tuple[bool, str]]:
     ]
 
 
+def _method_rules(config: Config) -> list[tuple[bool, str]]:
+    h, d, compresses = config.hub, config.data, config.method == "autocompressor"
+    return [
+        (0 <= config.lora_moe.margin <= 1, f"lora_moe.margin is {config.lora_moe.margin}; it must lie in [0, 1]"),
+        (h.bound > 0, f"hub.bound is {h.bound}; it must be positive"),
+        (h.penalty >= 0, f"hub.penalty is {h.penalty}; it must be 0 or more"),
+        (
+            config.compressor.segments >= 2,
+            f"compressor.segments is {config.compressor.segments}; it must be at least 2: one of the prompt, and the"
+            " queries",
+        ),
+        (
+            config.compressor.substep >= 2,
+            f"compressor.substep is {config.compressor.substep}; it must be at least 2: summary tokens learn from the"
+            " segment that reads them",
+        ),
+        (
+            not compresses or d.edge_prompt_length > 0,
+            "data.edge_prompt_length is 0: method autocompressor reads prompts in the edge model's tokens; say how long"
+            " they may be",
+        ),
+        (
+            d.edge_prompt_length >= 0,
+            f"data.edge_prompt_length is {d.edge_prompt_length}; it must be 0 or more",
+        ),
+    ]
+
+
 def _run_rules(config: Config) -> list[tuple[bool, str]]:
     t, e = config.train, config.eval
     return [
@@ -128,15 +173,14 @@ def _run_rules(config: Config) -> list[tuple[bool, str]]:
         (0 <= t.warmup_steps < t.steps, f"train.warmup_steps = {t.warmup_steps} must be below train.steps = {t.steps}"),
         (t.clip_norm is None or t.clip_norm > 0, f"train.clip_norm is {t.clip_norm}; it must be positive or left out"),
         (e.shots >= 0, f"eval.shots is {e.shots}; it must be 0 or more"),
+        (
+            e.latency or not config.compare,
+            "eval.latency is off, but compare draws accuracy against latency: leave it on",
+        ),
         (e.limit is None or e.limit > 0, f"eval.limit is {e.limit}; at least 1"),
         (
-            config.method == "lora" or not config.data.edge_reads_prompt,
-            "data.edge_reads_prompt is pointless with method lora_gen, whose edge model is specialised so that it need"
-            " not read the prompt: leave it out, or set --method lora",
-        ),
-        (
-            not (config.compare and config.data.edge_reads_prompt),
-            "compare scores lora without the prompt in the edge's context, so it cannot score data.edge_reads_prompt:"
-            " leave one of them out; the command agent scores both kinds of lora",
+            not config.data.edge_reads_prompt or {config.method, *config.compare} <= {"base", "icl", *BEHIND_PROMPT},
+            f"data.edge_reads_prompt is for the methods {', '.join(BEHIND_PROMPT)}; the others' edge model need not"
+            " read the prompt: leave it out, or the others (method, compare)",
         ),
     ]

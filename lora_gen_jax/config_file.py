@@ -12,16 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_gen_jax.config import (
-    Config,
-    DataConfig,
-    DistributedConfig,
-    EvalConfig,
-    GeneratorConfig,
-    MeshConfig,
-    ModelConfig,
-    TrainConfig,
-)
+from lora_gen_jax.config import Config, DistributedConfig
 from lora_gen_jax.config_check import check
 from lora_gen_jax.errors import ConfigError
 
@@ -108,8 +99,8 @@ def from_json(values: dict[str, Any]) -> Config:
     Raises:
         ConfigError: for a field that this version does not know.
     """
-    nested = {"cloud": ModelConfig, "edge": ModelConfig, "mesh": MeshConfig, "distributed": DistributedConfig}
-    nested |= {"generator": GeneratorConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig}
+    factories = {field.name: field.default_factory for field in dataclasses.fields(Config)}
+    nested = {name: made for name, made in factories.items() if dataclasses.is_dataclass(made)}
 
     def build(cls: Any, fields: dict[str, Any], prefix: str) -> Any:
         known = {field.name for field in dataclasses.fields(cls)}

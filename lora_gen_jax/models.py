@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from lora_gen_jax.baselines.lora import MultiTaskLoRA
 from lora_gen_jax.config import Config, ModelConfig
 from lora_gen_jax.data.encode import Encoder
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.decoder.pretrained import fingerprint, load_config, load_params, load_tokenizer, resolve
-from lora_gen_jax.generator.lora_gen import LoRAGen
+from lora_gen_jax.inference.prefix import Prefix
+from lora_gen_jax.methods import trained_method
 from lora_gen_jax.sharding import param_shardings
 
 
@@ -29,12 +29,16 @@ class Model:
         params: its weights.
         encoder: its tokenizer.
         fingerprint: identifies the weights.
+        adapter: beside the weights, where a method cannot be merged; else None.
+        soft: keys and values of soft tokens that stand before everything it reads; else None.
     """
 
     decoder: Decoder
     params: Any
     encoder: Encoder
     fingerprint: str
+    adapter: Any = None
+    soft: Prefix | None = None
 
     @property
     def config(self) -> DecoderConfig:
@@ -108,16 +112,11 @@ def load_pair(config: Config, mesh: Mesh | None = None) -> Pair:
 
 
 def make_generator(config: Config, pair: Pair) -> Any:
-    """The trainable Linen module of the config's method, called as `LoRAGen` is."""
-    if config.method == "lora":
-        return MultiTaskLoRA(pair.edge.config, config.generator)
-    cloud = pair.cloud.decoder
-    return LoRAGen(
-        cloud.config,
-        pair.edge.config,
-        config.generator,
-        dtype=cloud.dtype,
-        remat=cloud.remat,
-        unroll=cloud.unroll,
-        attention=cloud.attention,
-    )
+    """The trainable module (`TrainedModule`) of the config's method.
+
+    Raises:
+        ConfigError: for a method that nothing is trained for.
+    """
+    build = trained_method(config.method).build
+    assert build is not None
+    return build(config, pair)

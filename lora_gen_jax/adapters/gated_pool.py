@@ -12,9 +12,10 @@ import numpy as np
 from flax import struct
 
 from lora_gen_jax.adapters.lora import dropout, group_rows, matmul_trained, require_prompt, require_single
+from lora_gen_jax.adapters.protocol import AdapterBase
 
 
-class GatedPool(struct.PyTreeNode):
+class GatedPool(AdapterBase):
     """Gates over a pool of LoRA experts; rows of the batch are grouped by prompt.
 
     Attributes:

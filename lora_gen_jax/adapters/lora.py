@@ -4,13 +4,17 @@ In: factors a [L, inputs, R] and b [L, R, outputs] by site. The cloud model's ow
 and so is one prompt's LoRA from direct generation, whose factors carry a prompt axis: a [L, P, inputs, R].
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from lora_gen_jax.adapters.protocol import AdapterBase
+from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.errors import ConfigError
 
 
@@ -58,7 +62,18 @@ def _matmul_backward(residuals, gradient):
 matmul_trained.defvjp(_matmul_forward, _matmul_backward)
 
 
-class LoRA(struct.PyTreeNode):
+def trained_factors(module: nn.Module, config: DecoderConfig, sites: Sequence[str], rank: int) -> dict[str, Any]:
+    """Parameters of a module: {site: {"a": [L, inputs, R], "b": [L, R, outputs]}}; A Kaiming-uniform, B zero."""
+    factors = {}
+    for site in sites:
+        inputs, outputs = config.site_shape(site)
+        a = module.param(f"{site}_a", factor_a_init, (config.num_layers, inputs, rank))
+        b = module.param(f"{site}_b", nn.initializers.zeros_init(), (config.num_layers, rank, outputs))
+        factors[site] = {"a": a, "b": b}
+    return factors
+
+
+class LoRA(AdapterBase):
     """The same factors for every row of the batch.
 
     Attributes:
@@ -89,7 +104,7 @@ class LoRA(struct.PyTreeNode):
         return self.scale * (a @ b)
 
 
-class PromptLoRA(struct.PyTreeNode):
+class PromptLoRA(AdapterBase):
     """Other factors for every prompt: what direct generation emits.
 
     Rows of the batch are grouped by prompt: row i belongs to prompt i // (B / P).

@@ -1,19 +1,38 @@
 """What a method looks like to the decoder: an adapter.
 
 An adapter is a pytree in two parts. `scanned` holds arrays led by the layer axis; the decoder's scan over
-layers hands each layer its slice. `shared` is handed to every layer whole. The decoder asks one question,
-`delta`: what does the linear layer `site` add for this input? It never learns which method answers.
+layers hands each layer its slice. `shared` is handed to every layer whole. The decoder asks two questions: what does
+the linear layer `site` add for this input (`delta`), and what does the FFN compute instead (`ffn`, for the few methods
+that need it)? It never learns which method answers.
 """
 
-from typing import Any, Protocol, Self
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
+from flax import struct
 
 SITES = ("q", "k", "v", "o", "gate", "up", "down")
+FFN_INPUT = "ffn"
+"""Where `record` is asked beside the linear layers: at the input of the whole FFN."""
+
+
+class FrozenFFN(NamedTuple):
+    """The parts of one layer's FFN, for an adapter that puts them together in its own way.
+
+    Attributes:
+        project: from a site and its input to what the frozen linear layer gives, its bias included.
+        activate: from what `gate` gave (None in a model without it) and what `up` gave to the input of `down`.
+        sites: those that the model has: gate, up and down, or up and down.
+    """
+
+    project: Callable[[str, jax.Array], jax.Array]
+    activate: Callable[[jax.Array | None, jax.Array], jax.Array]
+    sites: tuple[str, ...]
 
 
 class Adapter(Protocol):
-    """Base class of methods is `flax.struct.PyTreeNode`; this is what they provide."""
+    """What the decoder expects; `AdapterBase` is where a method starts."""
 
     @property
     def scanned(self) -> Any:
@@ -41,6 +60,35 @@ class Adapter(Protocol):
             [B, T, outputs of the site], or None where the adapter leaves the site alone.
         """
         ...
+
+    def ffn(self, x_BTD: jax.Array, frozen: FrozenFFN, key: jax.Array | None) -> jax.Array | None:
+        """The output [B, T, D] of the whole FFN; None where it is computed as always, `delta` included."""
+        ...
+
+    def record(self, site: str, x_BTD: jax.Array) -> jax.Array | None:
+        """What a router says about every token, [B, T, X] in fp32, for losses that depend on it; None without one.
+
+        Args:
+            site: one of `SITES`, or `FFN_INPUT`.
+            x_BTD: the input there.
+        """
+        ...
+
+
+class AdapterBase(struct.PyTreeNode):
+    """An adapter that adds nothing: methods override what they change, and have `scanned` and `shared`."""
+
+    def delta(self, site: str, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array | None:
+        """As `Adapter.delta`."""
+        return None
+
+    def ffn(self, x_BTD: jax.Array, frozen: FrozenFFN, key: jax.Array | None) -> jax.Array | None:
+        """As `Adapter.ffn`."""
+        return None
+
+    def record(self, site: str, x_BTD: jax.Array) -> jax.Array | None:
+        """As `Adapter.record`."""
+        return None
 
 
 class PerPrompt(Adapter, Protocol):

@@ -8,14 +8,17 @@ from typing import Any
 
 import flax.linen as nn
 
-from lora_gen_jax.adapters.lora import LoRA, factor_a_init
+from lora_gen_jax.adapters.lora import LoRA, trained_factors
+from lora_gen_jax.baselines.method import Method, Traits, fixed
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.generator.cloud import PackedPrompts
-from lora_gen_jax.generator.lora_gen import Generated
+from lora_gen_jax.generator.trained_module import Generated, TrainedModule
+
+SITES = ("q", "v", "gate", "up", "down")
 
 
-class MultiTaskLoRA(nn.Module):
-    """ΔW = (α/r)·A·B; A Kaiming-uniform, B zero. Called as `LoRAGen` is, so that one loop trains both.
+class MultiTaskLoRA(TrainedModule):
+    """ΔW = (α/r)·A·B; A Kaiming-uniform, B zero.
 
     Attributes:
         edge: of the model that carries the LoRA.
@@ -26,14 +29,30 @@ class MultiTaskLoRA(nn.Module):
     settings: Any
 
     @nn.compact
-    def __call__(self, frozen_cloud: Any, prompts: PackedPrompts, train: bool = False) -> Generated:
-        """The adapter; the cloud's weights and the prompts are not read."""
-        s, layers, factors = self.settings, self.edge.num_layers, {}
-        for site in s.lora_sites:
-            if site == "gate" and not self.edge.gated_ffn:
-                continue
-            inputs, outputs = self.edge.site_shape(site)
-            a = self.param(f"{site}_a", factor_a_init, (layers, inputs, s.rank))
-            b = self.param(f"{site}_b", nn.initializers.zeros_init(), (layers, s.rank, outputs))
-            factors[site] = {"a": a, "b": b}
-        return Generated(LoRA(factors, s.alpha / s.rank, s.dropout), None)
+    def __call__(self, frozen: Any, prompts: PackedPrompts | None, train: bool = False) -> Generated:
+        """The adapter; neither weights nor prompts are read."""
+        s = self.settings
+        factors = trained_factors(self, self.edge, lora_sites(self.edge, s, SITES), s.rank)
+        return Generated(LoRA(factors, s.alpha / s.rank, s.dropout))
+
+
+def lora_sites(edge: DecoderConfig, settings: Any, own: tuple[str, ...]) -> tuple[str, ...]:
+    """The linear layers that carry a LoRA: those that the settings name, else the method's own; the model has them."""
+    sites = own if settings.lora_sites is None else settings.lora_sites
+    return tuple(site for site in sites if site != "gate" or edge.gated_ffn)
+
+
+def lora_macs(edge: DecoderConfig, settings: Any) -> int:
+    """Multiply-adds of the side path for one token, over all layers."""
+    sites = lora_sites(edge, settings, SITES)
+    return edge.num_layers * settings.rank * sum(sum(edge.site_shape(site)) for site in sites)
+
+
+METHOD = Method(
+    key="lora",
+    title="LoRA",
+    traits=Traits(compresses_context=False, merged=True, training_free=False, transfers=False),
+    build=lambda config, pair: MultiTaskLoRA(pair.edge.config, config.generator),
+    specialise=fixed,
+    token_macs=lambda edge, config: lora_macs(edge, config.generator),
+)

@@ -26,7 +26,10 @@ class Group:
         description, shots: what the prompt is made of.
         prompt: its token ids.
         queries: token ids of (query, response) pairs.
-        prefix: the prompt in the edge model's ids where the edge reads it, else empty.
+        prefix: the prompt in the edge model's ids where a row begins with it, else empty.
+        task: the task's number among those trained on.
+        knowledge: the task is one of `data.knowledge_tasks`.
+        edge_prompt: the prompt in the edge model's ids where `data.edge_prompt_length` asks for it, else empty.
     """
 
     description: str
@@ -34,6 +37,9 @@ class Group:
     prompt: list[int]
     queries: list[tuple[list[int], list[int]]]
     prefix: list[int] = dataclasses.field(default_factory=list)
+    task: int = 0
+    knowledge: bool = False
+    edge_prompt: list[int] = dataclasses.field(default_factory=list)
 
 
 class GroupSampler:
@@ -48,7 +54,7 @@ class GroupSampler:
 
     Raises:
         DataError: when no task has an example of the split that fits `query_length`.
-        ConfigError: for a weight that is malformed or of an unknown source.
+        ConfigError: for a weight that is malformed or of an unknown source, or a knowledge task that is not there.
     """
 
     def __init__(
@@ -57,6 +63,13 @@ class GroupSampler:
         self.cloud, self.edge, self.config = cloud, edge, config
         self.num_meta, self.split = num_meta, split
         self.tasks = [task for task in tasks if getattr(task, split)]
+        self.number = {id(task): number for number, task in enumerate(tasks)}
+        known = {task.name for task in tasks} | {task.source for task in tasks}
+        for name in config.knowledge_tasks:
+            if name not in known:
+                raise ConfigError(
+                    f"data.knowledge_tasks names {name!r}, which is neither a task trained on nor a source"
+                )
         if not self.tasks:
             raise DataError(f"no task has {split} examples: name tasks that do, or give files with data.files")
         weights = source_weights(config.source_weights, {task.source for task in self.tasks})
@@ -81,12 +94,15 @@ class GroupSampler:
             description = task.descriptions[rng.integers(len(task.descriptions))]
             count = int(rng.integers(self.config.min_shots, self.config.max_shots + 1))
             shots = sample_shots(task, count, rng, [example.id for example in examples])
-            group = self._fit(Group(description, tuple(shots), [], queries))
+            knowledge = not {task.name, task.source}.isdisjoint(self.config.knowledge_tasks)
+            group = Group(description, tuple(shots), [], queries, task=self.number[id(task)], knowledge=knowledge)
+            group = self._fit(group)
             if group is not None:
                 return group
         raise DataError(
             f"no query with its prompt fits: raise data.query_length ({self.config.query_length}),"
-            f" data.edge_length ({self.config.edge_length}) or data.cloud_length ({self.config.cloud_length})"
+            f" data.edge_length ({self.config.edge_length}), data.cloud_length ({self.config.cloud_length})"
+            + (f" or data.edge_prompt_length ({self.config.edge_prompt_length})" * (self.config.edge_prompt_length > 0))
         )
 
     def _queries(self, task: Task, rng: np.random.Generator) -> tuple[list[Example], list[Any]]:
@@ -118,6 +134,9 @@ class GroupSampler:
             prefix = self.edge.prompt(text)
             kept = beside(self.edge, prefix, group.queries, self.config.edge_length)
             fits, group = bool(kept), dataclasses.replace(group, prefix=prefix, queries=kept or group.queries)
+        if fits and self.config.edge_prompt_length:
+            group = dataclasses.replace(group, edge_prompt=self.edge.prompt(text))
+            fits = len(group.edge_prompt) <= self.config.edge_prompt_length
         return group if fits else self.shorten(group)
 
     def shorten(self, group: Group) -> Group | None:

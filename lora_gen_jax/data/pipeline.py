@@ -56,7 +56,11 @@ def pack_groups(groups: Sequence[Group], config: DataConfig, num_meta: int) -> B
     """Arrays of a list of groups; consecutive prompts share a row of the cloud's batch."""
     P, T, S = len(groups), config.edge_length, config.response_slots
     rows = P // config.prompts_per_row
-    prompts = pack_prompts([g.prompt for g in groups], num_meta, rows, config.cloud_length)
+    prompts = pack_prompts([g.prompt for g in groups], num_meta, rows, config.cloud_length).replace(
+        tasks_P=np.array([g.task for g in groups], np.int32),
+        knowledge_P=np.array([g.knowledge for g in groups]),
+        edge_PX=edge_prompts([g.edge_prompt for g in groups], config.edge_prompt_length),
+    )
     tokens, positions = np.zeros((P, T), np.int32), np.full((P, T), -1, np.int32)
     segments, source = np.zeros((P, T), np.int32), np.zeros((P, S), np.int32)
     target, weight = np.zeros((P, S), np.int32), np.zeros((P, S), np.float32)
@@ -74,6 +78,16 @@ def pack_groups(groups: Sequence[Group], config: DataConfig, num_meta: int) -> B
             weight[p, slot : slot + count] = 1.0
             start, slot = end, slot + count
     return Batch(prompts, tokens, positions, segments, source, target, weight)
+
+
+def edge_prompts(prompts: Sequence[Sequence[int]], length: int) -> np.ndarray | None:
+    """Prompts in the edge model's ids [P, length], -1 for padding; None for a length of 0."""
+    if length == 0:
+        return None
+    ids = np.full((len(prompts), length), -1, np.int32)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return ids
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,7 +86,7 @@ class DecoderConfig:
 
     @property
     def ffn_sites(self) -> tuple[str, ...]:
-        """Linear layers of the FFN, where LoRA-Gen's experts attach."""
+        """Linear layers of the FFN, in the order in which they are applied."""
         return ("gate", "up", "down") if self.gated_ffn else ("up", "down")
 
     def site_shape(self, site: str) -> tuple[int, int]:

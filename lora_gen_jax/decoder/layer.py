@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from lora_gen_jax.adapters.protocol import Adapter
+from lora_gen_jax.adapters.protocol import FFN_INPUT, Adapter, FrozenFFN
 from lora_gen_jax.decoder.attention import attend
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.flash import flash_attention
-from lora_gen_jax.decoder.layers import ACTIVATIONS, Linear, Norm, rotate
+from lora_gen_jax.decoder.layers import ACTIVATIONS, Linear, Norm, dropout_key, record, rotate
 from lora_gen_jax.sharding import constrain
 
 
@@ -94,22 +94,34 @@ class Attention(nn.Module):
 
 
 class FFN(nn.Module):
-    """act(x·gate) * (x·up) · down, or act(x·up) · down without a gate."""
+    """act(x·gate) * (x·up) · down, or act(x·up) · down without a gate; an adapter may compute something else."""
 
     config: DecoderConfig
     dtype: jax.typing.DTypeLike
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, adapter: Adapter | None) -> jax.Array:
-        c, act = self.config, ACTIVATIONS[self.config.activation]
-        h_BTF = Linear(c.ffn_width, ("embed", "mlp"), c.ffn_bias, self.dtype, name="up")(x_BTD, adapter)
-        if c.gated_ffn:
-            gate = Linear(c.ffn_width, ("embed", "mlp"), c.ffn_bias, self.dtype, name="gate")(x_BTD, adapter)
-            h_BTF = act(gate) * h_BTF
-        else:
-            h_BTF = act(h_BTF)
-        h_BTF = constrain(h_BTF, "batch", None, "mlp")
-        return Linear(c.width, ("mlp", "embed"), c.ffn_bias, self.dtype, name="down")(h_BTF, adapter)
+        c = self.config
+        wide, narrow = (c.ffn_width, ("embed", "mlp")), (c.width, ("mlp", "embed"))
+        linear = {
+            site: Linear(*(narrow if site == "down" else wide), c.ffn_bias, self.dtype, name=site)
+            for site in c.ffn_sites
+        }
+
+        def activate(gate: jax.Array | None, up: jax.Array) -> jax.Array:
+            act = ACTIVATIONS[c.activation]
+            h_BTF = act(up) if gate is None else act(gate) * up
+            return constrain(h_BTF, "batch", None, "mlp")
+
+        if adapter is not None:
+            record(self, adapter, FFN_INPUT, x_BTD)
+            frozen = FrozenFFN(lambda site, x: linear[site](x), activate, tuple(linear))
+            y_BTD = adapter.ffn(x_BTD, frozen, dropout_key(self))
+            if y_BTD is not None:
+                return y_BTD.astype(self.dtype)
+        up = linear["up"](x_BTD, adapter)
+        gate = linear["gate"](x_BTD, adapter) if c.gated_ffn else None
+        return linear["down"](activate(gate, up), adapter)
 
 
 class Layer(nn.Module):

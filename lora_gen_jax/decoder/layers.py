@@ -4,6 +4,8 @@ In: activations [..., D]. Out: activations. Parameters may be stored in any floa
 that is computed in, norms and angles always in fp32.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,9 @@ import jax.numpy as jnp
 from lora_gen_jax.adapters.protocol import Adapter
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.sharding import constrain, partitioned
+
+RECORDS = "records"
+"""The collection of what adapters record."""
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -41,10 +46,32 @@ class Linear(nn.Module):
             bias = self.param("bias", init, (self.features,))
             y = y + bias.astype(self.dtype)[None, None]
         if adapter is not None and self.name is not None:
-            key = self.make_rng("dropout") if self.has_rng("dropout") else None
-            delta = adapter.delta(self.name, x_BTD, key)
+            delta = adapter.delta(self.name, x_BTD, dropout_key(self))
             y = y if delta is None else y + delta.astype(self.dtype)
+            record(self, adapter, self.name, x_BTD)
         return y
+
+
+def dropout_key(module: nn.Module) -> jax.Array | None:
+    """A fresh key where dropout is on, that is, where the rng "dropout" was passed."""
+    return module.make_rng("dropout") if module.has_rng("dropout") else None
+
+
+def record(module: nn.Module, adapter: Adapter, site: str, x_BTD: jax.Array) -> None:
+    """Keeps what an adapter records at a site in the collection `RECORDS`, where the caller asked for it."""
+    if module.is_mutable_collection(RECORDS) and not module.is_initializing():
+        said = adapter.record(site, x_BTD)
+        if said is not None:
+            module.sow(RECORDS, site, said)
+
+
+def records_of(collections: Any) -> dict[str, jax.Array]:
+    """{site: [L, B, T, X]} from the collections that a decoder's `apply` gave back."""
+    found = {}
+    for path, value in jax.tree_util.tree_leaves_with_path(collections.get(RECORDS, {})):
+        # … / site / 0: `sow` gathers what one place says in a tuple.
+        found[path[-2].key] = value
+    return found
 
 
 class Norm(nn.Module):

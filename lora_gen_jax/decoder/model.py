@@ -16,7 +16,7 @@ from lora_gen_jax.decoder.attention import KVCache, visible, within_window
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.flash import fits_flash
 from lora_gen_jax.decoder.layer import Context, Layer, PerLayer
-from lora_gen_jax.decoder.layers import Linear, Norm, rotary_angles
+from lora_gen_jax.decoder.layers import RECORDS, Linear, Norm, rotary_angles
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.sharding import constrain, partitioned
 
@@ -65,7 +65,7 @@ class Decoder(nn.Module):
             layer = nn.remat(Layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         self.layers = nn.scan(
             layer,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, RECORDS: 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  (flax types it as an int)
             length=c.num_layers,

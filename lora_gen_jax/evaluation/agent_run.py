@@ -36,9 +36,10 @@ from lora_gen_jax.evaluation.agent_table import METHODS, PUBLISHED, print_tables
 from lora_gen_jax.evaluation.comparison import say
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.run import describe, machine
-from lora_gen_jax.evaluation.systems import base_system, multi_task_system, prompted_system
+from lora_gen_jax.evaluation.systems import system_of
 from lora_gen_jax.files import check_output, complete_directory, write_json
 from lora_gen_jax.inference.buckets import bucket
+from lora_gen_jax.methods import METHODS as COMPARED
 from lora_gen_jax.models import Pair, load_pair
 from lora_gen_jax.sharding import evaluation_mesh
 from lora_gen_jax.training.checkpoint import Loaded, check_method, check_models, load_checkpoint, versions
@@ -158,13 +159,9 @@ def untrained_generator(pair: Pair, named: Path | None) -> Loaded:
 
 def make_method(config: Config, pair: Pair, name: str, loaded: Loaded | None) -> Method:
     """The method of a row, with the tools as the whole prompt."""
-    reads = METHODS[name].reads_prompt
-    if loaded is None:
-        return Method(base_system(pair, reads), True)
-    if loaded.config.method == "lora":
-        return Method(multi_task_system(pair, loaded, reads), True)
     alone = dataclasses.replace(config, eval=dataclasses.replace(config.eval, shots=0))
-    return Method(prompted_system(alone, pair, loaded), False)
+    method = COMPARED["icl" if loaded is None else loaded.config.method]
+    return Method(system_of(alone, pair, method, loaded), shared=not method.depends_on_prompt)
 
 
 def agent_journal(config: Config) -> RequestCache:

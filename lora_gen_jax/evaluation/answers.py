@@ -6,7 +6,6 @@ its standard error, tokens in the edge's context and the latency of one answer.
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -72,13 +71,20 @@ def stops(edge: Model, documents: Sequence[Example]) -> list[int]:
     return ids
 
 
-def answer_latency(edge: Model, params: Any, documents: Sequence[Example], contexts: list[list[int]]) -> float:
+def answer_latency(model: Model, documents: Sequence[Example], contexts: list[list[int]]) -> float:
     """Milliseconds from a document's context to its whole answer; nothing is shared with other documents."""
     times = []
     for document, context in zip(documents[:LATENCY_DOCUMENTS], contexts, strict=False):
-        limit = power_of_two(len(answer_ids(edge, document)) + 2)
+        limit = power_of_two(len(answer_ids(model, document)) + 2)
         run = functools.partial(
-            generate, edge.decoder, params, [context], max_new_tokens=limit, stop_ids=stops(edge, [document])
+            generate,
+            model.decoder,
+            model.params,
+            [context],
+            max_new_tokens=limit,
+            stop_ids=stops(model, [document]),
+            adapter=model.adapter,
+            prefix=model.soft,
         )
         times.append(best_of(run, LATENCY_REPEATS)[1])
     return float(np.median(times) * 1000)

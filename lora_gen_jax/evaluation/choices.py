@@ -70,6 +70,8 @@ def latency(model: Model, pairs: Sequence[Sequence[tuple[Ids, Ids]]], settings: 
             model.params,
             [Request(*item) for item in by_context.items()],
             batch_tokens=settings.batch_tokens,
+            adapter=model.adapter,
+            prefix=model.soft,
         )
         times.append(best_of(run, LATENCY_REPEATS)[1])
     return round(statistics.median(times) * 1000, 2)

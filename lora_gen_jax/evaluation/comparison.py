@@ -104,16 +104,16 @@ def report_of(results: dict[str, Any], tasks: list[Task]) -> dict[str, Any]:
     return report
 
 
-def pooled(scored: list[dict[str, Any]]) -> dict[str, float]:
-    """One row of the report from the results of several tasks."""
-    n = sum(result["n"] for result in scored)
+def pooled(scored: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row of the report from the results of several tasks; no latency where none was measured."""
+    n, times = sum(result["n"] for result in scored), [result["latency_ms"] for result in scored]
     accuracy = sum(result["acc"] * result["n"] for result in scored) / n
     return {
         "accuracy": accuracy,
         "stderr": math.sqrt(accuracy * (1 - accuracy) / max(n - 1, 1)),
         "n": n,
         "context_tokens": round(float(np.mean([result["context_tokens"] for result in scored])), 1),
-        "latency_ms": round(float(np.mean([result["latency_ms"] for result in scored])), 2),
+        "latency_ms": None if None in times else round(float(np.mean(times)), 2),
     }
 
 

@@ -5,6 +5,7 @@ query, with which weights, and what has to be done once a task before the first 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 
 from lora_gen_jax.adapters.merge import merge
+from lora_gen_jax.baselines.method import beside_or_merged
 from lora_gen_jax.config import Config
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.evaluation.timing import timed
@@ -19,6 +21,8 @@ from lora_gen_jax.generator.cloud import pack_prompts
 from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.inference.buckets import bucket
 from lora_gen_jax.inference.prefix import Prefix, encode_prefix
+from lora_gen_jax.inference.soft_prompt import compress, encode_soft
+from lora_gen_jax.methods import METHODS as COMPARED
 from lora_gen_jax.models import Pair, make_generator
 
 
@@ -153,12 +157,46 @@ def icl_kept_prefix(setup: Setup) -> Ready:
     )
 
 
-def lora(setup: Setup) -> Ready:
-    """Multi-task LoRA, merged when the model is loaded: no task needs anything of its own. Its factors are untrained,
-    which changes no cost."""
-    module = make_generator(dataclasses.replace(setup.config, method="lora"), setup.pair)
-    adapter = module.apply(module.init(jax.random.key(0), None, None), None, None).adapter
-    return Ready(setup.work.query, merge(setup.pair.edge.params, adapter))
+def untrained(config: Config, pair: Pair) -> tuple[Any, Any]:
+    """The module of the config's method with fresh variables: training changes no cost."""
+    module = make_generator(config, pair)
+    frozen = None if module.reader is None else pair.frozen[module.reader]
+    return module, module.init(jax.random.key(0), frozen, None)
+
+
+def fixed(key: str, setup: Setup) -> Ready:
+    """A method whose adapter is the same for all tasks, so that none needs anything of its own.
+
+    It is merged when the model is loaded, or stands beside its weights. Trained behind the prompt
+    (`data.edge_reads_prompt`), the edge model reads it before every query.
+    """
+    config = dataclasses.replace(setup.config, method=key)
+    module, variables = untrained(config, setup.pair)
+    params, adapter, _ = beside_or_merged(setup.pair.edge.params, module.apply(variables, None, None).adapter)
+    macs = COMPARED[key].token_macs
+    beside = 0 if adapter is None or macs is None else macs(setup.pair.edge.config, config)
+    return Ready(setup.work.whole if config.data.edge_reads_prompt else setup.work.query, params, adapter, beside)
+
+
+def autocompressor(setup: Setup) -> Ready:
+    """The edge model compresses the instruction once; soft tokens stand before every query.
+
+    Where the config is of another method, the instruction is one segment: it is shorter than those that the method's
+    authors compress.
+    """
+    config = setup.config
+    if config.method != "autocompressor":
+        compressor = dataclasses.replace(config.compressor, segments=2)
+        config = dataclasses.replace(config, method="autocompressor", compressor=compressor)
+    module, variables = untrained(config, setup.pair)
+    edge, prompt = setup.pair.edge, setup.work.whole[: setup.work.kept]
+    params = merge(edge.params, module.apply(variables, None, None).adapter)
+
+    def read() -> Prefix:
+        soft_ND = compress(module, variables, edge.params, prompt)
+        return encode_soft(edge.decoder, params, soft_ND)
+
+    return Ready(setup.work.query, params, prefix=read(), once=lambda: {"compress": timed(lambda: read().cache)[1]})
 
 
 def lora_gen(setup: Setup) -> Ready:
@@ -173,12 +211,12 @@ def lora_gen(setup: Setup) -> Ready:
     return Ready(setup.work.query, merge(params, setup.specialise()), once=once)
 
 
-# One entry a method. One whose adapter depends on the token (LoRAMoE, MixLoRA) leaves the weights alone and gives
-# `Ready(query, params, adapter=…, adapter_macs=…)`.
 METHODS: dict[str, Callable[[Setup], Ready]] = {
     "base": base,
     "icl": icl,
     "icl_kept_prefix": icl_kept_prefix,
-    "lora": lora,
+    **{key: functools.partial(fixed, key) for key in ("lora", "lora_moe", "mixlora")},
+    "autocompressor": autocompressor,
     "lora_gen": lora_gen,
 }
+"""One entry a method."""

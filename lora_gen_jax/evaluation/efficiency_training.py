@@ -20,7 +20,7 @@ from lora_gen_jax.data.pipeline import Batch, Group, pack_groups
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.evaluation.efficiency import ms, peak_bytes, say
 from lora_gen_jax.models import Pair, make_generator
-from lora_gen_jax.training.cost import lora_cost, step_cost
+from lora_gen_jax.training.cost import method_cost
 from lora_gen_jax.training.optimizer import make_optimizer
 from lora_gen_jax.training.prepare import keep_freed_memory
 from lora_gen_jax.training.step import init_state, make_train_step
@@ -89,11 +89,10 @@ def prepare(config: Config, pair: Pair, case: Case, sizes: tuple[int, int]) -> t
     config = dataclasses.replace(config, method=case.method)
     batch = make_batch(config, pair, case, sizes)
     generator, optimizer = make_generator(config, pair), make_optimizer(config.train)
-    state = init_state(generator, optimizer, pair.cloud.params, batch, config.train.seed)
+    state = init_state(generator, optimizer, pair.frozen, batch, config.train.seed)
     step = make_train_step(generator, pair.edge.decoder, optimizer, config)
     compiled = step.lower(state, pair.frozen, batch).compile()
-    models = pair.edge.config, config.generator, batch
-    cost = lora_cost(*models) if case.method == "lora" else step_cost(pair.cloud.config, *models)
+    cost = method_cost(config, pair.cloud.config, pair.edge.config, batch)
     measured = {
         "prompts": case.prompts,
         "queries": QUERIES,

@@ -6,16 +6,17 @@ the same for all documents. Latency is not measured here.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
+from lora_gen_jax.baselines.method import Prompt
 from lora_gen_jax.config import Config
 from lora_gen_jax.data.reasoning import REASONING_TASKS, SEEN_TASKS
 from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.subject import Subject, end_ids, identity_of
-from lora_gen_jax.evaluation.systems import METHODS, identifier, multi_task, prompt_specializer
+from lora_gen_jax.evaluation.systems import identifier
+from lora_gen_jax.methods import METHODS
 from lora_gen_jax.models import Pair
 from lora_gen_jax.training.checkpoint import Loaded
 
@@ -34,6 +35,8 @@ def check_harness(methods: Sequence[str], names: Sequence[str]) -> None:
         return
     if "shuffled" in methods:
         raise ConfigError("method shuffled gives each task another's prompt, which lm_eval/ tasks cannot have")
+    if "lorahub" in methods:
+        raise ConfigError("method lorahub searches with a task's shots, which lm_eval/ tasks give as text alone")
     _manager(names, {})
 
 
@@ -138,13 +141,11 @@ def _subject(method: str, config: Config, pair: Pair, checkpoints: dict[str, Loa
         return base
     if method == "base":
         return dataclasses.replace(base, specialise=lambda prompt: base)
-    loaded = checkpoints[METHODS[method] or method]
-    identify = identifier(pair, loaded)
-    if method == "lora":
-        make = functools.cache(functools.partial(multi_task, pair, loaded))
-        lora = Subject(identify(""), edge, make, ends)
-        return dataclasses.replace(lora, specialise=lambda prompt: lora)
-    made = prompt_specializer(config, pair, loaded)
+    loaded, one = checkpoints[method], METHODS[method]
+    identify, make = identifier(pair, loaded), one.specialise(config, pair, loaded)
+    if not one.depends_on_prompt:
+        same = Subject(identify(""), edge, lambda: make(None), ends)
+        return dataclasses.replace(same, specialise=lambda prompt: same)
     return dataclasses.replace(
-        base, specialise=lambda prompt: Subject(identify(prompt), edge, lambda: made(prompt), ends)
+        base, specialise=lambda text: Subject(identify(text), edge, lambda: make(Prompt(text, (), False)), ends)
     )

@@ -97,6 +97,7 @@ def texts(
         stop_ids=[*subject.end_ids, *stop_tokens(tokenizer, wanted.until)],
         sampling=sampling,
         seed=seed,
+        adapter=subject.model.adapter,
         prefix=prefix,
     )
     rows: list[list[int]] = [[] for _ in prompts]

@@ -12,12 +12,14 @@ import jax.numpy as jnp
 
 from lora_gen_jax.adapters.merge import merge_donated
 from lora_gen_jax.adapters.specialization import adapter_of, load_specialization
+from lora_gen_jax.baselines.method import Prompt, Specialised
 from lora_gen_jax.commands import find_generator, relocate
 from lora_gen_jax.config import Config, EvalConfig, ModelConfig
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.evaluation.subject import Subject, content_of, digest_of, end_ids, identity_of
-from lora_gen_jax.evaluation.systems import description_of, identifier, multi_task, prompt_specializer
+from lora_gen_jax.evaluation.systems import description_of, identifier
 from lora_gen_jax.files import text_argument
+from lora_gen_jax.methods import trained_method
 from lora_gen_jax.models import Model, load_model, load_pair
 from lora_gen_jax.sharding import evaluation_mesh
 from lora_gen_jax.training.checkpoint import check_models, load_checkpoint, versions
@@ -149,14 +151,15 @@ def _with_specialization(settings: Settings) -> Subject:
     # The base is not needed any more.
     params = merge_donated(edge.params, adapter)
     ends = end_ids(config.edge.source, edge)
-    return Subject(identity_of(edge, made), edge, lambda: params, ends, _info(edge, made))
+    return Subject(identity_of(edge, made), edge, lambda: Specialised(params), ends, _info(edge, made))
 
 
 def _with_generator(settings: Settings) -> Subject:
     loaded = load_checkpoint(Path(settings.checkpoint) if settings.checkpoint else DEFAULT)
     config = _relocated(loaded.config, settings)
     prompted = settings.prompt is not None or settings.prompt_from_task
-    if prompted == (config.method == "lora"):
+    method = trained_method(config.method)
+    if prompted != method.depends_on_prompt:
         remedy = "leave the prompt out" if prompted else "give prompt=TEXT, prompt=@FILE or prompt_from_task=true"
         raise ConfigError(f"checkpoint {loaded.path} was trained with method {config.method}: {remedy}")
     text = text_argument(settings.prompt, "prompt") if settings.prompt is not None else None
@@ -164,13 +167,13 @@ def _with_generator(settings: Settings) -> Subject:
     check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")
     made, ends = description_of(pair, loaded), end_ids(config.edge.source, pair.edge)
     identify, info = identifier(pair, loaded), _info(pair.edge, made)
-    if config.method == "lora":
-        return Subject(identify(""), pair.edge, lambda: multi_task(pair, loaded), ends, info)
-    make = prompt_specializer(config, pair, loaded)
+    make = method.specialise(config, pair, loaded)
+    if not method.depends_on_prompt:
+        return Subject(identify(""), pair.edge, lambda: make(None), ends, info)
 
     def specialise(prompt: str) -> Subject:
         info = _info(pair.edge, made | {"prompt": digest_of(prompt)})
-        return Subject(identify(prompt), pair.edge, lambda: make(prompt), ends, info)
+        return Subject(identify(prompt), pair.edge, lambda: make(Prompt(prompt, (), False)), ends, info)
 
     return Subject(identify(""), pair.edge, None, ends, info, specialise) if text is None else specialise(text)
 

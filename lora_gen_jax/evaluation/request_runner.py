@@ -83,11 +83,13 @@ class Runner:
         if not missing:
             return
         start = bar.n
+        model = self.subject.model
         found = score(
-            self.subject.model.decoder,
-            self.subject.model.params,
+            model.decoder,
+            model.params,
             [Request(context[len(begun.ids) :], left) for context, left in missing],
             batch_tokens=batch_tokens,
+            adapter=model.adapter,
             prefix=begun.prefix(),
             progress=lambda done, _: bar.update(start + done - bar.n),
         )
@@ -134,7 +136,7 @@ class Runner:
                 if not (missing := sum(keys[row] not in self.cache for row in rows)):
                     continue
                 seed = int(hashlib.sha256("".join(keys[row] for row in rows).encode()).hexdigest()[:7], 16)
-                rest = [ids[len(prefix) :] for ids, _ in rows]
+                rest = [ids[len(begun.ids) :] for ids, _ in rows]
                 made = texts(self.subject, rest, wanted, begun.prefix(), seed)
                 self.cache.add({keys[row]: text for row, text in zip(rows, made, strict=True)})
                 bar.update(missing)
@@ -168,7 +170,13 @@ class Runner:
         rest = [ids[len(begun.ids) :] for ids in batch + [batch[0]] * (rows - len(batch))]
         model, (limit, stop_ids) = self.subject.model, until
         made = generate(
-            model.decoder, model.params, rest, max_new_tokens=limit, stop_ids=stop_ids, prefix=begun.prefix()
+            model.decoder,
+            model.params,
+            rest,
+            max_new_tokens=limit,
+            stop_ids=stop_ids,
+            adapter=model.adapter,
+            prefix=begun.prefix(),
         )
         return [one.ids for one in made[: len(batch)]]
 
@@ -204,13 +212,22 @@ class _Reported:
 
 
 class _Begun:
-    """What a group's contexts begin with; read when it is first needed."""
+    """What a group's contexts begin with; read when it is first needed.
 
-    def __init__(self, subject: Subject, ids: Ids):
-        self.subject, self.ids, self._made = subject, ids, None
+    Behind soft tokens, which stand before everything, nothing is read ahead.
+    """
+
+    def __init__(self, subject: Subject, shared: Ids):
+        self.subject, self.shared, self._made = subject, shared, None
+
+    @property
+    def ids(self) -> Ids:
+        """What `prefix` holds of the contexts."""
+        return self.shared if self.subject.model.soft is None else ()
 
     def prefix(self) -> Prefix | None:
         """None where nothing is shared."""
+        model = self.subject.model
         if self.ids and self._made is None:
-            self._made = encode_prefix(self.subject.model.decoder, self.subject.model.params, self.ids)
-        return self._made
+            self._made = encode_prefix(model.decoder, model.params, self.ids, model.adapter)
+        return self._made if model.soft is None else model.soft

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_gen_jax.baselines.method import Specialised
 from lora_gen_jax.decoder.pretrained import load_hf_config, resolve
 from lora_gen_jax.errors import ModelError
 from lora_gen_jax.models import Model
@@ -27,7 +28,7 @@ class Subject:
     Attributes:
         identity: 16 hex digits of everything that its answers depend on.
         edge: the model before anything is merged into it.
-        make: the weights that answer, called when a request is not answered yet; None for those of `edge`.
+        make: what answers, called when a request is not answered yet; None for `edge` as it is.
         end_ids: ids that end a generated text.
         info: what results.json says about it.
         specialise: from a prompt to the subject specialised for it; None where no prompts are to be read.
@@ -35,15 +36,18 @@ class Subject:
 
     identity: str
     edge: Model
-    make: Callable[[], Any] | None = None
+    make: Callable[[], Specialised] | None = None
     end_ids: tuple[int, ...] = ()
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
     specialise: Callable[[str], "Subject"] | None = None
 
     @cached_property
     def model(self) -> Model:
-        """With the weights that answer."""
-        return self.edge if self.make is None else dataclasses.replace(self.edge, params=self.make())
+        """The model that answers."""
+        if self.make is None:
+            return self.edge
+        params, adapter, soft = self.make()
+        return dataclasses.replace(self.edge, params=params, adapter=adapter, soft=soft)
 
 
 def identity_of(edge: Model, made: dict[str, Any]) -> str:

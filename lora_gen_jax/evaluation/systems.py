@@ -5,16 +5,15 @@ weights for a task, and whether the edge reads the prompt.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_gen_jax.adapters.merge import merge
+from lora_gen_jax import methods
+from lora_gen_jax.baselines.method import Method, Prompt, Specialised
 from lora_gen_jax.config import Config
 from lora_gen_jax.data.tasks import Task
 from lora_gen_jax.errors import CheckpointError, ConfigError
@@ -25,27 +24,34 @@ from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.models import Pair, make_generator
 from lora_gen_jax.training.checkpoint import Loaded, check_method, check_models, find_checkpoint, load_checkpoint
 
-# Each method with the method whose checkpoint it needs.
-METHODS = {"base": None, "icl": None, "lora": "lora", "lora_gen": "lora_gen", "shuffled": "lora_gen"}
+# Each system that can be scored with the method whose checkpoint it needs.
+METHODS: dict[str, str | None] = {
+    "base": None,
+    **{key: key if method.build else None for key, method in methods.METHODS.items()},
+    "shuffled": "lora_gen",
+}
+
+# Parts of a config that decide what a checkpoint does at inference.
+SETTINGS = ("generator", "hub", "compressor")
 
 
-def check_methods(methods: Sequence[str], field: str) -> None:
+def check_methods(names: Sequence[str], field: str) -> None:
     """Raises ConfigError for no method or an unknown one."""
-    if not methods:
+    if not names:
         raise ConfigError(f"{field} is empty; name some of {', '.join(METHODS)}")
-    for method in methods:
-        if method not in METHODS:
-            raise ConfigError(f"{field} has {method!r}; the methods are {', '.join(METHODS)}")
+    for name in names:
+        if name not in METHODS:
+            raise ConfigError(f"{field} has {name!r}; the methods are {', '.join(METHODS)}")
 
 
-def check_tasks(methods: Sequence[str], tasks: Sequence[Task]) -> None:
+def check_tasks(names: Sequence[str], tasks: Sequence[Task]) -> None:
     """Raises ConfigError for "shuffled" with a single task."""
-    if "shuffled" in methods and len(tasks) < 2:
+    if "shuffled" in names and len(tasks) < 2:
         raise ConfigError("method shuffled takes the prompt of another task: score at least two tasks")
 
 
-def load_checkpoints(config: Config, methods: Sequence[str], named: Path | None) -> dict[str, Loaded]:
-    """The checkpoint of every learned method among `methods`.
+def load_checkpoints(config: Config, names: Sequence[str], named: Path | None) -> dict[str, Loaded]:
+    """The checkpoint of every method among `names` that learns.
 
     That of the config's own method is found as `find_checkpoint` does; another method's is looked for in the directory
     of its name inside the work directory, where a comparison puts it.
@@ -54,7 +60,7 @@ def load_checkpoints(config: Config, methods: Sequence[str], named: Path | None)
         CheckpointError: when one is missing, or holds another method.
     """
     found = {}
-    for method in dict.fromkeys(METHODS[m] for m in methods):
+    for method in dict.fromkeys(METHODS[name] for name in names):
         if method is None:
             continue
         own = method == config.method
@@ -78,13 +84,13 @@ def beside(directory: Path, method: str) -> Loaded:
 
 
 def make_systems(
-    config: Config, methods: Sequence[str], pair: Pair, checkpoints: dict[str, Loaded], tasks: Sequence[Task]
+    config: Config, names: Sequence[str], pair: Pair, checkpoints: dict[str, Loaded], tasks: Sequence[Task]
 ) -> dict[str, System]:
-    """One `System` a method.
+    """One `System` a name.
 
     Args:
         config: for the prompts: eval.shots, eval.seed and eval.prompt_limit.
-        methods: keys of `METHODS`.
+        names: keys of `METHODS`.
         pair: of models.
         checkpoints: as `load_checkpoints` gives them.
         tasks: that will be scored; "shuffled" gives each the prompt of the next.
@@ -94,43 +100,54 @@ def make_systems(
         ConfigError: for "shuffled" with a single task.
     """
     systems = {}
-    check_tasks(methods, tasks)
+    check_tasks(names, tasks)
     for loaded in checkpoints.values():
         check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")
-    for method in methods:
-        if method in ("base", "icl"):
-            systems[method] = base_system(pair, reads_prompt=method == "icl")
-        elif method == "lora":
-            systems[method] = multi_task_system(pair, checkpoints["lora"])
+    for name in names:
+        loaded = checkpoints.get(METHODS[name] or "")
+        if name == "base":
+            systems[name] = System(lambda task: Specialised(pair.edge.params), False, base_identity(pair))
+        elif name == "shuffled":
+            others = {id(task): other for task, other in zip(tasks, [*tasks[1:], tasks[0]], strict=True)}
+            systems[name] = system_of(config, pair, methods.METHODS["lora_gen"], loaded, others)
         else:
-            others = [*tasks[1:], tasks[0]] if method == "shuffled" else tasks
-            prompts = {id(task): other for task, other in zip(tasks, others, strict=True)}
-            systems[method] = prompted_system(config, pair, checkpoints["lora_gen"], prompts)
+            systems[name] = system_of(config, pair, methods.METHODS[name], loaded)
     return systems
 
 
-def base_system(pair: Pair, reads_prompt: bool) -> System:
-    """The edge model as it is."""
-    params, identity = pair.edge.params, identity_of(pair.edge, {"method": "base"})
-    return System(lambda task: params, reads_prompt, lambda task: identity)
+def system_of(
+    config: Config,
+    pair: Pair,
+    method: Method,
+    loaded: Loaded | None = None,
+    prompts: Mapping[int, Task] | None = None,
+) -> System:
+    """A method: every task with its own prompt, or with that of the task which `prompts` has for its `id`.
+
+    An edge model that was trained behind the prompt (`data.edge_reads_prompt`) reads it when it is scored, too.
+    """
+    make = method.specialise(config, pair, loaded)
+
+    def prompt_of(task: Task) -> Prompt | None:
+        return task_prompt(task if prompts is None else prompts[id(task)], config.eval)
+
+    if loaded is None:
+        return System(lambda task: make(None), method.edge_reads_prompt, base_identity(pair))
+    identify, reads = identifier(pair, loaded), loaded.config.data.edge_reads_prompt
+    if not method.depends_on_prompt:
+        return System(lambda task: make(None), reads, lambda task: identify(""))
+
+    def identity(task: Task) -> str:
+        prompt = prompt_of(task)
+        return identify("" if prompt is None else prompt.text)
+
+    return System(lambda task: make(prompt_of(task)), reads, identity)
 
 
-def multi_task_system(pair: Pair, loaded: Loaded, reads_prompt: bool = False) -> System:
-    """The edge model with a LoRA that is the same for all tasks; merged when it is first needed."""
-    merged, identity = functools.cache(functools.partial(multi_task, pair, loaded)), identifier(pair, loaded)("")
-    return System(lambda task: merged(), reads_prompt, lambda task: identity)
-
-
-def prompted_system(config: Config, pair: Pair, loaded: Loaded, prompts: Mapping[int, Task] | None = None) -> System:
-    """LoRA-Gen: every task with its own prompt, or with that of the task which `prompts` has for its `id`."""
-    make, identify = specializer(config, pair, loaded), identifier(pair, loaded)
-
-    def source(task: Task) -> Task:
-        return task if prompts is None else prompts[id(task)]
-
-    return System(
-        lambda task: make(source(task)), False, lambda task: identify(task_prompt(source(task), config.eval) or "")
-    )
+def base_identity(pair: Pair) -> Callable[[Task], str]:
+    """From any task to what identifies the edge model as it is."""
+    identity = identity_of(pair.edge, {"method": "base"})
+    return lambda task: identity
 
 
 def identifier(pair: Pair, loaded: Loaded) -> Callable[[str], str]:
@@ -145,37 +162,14 @@ def identifier(pair: Pair, loaded: Loaded) -> Callable[[str], str]:
 
 
 def description_of(pair: Pair, loaded: Loaded) -> dict[str, Any]:
-    """A generator and its cloud model, as JSON holds them: digests, and the settings of the generator."""
+    """What was trained and the cloud model, as JSON holds them: digests, and the settings that inference reads."""
     return {
         "method": loaded.config.method,
         "generator": content_of(loaded.variables),
-        "settings": dataclasses.asdict(loaded.config.generator),
+        "settings": {part: dataclasses.asdict(getattr(loaded.config, part)) for part in SETTINGS},
         "cloud": pair.cloud.fingerprint,
         "cloud_dtype": jnp.dtype(pair.cloud.decoder.dtype).name,
     }
-
-
-def multi_task(pair: Pair, loaded: Loaded) -> Any:
-    """The edge model with a LoRA that does not depend on the prompt merged in."""
-    adapter: Any = make_generator(loaded.config, pair).apply(loaded.variables, None, None).adapter
-    return merge(pair.edge.params, jax.device_put(adapter))
-
-
-def specializer(config: Config, pair: Pair, loaded: Loaded) -> Callable[[Task], Any]:
-    """From a task to the edge model specialised by its prompt; the base where it has none."""
-    make = prompt_specializer(config, pair, loaded)
-
-    def specialised(task: Task) -> Any:
-        prompt = task_prompt(task, config.eval)
-        return pair.edge.params if prompt is None else make(prompt)
-
-    return specialised
-
-
-def prompt_specializer(config: Config, pair: Pair, loaded: Loaded) -> Callable[[str], Any]:
-    """From a prompt to the edge model's weights specialised by it."""
-    generate = prompt_reader(config, pair, loaded)
-    return lambda prompt: merge(pair.edge.params, generate(prompt).adapter.select(0))
 
 
 def prompt_reader(config: Config, pair: Pair, loaded: Loaded) -> Callable[[str], Generated]:
@@ -196,7 +190,7 @@ def gates_of(config: Config, pair: Pair, loaded: Loaded, tasks: Sequence[Task]) 
         prompt = task_prompt(task, config.eval)
         if prompt is None:
             continue
-        made = generate(prompt)
+        made = generate(prompt.text)
         if made.gates_PLE is None:
             return None
         gates[task.name] = np.asarray(made.gates_PLE[0])

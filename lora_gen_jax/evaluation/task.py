@@ -8,11 +8,11 @@ in-context learning. Documents with options are scored by log-likelihood, others
 import dataclasses
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
+from lora_gen_jax.baselines.method import Prompt, Specialised
 from lora_gen_jax.config import EvalConfig
 from lora_gen_jax.data.prompts import evaluation_shots, system_prompt
 from lora_gen_jax.data.tasks import Example, Task
@@ -22,6 +22,7 @@ from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.request_runner import Runner
 from lora_gen_jax.evaluation.standard_error import standard_error
 from lora_gen_jax.evaluation.subject import Subject
+from lora_gen_jax.inference.prefix import prefix_length
 from lora_gen_jax.models import Model
 
 # Documents, and the description and shots that the edge model reads before each.
@@ -30,16 +31,16 @@ Asked = tuple[list[Example], str, tuple[Example, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class System:
-    """What is scored: a method's weights for a task, and whether the edge reads the prompt.
+    """What is scored: what a method makes of the edge model for a task, and whether the edge reads the prompt.
 
     Attributes:
-        params_for: from a task to the edge model's weights.
+        specialised_for: from a task to what answers its queries.
         reads_prompt: the edge model reads the system prompt before every query (in-context learning).
-        identity_for: from a task to hex digits of everything that these weights depend on, without making them; None
+        identity_for: from a task to hex digits of everything that this depends on, without making it; None
             where results are not kept.
     """
 
-    params_for: Callable[[Task], Any]
+    specialised_for: Callable[[Task], Specialised]
     reads_prompt: bool = False
     identity_for: Callable[[Task], str] | None = None
 
@@ -68,13 +69,14 @@ def evaluate_task(
     description = task.descriptions[0] if system.reads_prompt and task.descriptions else ""
     keeps = journal is not None and system.identity_for is not None
     identity = system.identity_for(task) if system.identity_for is not None and keeps else ""
-    subject = Subject(identity, edge, lambda: system.params_for(task))
+    subject = Subject(identity, edge, lambda: system.specialised_for(task))
     cache = journal if journal is not None and keeps else RequestCache(None, "")
     runner = Runner(subject, cache, settings.batch_tokens, progress or (lambda done, total: None))
     texts = [(d.id, d.query, d.response, d.options, d.contexts) for d in documents]
     # Latency is part of the result, so the device is part of the key.
     device = jax.devices()[0].device_kind
-    whole = runner.key("task", device, task.name, texts, description, [(s.query, s.response) for s in shots])
+    asked = (texts, description, [(s.query, s.response) for s in shots])
+    whole = runner.key("task", device if settings.latency else "untimed", task.name, *asked)
     if whole not in cache:
         score = score_options if documents[0].options else score_answers
         cache.add({whole: score(edge, runner, (documents, description, shots), settings)})
@@ -87,7 +89,8 @@ def score_options(edge: Model, runner: Runner, asked: Asked, settings: EvalConfi
     result = choices.metrics(asked[0], choices.logprobs(runner, pairs))
     # Options that stand in the context make one context each.
     contexts = [context for pair in pairs for context in dict.fromkeys(context for context, _ in pair)]
-    return result | figures(contexts, choices.latency(runner.subject.model, pairs, settings))
+    model = runner.subject.model
+    return result | figures(model, contexts, choices.latency(model, pairs, settings) if settings.latency else None)
 
 
 def score_answers(edge: Model, runner: Runner, asked: Asked, settings: EvalConfig) -> dict:
@@ -95,14 +98,16 @@ def score_answers(edge: Model, runner: Runner, asked: Asked, settings: EvalConfi
     documents = asked[0]
     contexts = answers.contexts(edge, *asked)
     result = exact_match(answers.exact_matches(runner, documents, contexts))
-    return result | figures(contexts, answers.answer_latency(edge, runner.subject.model.params, documents, contexts))
+    model = runner.subject.model
+    latency_ms = answers.answer_latency(model, documents, contexts) if settings.latency else None
+    return result | figures(model, contexts, latency_ms)
 
 
-def figures(contexts: Sequence[Sequence[int]], latency_ms: float) -> dict[str, float]:
-    """Mean tokens of the edge's context, and latency."""
+def figures(model: Model, contexts: Sequence[Sequence[int]], latency_ms: float | None) -> dict[str, float | None]:
+    """Mean tokens of the edge's context, soft ones included, and latency; None where it was not measured."""
     return {
-        "context_tokens": round(statistics.fmean(map(len, contexts)), 1),
-        "latency_ms": round(latency_ms, 2),
+        "context_tokens": round(prefix_length(model.soft) + statistics.fmean(map(len, contexts)), 1),
+        "latency_ms": None if latency_ms is None else round(latency_ms, 2),
     }
 
 
@@ -131,11 +136,13 @@ def exact_match(right: list[bool]) -> dict:
     return {"acc": acc, "acc_norm": acc, "stderr": standard_error(right), "n": len(right)}
 
 
-def task_prompt(task: Task, settings: EvalConfig) -> str | None:
+def task_prompt(task: Task, settings: EvalConfig) -> Prompt | None:
     """The task's system prompt: its description and the fixed shots; None where it has neither."""
     shots = evaluation_shots(task, settings.shots, settings.seed)
     description = task.descriptions[0] if task.descriptions else ""
-    return system_prompt(description, shots) if description.strip() or shots else None
+    if not (description.strip() or shots):
+        return None
+    return Prompt(system_prompt(description, shots), shots, task.chat)
 
 
 def summary(tasks: dict[str, dict], seen: Mapping[str, bool | None]) -> dict[str, float | None]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from lora_gen_jax.adapters.lora import LoRA, factor_a_init
+from lora_gen_jax.adapters.lora import LoRA, trained_factors
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import DataError
@@ -30,6 +30,9 @@ class PackedPrompts(struct.PyTreeNode):
         segments_BT: 1 to M, which of the row's prompts a token is of; 0 for padding.
         meta_BT: which meta token stands in a slot, 0 to L-1; -1 elsewhere.
         slots_BML: where in the row the meta tokens of each prompt are.
+        tasks_P: in training, the number of each prompt's task among those trained on.
+        knowledge_P: in training, whether that task asks for knowledge (`data.knowledge_tasks`).
+        edge_PX: the prompts in the edge model's ids, -1 for padding; None unless `data.edge_prompt_length` asks.
     """
 
     tokens_BT: Any
@@ -37,6 +40,9 @@ class PackedPrompts(struct.PyTreeNode):
     segments_BT: Any
     meta_BT: Any
     slots_BML: Any
+    tasks_P: Any = None
+    knowledge_P: Any = None
+    edge_PX: Any = None
 
 
 def pack_prompts(prompts: list[list[int]], num_meta: int, rows: int, length: int) -> PackedPrompts:
@@ -119,11 +125,5 @@ class CloudEncoder(nn.Module):
         s = self.settings
         if s.cloud_rank == 0:
             return None
-        factors = {}
-        for site in CLOUD_SITES:
-            inputs, outputs = self.config.site_shape(site)
-            layers = self.config.num_layers
-            a = self.param(f"{site}_a", factor_a_init, (layers, inputs, s.cloud_rank))
-            b = self.param(f"{site}_b", nn.initializers.zeros_init(), (layers, s.cloud_rank, outputs))
-            factors[site] = {"a": a, "b": b}
+        factors = trained_factors(self, self.config, CLOUD_SITES, s.cloud_rank)
         return LoRA(scanned=factors, scale=s.cloud_alpha / s.cloud_rank, dropout_rate=s.dropout)

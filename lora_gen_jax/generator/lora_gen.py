@@ -9,25 +9,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from lora_gen_jax.adapters.gated_pool import GatedPool
 from lora_gen_jax.adapters.lora import PromptLoRA, factor_a_init
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.generator.cloud import CloudEncoder, PackedPrompts
-from lora_gen_jax.generator.router import Router
-
-
-class Generated(struct.PyTreeNode):
-    """What the generator says about P prompts.
-
-    Attributes:
-        adapter: `GatedPool`, or `PromptLoRA` for direct generation; `select(p)` is one prompt's.
-        gates_PLE: gates; None for direct generation.
-    """
-
-    adapter: Any
-    gates_PLE: jax.Array | None
+from lora_gen_jax.generator.router import Router, cv_squared, gate_entropy
+from lora_gen_jax.generator.trained_module import Generated, TrainedModule
 
 
 class ExpertPool(nn.Module):
@@ -86,7 +74,7 @@ class DirectHead(nn.Module):
         return factors
 
 
-class LoRAGen(nn.Module):
+class LoRAGen(TrainedModule):
     """The whole trainable part: its ``params`` and ``batch_stats`` are what a checkpoint holds.
 
     ``LoRAGen(...).apply(variables, frozen_cloud, prompts)`` is pure; with ``train=True`` pass
@@ -106,8 +94,10 @@ class LoRAGen(nn.Module):
     unroll: int = 1
     attention: str = "auto"
 
+    reader = "cloud"
+
     @nn.compact
-    def __call__(self, frozen_cloud: Any, prompts: PackedPrompts, train: bool = False) -> Generated:
+    def __call__(self, frozen: Any, prompts: PackedPrompts, train: bool = False) -> Generated:
         s, scale = self.settings, self.settings.alpha / self.settings.rank
         encoder = CloudEncoder(
             self.cloud,
@@ -119,7 +109,7 @@ class LoRAGen(nn.Module):
             self.attention,
             name="cloud",
         )
-        meta_PLC = encoder(frozen_cloud, prompts, train)
+        meta_PLC = encoder(frozen, prompts, train)
         if s.generator == "direct":
             factors = DirectHead(self.edge, s.rank, s.direct_width, name="direct")(meta_PLC)
             return Generated(PromptLoRA(factors, scale=scale, dropout_rate=s.dropout), None)
@@ -135,6 +125,14 @@ class LoRAGen(nn.Module):
         gates_PLE = router(meta_PLC, train)
         pool = ExpertPool(self.edge, s.num_experts, s.rank, s.pool == "per_layer", name="pool")()
         return Generated(gated_adapter(gates_PLE, pool, s), gates_PLE)
+
+    def auxiliary(self, generated: Generated, records: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
+        """α_cv·CV² of the experts' use; nothing without gates."""
+        if generated.gates_PLE is None:
+            return 0.0, {}
+        cv = cv_squared(generated.gates_PLE)
+        metrics = {"cv": cv, "gate_entropy": gate_entropy(generated.gates_PLE)}
+        return self.settings.cv_coefficient * cv, metrics
 
 
 def gated_adapter(gates_PLE: jax.Array, pool: Any, settings: Any) -> GatedPool:

@@ -10,7 +10,7 @@ from lora_gen_jax.config import Config
 from lora_gen_jax.inference.cost import Pass, merge_macs, pass_macs, specialise_macs
 from lora_gen_jax.models import Pair
 from lora_gen_jax.scaling.programs import Sizes, batch_shapes
-from lora_gen_jax.training.cost import executed_cost, lora_cost, step_cost
+from lora_gen_jax.training.cost import executed_cost, lora_cost, method_cost
 
 
 def model_flops(name: str, config: Config, pair: Pair, sizes: Sizes, chips: int) -> float:
@@ -32,9 +32,7 @@ def model_flops(name: str, config: Config, pair: Pair, sizes: Sizes, chips: int)
 
 def _step(config: Config, pair: Pair) -> int:
     edge, batch = pair.edge.config, batch_shapes(config, pair.edge.config.num_layers)
-    if config.method == "lora":
-        return lora_cost(edge, config.generator, batch).causal().total
-    return step_cost(pair.cloud.config, edge, config.generator, batch).causal().total
+    return method_cost(config, pair.cloud.config, edge, batch).causal().total
 
 
 def executed_flops(config: Config, pair: Pair) -> float:

@@ -98,7 +98,11 @@ def batch_shapes(config: Config, layers: int) -> Batch:
     data = config.data
     P, T, S = data.prompts_per_step, data.edge_length, data.response_slots
     rows = P // data.prompts_per_row
-    prompts = prompt_shapes(rows, data.prompts_per_row, data.cloud_length, layers)
+    prompts = prompt_shapes(rows, data.prompts_per_row, data.cloud_length, layers).replace(
+        tasks_P=_ints(P),
+        knowledge_P=jax.ShapeDtypeStruct((P,), jnp.bool_),
+        edge_PX=_ints(P, data.edge_prompt_length) if data.edge_prompt_length else None,
+    )
     tokens, slots = _ints(P, T), _ints(P, S)
     return Batch(prompts, tokens, tokens, tokens, slots, slots, jax.ShapeDtypeStruct((P, S), jnp.float32))
 
@@ -146,7 +150,7 @@ def train_step(config: Config, pair: Pair, mesh: Mesh) -> Program:
     check_rows(config, mesh)
     generator, optimizer = make_generator(config, pair), make_optimizer(config.train)
     batch = batch_shapes(config, pair.edge.config.num_layers)
-    state = jax.eval_shape(lambda f, b: init_state(generator, optimizer, f, b, 0), pair.cloud.params, batch)
+    state = jax.eval_shape(lambda f, b: init_state(generator, optimizer, f, b, 0), pair.frozen, batch)
     frozen = {"cloud": frozen_on(mesh, pair.cloud), "edge": frozen_on(mesh, pair.edge)}
     shared = 0.0
     if share_weights(config):

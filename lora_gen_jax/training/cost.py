@@ -12,12 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_gen_jax.config import GeneratorConfig
+from lora_gen_jax.baselines.lora import lora_macs
+from lora_gen_jax.config import Config, GeneratorConfig
 from lora_gen_jax.data.pipeline import Batch
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.flash import LARGEST_BLOCK, fits_flash
 from lora_gen_jax.decoder.model import Decoder
+from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.generator.cloud import CLOUD_SITES
+from lora_gen_jax.methods import trained_method
 
 # A frozen matmul runs forward and once more for the gradient of its input; a trained one a third time.
 FROZEN_PASSES, TRAINED_PASSES = 2, 3
@@ -82,16 +85,33 @@ def step_cost(cloud: DecoderConfig, edge: DecoderConfig, settings: GeneratorConf
 
 def lora_cost(edge: DecoderConfig, settings: GeneratorConfig, batch: Batch) -> StepCost:
     """MACs of a step of multi-task LoRA: the edge alone."""
+    return edge_cost(edge, lora_macs(edge, settings), batch)
+
+
+def edge_cost(edge: DecoderConfig, token_macs: int, batch: Batch) -> StepCost:
+    """MACs of a step without a cloud: the edge, and a side path of `token_macs` a token, over all layers."""
     rows, length = batch.tokens_PT.shape
-    sites = [site for site in settings.lora_sites if site != "gate" or edge.gated_ffn]
-    side = sum(sum(edge.site_shape(site)) for site in sites) * settings.rank * edge.num_layers
     return StepCost(
         cloud=0,
         edge=FROZEN_PASSES * rows * length * linear_macs(edge),
         attention=ATTENTION_PASSES * 2 * rows * length**2 * edge.num_heads * edge.head_dim * edge.num_layers,
-        adapters=TRAINED_PASSES * rows * length * side,
+        adapters=TRAINED_PASSES * rows * length * token_macs,
         logits=FROZEN_PASSES * batch.target_PS.size * edge.width * edge.vocab_size,
     )
+
+
+def method_cost(config: Config, cloud: DecoderConfig, edge: DecoderConfig, batch: Batch) -> StepCost:
+    """MACs of one step of the config's method.
+
+    Raises:
+        ConfigError: for a method whose step is not counted.
+    """
+    method = trained_method(config.method)
+    if method.token_macs is None and config.method != "lora_gen":
+        raise ConfigError(f"method is {config.method}, the multiply-adds of whose step are not counted")
+    if method.token_macs is None:
+        return step_cost(cloud, edge, config.generator, batch)
+    return edge_cost(edge, method.token_macs(edge, config), batch)
 
 
 def executed_cost(cloud: Decoder, edge: Decoder, settings: GeneratorConfig, batch: Batch) -> StepCost:

@@ -112,7 +112,7 @@ def set_up(config: Config, pair: Pair, mesh: Mesh, batches: TrainingBatches, exa
     checkpoints = Checkpoints(config.directory / "checkpoints", config.train.keep_checkpoints)
     if checkpoints.latest is not None:
         check_models(checkpoints.fingerprints(), pair.fingerprints, f"the run in {config.directory}")
-    state = init_state(generator, optimizer, pair.cloud.params, example, config.train.seed)
+    state = init_state(generator, optimizer, pair.frozen, example, config.train.seed)
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
     if checkpoints.latest is not None:
         state, data_state = checkpoints.restore(state)

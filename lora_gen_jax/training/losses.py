@@ -7,9 +7,37 @@ respect to the hidden states is computed there as well, and the unembedding need
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from lora_gen_jax.decoder.model import Decoder
+from lora_gen_jax.sharding import mesh_size
+
+# Logits that exist at the same time on a device: 2^26 numbers are 256 MB in fp32.
+LOGITS_AT_ONCE = 2**26
+
+
+def mean_cross_entropy(
+    decoder: Decoder, frozen: Any, hidden_PSD: jax.Array, targets_PS: jax.Array, weight_PS: jax.Array
+) -> jax.Array:
+    """Mean cross-entropy in nats over the slots, by weight; 0 where no slot has any.
+
+    Args:
+        decoder, frozen: whose unembedding it is.
+        hidden_PSD: its final hidden states.
+        targets_PS: token ids.
+        weight_PS: 1 for a supervised slot, 0 for others.
+    """
+
+    def logits_of(frozen: Any, hidden_PXD: jax.Array) -> Any:
+        return decoder.apply({"params": frozen}, hidden_PXD, method="logits")
+
+    rows = -(-hidden_PSD.shape[0] // mesh_size("batch"))
+    chunk = max(1, LOGITS_AT_ONCE // (rows * decoder.config.vocab_size // mesh_size("vocab")))
+    loss_PS = chunked_cross_entropy(logits_of, frozen, hidden_PSD, targets_PS, chunk)
+    return jnp.sum(loss_PS * weight_PS) / jnp.maximum(jnp.sum(weight_PS), 1.0)
 
 
 def chunked_cross_entropy(

@@ -20,6 +20,7 @@ from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.pipeline import Shard
 from lora_gen_jax.data.tasks import Task
 from lora_gen_jax.errors import CheckpointError, ConfigError
+from lora_gen_jax.methods import trained_method
 from lora_gen_jax.models import Pair
 from lora_gen_jax.sharding import spec
 from lora_gen_jax.training import distributed
@@ -82,9 +83,14 @@ def check_shapes(config: Config, pair: Pair) -> None:
 
 
 def training_tasks(config: Config) -> list[Task]:
-    """The tasks that a config trains on."""
-    d = config.data
-    return list(load_tasks(d.tasks, d.dir, d.tfds_dir, d.files).values())
+    """The tasks that a config trains on.
+
+    Raises:
+        LoraGenError: for tasks that are not there, or that the method cannot take.
+    """
+    d, choose = config.data, trained_method(config.method).choose_tasks
+    tasks = list(load_tasks(d.tasks, d.dir, d.tfds_dir, d.files).values())
+    return tasks if choose is None else choose(config, tasks)
 
 
 def make_sampler(config: Config, pair: Pair, tasks: list[Task], split: str) -> GroupSampler | None:

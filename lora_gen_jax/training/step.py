@@ -15,14 +15,11 @@ from flax import struct
 from lora_gen_jax.adapters.protocol import Adapter
 from lora_gen_jax.config import Config
 from lora_gen_jax.data.pipeline import Batch
+from lora_gen_jax.decoder.layers import RECORDS, records_of
 from lora_gen_jax.decoder.model import Decoder
-from lora_gen_jax.generator.lora_gen import LoRAGen
-from lora_gen_jax.generator.router import cv_squared, gate_entropy
-from lora_gen_jax.sharding import constrain, mesh_size, whole
-from lora_gen_jax.training.losses import chunked_cross_entropy
-
-# Logits that exist at the same time on a device: 2^26 numbers are 256 MB in fp32.
-LOGITS_AT_ONCE = 2**26
+from lora_gen_jax.generator.trained_module import Generated, TrainedModule
+from lora_gen_jax.sharding import constrain, whole
+from lora_gen_jax.training.losses import mean_cross_entropy
 
 
 class TrainState(struct.PyTreeNode):
@@ -46,19 +43,24 @@ class TrainState(struct.PyTreeNode):
 
 
 def init_state(
-    generator: LoRAGen, optimizer: optax.GradientTransformation, frozen_cloud: Any, batch: Batch, seed: int
+    generator: TrainedModule, optimizer: optax.GradientTransformation, frozen: Any, batch: Batch, seed: int
 ) -> TrainState:
-    """A fresh state; `batch` only gives shapes."""
+    """A fresh state; of `batch`, only the shapes count."""
 
-    def init(frozen_cloud: Any, prompts: Any) -> TrainState:
+    def init(frozen_reader: Any, prompts: Any) -> TrainState:
         params_key, dropout_key, gumbel_key = jax.random.split(jax.random.key(seed), 3)
         keys = {"params": params_key, "dropout": dropout_key, "gumbel": gumbel_key}
-        variables = generator.init(keys, frozen_cloud, prompts)
+        variables = generator.init(keys, frozen_reader, prompts)
         params = variables["params"]
         stats = variables.get("batch_stats", {})
         return whole(TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params)))
 
-    return jax.jit(init)(frozen_cloud, batch.prompts)
+    return jax.jit(init)(reader_weights(generator, frozen), batch.prompts)
+
+
+def reader_weights(generator: TrainedModule, frozen: Any) -> Any:
+    """The weights of the frozen model that reads the prompts; None where none does."""
+    return None if generator.reader is None else frozen[generator.reader]
 
 
 def edge_loss(
@@ -68,37 +70,61 @@ def edge_loss(
 
     `packed` is the decoder's promise; a prompt that the queries of a row share (`edge_reads_prompt`) breaks it.
     """
+    return edge_pass(edge, frozen_edge, Generated(adapter), batch, rngs, packed)[0]
 
-    def logits_of(frozen: Any, hidden_PXD: jax.Array) -> Any:
-        return edge.apply({"params": frozen}, hidden_PXD, method="logits")
 
-    hidden_PTD, _ = edge.apply(
-        {"params": frozen_edge},
-        batch.tokens_PT,
-        batch.positions_PT,
-        segments_BT=batch.segments_PT,
-        packed=packed,
-        adapter=adapter,
-        rngs=rngs,
-    )
+def edge_pass(
+    edge: Decoder, frozen_edge: Any, generated: Generated, batch: Batch, rngs: Any, packed: bool = True
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`edge_loss` of what a method generated, soft tokens included, and what its adapter recorded, by site."""
+    hidden_PTD, records = hidden_states(edge, frozen_edge, generated, batch, rngs, packed)
     hidden_PTD = constrain(hidden_PTD, "batch", None, None)
     hidden_PSD = jnp.take_along_axis(hidden_PTD, batch.source_PS[:, :, None], axis=1)
-    rows = -(-hidden_PSD.shape[0] // mesh_size("batch"))
-    chunk = max(1, LOGITS_AT_ONCE // (rows * edge.config.vocab_size // mesh_size("vocab")))
-    loss_PS = chunked_cross_entropy(logits_of, frozen_edge, hidden_PSD, batch.target_PS, chunk)
-    return jnp.sum(loss_PS * batch.weight_PS) / jnp.maximum(jnp.sum(batch.weight_PS), 1.0)
+    loss = mean_cross_entropy(edge, frozen_edge, hidden_PSD, batch.target_PS, batch.weight_PS)
+    return loss, records
+
+
+def hidden_states(
+    edge: Decoder, frozen_edge: Any, generated: Generated, batch: Batch, rngs: Any, packed: bool
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The edge's final hidden states [P, T, D] at the batch's tokens, and {site: [L, P, T, X]} of records.
+
+    Soft tokens stand before a row, as a segment 0 that all its queries see.
+    """
+    variables, soft_PND = {"params": frozen_edge}, generated.soft_PND
+    positions_PT, segments_PT, before = batch.positions_PT, batch.segments_PT, 0
+    x_PTD: Any = edge.apply(variables, batch.tokens_PT, method="embed")
+    if soft_PND is not None:
+        P, before, _ = soft_PND.shape
+        x_PTD = jnp.concatenate([soft_PND.astype(x_PTD.dtype), x_PTD], axis=1)
+        first_PN = jnp.broadcast_to(jnp.arange(before, dtype=jnp.int32)[None], (P, before))
+        behind_PT = jnp.where(positions_PT < 0, positions_PT, positions_PT + before)
+        positions_PT = jnp.concatenate([first_PN, behind_PT], axis=1)
+        segments_PT = jnp.concatenate([jnp.zeros_like(first_PN), segments_PT], axis=1)
+    (hidden_PXD, _), collections = edge.apply(
+        variables,
+        x_PTD,
+        positions_PT,
+        segments_BT=segments_PT,
+        packed=packed and soft_PND is None,
+        adapter=generated.adapter,
+        rngs=rngs,
+        mutable=[RECORDS],
+        method="encode",
+    )
+    return hidden_PXD[:, before:], {site: x[:, :, before:] for site, x in records_of(collections).items()}
 
 
 def objective(
-    generator: LoRAGen, edge: Decoder, config: Config
+    generator: TrainedModule, edge: Decoder, config: Config
 ) -> Callable[..., tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]]:
-    """``f(params, batch_stats, frozen, batch, key) -> (loss + α_cv·CV², (new batch_stats, metrics))``."""
+    """``f(params, batch_stats, frozen, batch, key) -> (loss + the method's own, (new batch_stats, metrics))``."""
 
     def loss_fn(params: Any, batch_stats: Any, frozen: Any, batch: Batch, key: jax.Array):
         cloud_key, edge_key, gumbel_key = jax.random.split(key, 3)
         generated, updates = generator.apply(
             {"params": params, "batch_stats": batch_stats},
-            frozen["cloud"],
+            reader_weights(generator, frozen),
             batch.prompts,
             True,
             rngs={"dropout": cloud_key, "gumbel": gumbel_key},
@@ -106,18 +132,16 @@ def objective(
         )
         rngs = {"dropout": edge_key} if config.generator.dropout > 0 else {}
         packed = not config.data.edge_reads_prompt
-        loss = edge_loss(edge, frozen["edge"], generated.adapter, batch, rngs, packed)
-        metrics, total = {"loss": loss}, loss
-        if generated.gates_PLE is not None:
-            cv = cv_squared(generated.gates_PLE)
-            total = loss + config.generator.cv_coefficient * cv
-            metrics |= {"cv": cv, "gate_entropy": gate_entropy(generated.gates_PLE)}
-        return total, (updates.get("batch_stats", {}), metrics)
+        loss, records = edge_pass(edge, frozen["edge"], generated, batch, rngs, packed)
+        more, metrics = generator.auxiliary(generated, records, batch)
+        return loss + more, (updates.get("batch_stats", {}), {"loss": loss, **metrics})
 
     return loss_fn
 
 
-def make_train_step(generator: LoRAGen, edge: Decoder, optimizer: optax.GradientTransformation, config: Config) -> Any:
+def make_train_step(
+    generator: TrainedModule, edge: Decoder, optimizer: optax.GradientTransformation, config: Config
+) -> Any:
     """Jitted ``f(state, frozen, batch) -> (state, metrics)``; the state's memory is reused."""
     loss_fn = objective(generator, edge, config)
 
@@ -137,14 +161,13 @@ def make_train_step(generator: LoRAGen, edge: Decoder, optimizer: optax.Gradient
     return jax.jit(step_fn, donate_argnums=0)
 
 
-def make_validation_step(generator: LoRAGen, edge: Decoder, config: Config) -> Any:
+def make_validation_step(generator: TrainedModule, edge: Decoder, config: Config) -> Any:
     """Jitted ``f(variables, frozen, batch) -> loss``; running statistics, no dropout; without variables the base."""
 
     def step_fn(variables: Any, frozen: Any, batch: Batch) -> jax.Array:
-        adapter = None
+        generated: Any = Generated(None)
         if variables is not None:
-            generated: Any = generator.apply(variables, frozen["cloud"], batch.prompts)
-            adapter = generated.adapter
-        return edge_loss(edge, frozen["edge"], adapter, batch, {}, not config.data.edge_reads_prompt)
+            generated = generator.apply(variables, reader_weights(generator, frozen), batch.prompts)
+        return edge_pass(edge, frozen["edge"], generated, batch, {}, not config.data.edge_reads_prompt)[0]
 
     return jax.jit(step_fn)

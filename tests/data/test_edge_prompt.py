@@ -135,11 +135,12 @@ def test_only_one_bos_is_read():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (Config(data=DATA), r"data\.edge_reads_prompt is pointless with method lora_gen"),
-        (Config(method="lora", compare=("lora",), data=DATA), r"cannot score data\.edge_reads_prompt"),
+        (Config(data=DATA), r"data\.edge_reads_prompt is for the methods lora, lora_moe, mixlora"),
+        (Config(method="lora", compare=("lora", "lora_gen"), data=DATA), r"leave it out, or the others"),
     ],
 )
 def test_what_cannot_work(config, message):
     with pytest.raises(ConfigError, match=message):
         check(config)
-    assert check(Config(method="lora", data=DATA)).data.edge_reads_prompt
+    for method in ("lora", "lora_moe", "mixlora"):
+        assert check(Config(method=method, compare=("base", "icl", method), data=DATA)).data.edge_reads_prompt

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from lora_gen_jax.baselines.method import Specialised
 from lora_gen_jax.config import EvalConfig, ModelConfig
 from lora_gen_jax.data.pocket.suite import find
 from lora_gen_jax.data.pocket.world import ATTRIBUTES
@@ -90,7 +91,7 @@ def test_the_line_break_ends_only_answers_that_have_none(edge):
 def test_the_figures_of_a_task(edge):
     task = find("pocket/capital/brackets-dot")[0]
     base, icl = (
-        evaluate_task(edge, task, System(lambda task: edge.params, reads_prompt=reads), SETTINGS)
+        evaluate_task(edge, task, System(lambda task: Specialised(edge.params), reads_prompt=reads), SETTINGS)
         for reads in (False, True)
     )
     assert base["acc"] == 0.0
@@ -116,4 +117,4 @@ def test_standard_error_by_hand():
 def test_chats_without_options_are_refused(edge):
     task = Task("talk", ("be kind",), (), [Example("a", "hello", "hello")], chat=True, source="x")
     with pytest.raises(DataError, match="task talk: free-form chats cannot be scored"):
-        evaluate_task(edge, task, System(lambda task: edge.params), SETTINGS)
+        evaluate_task(edge, task, System(lambda task: Specialised(edge.params)), SETTINGS)

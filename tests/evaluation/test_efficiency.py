@@ -82,7 +82,8 @@ def test_break_even_is_the_smallest_number():
 def test_all_methods_are_measured(results: dict[str, Any]):
     assert list(results["methods"]) == list(METHODS)
     read = {name: (method["context_tokens"], method["kept_tokens"]) for name, method in results["methods"].items()}
-    assert read == {"base": (8, 0), "icl": (20, 0), "icl_kept_prefix": (8, 12), "lora": (8, 0), "lora_gen": (8, 0)}
+    same = dict.fromkeys(("base", "lora", "lora_moe", "mixlora", "lora_gen"), (8, 0))
+    assert read == same | {"icl": (20, 0), "icl_kept_prefix": (8, 12), "autocompressor": (8, 50)}
     for method in (*results["methods"].values(), *results["transformers"]["systems"].values()):
         assert 0 < method["first_token_ms"]
         assert 0 < method["answer_ms"] <= method["first_answer_ms"]
@@ -91,6 +92,9 @@ def test_all_methods_are_measured(results: dict[str, Any]):
         assert len(method["ids"]) == 3
     assert set(results["methods"]["lora_gen"]["once_ms"]) == {"cloud", "merge"}
     assert set(results["methods"]["icl_kept_prefix"]["once_ms"]) == {"prefix"}
+    assert set(results["methods"]["autocompressor"]["once_ms"]) == {"compress"}
+    macs = {name: method["macs"]["answer"] for name, method in results["methods"].items()}
+    assert macs["base"] == macs["lora"] == macs["lora_gen"] < min(macs["lora_moe"], macs["mixlora"])
     memory = {name: method["peak_bytes"] for name, method in results["methods"].items()}
     assert memory["lora_gen"] == memory["base"] < memory["icl"]
     assert memory["base"] > results["kept_prefix"]["weight_bytes"]

@@ -10,6 +10,7 @@ import pytest
 from helpers import color_rows, experiment, logits, trained, write_rows
 
 from lora_gen_jax.adapters.merge import merge
+from lora_gen_jax.baselines.method import Specialised
 from lora_gen_jax.config import EvalConfig
 from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.tasks import Example, Task
@@ -92,7 +93,7 @@ def specialised_system(config, pair, task):
 
 def test_figures_are_those_of_plain_forward_passes(pair):
     edge, task = pair.edge, make_task(DOCUMENTS)
-    got = evaluate_task(edge, task, System(lambda task: edge.params), QUICK)
+    got = evaluate_task(edge, task, System(lambda task: Specialised(edge.params)), QUICK)
     acc, norm, stderr = plain_figures(edge, edge.params, DOCUMENTS)
     assert (got["acc"], got["acc_norm"], got["n"]) == (acc, norm, 4)
     assert got["stderr"] == pytest.approx(stderr)
@@ -103,13 +104,13 @@ def test_figures_are_those_of_plain_forward_passes(pair):
 
 def test_in_context_learning_reads_description_and_shots_before_every_query(pair):
     edge, task = pair.edge, make_task(DOCUMENTS)
-    got = evaluate_task(edge, task, System(lambda task: edge.params, reads_prompt=True), QUICK)
-    prefix = task_prompt(task, QUICK) + "\n\n"
+    got = evaluate_task(edge, task, System(lambda task: Specialised(edge.params), reads_prompt=True), QUICK)
+    prefix = task_prompt(task, QUICK).text + "\n\n"
     assert prefix.startswith("say one\n\nwhat is ")
     assert prefix.count("what is") == 2
     acc, norm, _ = plain_figures(edge, edge.params, DOCUMENTS, prefix)
     assert (got["acc"], got["acc_norm"]) == (acc, norm)
-    base = evaluate_task(edge, task, System(lambda task: edge.params), QUICK)
+    base = evaluate_task(edge, task, System(lambda task: Specialised(edge.params)), QUICK)
     assert got["context_tokens"] == pytest.approx(base["context_tokens"] + len(edge.encoder.text(prefix)), abs=0.11)
 
 
@@ -119,7 +120,7 @@ def test_options_in_the_context_are_scored_by_what_follows_them(pair):
         Example("w1", "one star", " was big", (" was big",) * 2, 1, ("one dog", "one star"), (7, 8)),
     ]
     edge = pair.edge
-    got = evaluate_task(edge, make_task(documents), System(lambda task: edge.params), QUICK)
+    got = evaluate_task(edge, make_task(documents), System(lambda task: Specialised(edge.params)), QUICK)
     acc, _, stderr = plain_figures(edge, edge.params, documents)
     assert got["acc"] == acc
     assert got["stderr"] == pytest.approx(stderr)
@@ -129,7 +130,8 @@ def test_options_in_the_context_are_scored_by_what_follows_them(pair):
 def test_without_shots_and_description_in_context_learning_is_the_base(pair):
     edge, task, settings = pair.edge, make_task(DOCUMENTS, ""), dataclasses.replace(QUICK, shots=0)
     assert task_prompt(task, settings) is None
-    systems = (System(lambda task: edge.params), System(lambda task: edge.params, reads_prompt=True))
+    plain = System(lambda task: Specialised(edge.params))
+    systems = (plain, dataclasses.replace(plain, reads_prompt=True))
     base, icl = (evaluate_task(edge, task, system, settings) for system in systems)
     for name in ("acc", "acc_norm", "stderr", "n", "context_tokens"):
         assert base[name] == icl[name]
@@ -143,7 +145,7 @@ def test_the_specialised_model_is_scored_without_the_prompt(pair):
     system = make_systems(config, ["lora_gen"], pair, {"lora_gen": loaded}, tasks)["lora_gen"]
     for task in tasks:
         got = evaluate_task(pair.edge, task, system, config.eval)
-        ids = pair.cloud.encoder.prompt(task_prompt(task, config.eval))
+        ids = pair.cloud.encoder.prompt(task_prompt(task, config.eval).text)
         made = specialize(make_generator(config, pair), loaded.variables, pair.cloud.params, [ids])
         merged = merge(pair.edge.params, made.adapter.select(0))
         acc, norm, _ = plain_figures(pair.edge, merged, task.test)

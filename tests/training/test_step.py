@@ -102,7 +102,7 @@ def test_one_gradient_reaches_every_trainable_leaf(setting, gradient_fn, name):
 
 def test_only_the_trainable_tree_is_in_the_state(setting, frozen):
     generator, config, variables = setting("shared")
-    state = jax.eval_shape(lambda f: init_state(generator, make_optimizer(config.train), f, BATCH, 0), frozen["cloud"])
+    state = jax.eval_shape(lambda f: init_state(generator, make_optimizer(config.train), f, BATCH, 0), frozen)
     assert jax.tree.structure(state.params) == jax.tree.structure(variables["params"])
     count = sum(x.size for x in jax.tree.leaves(state.params))
     moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
@@ -122,7 +122,7 @@ def test_with_b_at_zero_the_model_is_the_base_and_of_the_pool_only_b_learns(sett
 
 def test_a_fresh_state_has_b_at_zero_and_no_statistics(frozen, setting):
     generator, config, _ = setting("shared")
-    state = init_state(generator, make_optimizer(config.train), frozen["cloud"], BATCH, seed=0)
+    state = init_state(generator, make_optimizer(config.train), frozen, BATCH, seed=0)
     for name, leaf in {**state.params["pool"], **state.params["cloud"]}.items():
         assert bool(jnp.any(leaf != 0)) == (not name.endswith("_b")), name
     assert not any(np.any(x) for x in jax.tree.leaves(state.batch_stats))
@@ -242,7 +242,7 @@ def test_the_objective_adds_the_weighted_balance_loss(setting, gradient_fn, froz
 def test_a_step_updates_state_and_statistics_and_no_frozen_weight(setting, frozen):
     generator, config, _ = setting("shared")
     optimizer = make_optimizer(config.train)
-    state = init_state(generator, optimizer, frozen["cloud"], BATCH, seed=0)
+    state = init_state(generator, optimizer, frozen, BATCH, seed=0)
     before = jax.tree.map(lambda x: np.array(x, copy=True), (state.params, frozen))
     step = make_train_step(generator, Decoder(EDGE), optimizer, config)
     state, metrics = step(state, frozen, BATCH)
@@ -258,7 +258,7 @@ def test_the_state_stays_whole_on_every_device(setting, frozen, sizes):
     """In pieces it would make the next step another program."""
     generator, config, _ = setting("shared")
     optimizer, mesh = make_optimizer(config.train), make_mesh(*sizes)
-    state = jax.eval_shape(lambda: init_state(generator, optimizer, frozen["cloud"], BATCH, seed=0))
+    state = jax.eval_shape(lambda: init_state(generator, optimizer, frozen, BATCH, seed=0))
 
     def on(tree, *axes):
         sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))

@@ -1,0 +1,68 @@
+"""The paper's tables on the embedded suite: every method trained from scratch on the pocket pair, three seeds.
+
+Command:  python -m lora_gen_jax table configs/tables/pocket.py
+"""
+
+import dataclasses
+from pathlib import Path
+
+from lora_gen_jax.config import TrainConfig
+from lora_gen_jax.config_file import read_config
+from lora_gen_jax.tables.spec import Change, Tables
+
+# What the time depends on.
+STEPS, AGENT_STEPS, AGENT_ROWS = 200, 120, 96
+SEEDS = (0, 1, 2)
+EXPERTS, KEPT = 16, 4
+
+# All share the quickstart's data, learning rate and number of steps; each keeps its own published shape.
+RUNS: dict[str, Change] = {
+    "lora": {"method": "lora"},
+    "lora_moe": {
+        "method": "lora_moe",
+        "generator": {"num_experts": 8, "rank": 4, "alpha": 32.0, "balance_coefficient": 0.0},
+    },
+    "mixlora": {
+        "method": "mixlora",
+        "generator": {"num_experts": 8, "top_k": 2, "rank": 16, "alpha": 32.0, "balance_coefficient": 0.01},
+    },
+    "lorahub": {"method": "lorahub", "hub": {"modules": 20}},
+    # Prompts have 40 to 90 tokens: four summary tokens for each of three segments are a sixth of that.
+    "autocompressor": {
+        "method": "autocompressor",
+        "generator": {"rank": 16, "alpha": 16.0},
+        "compressor": {"summary_tokens": 4},
+        "data": {"edge_prompt_length": 96},
+    },
+    "lora_gen": {},
+    # With four experts all are kept.
+    "experts_4": {"generator": {"num_experts": 4}},
+    "experts_8": {"generator": {"num_experts": 8}},
+    "experts_12": {"generator": {"num_experts": 12}},
+    "cv_0": {"generator": {"cv_coefficient": 0.0}},
+    "cv_0.005": {"generator": {"cv_coefficient": 0.005}},
+    "cv_0.1": {"generator": {"cv_coefficient": 0.1}},
+    "gumbel": {"generator": {"routing": "gumbel"}},
+    "direct": {"generator": {"generator": "direct"}},
+}
+
+
+def get_tables() -> Tables:
+    configs = Path(__file__).parents[1]
+    base, agent = read_config(configs / "quickstart.py"), read_config(configs / "pocket_agent.py")
+    base = dataclasses.replace(
+        base,
+        name="",
+        compare=(),
+        generator=dataclasses.replace(base.generator, num_experts=EXPERTS, top_k=KEPT),
+        train=shorter(base.train, STEPS),
+    )
+    # With the tools in front, a row must still fit the edge model's 512 positions.
+    data = dataclasses.replace(agent.data, edge_length=320)
+    agent = dataclasses.replace(agent, name="", data=data, train=shorter(agent.train, AGENT_STEPS))
+    return Tables(base, RUNS, agent, AGENT_ROWS, seeds=SEEDS)
+
+
+def shorter(train: TrainConfig, steps: int) -> TrainConfig:
+    """One validation at the end; a checkpoint halfway, for a run that is stopped."""
+    return dataclasses.replace(train, steps=steps, validate_every=steps, checkpoint_every=steps // 2)

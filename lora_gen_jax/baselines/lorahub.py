@@ -1,0 +1,222 @@
+"""LoraHub: LoRAs of single tasks, weighed for a new task by a search without gradients.
+
+In: training: batches of N tasks, each of which trains a LoRA of its own (`LoRAModules`). For a new task: its shots.
+Out: weights w that make the shots likely, and the edge model with one LoRA merged:
+
+    Â = Σ_n w_n·A_n,   B̂ = Σ_n w_n·B_n,   ΔW = (α/r)·Â·B̂
+
+The factors are summed, not the products, so ΔW has cross terms A_i·B_j. The edge model reads queries alone.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lora_gen_jax.adapters.lora import LoRA, PromptLoRA, factor_a_init
+from lora_gen_jax.baselines.hub_search import Found, check_budget, search
+from lora_gen_jax.baselines.lora import SITES, lora_sites
+from lora_gen_jax.baselines.method import Method, Prompt, Specialise, Specialised, Traits, beside_or_merged
+from lora_gen_jax.config import Config, DataConfig
+from lora_gen_jax.data.groups import Group
+from lora_gen_jax.data.pipeline import Batch, pack_groups
+from lora_gen_jax.data.tasks import Task, stable_hash
+from lora_gen_jax.decoder.config import DecoderConfig
+from lora_gen_jax.decoder.model import Decoder
+from lora_gen_jax.errors import ConfigError, DataError
+from lora_gen_jax.generator.cloud import PackedPrompts
+from lora_gen_jax.generator.trained_module import Generated, TrainedModule
+from lora_gen_jax.inference.buckets import bucket
+from lora_gen_jax.inference.placement import mesh_context, mesh_of, padded_rows, place_rows
+from lora_gen_jax.training.step import edge_loss
+
+if TYPE_CHECKING:
+    from lora_gen_jax.models import Model, Pair
+    from lora_gen_jax.training.checkpoint import Loaded
+
+
+class LoRAModules(TrainedModule):
+    """One LoRA a task, trained side by side; A Kaiming-uniform, B zero.
+
+    Attributes:
+        edge: of the model that carries the LoRAs.
+        settings: `lora_gen_jax.config.GeneratorConfig`: rank, alpha, dropout and lora_sites.
+        modules: N; task number n trains module n.
+    """
+
+    edge: DecoderConfig
+    settings: Any
+    modules: int
+
+    @nn.compact
+    def __call__(self, frozen: Any, prompts: PackedPrompts | None, train: bool = False) -> Generated:
+        """A `PromptLoRA` with the module of each prompt's task; weights and prompts are not read.
+
+        Raises:
+            DataError: for prompts that do not say of which task they are.
+        """
+        if prompts is None or prompts.tasks_P is None:
+            raise DataError("method lorahub trains a module for each task: pack prompts with their tasks' numbers")
+        s, N, L, factors = self.settings, self.modules, self.edge.num_layers, {}
+        tasks_P = jnp.asarray(prompts.tasks_P)
+        for site in lora_sites(self.edge, s, SITES):
+            inputs, outputs = self.edge.site_shape(site)
+            a = self.param(f"{site}_a", factor_a_init, (N, L, inputs, s.rank))
+            b = self.param(f"{site}_b", nn.initializers.zeros_init(), (N, L, s.rank, outputs))
+            factors[site] = {"a": a[tasks_P].swapaxes(0, 1), "b": b[tasks_P].swapaxes(0, 1)}
+        return Generated(PromptLoRA(factors, s.alpha / s.rank, s.dropout))
+
+
+def choose_tasks(config: Config, tasks: list[Task]) -> list[Task]:
+    """`hub.modules` of the tasks that have training rows, drawn by `train.seed`, in their order.
+
+    Which ones depends on the seed and on the tasks' names and sources alone.
+
+    Raises:
+        ConfigError: when there are too few.
+    """
+    having, count = [task for task in tasks if task.train], config.hub.modules
+    if len(having) < count:
+        raise ConfigError(
+            f"hub.modules is {count}, but only {len(having)} tasks have training rows: lower hub.modules, or name more"
+            " tasks with data.tasks or data.files"
+        )
+    salt = f"modules/{config.train.seed}"
+    chosen = {id(task) for task in sorted(having, key=lambda t: stable_hash(salt, t.source, t.name))[:count]}
+    return [task for task in having if id(task) in chosen]
+
+
+def compose(variables: Any, weights_N: Any, scale: float) -> LoRA:
+    """One LoRA of the weighted sums of the modules' factors.
+
+    Args:
+        variables: {"params": {site_a: [N, L, inputs, R], site_b: [N, L, R, outputs]}}.
+        weights_N: w.
+        scale: α/r.
+    """
+    factors: dict[str, dict[str, jax.Array]] = {}
+    for name, factor_NLXY in variables["params"].items():
+        site, part = name.rsplit("_", 1)
+        summed = jnp.einsum("n,nlxy->lxy", weights_N, factor_NLXY, precision="highest")
+        factors.setdefault(site, {})[part] = summed
+    return LoRA(factors, scale)
+
+
+def shots_batch(edge: "Model", prompt: Prompt | None) -> Batch:
+    """The shots as training lays queries out: one row, each a segment of its own, answers with their end token.
+
+    Lengths are bucketed, so that tasks share compilations; a mesh of devices gets rows of padding beside the one.
+
+    Raises:
+        DataError: without shots, or for one that exceeds the model's positions.
+    """
+    if prompt is None or not prompt.shots:
+        raise DataError("method lorahub searches with a task's shots, and there are none: set eval.shots to 1 or more")
+    queries, end = [], [] if edge.encoder.end is None else [edge.encoder.end]
+    for shot in prompt.shots:
+        query, response = edge.encoder.query(shot.query, shot.response, prompt.chat)
+        queries.append((query, [*response, *end]))
+        if len(query) + len(response) > edge.config.max_positions:
+            raise DataError(
+                f"shot {shot.id} has {len(query) + len(response)} tokens, but the edge model has"
+                f" {edge.config.max_positions} positions: take other shots with eval.seed, or shorten the task's rows"
+            )
+    shapes = DataConfig(
+        edge_length=bucket(sum(len(query) + len(response) - 1 for query, response in queries)),
+        response_slots=bucket(sum(len(response) for _, response in queries)),
+        cloud_length=1,
+        prompts_per_row=1,
+    )
+    rows = padded_rows(1, edge.params)
+    groups = [Group("", (), [0], queries if row == 0 else []) for row in range(rows)]
+    return place_rows(pack_groups(groups, shapes, 0).replace(prompts=None), edge.params)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _loss(decoder: Decoder, scale: float, frozen: Any, modules: Any, weights_N: jax.Array, batch: Batch) -> jax.Array:
+    return edge_loss(decoder, frozen, compose({"params": modules}, weights_N, scale), batch, {})
+
+
+def shots_loss(edge: "Model", loaded: "Loaded") -> Callable[[Prompt | None], Callable[[np.ndarray], float]]:
+    """From a task's prompt to a function from weights to the loss of its shots, in nats a token of the answers.
+
+    Raises:
+        DataError: as `shots_batch`, when called with a prompt.
+    """
+    mesh, scale = mesh_of(edge.params), loaded.config.generator.alpha / loaded.config.generator.rank
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    modules = jax.device_put(loaded.variables["params"], everywhere)
+
+    def of_prompt(prompt: Prompt | None) -> Callable[[np.ndarray], float]:
+        batch = shots_batch(edge, prompt)
+
+        def loss_of(weights_N: np.ndarray) -> float:
+            with mesh_context(edge.params):
+                return float(_loss(edge.decoder, scale, edge.params, modules, np.float32(weights_N), batch))
+
+        return loss_of
+
+    return of_prompt
+
+
+def found_weights(pair: "Pair", loaded: "Loaded") -> Callable[[Prompt | None], Found]:
+    """From a task's prompt to the weights that the search finds for it.
+
+    Raises:
+        ConfigError, DataError: as `search` and `shots_batch`, when called with a prompt.
+    """
+    losses, hub = shots_loss(pair.edge, loaded), loaded.config.hub
+    return lambda prompt: search(losses(prompt), hub.modules, hub)
+
+
+def single_module_losses(pair: "Pair", loaded: "Loaded", prompt: Prompt | None) -> np.ndarray:
+    """The loss of the shots with each module alone at weight 1, [N], without the penalty.
+
+    Raises:
+        DataError: as `shots_batch`.
+    """
+    loss_of = shots_loss(pair.edge, loaded)(prompt)
+    return np.array([loss_of(row) for row in np.eye(loaded.config.hub.modules)])
+
+
+def build(config: Config, pair: "Pair") -> LoRAModules:
+    """The modules of a config.
+
+    Raises:
+        ConfigError: as `check_budget`.
+    """
+    check_budget(config.hub, config.hub.modules)
+    return LoRAModules(pair.edge.config, config.generator, config.hub.modules)
+
+
+def specialise(config: Config, pair: "Pair", loaded: "Loaded | None") -> Specialise:
+    """From a prompt to the edge model with the LoRA merged that a search over its shots composes.
+
+    Raises:
+        ConfigError, DataError: as `found_weights`, when called with a prompt.
+    """
+    assert loaded is not None, "modules are trained"
+    find, scale = found_weights(pair, loaded), loaded.config.generator.alpha / loaded.config.generator.rank
+
+    def specialised(prompt: Prompt | None) -> Specialised:
+        adapter = compose(loaded.variables, np.float32(find(prompt).weights_N), scale)
+        return beside_or_merged(pair.edge.params, adapter)
+
+    return specialised
+
+
+METHOD = Method(
+    key="lorahub",
+    title="LoraHub",
+    # The shots reach the edge model through its weights; every new task needs a search of hub.budget forward passes.
+    traits=Traits(compresses_context=True, merged=True, training_free=False, transfers=False),
+    build=build,
+    specialise=specialise,
+    depends_on_prompt=True,
+    choose_tasks=choose_tasks,
+)

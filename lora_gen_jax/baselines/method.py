@@ -1,0 +1,130 @@
+"""What a method is to the rest of the program: how it is trained, and what answers a task's queries.
+
+In: a config, a pair of models and, for methods that learn, a checkpoint. Out: the module to train, and a function from
+a task's prompt to a `Specialised` model. Each method's file ends with its `Method`; `lora_gen_jax/methods.py` lists
+them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+
+from lora_gen_jax.adapters.merge import merge
+from lora_gen_jax.config import Config
+from lora_gen_jax.data.tasks import Example, Task
+from lora_gen_jax.decoder.config import DecoderConfig
+from lora_gen_jax.generator.trained_module import TrainedModule
+from lora_gen_jax.inference.prefix import Prefix
+
+if TYPE_CHECKING:  # both import the list of methods
+    from lora_gen_jax.models import Pair
+    from lora_gen_jax.training.checkpoint import Loaded
+
+
+@dataclasses.dataclass(frozen=True)
+class Traits:
+    """The columns of the paper's Table 1.
+
+    Attributes:
+        compresses_context: what the prompt says reaches the edge model in fewer tokens than the prompt has, or in none.
+        merged: nothing stays beside the edge model's weights: no extra parameters, no extra work for a token.
+        training_free: a new task needs no gradient step and no search.
+        transfers: what a larger model knows of the task reaches the edge model.
+    """
+
+    compresses_context: bool
+    merged: bool
+    training_free: bool
+    transfers: bool
+
+
+class Prompt(NamedTuple):
+    """A task's system prompt.
+
+    Attributes:
+        text: description and shots as one text.
+        shots: the shots.
+        chat: queries are turns of a conversation.
+    """
+
+    text: str
+    shots: tuple[Example, ...]
+    chat: bool
+
+
+class Specialised(NamedTuple):
+    """What answers a task's queries: the edge model's weights and what stands beside them.
+
+    Attributes:
+        params: weights, with everything merged that can be.
+        adapter: of a method that cannot be merged.
+        prefix: keys and values of soft tokens that stand before every query.
+    """
+
+    params: Any
+    adapter: Any = None
+    prefix: Prefix | None = None
+
+
+Specialise = Callable[[Prompt | None], Specialised]
+"""From a task's prompt, None where it has none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One of the systems that are compared.
+
+    Attributes:
+        key: in configs and results.
+        title: in tables.
+        traits: for Table 1.
+        build: makes the module that training trains; None where nothing is trained.
+        specialise: makes the function from prompts to models; it may be slow, what it gives is called once a task.
+        edge_reads_prompt: the edge model reads the prompt before every query.
+        depends_on_prompt: `Specialised` differs from prompt to prompt.
+        token_macs: multiply-adds of the adapter's side path for one token, over all layers, where that is all that a
+            method adds.
+        choose_tasks: which of the tasks that a config names the method is trained on; left out, all.
+    """
+
+    key: str
+    title: str
+    traits: Traits
+    build: Callable[[Config, "Pair"], TrainedModule] | None
+    specialise: Callable[[Config, "Pair", "Loaded | None"], Specialise]
+    edge_reads_prompt: bool = False
+    depends_on_prompt: bool = False
+    token_macs: Callable[[DecoderConfig, Config], int] | None = None
+    choose_tasks: Callable[[Config, list[Task]], list[Task]] | None = None
+
+
+def base(config: Config, pair: "Pair", loaded: "Loaded | None" = None) -> Specialise:
+    """The edge model as it is."""
+    return lambda prompt: Specialised(pair.edge.params)
+
+
+def fixed(config: Config, pair: "Pair", loaded: "Loaded | None") -> Specialise:
+    """An adapter that is the same for every prompt: merged where it can be, else beside the weights.
+
+    It is made when it is first needed.
+    """
+    assert loaded is not None
+
+    @functools.cache
+    def made() -> Specialised:
+        from lora_gen_jax.models import make_generator
+
+        adapter = make_generator(loaded.config, pair).apply(loaded.variables, None, None).adapter
+        return beside_or_merged(pair.edge.params, jax.device_put(adapter))
+
+    return lambda prompt: made()
+
+
+def beside_or_merged(params: Any, adapter: Any) -> Specialised:
+    """The weights with the adapter merged, where it is a change of weights, else with the adapter beside them."""
+    if hasattr(adapter, "weight_delta"):
+        return Specialised(merge(params, adapter))
+    return Specialised(params, adapter)

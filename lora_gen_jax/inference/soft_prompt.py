@@ -1,0 +1,99 @@
+"""Soft tokens: embeddings that stand in the context in place of a prompt.
+
+In: a prompt's ids, or its soft tokens [N, D]. Out: the soft tokens, and a `Prefix` that every query follows.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_gen_jax.adapters.protocol import Adapter
+from lora_gen_jax.decoder.attention import KVCache
+from lora_gen_jax.decoder.model import Decoder
+from lora_gen_jax.errors import DataError
+from lora_gen_jax.generator.cloud import PackedPrompts
+from lora_gen_jax.inference.buckets import bucket, check_tokens
+from lora_gen_jax.inference.forward import forward_only
+from lora_gen_jax.inference.mixed import require_single_prompt
+from lora_gen_jax.inference.placement import mesh_context
+from lora_gen_jax.inference.prefix import Prefix
+
+
+def compress(module: Any, variables: Any, params: Any, ids: Sequence[int]) -> jax.Array:
+    """Soft tokens [N, D] of a prompt, in fp32. The prompt's length is bucketed, so that few programs are compiled.
+
+    Args:
+        module: an `AutoCompressor`.
+        variables: its own.
+        params: the edge model's weights.
+        ids: the prompt in the edge model's ids.
+
+    Raises:
+        DataError: for an empty prompt, one too long for the model, or a token id that the model lacks.
+    """
+    if not ids:
+        raise DataError("the prompt is empty: there is nothing to compress")
+    check_tokens(ids, module.edge.vocab_size, "the prompt")
+    needed, limit = module.positions(len(ids)), module.edge.max_positions
+    if needed > limit:
+        raise DataError(
+            f"a prompt of {len(ids)} tokens needs {needed} positions to be compressed, the edge model has {limit}:"
+            " shorten it, or give fewer shots"
+        )
+    edge_1X = np.full((1, bucket(len(ids))), -1, np.int32)
+    edge_1X[0, : len(ids)] = ids
+    with mesh_context(params):
+        return _compress(module, variables, params, edge_1X)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compress(module: Any, variables: Any, params: Any, edge_1X: jax.Array) -> jax.Array:
+    prompts = PackedPrompts(None, None, None, None, None, edge_PX=edge_1X)
+    return module.apply(variables, params, prompts).soft_PND[0]
+
+
+def encode_soft(decoder: Decoder, params: Any, soft_ND: jax.Array, adapter: Adapter | None = None) -> Prefix:
+    """Reads soft tokens, at positions 0 to N-1.
+
+    Args:
+        decoder, params: the model.
+        soft_ND: the soft tokens, at least one; they enter as they are, without the scale of token embeddings.
+        adapter: of a single prompt, the one that the rest will be read with.
+
+    Raises:
+        DataError: when there is no soft token or more than the model has positions, when they are of another width than
+            the model's, or when the adapter holds several prompts.
+    """
+    (N, D), c = soft_ND.shape, decoder.config
+    if D != c.width:
+        raise DataError(f"soft tokens of width {D} do not fit a model of width {c.width}: compress with this model")
+    if N == 0:
+        raise DataError("there are no soft tokens: leave the prefix out")
+    if N >= c.max_positions:
+        raise DataError(f"{N} soft tokens leave no room, the model reads {c.max_positions} in all: use fewer")
+    require_single_prompt(adapter)
+    padded_1SD = jnp.pad(soft_ND, ((0, bucket(N) - N), (0, 0)))[None]
+    positions_1S = np.arange(padded_1SD.shape[1], dtype=np.int32)[None]
+    positions_1S = np.where(positions_1S < N, positions_1S, np.int32(-1))
+    with mesh_context(params):
+        cache = _encode(forward_only(decoder), params, padded_1SD, positions_1S, adapter)
+    return Prefix(cache=cache, length=N)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(decoder: Decoder, params: Any, soft_1SD: jax.Array, positions_1S: jax.Array, adapter: Any) -> KVCache:
+    cache = KVCache.empty(decoder.config, 1, soft_1SD.shape[1], decoder.dtype)
+    _, cache = decoder.apply(
+        {"params": params},
+        soft_1SD.astype(decoder.dtype),
+        positions_1S,
+        adapter=adapter,
+        cache=cache,
+        method="encode",
+    )
+    assert isinstance(cache, KVCache)
+    return cache

@@ -1,0 +1,25 @@
+"""The methods that are compared, by their key in configs and results.
+
+In: a key. Out: its `Method`. To add one, write its file in `lora_gen_jax/baselines/` and its line here.
+"""
+
+from lora_gen_jax.baselines import autocompressor, icl, lora, lora_gen, lora_moe, lorahub, mixlora
+from lora_gen_jax.baselines.method import Method
+from lora_gen_jax.errors import ConfigError
+
+METHODS: dict[str, Method] = {
+    part.METHOD.key: part.METHOD for part in (icl, lora, lora_moe, mixlora, lorahub, autocompressor, lora_gen)
+}
+TRAINED = tuple(key for key, method in METHODS.items() if method.build is not None)
+"""Those that a config's `method` can name."""
+
+
+def trained_method(key: str) -> Method:
+    """The method that training trains.
+
+    Raises:
+        ConfigError: for one that nothing is trained for.
+    """
+    if key not in TRAINED:
+        raise ConfigError(f"method is {key!r}; training can train {', '.join(TRAINED)}")
+    return METHODS[key]

@@ -1,0 +1,240 @@
+"""``lora-gen table CONFIG.py``: trains what is missing, scores all methods alike, and prints the paper's tables.
+
+In: a file with ``get_tables()``, flags of this command, and flags that override fields of the base config, or with
+``--agent.`` before the field, of the agent's. Out: tables.json and tables.md. What is finished is kept: the same
+command goes on.
+"""
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from lora_gen_jax.config import Config
+from lora_gen_jax.config_check import check
+from lora_gen_jax.errors import ConfigError, LoraGenError
+from lora_gen_jax.evaluation.systems import check_methods
+from lora_gen_jax.files import check_output, write_json
+from lora_gen_jax.tables import pool, sheet
+from lora_gen_jax.tables.cost_layout import all_tables, foot
+from lora_gen_jax.tables.jobs import Job, chosen, make_jobs, missing
+from lora_gen_jax.tables.results import gather
+from lora_gen_jax.tables.spec import AGENT, Tables, read_tables
+
+PROGRAM = "lora-gen table"
+COMMAND = (sys.executable, "-m", "lora_gen_jax", "table")
+MARKDOWN, VALUES = "tables.md", "tables.json"
+# Of the processes that are started for one job.
+JOB, CORE = "--job", "--core"
+# Runs whose answers are timed.
+TIMED = ("lora", "lora_moe", "mixlora", "lorahub", "autocompressor", "lora_gen")
+
+
+@dataclasses.dataclass(frozen=True)
+class TableFlags:
+    """Flags of table beside those of the base config, and of the agent's after --agent."""
+
+    seeds: str | None = None
+    """Numbers separated by commas; left out, the file's."""
+    jobs: int | None = None
+    """Jobs at a time; left out, one a core on a CPU and one on an accelerator."""
+    only: str | None = None
+    """Runs that are trained and scored, separated by commas; tables show all that is finished."""
+    out: Path | None = None
+    """Directory for tables.json and tables.md; left out, the work directory."""
+
+
+def table_main(arguments: list[str]) -> None:
+    """``table CONFIG.py [--seeds 0,1,2] [--jobs N] [--only NAME,NAME] [--out DIR] [--any.config.field VALUE …]``.
+
+    Raises:
+        LoraGenError: for bad input, before anything is trained.
+        SystemExit: with status 1 after everything else, where a job failed.
+        Stopped: after a signal.
+    """
+    arguments, job = one_job(arguments)
+    flags, rest = parsed(arguments)
+    tables = tables_from_args(flags, rest)
+    jobs = make_jobs(tables)
+    if job is not None:
+        do_job(tables, jobs, job)
+        return
+    if flags.jobs is not None and flags.jobs < 1:
+        raise ConfigError(f"--jobs is {flags.jobs}; at least 1")
+    if flags.out is not None:
+        check_output(flags.out)
+    for method in {method for job in jobs if job.run != AGENT for n in job.shots for method in job.methods(n)}:
+        check_methods([method], "a run's method")
+    left = missing(chosen(tables, jobs, split(flags.only)))
+    failed = run_missing(left, arguments, flags.jobs)
+    complete = write_tables(tables, jobs, flags.out)
+    if failed or not complete:
+        names = [job.name for job in failed] or ["the measurement of costs"]
+        say(f"failed: {', '.join(names)}; the same command tries again")
+        sys.exit(1)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def one_job(arguments: Sequence[str]) -> tuple[list[str], str | None]:
+    """What a process that was started for one job finds behind the user's arguments: --job RUN/SEED [--core N].
+
+    Returns:
+        the user's arguments, and the job's name. The process keeps to the core from here on.
+    """
+    if JOB not in arguments:
+        return list(arguments), None
+    place = arguments.index(JOB)
+    name, *core = arguments[place + 1 :: 2]
+    if core:
+        pool.pin(int(core[0]))
+    return list(arguments[:place]), name
+
+
+def parsed(arguments: Sequence[str]) -> tuple[TableFlags, list[str]]:
+    """This command's flags, and what remains."""
+    names = {f"--{field.name}" for field in dataclasses.fields(TableFlags)}
+    own, rest = [], []
+    iterator = iter(arguments)
+    for argument in iterator:
+        if argument.split("=", 1)[0] not in names:
+            rest.append(argument)
+            continue
+        own.append(argument)
+        if "=" not in argument and (value := next(iterator, None)) is not None:
+            own.append(value)
+    if any(argument in ("-h", "--help") for argument in rest):
+        tyro.cli(TableFlags, prog=f"{PROGRAM} CONFIG.py", args=["--help"])
+    return tyro.cli(TableFlags, prog=PROGRAM, args=own), rest
+
+
+def tables_from_args(flags: TableFlags, rest: Sequence[str]) -> Tables:
+    """The file's tables, with the flags' values.
+
+    Raises:
+        ConfigError: where no file is named, as `read_tables`, and for flags that cannot work.
+    """
+    if not rest or rest[0].startswith("-"):
+        raise ConfigError(f"name a config file first: {PROGRAM} configs/tables/pocket.py [--any.field VALUE …]")
+    tables = read_tables(Path(rest[0]))
+    own, agent = divided(rest[1:])
+    changes: dict[str, Any] = {"base": overridden(tables.base, own, rest[0])}
+    if agent and tables.agent is None:
+        raise ConfigError(f"{rest[0]} has no agent table: leave {agent[0].replace('--', f'--{AGENT}.', 1)} out")
+    if tables.agent is not None:
+        changes[AGENT] = overridden(tables.agent, agent, f"{rest[0]} --{AGENT}")
+    if flags.seeds is not None:
+        changes["seeds"] = numbers(flags.seeds)
+    return dataclasses.replace(tables, **changes)
+
+
+def divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(flags of the base config, flags of the agent's without their prefix)."""
+    own: list[str] = []
+    agent: list[str] = []
+    taken = own
+    for argument in arguments:
+        if argument.startswith("--"):
+            taken = agent if argument.startswith(f"--{AGENT}.") else own
+            argument = argument.replace(f"--{AGENT}.", "--", 1)
+        taken.append(argument)
+    return own, agent
+
+
+def overridden(config: Config, arguments: list[str], name: str) -> Config:
+    """A config with the flags' values, checked."""
+    options = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
+    return check(tyro.cli(Config, prog=f"{PROGRAM} {name}", args=arguments, default=config, config=options))
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Numbers between commas.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    parts = split(text)
+    if not parts or not all(part.isdecimal() for part in parts):
+        raise ConfigError(f"--seeds is {text!r}: give numbers separated by commas, as 0,1,2")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def split(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def do_job(tables: Tables, jobs: Sequence[Job], name: str) -> None:
+    """Does one job in this process.
+
+    Raises:
+        ConfigError: for an unknown one. And as `work.do`.
+    """
+    found = [job for job in jobs if job.name == name]
+    if not found:
+        near = difflib.get_close_matches(name, [job.name for job in jobs], n=1)
+        raise ConfigError(f"--job has {name!r}, which is no RUN/SEED" + (f"; did you mean {near[0]}?" if near else ""))
+    pool.end_with_parent()
+    from lora_gen_jax.tables.work import do
+
+    do(tables, found[0])
+
+
+def run_missing(left: Sequence[Job], arguments: Sequence[str], places: int | None) -> list[Job]:
+    """Runs the jobs in processes of their own; returns those that failed."""
+    if not left:
+        say("everything is trained and scored")
+        return []
+    on_cpu = pool.platform() == "cpu"
+    cores = pool.cores() if on_cpu else []
+    places = places or (max(1, len(cores)) if on_cpu else 1)
+    # One job alone takes the whole machine; jobs side by side would take each other's cores.
+    pinned = cores if 1 < places <= len(cores) else []
+    say(f"{len(left)} jobs, {places} at a time")
+
+    def start(job: Job, place: int) -> pool.Process:
+        core = [CORE, str(pinned[place])] if pinned else []
+        return pool.start_process([*COMMAND, *arguments, JOB, job.name, *core], job)
+
+    return pool.run_jobs(left, start, places, say)
+
+
+def write_tables(tables: Tables, jobs: Sequence[Job], out: Path | None) -> bool:
+    """Measures costs, prints the tables and writes them; whether the costs could be measured.
+
+    Raises:
+        LoraGenError: for results of other settings, or a directory that cannot be written.
+    """
+    from lora_gen_jax.methods import METHODS
+    from lora_gen_jax.tables.latency import measure_costs
+
+    results = gather(jobs)
+    if not results["facts"]:
+        return True
+    rows = [row for row in TIMED if row in tables.runs and row in results["facts"]]
+    costs: dict[str, Any] = {}
+    try:
+        costs = measure_costs(tables, rows)
+    except LoraGenError as error:
+        say(f"costs cannot be measured: {error}")
+    traits = {name: method.traits for name, method in METHODS.items()}
+    sheets, lines = all_tables(results, costs, traits), foot(results)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for one in sheets:
+        console.print(sheet.to_rich(one))
+        if one.published is not None:
+            console.print(sheet.to_rich(one.published))
+    console.print("\n".join(lines), highlight=False)
+    directory = out or tables.directory
+    directory.mkdir(parents=True, exist_ok=True)
+    values = {"tables": [sheet.to_json(one) for one in sheets], "results": results, "costs": costs}
+    write_json(directory / VALUES, values)
+    (directory / MARKDOWN).write_text(sheet.to_markdown(sheets, lines), encoding="utf-8")
+    say(f"tables: {directory / MARKDOWN}")
+    return bool(costs)

@@ -1,0 +1,158 @@
+"""The paper's tables of characteristics and of cost, 1 and 13, the published figures beside ours, and the foot.
+
+In: as `tables.layout`. Out: `Sheet`s, and the list of all tables.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+from lora_gen_jax.evaluation.efficiency_report import si
+from lora_gen_jax.evaluation.published import AGENT, AGENT_COMPRESSION, COST, MACHINE, PAPER, REASONING, UNSEEN_THREE
+from lora_gen_jax.evaluation.report.style import title_of
+from lora_gen_jax.tables import layout
+from lora_gen_jax.tables.layout import Costs, Results, answer, context, number, there
+from lora_gen_jax.tables.sheet import Cell, Figure, Sheet
+
+NOT_OURS = "published, not measured here"
+# Lines of the training steps of `efficiency_training`.
+STEPS = {"lora": "lora", "lora_gen": "lora_gen_grouped"}
+
+
+class Traits(Protocol):
+    """`baselines.method.Traits`."""
+
+    @property
+    def compresses_context(self) -> bool: ...
+
+    @property
+    def merged(self) -> bool: ...
+
+    @property
+    def training_free(self) -> bool: ...
+
+    @property
+    def transfers(self) -> bool: ...
+
+
+def table_1(results: Results, costs: Costs, traits: Mapping[str, Traits]) -> Sheet | None:
+    """What a method can do, with what was measured about it."""
+    rows = there(results, layout.METHOD_ROWS)
+    rows = [row for row in rows if row in traits]
+    if not rows:
+        return None
+    full = context(results, "icl")
+
+    def cells(row: str) -> list[Cell]:
+        own, read, once = traits[row], context(results, row), answer(costs, row, "once_ms")
+        yes = [own.compresses_context, own.merged, own.training_free, own.transfers]
+        # Others read as little, but then know nothing of the prompt.
+        ratio = None
+        if full is not None and read is not None and (own.compresses_context or row == "icl"):
+            ratio = Figure(full.mean / read.mean, unit="×")
+        extra = answer(costs, row, "adapter_parameters")
+        seconds = None if once is None else Figure(sum(once.values()) / 1000, digits=3)
+        return [*("yes" if one else "no" for one in yes), ratio, number(extra, 0), seconds]
+
+    words = ("compresses\ncontext", "merged: no extra\nparameters", "training-free for\na new task")
+    measured = ("ICL's context\nover its own", "parameters beside\nthe weights", "seconds to\nspecialise")
+    columns = ("method", *words, "passes knowledge\nbetween models", *measured)
+    notes = ("the last three columns are measured; the others follow from how a method works",)
+    return Sheet(1, "characteristics", columns, layout.over(rows, cells), notes)
+
+
+def table_13(costs: Costs) -> Sheet | None:
+    """What an answer and a training step cost."""
+    if "answers" not in costs:
+        return None
+    rows = [row for row in (*layout.METHOD_ROWS, "icl_kept_prefix") if row in costs["answers"]]
+    training = costs.get("training", {})
+
+    def cells(row: str) -> list[Cell]:
+        macs, once = answer(costs, row, "macs"), answer(costs, row, "once_ms")
+        step = training.get(STEPS.get(row, ""), {})
+        before = sum(once.values()) if once else None
+        trained: list[Cell] = [number(step.get("step_ms")), si(step["macs"]) if step else None]
+        return [si(macs["answer"]), *layout.latency(costs, row), number(before), *trained]
+
+    columns = ("method", "inference\nMACs", "answer\nms", "of LoRA's", "once a task\nms", "training step\nms", "MACs")
+    work = costs["workload"]
+    lines = [
+        f"an answer of {work['new_tokens']} tokens to {work['input_tokens']}, instruction {work['instruction_tokens']}"
+        " tokens; medians, all methods taking turns with nothing else running"
+    ]
+    if alone := training.get("lora_gen"):
+        lines.append(
+            "a training step takes 8 queries of one instruction, which LoRA-Gen reads once; reading it for every query,"
+            f" as published, takes {alone['step_ms']:.1f} ms"
+        )
+    sheet = Sheet(13, "cost", columns, layout.over(rows, cells), tuple(lines))
+    return with_published(sheet, ("method", "inference MACs", "s", "training step s"), cost_rows())
+
+
+def cost_rows() -> list[tuple[Cell, ...]]:
+    rows = (("Qwen2-1.5B, " + r.method, si(r.inference_macs), r.inference_s, r.training_step_s) for r in COST)
+    return [(title, macs, *(Figure(s, digits=2) for s in seconds)) for title, macs, *seconds in rows]
+
+
+def reasoning_rows(unseen_three: bool) -> list[tuple[Cell, ...]]:
+    """The paper's Table 2, or its Table 4."""
+    rows = [row for row in REASONING if (row.tasks == UNSEEN_THREE) == unseen_three]
+    return [
+        (f"{r.model}, {r.method}", number(r.ave), number(r.har), number(r.latency_ms, 2 if unseen_three else 1))
+        for r in rows
+    ]
+
+
+def agent_rows() -> list[tuple[Cell, ...]]:
+    return [
+        (
+            f"{row.method}, tools {'in context' if row.tools_in_prompt else 'not in context'}",
+            number(row.average),
+            Figure(1.0 if row.tools_in_prompt else AGENT_COMPRESSION, unit="×"),
+        )
+        for row in AGENT
+    ]
+
+
+def with_published(sheet: Sheet | None, columns: tuple[str, ...], rows: Iterable[tuple[Cell, ...]]) -> Sheet | None:
+    """The table with the paper's figures below."""
+    if sheet is None:
+        return None
+    published = Sheet(sheet.number, NOT_OURS, columns, tuple(rows), (PAPER, MACHINE))
+    return Sheet(sheet.number, sheet.title, sheet.columns, sheet.rows, sheet.notes, published)
+
+
+def all_tables(results: Results, costs: Costs, traits: Mapping[str, Traits]) -> list[Sheet]:
+    """The paper's Tables 1 to 9 and 13, as far as they were asked for."""
+    reasoning, agent = ("model, method", "AVE", "HAR", "latency ms"), ("method", "average", "compression")
+    sheets = [
+        table_1(results, costs, traits),
+        with_published(layout.table_2(results, costs), reasoning, reasoning_rows(False)),
+        with_published(layout.table_3(results), agent, agent_rows()),
+        with_published(layout.table_4(results, costs), reasoning, reasoning_rows(True)),
+        layout.table_5(results),
+        layout.table_6(results),
+        layout.table_7(results),
+        layout.table_8(results, costs),
+        layout.table_9(results),
+        table_13(costs),
+    ]
+    return [sheet for sheet in sheets if sheet is not None]
+
+
+def foot(results: Results) -> list[str]:
+    """Machine, versions, steps and seeds: a line each."""
+    machine, versions = results["machine"], results["versions"]
+    steps: dict[int, list[str]] = {}
+    for run, seeds in results["facts"].items():
+        for one in seeds.values():
+            if one.get("steps") and run not in steps.setdefault(one["steps"], []):
+                steps[one["steps"]].append(run)
+    seeds = results["seeds"]
+    lines = [f"mean ± standard error over {len(seeds)} seed{'s' * (len(seeds) > 1)}: {', '.join(seeds)}"]
+    lines += [f"{count} steps: {', '.join(map(title_of, runs))}" for count, runs in sorted(steps.items())]
+    if machine:
+        lines.append(f"{machine['device']}, {machine['cpus']} CPUs, {machine['system']}")
+    if versions:
+        lines.append(", ".join(f"{name} {version}" for name, version in versions.items()))
+    return lines

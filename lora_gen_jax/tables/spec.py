@@ -1,0 +1,131 @@
+"""What a set of tables compares: one base config, and by name what each run changes in it.
+
+In: a Python file with ``get_tables()``. Out: `Tables`, and the checked `Config` of every run and seed.
+"""
+
+import dataclasses
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_gen_jax.config import Config
+from lora_gen_jax.config_check import check
+from lora_gen_jax.errors import ConfigError
+
+# What a run changes: values by field, those of a part in a mapping of their own:
+# {"method": "lora", "generator": {"rank": 8}}.
+Change = Mapping[str, Any]
+# Scored without training: the base model alone and with the shots in its context.
+UNTRAINED, UNTRAINED_METHODS = "base", ("base", "icl")
+AGENT = "agent"
+# Scored with every number of shots; all others with the largest alone.
+MANY_SHOTS = ("icl", "lora_gen")
+AGENT_METHODS = ("base_with_tools", "lora_with_tools", "lora", "lora_gen_untrained", "lora_gen")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """What is trained and scored for the tables.
+
+    Attributes:
+        base: what all runs share; every run lies in a directory of its own inside `base.directory`.
+        runs: what each changes. The names are rows: of methods (lora, lora_moe, mixlora, lorahub, autocompressor,
+            lora_gen), and of variants of lora_gen (experts_N, cv_N, gumbel, direct).
+        agent: of the agent table; left out, there is none.
+        agent_rows: training rows that are generated for each embedded tool set.
+        agent_methods: rows of the agent table.
+        seeds: of parameters, data order and choice of shots; a mean and its error are over them.
+        shots: numbers of shots that are scored.
+    """
+
+    base: Config
+    runs: Mapping[str, Change]
+    agent: Config | None = None
+    agent_rows: int = 96
+    agent_methods: tuple[str, ...] = AGENT_METHODS
+    seeds: tuple[int, ...] = (0, 1, 2)
+    shots: tuple[int, ...] = (1, 3, 5)
+
+    @property
+    def directory(self) -> Path:
+        """Everything that is written."""
+        return self.base.directory
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Everything that runs, once a seed."""
+        return (UNTRAINED, *self.runs, *((AGENT,) if self.agent is not None else ()))
+
+
+def read_tables(path: Path) -> Tables:
+    """Runs a config file's ``get_tables()``; the file's name becomes the base config's where it gives none.
+
+    Raises:
+        ConfigError: when the file is missing, fails, or has no ``get_tables()`` that returns `Tables`.
+    """
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist")
+    spec = importlib.util.spec_from_file_location(f"lora_gen_tables_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"config file {path} is not a Python file (its name must end in .py)")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        get_tables = getattr(module, "get_tables", None)
+        tables = get_tables() if callable(get_tables) else None
+    except Exception as error:
+        raise ConfigError(f"config file {path} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(tables, Tables):
+        raise ConfigError(
+            f"config file {path} needs a function get_tables() that returns a lora_gen_jax.tables.spec.Tables"
+        )
+    return named(tables, f"tables_{path.stem}")
+
+
+def named(tables: Tables, name: str) -> Tables:
+    """The tables, with a name where the base config has none; the agent's config takes the base's name."""
+    base = tables.base if tables.base.name else dataclasses.replace(tables.base, name=name)
+    agent = tables.agent
+    if agent is not None and not agent.name:
+        agent = dataclasses.replace(agent, name=f"{base.name}_{AGENT}")
+    return dataclasses.replace(tables, base=base, agent=agent)
+
+
+def changed(config: Any, change: Change, run: str) -> Any:
+    """A config, or a part of one, with the values of a change.
+
+    Raises:
+        ConfigError: for a field that it does not have.
+    """
+    known, values = {field.name for field in dataclasses.fields(config)}, {}
+    for field, value in change.items():
+        if field not in known:
+            raise ConfigError(f"run {run} changes {field!r}, which is no field of {type(config).__name__}")
+        nested = isinstance(value, Mapping)
+        values[field] = changed(getattr(config, field), value, run) if nested else value
+    return dataclasses.replace(config, **values)
+
+
+def config_of(tables: Tables, run: str, seed: int) -> Config:
+    """The config of one run with one seed, in its own directory.
+
+    All methods of a seed are scored with the same shots, which the seed draws.
+
+    Raises:
+        ConfigError: naming the run, when the change or the result cannot work.
+    """
+    base = tables.agent if run == AGENT else tables.base
+    assert base is not None
+    change = tables.runs.get(run, {})
+    shots = base.eval.shots if run == AGENT else max(tables.shots)
+    seeded: Change = {
+        "compare": (),
+        "workdir": tables.directory / run / f"seed-{seed}",
+        "train": {"seed": seed},
+        "eval": {"seed": seed, "shots": shots, "latency": False},
+    }
+    try:
+        return check(changed(changed(base, change, run), seeded, run))
+    except ConfigError as error:
+        raise ConfigError(f"run {run}: {error}") from error

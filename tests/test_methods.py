@@ -1,0 +1,131 @@
+"""The list of methods, and that they train by the same step, on one device and on a mesh of four."""
+
+import dataclasses
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import helpers
+import jax
+import numpy as np
+import pytest
+from helpers import CLOUD, EDGE, random_params
+
+import lora_gen_jax.decoder
+from lora_gen_jax.config import CompressorConfig, Config, DataConfig, HubConfig, TrainConfig
+from lora_gen_jax.config_check import check
+from lora_gen_jax.data.pipeline import Group, pack_groups
+from lora_gen_jax.decoder.model import Decoder
+from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.methods import METHODS, TRAINED
+from lora_gen_jax.models import Model, Pair, make_generator
+from lora_gen_jax.sharding import make_mesh
+from lora_gen_jax.training.optimizer import make_optimizer
+from lora_gen_jax.training.prepare import place
+from lora_gen_jax.training.step import init_state, make_train_step
+
+ROOT = Path(__file__).parents[1]
+DATA = DataConfig(
+    prompts_per_step=4,
+    prompts_per_row=1,
+    cloud_length=16,
+    edge_length=24,
+    response_slots=8,
+    query_length=12,
+    edge_prompt_length=12,
+)
+CONFIG = Config(
+    generator=dataclasses.replace(helpers.SETTINGS, balance_coefficient=0.1),
+    hub=HubConfig(modules=3),
+    compressor=CompressorConfig(summary_tokens=2, segments=3),
+    data=DATA,
+    train=TrainConfig(steps=10, warmup_steps=1, learning_rate=1e-2),
+)
+
+
+def _pair() -> Pair:
+    encoder = SimpleNamespace(end=1)
+    models = [(CLOUD, 2), (EDGE, 3)]
+    return Pair(*(Model(Decoder(c), random_params(c, seed), encoder, "") for c, seed in models))  # pyright: ignore
+
+
+def _batch():
+    rng, groups = np.random.default_rng(0), []
+    for task, lengths in enumerate(([(3, 2), (5, 1)], [(4, 3)], [(2, 1), (6, 2), (3, 3)], [(7, 2), (1, 1)])):
+        queries = [tuple(rng.integers(2, 53, n).tolist() for n in pair) for pair in lengths]
+        prompt = rng.integers(2, 53, int(rng.integers(4, 12))).tolist()
+        groups.append(Group("", (), prompt, queries, task=task % 3, knowledge=task % 2 == 1, edge_prompt=prompt[::-1]))
+    return pack_groups(groups, DATA, EDGE.num_layers)
+
+
+def _three_steps(method, pair, mesh):
+    config = check(dataclasses.replace(CONFIG, method=method))
+    module, optimizer, batch = make_generator(config, pair), make_optimizer(config.train), place(_batch(), mesh)
+    with jax.set_mesh(mesh):
+        state = init_state(module, optimizer, pair.frozen, batch, seed=0)
+        step, metrics = make_train_step(module, pair.edge.decoder, optimizer, config), []
+        for _ in range(3):
+            state, measured = step(state, pair.frozen, batch)
+            metrics.append(jax.device_get(measured))
+    return jax.device_get(state.params), metrics
+
+
+@pytest.mark.parametrize("method", sorted(set(TRAINED) - {"lora", "lora_gen"}))  # these two: tests/training
+def test_every_method_trains_by_the_same_step_on_any_mesh(method):
+    pair, devices = _pair(), jax.devices()
+    one, metrics = _three_steps(method, pair, make_mesh(devices=devices[:1]))
+    assert [float(m["loss"]) for m in metrics] == sorted((float(m["loss"]) for m in metrics), reverse=True)
+    if method in ("lora_moe", "mixlora"):
+        assert all(m["balance"] > 0 for m in metrics)
+    if method == "autocompressor":
+        assert metrics[2]["segment_loss"] < metrics[0]["segment_loss"]
+    several, again = _three_steps(method, pair, make_mesh(data=2, model=2, devices=devices))
+    for name in metrics[0]:
+        want, got = ([float(m[name]) for m in found] for found in (metrics, again))
+        np.testing.assert_allclose(got, want, rtol=1e-4, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one, several)
+
+
+def test_keys_and_titles():
+    assert tuple(METHODS) == ("icl", "lora", "lora_moe", "mixlora", "lorahub", "autocompressor", "lora_gen")
+    assert set(METHODS) - set(TRAINED) == {"icl"}
+    assert len({method.title for method in METHODS.values()}) == len(METHODS)
+
+
+def test_what_is_not_trained_is_no_method_of_a_config():
+    for key in ("icl", "ptuning"):
+        with pytest.raises(ConfigError, match=f"method is '{key}'; training can train lora, lora_moe"):
+            check(dataclasses.replace(CONFIG, method=key))
+
+
+def test_the_decoder_names_no_method():
+    titles = {method.title for method in METHODS.values()}
+    names = "|".join(sorted({*METHODS, *titles, "MoE", "hub_search", "GatedPool", "LoRA"} - {"icl"}, key=len)[::-1])
+    paths = sorted(Path(lora_gen_jax.decoder.__file__).parent.rglob("*.py"))
+    assert len(paths) > 10
+    for path in paths:
+        text = re.sub(r"(import|from) lora_gen_jax\S*|lora_gen_jax[.`/]\S*", "", path.read_text(encoding="utf-8"))
+        assert not re.findall(rf"(?i)\b({names})\b", text), path
+
+
+def test_the_method_of_the_contributors_guide(monkeypatch):
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert code is not None
+    made: dict = {"__name__": "scales"}
+    exec(compile(code.group(1), "CONTRIBUTING.md", "exec"), made)
+    monkeypatch.setitem(METHODS, "scales", made["METHOD"])
+    monkeypatch.setattr("lora_gen_jax.methods.TRAINED", (*TRAINED, "scales"))
+    pair = _pair()
+    params, metrics = _three_steps("scales", pair, make_mesh(devices=jax.devices()[:1]))
+    assert metrics[2]["loss"] < metrics[0]["loss"]
+    assert set(params) == {"gate", "up", "down"}
+    # Scaling the outputs is scaling the columns of the weights.
+    scaled = jax.tree.map(lambda x: x, pair.edge.params)
+    for site, scale_LF in params.items():
+        scaled["layers"]["ffn"][site]["kernel"] = scaled["layers"]["ffn"][site]["kernel"] * (1 + scale_LF[:, None])
+    tokens = np.arange(10, dtype=np.int32)[None]
+    adapter = made["Scales"](params)
+    got, _ = jax.jit(lambda p: pair.edge.decoder.apply({"params": p}, tokens, adapter=adapter))(pair.edge.params)
+    want, _ = jax.jit(lambda p: pair.edge.decoder.apply({"params": p}, tokens))(scaled)
+    np.testing.assert_allclose(got, want, atol=1e-5)
