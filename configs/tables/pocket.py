@@ -15,23 +15,27 @@ STEPS, AGENT_STEPS, AGENT_ROWS = 200, 120, 96
 SEEDS = (0, 1, 2)
 EXPERTS, KEPT = 16, 4
 
+# As in the paper, the edge model of these methods reads the prompt with its shots; a row has room for it.
+READS_PROMPT: Change = {"edge_reads_prompt": True, "edge_length": 144}
 # All share the quickstart's data, learning rate and number of steps; each keeps its own published shape.
 RUNS: dict[str, Change] = {
-    "lora": {"method": "lora"},
+    "lora": {"method": "lora", "data": READS_PROMPT},
+    "lora_alone": {"method": "lora"},
     "lora_moe": {
         "method": "lora_moe",
         "generator": {"num_experts": 8, "rank": 4, "alpha": 32.0, "balance_coefficient": 0.0},
+        "data": READS_PROMPT,
     },
     "mixlora": {
         "method": "mixlora",
         "generator": {"num_experts": 8, "top_k": 2, "rank": 16, "alpha": 32.0, "balance_coefficient": 0.01},
+        "data": READS_PROMPT,
     },
     "lorahub": {"method": "lorahub", "hub": {"modules": 20}},
-    # Prompts have 40 to 90 tokens: four summary tokens for each of three segments are a sixth of that.
+    # One segment, as prompts have 40 to 90 tokens.
     "autocompressor": {
         "method": "autocompressor",
-        "generator": {"rank": 16, "alpha": 16.0},
-        "compressor": {"summary_tokens": 4},
+        "compressor": {"summary_tokens": 8, "segments": 2},
         "data": {"edge_prompt_length": 96},
     },
     "lora_gen": {},

@@ -4,8 +4,8 @@ In: as `tables.layout`. Out: `Sheet`s, and the list of all tables.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Protocol
 
+from lora_gen_jax.baselines.method import Traits
 from lora_gen_jax.evaluation.efficiency_report import si
 from lora_gen_jax.evaluation.published import AGENT, AGENT_COMPRESSION, COST, MACHINE, PAPER, REASONING, UNSEEN_THREE
 from lora_gen_jax.evaluation.report.style import title_of
@@ -16,22 +16,6 @@ from lora_gen_jax.tables.sheet import Cell, Figure, Sheet
 NOT_OURS = "published, not measured here"
 # Lines of the training steps of `efficiency_training`.
 STEPS = {"lora": "lora", "lora_gen": "lora_gen_grouped"}
-
-
-class Traits(Protocol):
-    """`baselines.method.Traits`."""
-
-    @property
-    def compresses_context(self) -> bool: ...
-
-    @property
-    def merged(self) -> bool: ...
-
-    @property
-    def training_free(self) -> bool: ...
-
-    @property
-    def transfers(self) -> bool: ...
 
 
 def table_1(results: Results, costs: Costs, traits: Mapping[str, Traits]) -> Sheet | None:
@@ -57,10 +41,10 @@ def table_1(results: Results, costs: Costs, traits: Mapping[str, Traits]) -> She
     measured = ("ICL's context\nover its own", "parameters beside\nthe weights", "seconds to\nspecialise")
     columns = ("method", *words, "passes knowledge\nbetween models", *measured)
     notes = ("the last three columns are measured; the others follow from how a method works",)
-    return Sheet(1, "characteristics", columns, layout.over(rows, cells), notes)
+    return Sheet(1, "characteristics", columns, layout.over(results, rows, cells), notes)
 
 
-def table_13(costs: Costs) -> Sheet | None:
+def table_13(results: Results, costs: Costs) -> Sheet | None:
     """What an answer and a training step cost."""
     if "answers" not in costs:
         return None
@@ -85,7 +69,7 @@ def table_13(costs: Costs) -> Sheet | None:
             "a training step takes 8 queries of one instruction, which LoRA-Gen reads once; reading it for every query,"
             f" as published, takes {alone['step_ms']:.1f} ms"
         )
-    sheet = Sheet(13, "cost", columns, layout.over(rows, cells), tuple(lines))
+    sheet = Sheet(13, "cost", columns, layout.over(results, rows, cells), tuple(lines))
     return with_published(sheet, ("method", "inference MACs", "s", "training step s"), cost_rows())
 
 
@@ -135,7 +119,7 @@ def all_tables(results: Results, costs: Costs, traits: Mapping[str, Traits]) -> 
         layout.table_7(results),
         layout.table_8(results, costs),
         layout.table_9(results),
-        table_13(costs),
+        table_13(results, costs),
     ]
     return [sheet for sheet in sheets if sheet is not None]
 

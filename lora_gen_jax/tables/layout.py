@@ -7,12 +7,15 @@ or None where nothing of it was run. Accuracies are means over seeds with the st
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lora_gen_jax.config_check import BEHIND_PROMPT
 from lora_gen_jax.evaluation.report.style import title_of
+from lora_gen_jax.methods import METHODS
 from lora_gen_jax.tables.sheet import Cell, Figure, Sheet, over_seeds, percent
+from lora_gen_jax.tables.spec import UNTRAINED_METHODS
 
 Results = Mapping[str, Any]
 Costs = Mapping[str, Any]
-METHOD_ROWS = ("base", "icl", "lora", "lora_moe", "mixlora", "lorahub", "autocompressor", "lora_gen")
+METHOD_ROWS = ("base", "icl", "lora", "lora_alone", "lora_moe", "mixlora", "lorahub", "autocompressor", "lora_gen")
 # With more tasks the table has one column for all seen and one for all unseen tasks.
 WIDEST = 10
 GROUPS = ("seen", "unseen")
@@ -77,9 +80,18 @@ def there(results: Results, rows: Sequence[str]) -> list[str]:
     return [row for row in rows if row in asked]
 
 
-def over(rows: Sequence[str], cells: Callable[[str], Sequence[Cell]]) -> tuple[tuple[Cell, ...], ...]:
+def over(results: Results, rows: Sequence[str], cells: Callable[[str], Sequence[Cell]]) -> tuple[tuple[Cell, ...], ...]:
     """Lines of a table, each with its method's title."""
-    return tuple((title_of(row), *cells(row)) for row in rows)
+    return tuple((name_of(results, row), *cells(row)) for row in rows)
+
+
+def name_of(results: Results, row: str) -> str:
+    """A row in words: its method, and that the edge model does not read the prompt where it might."""
+    settings = results["settings"].get(row)
+    if row in UNTRAINED_METHODS or settings is None:
+        return title_of(row)
+    method, reads = settings["method"], settings["data"]["edge_reads_prompt"]
+    return METHODS[method].title + (", no prompt" if method in BEHIND_PROMPT and not reads else "")
 
 
 def table_2(results: Results, costs: Costs) -> Sheet | None:
@@ -102,8 +114,12 @@ def table_2(results: Results, costs: Costs) -> Sheet | None:
     averages = tuple(f"AVE {title}\nof {count}" for title, count in zip(GROUPS, counts, strict=True))
     columns = ("method", *each, *GROUPS, *averages, "AVE", "HAR", "context\ntokens", "latency\nms", "of LoRA's")
     title = f"accuracy in % ± standard error, {results['shots']} shots"
-    alike = tuple(f"{title_of(row)}: LoRA's latency, whose model differs in its values alone" for row in MERGED_ALIKE)
-    return Sheet(2, title, columns, over(rows, cells), (POOLED, *(alike if set(MERGED_ALIKE) & set(rows) else ())))
+    alike = tuple(
+        f"{name_of(results, row)}: LoRA's latency, whose model differs in its values alone" for row in MERGED_ALIKE
+    )
+    return Sheet(
+        2, title, columns, over(results, rows, cells), (POOLED, *(alike if set(MERGED_ALIKE) & set(rows) else ()))
+    )
 
 
 def table_3(results: Results) -> Sheet | None:
@@ -138,7 +154,7 @@ def table_4(results: Results, costs: Costs) -> Sheet | None:
         return [*accuracies, context(results, row, title="unseen"), *latency(costs, row)]
 
     columns = ("method", "unseen", "AVE unseen", "context\ntokens", "latency\nms", "of LoRA's")
-    return Sheet(4, "context compression on unseen tasks, % ± standard error", columns, over(rows, cells))
+    return Sheet(4, "context compression on unseen tasks, % ± standard error", columns, over(results, rows, cells))
 
 
 def ablation(
@@ -208,6 +224,6 @@ def table_8(results: Results, costs: Costs) -> Sheet | None:
             accuracies = [group(results, row, title, shots) for title in GROUPS]
             averages = [mean(results, row, name, shots) for name in ("ave", "har")]
             read = context(results, row, shots)
-            lines.append((title_of(row), shots, *accuracies, *averages, read, latency(costs, timed)[0]))
+            lines.append((name_of(results, row), shots, *accuracies, *averages, read, latency(costs, timed)[0]))
     columns = ("method", "shots", *GROUPS, "AVE", "HAR", "context\ntokens", "latency\nms")
     return Sheet(8, "number of shots, % ± standard error", columns, tuple(lines)) if lines else None
