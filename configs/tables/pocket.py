@@ -11,7 +11,7 @@ from lora_gen_jax.config_file import read_config
 from lora_gen_jax.tables.spec import Change, Tables
 
 # What the time depends on.
-STEPS, AGENT_STEPS, AGENT_ROWS = 200, 120, 96
+STEPS, AGENT_STEPS, AGENT_ROWS = 150, 80, 96
 SEEDS = (0, 1, 2)
 EXPERTS, KEPT = 16, 4
 

@@ -216,6 +216,8 @@ METHODS: dict[str, Callable[[Setup], Ready]] = {
     "icl": icl,
     "icl_kept_prefix": icl_kept_prefix,
     **{key: functools.partial(fixed, key) for key in ("lora", "lora_moe", "mixlora")},
+    # Whatever its search finds is one merged LoRA.
+    "lorahub": functools.partial(fixed, "lora"),
     "autocompressor": autocompressor,
     "lora_gen": lora_gen,
 }

@@ -19,8 +19,6 @@ METHOD_ROWS = ("base", "icl", "lora", "lora_alone", "lora_moe", "mixlora", "lora
 # With more tasks the table has one column for all seen and one for all unseen tasks.
 WIDEST = 10
 GROUPS = ("seen", "unseen")
-# One merged LoRA, as LoRA: the same program with other values.
-MERGED_ALIKE = ("lorahub",)
 POOLED = "seen and unseen: all queries together; AVE and HAR: mean and harmonic mean over tasks"
 
 
@@ -65,8 +63,7 @@ def answer(costs: Costs, row: str, key: str = "answer_ms") -> Any:
 
 def latency(costs: Costs, row: str) -> tuple[Cell, Cell]:
     """Milliseconds of an answer, and their ratio to LoRA's."""
-    lora = answer(costs, "lora")
-    own = lora if row in MERGED_ALIKE else answer(costs, row)
+    own, lora = answer(costs, row), answer(costs, "lora")
     return number(own, 2), None if own is None or lora is None else Figure(own / lora, digits=2, unit="×")
 
 
@@ -114,12 +111,7 @@ def table_2(results: Results, costs: Costs) -> Sheet | None:
     averages = tuple(f"AVE {title}\nof {count}" for title, count in zip(GROUPS, counts, strict=True))
     columns = ("method", *each, *GROUPS, *averages, "AVE", "HAR", "context\ntokens", "latency\nms", "of LoRA's")
     title = f"accuracy in % ± standard error, {results['shots']} shots"
-    alike = tuple(
-        f"{name_of(results, row)}: LoRA's latency, whose model differs in its values alone" for row in MERGED_ALIKE
-    )
-    return Sheet(
-        2, title, columns, over(results, rows, cells), (POOLED, *(alike if set(MERGED_ALIKE) & set(rows) else ()))
-    )
+    return Sheet(2, title, columns, over(results, rows, cells), (POOLED,))
 
 
 def table_3(results: Results) -> Sheet | None:

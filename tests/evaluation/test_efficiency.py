@@ -82,7 +82,7 @@ def test_break_even_is_the_smallest_number():
 def test_all_methods_are_measured(results: dict[str, Any]):
     assert list(results["methods"]) == list(METHODS)
     read = {name: (method["context_tokens"], method["kept_tokens"]) for name, method in results["methods"].items()}
-    same = dict.fromkeys(("base", "lora", "lora_moe", "mixlora", "lora_gen"), (8, 0))
+    same = dict.fromkeys(("base", "lora", "lora_moe", "mixlora", "lorahub", "lora_gen"), (8, 0))
     assert read == same | {"icl": (20, 0), "icl_kept_prefix": (8, 12), "autocompressor": (8, 50)}
     for method in (*results["methods"].values(), *results["transformers"]["systems"].values()):
         assert 0 < method["first_token_ms"]

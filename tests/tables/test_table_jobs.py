@@ -44,7 +44,7 @@ def test_every_run_and_seed_is_a_job_with_its_own_seeds_and_directory(tables, tm
         f"{run}/{seed}" for run in ("base", "lora", "lora_gen", "experts_4", "agent") for seed in (0, 1)
     ]
     config = jobs["experts_4/1"].config
-    assert (config.train.seed, config.eval.seed, config.hub.seed, config.eval.shots) == (1, 1, 1, 5)
+    assert (config.train.seed, config.eval.seed, config.eval.shots, config.eval.latency) == (1, 1, 5, False)
     assert config.generator == dataclasses.replace(tables.base.generator, num_experts=4)
     assert config.directory == tmp_path / "experts_4" / "seed-1"
     assert jobs["lora/0"].config.method == "lora"
