@@ -123,7 +123,7 @@ def specialize_command(flags: Specialize) -> None:
     loaded = load_checkpoint(flags.checkpoint or DEFAULT)
     if loaded.config.method != "lora_gen":
         raise CheckpointError(
-            f"{loaded.path} was trained with method {loaded.config.method}, which reads no prompt: give a"
+            f"{loaded.path} was trained with method {loaded.config.method}, which makes no gates of a prompt: give a"
             " checkpoint of method lora_gen"
         )
     config = relocate(loaded.config, flags.cloud, flags.edge)

@@ -97,7 +97,7 @@ def side_by_side_command(flags: SideBySide) -> None:
     given = given_case(flags)
     loaded = load_checkpoint(flags.checkpoint or DEFAULT)
     if loaded.config.method != "lora_gen":
-        raise CheckpointError(f"{loaded.path} was trained with method {loaded.config.method}, which reads no prompt")
+        raise CheckpointError(f"{loaded.path} was trained with method {loaded.config.method}, not lora_gen")
     cases = built_in_cases(loaded.config) if given is None else [given]
     sides = Sides(loaded, flags.max_new_tokens, flags.chat)
     compared = []

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_gen_jax.errors import DataError
+from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.generator.cloud import pack_prompts
 from lora_gen_jax.generator.lora_gen import Generated, LoRAGen
 from lora_gen_jax.inference.buckets import bucket, check_tokens, power_of_two
@@ -39,8 +39,13 @@ def specialize(
         an adapter of P prompts; ``adapter.select(p)`` is one prompt's, ready for `merge`.
 
     Raises:
+        ConfigError: for the module of another method than LoRA-Gen.
         DataError: for no prompt, an empty one, one longer than the limit, or a token id that the cloud model lacks.
     """
+    if not isinstance(generator, LoRAGen):
+        raise ConfigError(
+            f"{type(generator).__name__} is no generator of LoRA-Gen: load a checkpoint of method lora_gen"
+        )
     if not prompts:
         raise DataError("there is no prompt to specialise for: give at least one")
     layers = generator.edge.num_layers

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from lora_gen_jax.baselines.method import Traits
 from lora_gen_jax.evaluation.efficiency_report import si
 from lora_gen_jax.evaluation.published import AGENT, AGENT_COMPRESSION, COST, MACHINE, PAPER, REASONING, UNSEEN_THREE
-from lora_gen_jax.evaluation.report.style import title_of
 from lora_gen_jax.tables import layout
 from lora_gen_jax.tables.layout import Costs, Results, answer, context, number, there
 from lora_gen_jax.tables.sheet import Cell, Figure, Sheet
@@ -134,7 +133,7 @@ def foot(results: Results) -> list[str]:
                 steps[one["steps"]].append(run)
     seeds = results["seeds"]
     lines = [f"mean ± standard error over {len(seeds)} seed{'s' * (len(seeds) > 1)}: {', '.join(seeds)}"]
-    lines += [f"{count} steps: {', '.join(map(title_of, runs))}" for count, runs in sorted(steps.items())]
+    lines += [f"{count} steps: {', '.join(runs)}" for count, runs in sorted(steps.items())]
     if machine:
         lines.append(f"{machine['device']}, {machine['cpus']} CPUs, {machine['system']}")
     if versions:

@@ -258,7 +258,7 @@ def test_all_tables_in_order_with_published_figures_apart():
 def test_foot_says_what_was_run_where():
     assert foot(results(lora=by_seed(0.5), lora_gen=by_seed(0.5))) == [
         "mean ± standard error over 3 seeds: 0, 1, 2",
-        "7 steps: multi-task LoRA, no prompt, LoRA-Gen, no prompt",
+        "7 steps: lora, lora_gen",
         "cpu, 2 CPUs, Linux",
         "jax 1.2",
     ]

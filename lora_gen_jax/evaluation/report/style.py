@@ -13,7 +13,7 @@ from lora_gen_jax.errors import OutputError
 TITLES = {
     "base": "base, no prompt",
     "icl": "in-context learning",
-    "lora": "multi-task LoRA, no prompt",
+    "lora": "multi-task LoRA",
     "lora_gen": "LoRA-Gen, no prompt",
     "shuffled": "LoRA-Gen, another task's prompt",
     "lora_moe": "LoRAMoE",
