@@ -38,7 +38,7 @@ def main() -> None:
     )
     config = dataclasses.replace(loaded.config, eval=scored)
     pair, count = load_pair(config), config.hub.modules
-    scale, find = config.generator.alpha / config.generator.rank, found_weights(pair, loaded)
+    scale, find = config.generator.alpha / config.generator.rank, found_weights(config.hub, pair, loaded)
     table = Table(title=f"exact answers in % (loss of the shots, nats), {count} modules, {args.shots} shots")
     for title in ("task", "queries", "composed", "best module by the shots", "best module in hindsight", "base"):
         table.add_column(title, justify="left" if title == "task" else "right")

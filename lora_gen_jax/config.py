@@ -118,7 +118,8 @@ class LoRAMoEConfig:
     """Of method lora_moe.
 
     Attributes:
-        margin: δ of its balance loss: an expert of the task's own kind counts 1 + δ times, others 1 - δ times.
+        margin: δ of its balance loss: an expert of the task's own kind counts 1 + δ times, others 1 - δ times. Of no
+            effect where data.knowledge_tasks names none.
     """
 
     margin: float = 0.1

@@ -8,7 +8,7 @@ import itertools
 from lora_gen_jax.adapters.protocol import SITES
 from lora_gen_jax.config import Config, DataConfig, DistributedConfig, GeneratorConfig
 from lora_gen_jax.errors import ConfigError
-from lora_gen_jax.methods import trained_method
+from lora_gen_jax.methods import BEHIND_PROMPT, METHODS, trained_method
 
 POSITIVE = (
     "generator.num_experts",
@@ -38,9 +38,6 @@ POSITIVE = (
     "compressor.summary_tokens",
 )
 
-# Methods whose edge model may read the prompt like any text.
-BEHIND_PROMPT = ("lora", "lora_moe", "mixlora")
-
 
 def check(config: Config) -> Config:
     """The config itself, when its fields fit together.
@@ -64,6 +61,12 @@ def check(config: Config) -> Config:
         if not holds:
             raise ConfigError(message)
     return config
+
+
+def trained(config: Config) -> list[str]:
+    """The methods that a run trains: its own, and those it is compared with."""
+    compared = [name for name in config.compare if name in METHODS and METHODS[name].build is not None]
+    return list(dict.fromkeys([config.method, *compared]))
 
 
 def _generator_rules(g: GeneratorConfig) -> list[tuple[bool, str]]:
@@ -141,6 +144,12 @@ def _method_rules(config: Config) -> list[tuple[bool, str]]:
             " queries",
         ),
         (
+            config.compressor.substep < 2 or (config.compressor.segments - 1) % config.compressor.substep > 0,
+            f"compressor.segments - 1 = {config.compressor.segments - 1} is a multiple of compressor.substep ="
+            f" {config.compressor.substep}: the queries begin a substep, and no answer would teach the summary tokens;"
+            " change one of them",
+        ),
+        (
             config.compressor.substep >= 2,
             f"compressor.substep is {config.compressor.substep}; it must be at least 2: summary tokens learn from the"
             " segment that reads them",
@@ -179,7 +188,7 @@ def _run_rules(config: Config) -> list[tuple[bool, str]]:
         ),
         (e.limit is None or e.limit > 0, f"eval.limit is {e.limit}; at least 1"),
         (
-            not config.data.edge_reads_prompt or {config.method, *config.compare} <= {"base", "icl", *BEHIND_PROMPT},
+            not config.data.edge_reads_prompt or all(METHODS[m].may_read_prompt for m in trained(config)),
             f"data.edge_reads_prompt is for the methods {', '.join(BEHIND_PROMPT)}; the others' edge model need not"
             " read the prompt: leave it out, or the others (method, compare)",
         ),

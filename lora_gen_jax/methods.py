@@ -12,6 +12,8 @@ METHODS: dict[str, Method] = {
 }
 TRAINED = tuple(key for key, method in METHODS.items() if method.build is not None)
 """Those that a config's `method` can name."""
+BEHIND_PROMPT = tuple(key for key, method in METHODS.items() if method.may_read_prompt)
+"""Those whose edge model may read the prompt like any text (`data.edge_reads_prompt`)."""
 
 
 def trained_method(key: str) -> Method:

@@ -12,4 +12,4 @@ from lora_gen_jax.tables.spec import Tables
 
 
 def get_tables() -> Tables:
-    return paper_tables(Path(__file__).parents[1] / "gemma2_2b.py")
+    return paper_tables(Path(__file__).parents[1] / "gemma2_2b.py", edge_positions=8192)

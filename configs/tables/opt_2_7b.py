@@ -12,4 +12,4 @@ from lora_gen_jax.tables.spec import Tables
 
 
 def get_tables() -> Tables:
-    return paper_tables(Path(__file__).parents[1] / "opt_2_7b.py", compressor=True)
+    return paper_tables(Path(__file__).parents[1] / "opt_2_7b.py", edge_positions=2048, compressor=True)

@@ -12,4 +12,4 @@ from lora_gen_jax.tables.spec import Tables
 
 
 def get_tables() -> Tables:
-    return paper_tables(Path(__file__).parents[1] / "qwen2_1_5b.py")
+    return paper_tables(Path(__file__).parents[1] / "qwen2_1_5b.py", edge_positions=131072)

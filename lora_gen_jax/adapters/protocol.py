@@ -1,9 +1,9 @@
 """What a method looks like to the decoder: an adapter.
 
 An adapter is a pytree in two parts. `scanned` holds arrays led by the layer axis; the decoder's scan over
-layers hands each layer its slice. `shared` is handed to every layer whole. The decoder asks two questions: what does
-the linear layer `site` add for this input (`delta`), and what does the FFN compute instead (`ffn`, for the few methods
-that need it)? It never learns which method answers.
+layers hands each layer its slice. `shared` is handed to every layer whole. The decoder asks three questions: what does
+the linear layer `site` add for this input (`delta`), what does the FFN compute instead (`ffn`, for the few methods that
+need it), and what does a router say about each token (`record`, for losses)? It never learns which method answers.
 """
 
 from collections.abc import Callable

@@ -160,6 +160,11 @@ class AutoCompressor(TrainedModule):
         return LoRA(trained_factors(self, self.edge, sites, s.rank), s.alpha / s.rank, s.dropout)
 
 
+def soft_tokens(config: Config) -> int:
+    """Soft tokens of a prompt."""
+    return config.compressor.summary_tokens * (config.compressor.segments - 1)
+
+
 def build(config: Config, pair: "Pair") -> AutoCompressor:
     """The module of a config.
 
@@ -171,7 +176,7 @@ def build(config: Config, pair: "Pair") -> AutoCompressor:
     module = AutoCompressor(
         edge.config, config.generator, config.compressor, end, edge.dtype, edge.remat, edge.unroll, edge.attention
     )
-    soft = config.compressor.summary_tokens * (config.compressor.segments - 1)
+    soft = soft_tokens(config)
     needed = {
         "data.edge_prompt_length": module.positions(config.data.edge_prompt_length, train=True),
         "data.query_length": soft + config.data.query_length,
@@ -211,4 +216,5 @@ METHOD = Method(
     build=build,
     specialise=specialise,
     depends_on_prompt=True,
+    soft_tokens=soft_tokens,
 )

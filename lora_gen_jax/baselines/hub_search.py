@@ -25,12 +25,10 @@ class Found(NamedTuple):
     Attributes:
         weights_N: w.
         objective: the loss of the shots in nats plus the penalty, there.
-        at_zero: the same for w = 0, the base model.
     """
 
     weights_N: np.ndarray
     objective: float
-    at_zero: float
 
 
 def search(loss_of: Callable[[np.ndarray], float], modules: int, settings: HubConfig) -> Found:
@@ -64,7 +62,7 @@ def search(loss_of: Callable[[np.ndarray], float], modules: int, settings: HubCo
             # It has a thread that waits for answers and would keep the process from ending; its deletion ends it.
             del optimizer
     weights_N, lowest = min(tried, key=lambda one: one[1])
-    return Found(weights_N, lowest, tried[0][1])
+    return Found(weights_N, lowest)
 
 
 def check_budget(settings: HubConfig, modules: int) -> None:
@@ -77,11 +75,21 @@ def check_budget(settings: HubConfig, modules: int) -> None:
         )
 
 
-def _optimizer(modules: int, settings: HubConfig) -> Any:
+def require_nevergrad() -> Any:
+    """The library of the search.
+
+    Raises:
+        ConfigError: when it is not installed.
+    """
     try:
         import nevergrad
     except ModuleNotFoundError as error:
         raise ConfigError("nevergrad is not installed: pip install 'lora_gen_jax[hub]'") from error
+    return nevergrad
+
+
+def _optimizer(modules: int, settings: HubConfig) -> Any:
+    nevergrad = require_nevergrad()
     weights = nevergrad.p.Array(init=np.zeros(modules), lower=-settings.bound, upper=settings.bound)
     weights.random_state = np.random.RandomState(0)
     return nevergrad.optimizers.NGOpt(parametrization=weights, budget=settings.budget, num_workers=1)

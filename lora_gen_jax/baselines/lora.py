@@ -54,5 +54,6 @@ METHOD = Method(
     traits=Traits(compresses_context=False, merged=True, training_free=False, transfers=False),
     build=lambda config, pair: MultiTaskLoRA(pair.edge.config, config.generator),
     specialise=fixed,
+    may_read_prompt=True,
     token_macs=lambda edge, config: lora_macs(edge, config.generator),
 )

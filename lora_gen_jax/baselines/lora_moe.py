@@ -152,7 +152,9 @@ class LoRAMoE(TrainedModule):
 
 
 def _build(config: Config, pair: "Pair") -> LoRAMoE:
-    return LoRAMoE(pair.edge.config, config.generator, config.lora_moe.margin)
+    # Where no task is said to ask for knowledge, no half of the experts is preferred.
+    margin = config.lora_moe.margin if config.data.knowledge_tasks else 0.0
+    return LoRAMoE(pair.edge.config, config.generator, margin)
 
 
 def token_macs(edge: DecoderConfig, config: Config) -> int:
@@ -168,5 +170,6 @@ METHOD = Method(
     traits=Traits(compresses_context=False, merged=False, training_free=False, transfers=False),
     build=_build,
     specialise=fixed,
+    may_read_prompt=True,
     token_macs=token_macs,
 )

@@ -19,10 +19,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_gen_jax.adapters.lora import LoRA, PromptLoRA, factor_a_init
-from lora_gen_jax.baselines.hub_search import Found, check_budget, search
-from lora_gen_jax.baselines.lora import SITES, lora_sites
+from lora_gen_jax.baselines.hub_search import Found, check_budget, require_nevergrad, search
+from lora_gen_jax.baselines.lora import SITES, lora_macs, lora_sites
 from lora_gen_jax.baselines.method import Method, Prompt, Specialise, Specialised, Traits, beside_or_merged
-from lora_gen_jax.config import Config, DataConfig
+from lora_gen_jax.config import Config, DataConfig, HubConfig
 from lora_gen_jax.data.groups import Group
 from lora_gen_jax.data.pipeline import Batch, pack_groups
 from lora_gen_jax.data.tasks import Task, stable_hash
@@ -38,6 +38,10 @@ from lora_gen_jax.training.step import edge_loss
 if TYPE_CHECKING:
     from lora_gen_jax.models import Model, Pair
     from lora_gen_jax.training.checkpoint import Loaded
+
+
+Pairs = list[tuple[list[int], list[int]]]
+"""Token ids of queries, each with those of its response."""
 
 
 class LoRAModules(TrainedModule):
@@ -107,33 +111,39 @@ def compose(variables: Any, weights_N: Any, scale: float) -> LoRA:
     return LoRA(factors, scale)
 
 
-def shots_batch(edge: "Model", prompt: Prompt | None) -> Batch:
-    """The shots as training lays queries out: one row, each a segment of its own, answers with their end token.
-
-    Lengths are bucketed, so that tasks share compilations; a mesh of devices gets rows of padding beside the one.
+def shots_of(edge: "Model", prompt: Prompt | None) -> Pairs:
+    """Ids of the shots' queries and responses, an end token behind each response.
 
     Raises:
         DataError: without shots, or for one that exceeds the model's positions.
     """
     if prompt is None or not prompt.shots:
         raise DataError("method lorahub searches with a task's shots, and there are none: set eval.shots to 1 or more")
-    queries, end = [], [] if edge.encoder.end is None else [edge.encoder.end]
+    pairs, end = [], [] if edge.encoder.end is None else [edge.encoder.end]
     for shot in prompt.shots:
         query, response = edge.encoder.query(shot.query, shot.response, prompt.chat)
-        queries.append((query, [*response, *end]))
+        pairs.append((query, [*response, *end]))
         if len(query) + len(response) > edge.config.max_positions:
             raise DataError(
                 f"shot {shot.id} has {len(query) + len(response)} tokens, but the edge model has"
                 f" {edge.config.max_positions} positions: take other shots with eval.seed, or shorten the task's rows"
             )
+    return pairs
+
+
+def one_row(edge: "Model", pairs: Pairs) -> Batch:
+    """Queries and responses as training lays them out: one row, each a segment of its own.
+
+    Lengths are bucketed, so that tasks share compilations; a mesh of devices gets rows of padding beside the one.
+    """
     shapes = DataConfig(
-        edge_length=bucket(sum(len(query) + len(response) - 1 for query, response in queries)),
-        response_slots=bucket(sum(len(response) for _, response in queries)),
+        edge_length=bucket(sum(len(query) + len(response) - 1 for query, response in pairs)),
+        response_slots=bucket(sum(len(response) for _, response in pairs)),
         cloud_length=1,
         prompts_per_row=1,
     )
     rows = padded_rows(1, edge.params)
-    groups = [Group("", (), [0], queries if row == 0 else []) for row in range(rows)]
+    groups = [Group("", (), [0], pairs if row == 0 else []) for row in range(rows)]
     return place_rows(pack_groups(groups, shapes, 0).replace(prompts=None), edge.params)
 
 
@@ -142,18 +152,19 @@ def _loss(decoder: Decoder, scale: float, frozen: Any, modules: Any, weights_N: 
     return edge_loss(decoder, frozen, compose({"params": modules}, weights_N, scale), batch, {})
 
 
-def shots_loss(edge: "Model", loaded: "Loaded") -> Callable[[Prompt | None], Callable[[np.ndarray], float]]:
-    """From a task's prompt to a function from weights to the loss of its shots, in nats a token of the answers.
+def loss_by_weights(edge: "Model", modules: Any, scale: float) -> Callable[[Pairs], Callable[[np.ndarray], float]]:
+    """From queries with responses to a function from weights to their loss, in nats a token of the responses.
 
-    Raises:
-        DataError: as `shots_batch`, when called with a prompt.
+    Args:
+        edge: the model.
+        modules: their parameters.
+        scale: α/r.
     """
-    mesh, scale = mesh_of(edge.params), loaded.config.generator.alpha / loaded.config.generator.rank
-    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    modules = jax.device_put(loaded.variables["params"], everywhere)
+    mesh = mesh_of(edge.params)
+    modules = jax.device_put(modules, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
-    def of_prompt(prompt: Prompt | None) -> Callable[[np.ndarray], float]:
-        batch = shots_batch(edge, prompt)
+    def of_pairs(pairs: Pairs) -> Callable[[np.ndarray], float]:
+        batch = one_row(edge, pairs)
 
         def loss_of(weights_N: np.ndarray) -> float:
             with mesh_context(edge.params):
@@ -161,27 +172,28 @@ def shots_loss(edge: "Model", loaded: "Loaded") -> Callable[[Prompt | None], Cal
 
         return loss_of
 
-    return of_prompt
+    return of_pairs
 
 
-def found_weights(pair: "Pair", loaded: "Loaded") -> Callable[[Prompt | None], Found]:
-    """From a task's prompt to the weights that the search finds for it.
-
-    Raises:
-        ConfigError, DataError: as `search` and `shots_batch`, when called with a prompt.
-    """
-    losses, hub = shots_loss(pair.edge, loaded), loaded.config.hub
-    return lambda prompt: search(losses(prompt), hub.modules, hub)
-
-
-def single_module_losses(pair: "Pair", loaded: "Loaded", prompt: Prompt | None) -> np.ndarray:
-    """The loss of the shots with each module alone at weight 1, [N], without the penalty.
+def shots_loss(edge: "Model", loaded: "Loaded") -> Callable[[Prompt | None], Callable[[np.ndarray], float]]:
+    """From a task's prompt to a function from weights to the loss of its shots, in nats a token of the answers.
 
     Raises:
-        DataError: as `shots_batch`.
+        DataError: as `shots_of`, when called with a prompt.
     """
-    loss_of = shots_loss(pair.edge, loaded)(prompt)
-    return np.array([loss_of(row) for row in np.eye(loaded.config.hub.modules)])
+    scale = loaded.config.generator.alpha / loaded.config.generator.rank
+    of_pairs = loss_by_weights(edge, loaded.variables["params"], scale)
+    return lambda prompt: of_pairs(shots_of(edge, prompt))
+
+
+def found_weights(hub: HubConfig, pair: "Pair", loaded: "Loaded") -> Callable[[Prompt | None], Found]:
+    """From a task's prompt to the weights that the search finds for it, with the budget, bound and penalty of `hub`.
+
+    Raises:
+        ConfigError, DataError: as `search` and `shots_of`, when called with a prompt.
+    """
+    losses = shots_loss(pair.edge, loaded)
+    return lambda prompt: search(losses(prompt), loaded.config.hub.modules, hub)
 
 
 def build(config: Config, pair: "Pair") -> LoRAModules:
@@ -191,6 +203,7 @@ def build(config: Config, pair: "Pair") -> LoRAModules:
         ConfigError: as `check_budget`.
     """
     check_budget(config.hub, config.hub.modules)
+    require_nevergrad()
     return LoRAModules(pair.edge.config, config.generator, config.hub.modules)
 
 
@@ -201,7 +214,7 @@ def specialise(config: Config, pair: "Pair", loaded: "Loaded | None") -> Special
         ConfigError, DataError: as `found_weights`, when called with a prompt.
     """
     assert loaded is not None, "modules are trained"
-    find, scale = found_weights(pair, loaded), loaded.config.generator.alpha / loaded.config.generator.rank
+    find, scale = found_weights(config.hub, pair, loaded), loaded.config.generator.alpha / loaded.config.generator.rank
 
     def specialised(prompt: Prompt | None) -> Specialised:
         adapter = compose(loaded.variables, np.float32(find(prompt).weights_N), scale)
@@ -218,5 +231,8 @@ METHOD = Method(
     build=build,
     specialise=specialise,
     depends_on_prompt=True,
+    needs_shots=True,
+    token_macs=lambda edge, config: lora_macs(edge, config.generator),
     choose_tasks=choose_tasks,
+    packages=("nevergrad", "scipy"),
 )

@@ -84,10 +84,14 @@ class Method:
         build: makes the module that training trains; None where nothing is trained.
         specialise: makes the function from prompts to models; it may be slow, what it gives is called once a task.
         edge_reads_prompt: the edge model reads the prompt before every query.
+        may_read_prompt: it may do so, in training and when it is scored, where `data.edge_reads_prompt` says so.
         depends_on_prompt: `Specialised` differs from prompt to prompt.
+        needs_shots: it cannot be had from a prompt's text alone.
         token_macs: multiply-adds of the adapter's side path for one token, over all layers, where that is all that a
             method adds.
         choose_tasks: which of the tasks that a config names the method is trained on; left out, all.
+        soft_tokens: how many stand before every query, by the config of the run.
+        packages: beside those of every run, whose versions decide what `specialise` gives.
     """
 
     key: str
@@ -96,9 +100,13 @@ class Method:
     build: Callable[[Config, "Pair"], TrainedModule] | None
     specialise: Callable[[Config, "Pair", "Loaded | None"], Specialise]
     edge_reads_prompt: bool = False
+    may_read_prompt: bool = False
     depends_on_prompt: bool = False
+    needs_shots: bool = False
     token_macs: Callable[[DecoderConfig, Config], int] | None = None
     choose_tasks: Callable[[Config, list[Task]], list[Task]] | None = None
+    soft_tokens: Callable[[Config], int] = lambda config: 0
+    packages: tuple[str, ...] = ()
 
 
 def base(config: Config, pair: "Pair", loaded: "Loaded | None" = None) -> Specialise:

@@ -200,5 +200,6 @@ METHOD = Method(
     traits=Traits(compresses_context=False, merged=False, training_free=False, transfers=False),
     build=_build,
     specialise=fixed,
+    may_read_prompt=True,
     token_macs=token_macs,
 )

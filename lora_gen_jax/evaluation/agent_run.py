@@ -90,7 +90,8 @@ def score_agents(
     journal = agent_journal(config)
     for name in methods:
         method, writer = make_method(config, pair, name, loaded.get(name)), Writer(pair.edge, limit, journal)
-        report["methods"][name], report["outputs"][name] = score_method(writer, name, method, tasks)
+        made = score_method(writer, name, method, tasks, config.eval.latency)
+        report["methods"][name], report["outputs"][name] = made
     say(f"scored {len(methods)} methods on {sum(len(t.test) for t in tasks)} rows in {time.monotonic() - began:.0f} s")
     add_compression(report["methods"], pair, tasks)
     write_report(report, config.directory, out, "agent.json")
@@ -175,9 +176,9 @@ def agent_journal(config: Config) -> RequestCache:
 
 
 def score_method(
-    writer: Writer, name: str, method: Method, tasks: Sequence[Task]
+    writer: Writer, name: str, method: Method, tasks: Sequence[Task], timed: bool = True
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Metrics and outputs of one method, each {"seen" | "unseen": …}."""
+    """Metrics and outputs of one method, each {"seen" | "unseen": …}; no latency unless `timed`."""
     console, metrics, outputs, end = Console(file=sys.stderr), {}, {}, blank_line(tasks)
     for title, seen in (("seen", True), ("unseen", False)):
         chosen = [task for task in tasks if task.seen == seen]
@@ -191,7 +192,7 @@ def score_method(
         scores = [agent.AgentScore(**row["score"]) for row in outputs[title]]
         context = sum(row.context_tokens for row in rows) / len(rows)
         metrics[title] = agent.summarize(scores) | {"context_tokens": round(context, 1)}
-        metrics[title]["latency_ms"] = round(latency(writer.edge, method, chosen), 2)
+        metrics[title]["latency_ms"] = round(latency(writer.edge, method, chosen), 2) if timed else None
         say(f"{METHODS[name].title}, {title} tools: SR {100 * metrics[title]['sr']:.1f} %")
     return metrics, outputs
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_gen_jax.evaluation.published import AGENT, AGENT_COMPRESSION, AgentRow
+from lora_gen_jax.evaluation.run import mean_of
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def measured_table(title: str, scored: dict[str, dict[str, Any]]) -> Table:
     for name, m in scored.items():
         t, act, args, iou, average = (f"{100 * m[key]:.1f}" for key in ("sr_t", "sr_act", "sr_args", "iou", "average"))
         cells = [t, act, args, f"{100 * m['sr']:.1f} ± {100 * m['stderr']:.1f}", iou, average]
-        cells += [f"{m['context_tokens']:.1f}", f"{m['compression']:.1f}×", f"{m['latency_ms']:.2f}"]
+        cells += [f"{m['context_tokens']:.1f}", f"{m['compression']:.1f}×", mean_of([m["latency_ms"]], digits=2)]
         table.add_row(METHODS[name].title, *cells)
     return table
 

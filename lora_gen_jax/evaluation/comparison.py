@@ -17,25 +17,30 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_gen_jax.config import Config
+from lora_gen_jax.config_check import check, trained
 from lora_gen_jax.data.tasks import Task
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.evaluation.figures import draw_report
 from lora_gen_jax.evaluation.harness import PREFIX
 from lora_gen_jax.evaluation.report.command import write_report
+from lora_gen_jax.evaluation.report.scores import prompted
 from lora_gen_jax.evaluation.report.style import title_of
 from lora_gen_jax.evaluation.run import describe, evaluated_tasks, gates_json, score_systems, unfinished
 from lora_gen_jax.evaluation.systems import (
     METHODS,
     check_methods,
+    check_shots,
     check_tasks,
     gates_of,
     load_checkpoints,
     make_systems,
 )
 from lora_gen_jax.files import write_json
+from lora_gen_jax.methods import METHODS as COMPARED
 from lora_gen_jax.models import load_pair
 from lora_gen_jax.sharding import evaluation_mesh
 from lora_gen_jax.training.loop import train
+from lora_gen_jax.training.prepare import training_tasks
 
 
 def compare(config: Config) -> dict[str, Any]:
@@ -48,7 +53,7 @@ def compare(config: Config) -> dict[str, Any]:
     for method in dict.fromkeys(METHODS[m] for m in config.compare):
         if method not in (None, config.method):
             say(f"training {method} on the same batches")
-            train(dataclasses.replace(config, method=method, workdir=config.directory / method))
+            train(variant(config, method))
     checkpoints = load_checkpoints(config, config.compare, None)
     pair, began = load_pair(config, evaluation_mesh(config.mesh.fsdp)), time.monotonic()
     systems = make_systems(config, config.compare, pair, checkpoints, tasks)
@@ -71,6 +76,13 @@ def compare(config: Config) -> dict[str, Any]:
     return report
 
 
+def variant(config: Config, method: str) -> Config:
+    """The config of a method that the run is compared with, in a directory of its own."""
+    if method == config.method:
+        return config
+    return dataclasses.replace(config, method=method, compare=(), workdir=config.directory / method)
+
+
 def check_comparison(config: Config) -> None:
     """What a comparison needs, before hours of training.
 
@@ -83,6 +95,11 @@ def check_comparison(config: Config) -> None:
             f"compare cannot score {PREFIX} tasks after training: take them out of eval.tasks, use eval.py"
         )
     check_tasks(config.compare, evaluated_tasks(config))
+    check_shots(config.compare, [config.eval.shots])
+    for method in trained(config):
+        made = check(variant(config, method))
+        if COMPARED[method].choose_tasks is not None:
+            training_tasks(made)
 
 
 def say(text: str) -> None:
@@ -91,7 +108,7 @@ def say(text: str) -> None:
 
 
 def report_of(results: dict[str, Any], tasks: list[Task]) -> dict[str, Any]:
-    """{"seen" | "unseen": {method: accuracy, stderr, context_tokens, latency_ms}}.
+    """{"seen" | "unseen": {method: accuracy, stderr, context_tokens, latency_ms, prompted}}.
 
     Accuracy is over all queries of the tasks together, with the standard error of a share; context and latency are
     means over tasks.
@@ -100,7 +117,10 @@ def report_of(results: dict[str, Any], tasks: list[Task]) -> dict[str, Any]:
     for title, seen in (("seen", True), ("unseen", False)):
         names = [task.name for task in tasks if task.seen == seen]
         if names:
-            report[title] = {m: pooled([r["tasks"][name] for name in names]) for m, r in results["methods"].items()}
+            scored = results["methods"].items()
+            report[title] = {
+                m: pooled([r["tasks"][name] for name in names]) | {"prompted": prompted(m, r)} for m, r in scored
+            }
     return report
 
 

@@ -13,11 +13,13 @@ import jax
 import numpy as np
 
 from lora_gen_jax.adapters.merge import merge
+from lora_gen_jax.baselines.hub_search import search
+from lora_gen_jax.baselines.lorahub import compose, loss_by_weights
 from lora_gen_jax.baselines.method import beside_or_merged
 from lora_gen_jax.config import Config
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.evaluation.timing import timed
-from lora_gen_jax.generator.cloud import pack_prompts
+from lora_gen_jax.generator.cloud import PackedPrompts, pack_prompts
 from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.inference.buckets import bucket
 from lora_gen_jax.inference.prefix import Prefix, encode_prefix
@@ -199,6 +201,27 @@ def autocompressor(setup: Setup) -> Ready:
     return Ready(setup.work.query, params, prefix=read(), once=lambda: {"compress": timed(lambda: read().cache)[1]})
 
 
+def lorahub(setup: Setup) -> Ready:
+    """A search over the shots composes a LoRA, which is merged; the instruction's tokens stand for the shots."""
+    config, work, edge = dataclasses.replace(setup.config, method="lorahub"), setup.work, setup.pair.edge
+    module = make_generator(config, setup.pair)
+    first = PackedPrompts(None, None, None, None, None, tasks_P=np.zeros(1, np.int32))
+    variables = module.init(jax.random.key(0), None, first)
+    scale, learned = config.generator.alpha / config.generator.rank, min(work.new_tokens, work.kept - 1)
+    shots = work.whole[: work.kept]
+    losses = loss_by_weights(edge, variables["params"], scale)
+
+    def once() -> dict[str, float]:
+        loss_of = losses([(shots[: -learned or None], shots[-learned:])])
+        found, searching = timed(lambda: search(loss_of, config.hub.modules, config.hub))
+        weights_N = np.float32(found.weights_N)
+        _, merging = timed(lambda: merge(edge.params, compose(variables, weights_N, scale)))
+        return {"search": searching, "merge": merging}
+
+    merged = merge(edge.params, compose(variables, np.zeros(config.hub.modules, np.float32), scale))
+    return Ready(work.query, merged, once=once)
+
+
 def lora_gen(setup: Setup) -> Ready:
     """The cloud reads the instruction once; the merged edge model reads the query alone."""
     params = setup.pair.edge.params
@@ -215,9 +238,8 @@ METHODS: dict[str, Callable[[Setup], Ready]] = {
     "base": base,
     "icl": icl,
     "icl_kept_prefix": icl_kept_prefix,
-    **{key: functools.partial(fixed, key) for key in ("lora", "lora_moe", "mixlora")},
-    # Whatever its search finds is one merged LoRA.
-    "lorahub": functools.partial(fixed, "lora"),
+    **{key: functools.partial(fixed, key) for key, one in COMPARED.items() if one.build and not one.depends_on_prompt},
+    "lorahub": lorahub,
     "autocompressor": autocompressor,
     "lora_gen": lora_gen,
 }

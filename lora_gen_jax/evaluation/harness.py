@@ -1,8 +1,8 @@
 """Tasks of lm-evaluation-harness inside eval.py, by the same methods as ours.
 
 In: a pair of models, checkpoints and names ``lm_eval/<task>``. Out: results by method and task, as for our own tasks.
-In-context learning reads the task's description and shots before each query, LoRA-Gen once, the others never; shots are
-the same for all documents. Latency is not measured here.
+In-context learning, and methods trained behind the prompt, read the task's description and shots before each query,
+LoRA-Gen and AutoCompressors once, the others never; shots are the same for all documents. Latency is not measured here.
 """
 
 import dataclasses
@@ -35,8 +35,9 @@ def check_harness(methods: Sequence[str], names: Sequence[str]) -> None:
         return
     if "shuffled" in methods:
         raise ConfigError("method shuffled gives each task another's prompt, which lm_eval/ tasks cannot have")
-    if "lorahub" in methods:
-        raise ConfigError("method lorahub searches with a task's shots, which lm_eval/ tasks give as text alone")
+    for method in methods:
+        if method in METHODS and METHODS[method].needs_shots:
+            raise ConfigError(f"method {method} needs a task's shots apart, which lm_eval/ tasks give as text alone")
     _manager(names, {})
 
 
@@ -142,10 +143,16 @@ def _subject(method: str, config: Config, pair: Pair, checkpoints: dict[str, Loa
     if method == "base":
         return dataclasses.replace(base, specialise=lambda prompt: base)
     loaded, one = checkpoints[method], METHODS[method]
-    identify, make = identifier(pair, loaded), one.specialise(config, pair, loaded)
+    identify, make = identifier(config, pair, loaded), one.specialise(config, pair, loaded)
     if not one.depends_on_prompt:
-        same = Subject(identify(""), edge, lambda: make(None), ends)
-        return dataclasses.replace(same, specialise=lambda prompt: same)
-    return dataclasses.replace(
-        base, specialise=lambda text: Subject(identify(text), edge, lambda: make(Prompt(text, (), False)), ends)
-    )
+        same = Subject(identify(None), edge, lambda: make(None), ends)
+        # Trained behind the prompt, the edge model reads it like any text.
+        reads = loaded.config.data.edge_reads_prompt
+        return same if reads else dataclasses.replace(same, specialise=lambda text: same)
+    soft = one.soft_tokens(loaded.config)
+
+    def specialised(text: str) -> Subject:
+        prompt = Prompt(text, (), False)
+        return Subject(identify(prompt), edge, lambda: make(prompt), ends, soft_tokens=soft)
+
+    return dataclasses.replace(base, specialise=specialised)

@@ -67,7 +67,7 @@ class LoraGenLM(TemplateLM):
     def _set_up(self, settings: Settings, subject: Subject, journal: RequestCache | None) -> None:
         super().__init__()
         self.settings, self.subject, self.journal = settings, subject, journal
-        self.contexts: set[Ids] = set()
+        self.contexts: set[tuple[int, Ids]] = set()
         self.tokenizer: Any = self.subject.edge.encoder.tokenizer
         if (self.settings.max_length or 0) > (most := self.subject.edge.config.max_positions):
             raise ConfigError(f"max_length={self.settings.max_length} exceeds the model's {most} positions: lower it")
@@ -79,16 +79,17 @@ class LoraGenLM(TemplateLM):
         return Runner(subject, cache, self.settings.tokens_at_once)
 
     def context_tokens(self) -> float:
-        """Mean tokens of the different contexts that the edge model was given since the last call."""
-        lengths = [len(ids) for ids in self.contexts]
+        """Mean tokens, soft ones too, of the different contexts that the edge model was given since the last call."""
+        lengths = [soft + len(ids) for soft, ids in self.contexts]
         # Models specialised on the way note their contexts in the same set.
         self.contexts.clear()
         return sum(lengths) / max(1, len(lengths))
 
     @property
     def max_length(self) -> int:
-        """Tokens that the model reads, at most."""
-        return self.settings.max_length or self.subject.edge.config.max_positions
+        """Tokens that the model reads, at most; soft ones take their place."""
+        room = self.subject.edge.config.max_positions - self.subject.soft_tokens
+        return min(self.settings.max_length or room, room)
 
     @property
     def max_gen_toks(self) -> int:
@@ -209,7 +210,7 @@ class LoraGenLM(TemplateLM):
         pairs = [self._fitted(context, continuation) for _, context, continuation in requests]
         if cut := sum(len(p[0]) < len(r[1]) for p, r in zip(pairs, requests, strict=True)):
             log.warning("%d of %d contexts were cut from the left to %d tokens", cut, len(pairs), self.max_length)
-        self.contexts |= {context for context, _ in pairs}
+        self.contexts |= {(self.subject.soft_tokens, context) for context, _ in pairs}
         return self.runner.logprobs(pairs, disable_tqdm)
 
     def _fitted(self, context: list[int], continuation: list[int]) -> tuple[Ids, Ids]:
@@ -240,7 +241,7 @@ class LoraGenLM(TemplateLM):
         for context, arguments in (request.args for request in requests):
             wanted = parse_wanted(arguments, self.max_gen_toks, end)
             prompts.append((self._prompt(context, wanted), wanted))
-        self.contexts |= {ids for ids, _ in prompts}
+        self.contexts |= {(self.subject.soft_tokens, ids) for ids, _ in prompts}
         return self.runner.texts(prompts, self.settings.seed, disable_tqdm)
 
     def _prompt(self, context: str, wanted: Wanted) -> Ids:

@@ -159,23 +159,29 @@ def _with_generator(settings: Settings) -> Subject:
     config = _relocated(loaded.config, settings)
     prompted = settings.prompt is not None or settings.prompt_from_task
     method = trained_method(config.method)
+    if method.needs_shots:
+        raise ConfigError(
+            f"checkpoint {loaded.path} was trained with method {config.method}, which needs a task's shots apart: score"
+            " it with eval.py"
+        )
     if prompted != method.depends_on_prompt:
         remedy = "leave the prompt out" if prompted else "give prompt=TEXT, prompt=@FILE or prompt_from_task=true"
         raise ConfigError(f"checkpoint {loaded.path} was trained with method {config.method}: {remedy}")
     text = text_argument(settings.prompt, "prompt") if settings.prompt is not None else None
     pair = load_pair(config, evaluation_mesh(config.mesh.fsdp))
     check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")
-    made, ends = description_of(pair, loaded), end_ids(config.edge.source, pair.edge)
-    identify, info = identifier(pair, loaded), _info(pair.edge, made)
+    made, ends = description_of(config, pair, loaded), end_ids(config.edge.source, pair.edge)
+    identify, info = identifier(config, pair, loaded), _info(pair.edge, made)
     make = method.specialise(config, pair, loaded)
     if not method.depends_on_prompt:
-        return Subject(identify(""), pair.edge, lambda: make(None), ends, info)
+        return Subject(identify(None), pair.edge, lambda: make(None), ends, info)
 
-    def specialise(prompt: str) -> Subject:
-        info = _info(pair.edge, made | {"prompt": digest_of(prompt)})
-        return Subject(identify(prompt), pair.edge, lambda: make(Prompt(prompt, (), False)), ends, info)
+    def specialise(text: str) -> Subject:
+        prompt, soft = Prompt(text, (), False), method.soft_tokens(config)
+        info = _info(pair.edge, made | {"prompt": digest_of(text)})
+        return Subject(identify(prompt), pair.edge, lambda: make(prompt), ends, info, soft_tokens=soft)
 
-    return Subject(identify(""), pair.edge, None, ends, info, specialise) if text is None else specialise(text)
+    return Subject(identify(None), pair.edge, None, ends, info, specialise) if text is None else specialise(text)
 
 
 def _relocated(config: Config, settings: Settings) -> Config:

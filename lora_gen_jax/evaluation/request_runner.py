@@ -183,6 +183,10 @@ class Runner:
     def _groups(self, contexts: Sequence[Any]) -> Iterator[tuple[Ids, list[int]]]:
         # A prefix must save at least one batch: it costs a pass of its own, and programs for its size. It must also
         # fit the model; contexts that are longer than that lose their beginning when they are scored.
+        if self.subject.soft_tokens:
+            # Nothing is read ahead behind soft tokens, which stand before everything.
+            yield (), list(range(len(contexts)))
+            return
         most = self.subject.edge.config.max_positions - 1
         yield from shared_prefixes([context[:most] for context in contexts], self.batch_tokens)
 
@@ -212,22 +216,14 @@ class _Reported:
 
 
 class _Begun:
-    """What a group's contexts begin with; read when it is first needed.
+    """What a group's contexts begin with, and soft tokens where they stand before it; read when it is first needed."""
 
-    Behind soft tokens, which stand before everything, nothing is read ahead.
-    """
-
-    def __init__(self, subject: Subject, shared: Ids):
-        self.subject, self.shared, self._made = subject, shared, None
-
-    @property
-    def ids(self) -> Ids:
-        """What `prefix` holds of the contexts."""
-        return self.shared if self.subject.model.soft is None else ()
+    def __init__(self, subject: Subject, ids: Ids):
+        self.subject, self.ids, self._made = subject, ids, None
 
     def prefix(self) -> Prefix | None:
         """None where nothing is shared."""
         model = self.subject.model
         if self.ids and self._made is None:
             self._made = encode_prefix(model.decoder, model.params, self.ids, model.adapter)
-        return self._made if model.soft is None else model.soft
+        return self._made if self.ids else model.soft

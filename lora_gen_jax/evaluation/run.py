@@ -30,7 +30,7 @@ from lora_gen_jax.evaluation import harness
 from lora_gen_jax.evaluation.published import MACHINE, REASONING
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.subject import content_of, digest_of
-from lora_gen_jax.evaluation.systems import check_methods, gates_of, load_checkpoints, make_systems
+from lora_gen_jax.evaluation.systems import check_methods, check_shots, gates_of, load_checkpoints, make_systems
 from lora_gen_jax.evaluation.task import System, evaluate_task, scored_documents, summary
 from lora_gen_jax.files import check_output, complete_directory, write_json
 from lora_gen_jax.models import Pair, load_pair
@@ -61,6 +61,7 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path, shots: Sequence
     """
     check_output(out)
     check_methods(config.eval.methods, "eval.methods")
+    check_shots(config.eval.methods, shots or [config.eval.shots])
     foreign = [name for name in config.eval.tasks if name.startswith(harness.PREFIX)]
     harness.check_harness(config.eval.methods, foreign)
     checkpoints = load_checkpoints(config, config.eval.methods, checkpoint)
@@ -96,8 +97,9 @@ def add(results: dict[str, Any], more: dict[str, dict[str, dict]], seen: dict[st
     """Adds results of lm-eval's tasks to those of our own; most of them count neither as seen nor as unseen."""
     for method, tasks in more.items():
         seen |= {task: harness.seen_of(task) for task in tasks}
-        scored = results["methods"].get(method, {"tasks": {}})["tasks"] | tasks
-        results["methods"][method] = {"tasks": scored, **summary(scored, seen)}
+        before = results["methods"].get(method, {"tasks": {}})
+        scored = before["tasks"] | tasks
+        results["methods"][method] = {**before, "tasks": scored, **summary(scored, seen)}
 
 
 @contextmanager
@@ -166,7 +168,8 @@ def score_systems(
                     bar.update(line, completed=number + done / total, description=f"{method} {name}")  # noqa: B023
 
                 scored[task.name] = evaluate_task(pair.edge, task, system, config.eval, journal, move)
-        results["methods"][method] = {"tasks": scored, **summary(scored, {task.name: task.seen for task in tasks})}
+        means = summary(scored, {task.name: task.seen for task in tasks})
+        results["methods"][method] = {"tasks": scored, **means, "prompted": system.prompted}
         if not console.is_terminal:
             console.print(f"{method}: AVE {results['methods'][method]['ave']:.4f}", highlight=False)
     return results

@@ -32,6 +32,7 @@ class Subject:
         end_ids: ids that end a generated text.
         info: what results.json says about it.
         specialise: from a prompt to the subject specialised for it; None where no prompts are to be read.
+        soft_tokens: that stand before everything it reads.
     """
 
     identity: str
@@ -40,6 +41,7 @@ class Subject:
     end_ids: tuple[int, ...] = ()
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
     specialise: Callable[[str], "Subject"] | None = None
+    soft_tokens: int = 0
 
     @cached_property
     def model(self) -> Model:

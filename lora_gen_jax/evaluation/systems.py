@@ -6,13 +6,13 @@ weights for a task, and whether the edge reads the prompt.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from lora_gen_jax import methods
 from lora_gen_jax.baselines.method import Method, Prompt, Specialised
 from lora_gen_jax.config import Config
 from lora_gen_jax.data.tasks import Task
@@ -21,18 +21,17 @@ from lora_gen_jax.evaluation.subject import content_of, digest_of, identity_of
 from lora_gen_jax.evaluation.task import System, task_prompt
 from lora_gen_jax.generator.lora_gen import Generated
 from lora_gen_jax.generator.specialize import specialize
+from lora_gen_jax.methods import METHODS as COMPARED
+from lora_gen_jax.methods import trained_method
 from lora_gen_jax.models import Pair, make_generator
 from lora_gen_jax.training.checkpoint import Loaded, check_method, check_models, find_checkpoint, load_checkpoint
 
 # Each system that can be scored with the method whose checkpoint it needs.
 METHODS: dict[str, str | None] = {
     "base": None,
-    **{key: key if method.build else None for key, method in methods.METHODS.items()},
+    **{key: key if method.build else None for key, method in COMPARED.items()},
     "shuffled": "lora_gen",
 }
-
-# Parts of a config that decide what a checkpoint does at inference.
-SETTINGS = ("generator", "hub", "compressor")
 
 
 def check_methods(names: Sequence[str], field: str) -> None:
@@ -42,6 +41,13 @@ def check_methods(names: Sequence[str], field: str) -> None:
     for name in names:
         if name not in METHODS:
             raise ConfigError(f"{field} has {name!r}; the methods are {', '.join(METHODS)}")
+
+
+def check_shots(names: Sequence[str], shots: Sequence[int]) -> None:
+    """Raises ConfigError for no shots, where a method makes nothing of a prompt without them."""
+    needing = [name for name in names if name in COMPARED and COMPARED[name].needs_shots]
+    if needing and min(shots) < 1:
+        raise ConfigError(f"method {needing[0]} searches with a task's shots: set eval.shots to 1 or more")
 
 
 def check_tasks(names: Sequence[str], tasks: Sequence[Task]) -> None:
@@ -109,9 +115,9 @@ def make_systems(
             systems[name] = System(lambda task: Specialised(pair.edge.params), False, base_identity(pair))
         elif name == "shuffled":
             others = {id(task): other for task, other in zip(tasks, [*tasks[1:], tasks[0]], strict=True)}
-            systems[name] = system_of(config, pair, methods.METHODS["lora_gen"], loaded, others)
+            systems[name] = system_of(config, pair, COMPARED["lora_gen"], loaded, others)
         else:
-            systems[name] = system_of(config, pair, methods.METHODS[name], loaded)
+            systems[name] = system_of(config, pair, COMPARED[name], loaded)
     return systems
 
 
@@ -133,15 +139,21 @@ def system_of(
 
     if loaded is None:
         return System(lambda task: make(None), method.edge_reads_prompt, base_identity(pair))
-    identify, reads = identifier(pair, loaded), loaded.config.data.edge_reads_prompt
+    identify, trained = identifier(config, pair, loaded), loaded.config
+    system = System(
+        lambda task: make(None),
+        trained.data.edge_reads_prompt,
+        lambda task: identify(None),
+        method.depends_on_prompt,
+        method.soft_tokens(trained),
+    )
     if not method.depends_on_prompt:
-        return System(lambda task: make(None), reads, lambda task: identify(""))
-
-    def identity(task: Task) -> str:
-        prompt = prompt_of(task)
-        return identify("" if prompt is None else prompt.text)
-
-    return System(lambda task: make(prompt_of(task)), reads, identity)
+        return system
+    return dataclasses.replace(
+        system,
+        specialised_for=lambda task: make(prompt_of(task)),
+        identity_for=lambda task: identify(prompt_of(task)),
+    )
 
 
 def base_identity(pair: Pair) -> Callable[[Task], str]:
@@ -150,25 +162,31 @@ def base_identity(pair: Pair) -> Callable[[Task], str]:
     return lambda task: identity
 
 
-def identifier(pair: Pair, loaded: Loaded) -> Callable[[str], str]:
-    """From a prompt, "" for none, to hex digits of all that the model depends on which a generator makes of it."""
-    made = description_of(pair, loaded)
+def identifier(config: Config, pair: Pair, loaded: Loaded) -> Callable[[Prompt | None], str]:
+    """From a prompt to hex digits of all that the model depends on which a method makes of it."""
+    made = description_of(config, pair, loaded)
 
-    def identify(prompt: str) -> str:
-        ids = pair.cloud.encoder.prompt(prompt) if prompt else []
-        return identity_of(pair.edge, made | {"prompt": digest_of(repr(ids))})
+    def identify(prompt: Prompt | None) -> str:
+        shots = [] if prompt is None else [(shot.query, shot.response) for shot in prompt.shots]
+        read = None if prompt is None else (prompt.text, shots, prompt.chat)
+        return identity_of(pair.edge, made | {"prompt": digest_of(repr(read))})
 
     return identify
 
 
-def description_of(pair: Pair, loaded: Loaded) -> dict[str, Any]:
-    """What was trained and the cloud model, as JSON holds them: digests, and the settings that inference reads."""
+def description_of(config: Config, pair: Pair, loaded: Loaded) -> dict[str, Any]:
+    """What was trained and what reads prompts, as JSON holds them: digests, settings and versions."""
+    trained, hub = loaded.config, config.hub
     return {
-        "method": loaded.config.method,
+        "method": trained.method,
         "generator": content_of(loaded.variables),
-        "settings": {part: dataclasses.asdict(getattr(loaded.config, part)) for part in SETTINGS},
+        "settings": dataclasses.asdict(trained.generator),
+        "compressor": dataclasses.asdict(trained.compressor),
+        "hub": dataclasses.asdict(hub),
+        "packages": {name: version(name) for name in trained_method(trained.method).packages},
         "cloud": pair.cloud.fingerprint,
         "cloud_dtype": jnp.dtype(pair.cloud.decoder.dtype).name,
+        "cloud_tokenizer": pair.cloud.encoder.digest,
     }
 
 

@@ -22,7 +22,6 @@ from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.request_runner import Runner
 from lora_gen_jax.evaluation.standard_error import standard_error
 from lora_gen_jax.evaluation.subject import Subject
-from lora_gen_jax.inference.prefix import prefix_length
 from lora_gen_jax.models import Model
 
 # Documents, and the description and shots that the edge model reads before each.
@@ -38,11 +37,20 @@ class System:
         reads_prompt: the edge model reads the system prompt before every query (in-context learning).
         identity_for: from a task to hex digits of everything that this depends on, without making it; None
             where results are not kept.
+        depends_on_prompt: what answers differs from prompt to prompt.
+        soft_tokens: that stand before every query.
     """
 
     specialised_for: Callable[[Task], Specialised]
     reads_prompt: bool = False
     identity_for: Callable[[Task], str] | None = None
+    depends_on_prompt: bool = False
+    soft_tokens: int = 0
+
+    @property
+    def prompted(self) -> bool:
+        """Whether the prompt, and so the number of shots, makes a difference."""
+        return self.reads_prompt or self.depends_on_prompt
 
 
 def evaluate_task(
@@ -69,7 +77,7 @@ def evaluate_task(
     description = task.descriptions[0] if system.reads_prompt and task.descriptions else ""
     keeps = journal is not None and system.identity_for is not None
     identity = system.identity_for(task) if system.identity_for is not None and keeps else ""
-    subject = Subject(identity, edge, lambda: system.specialised_for(task))
+    subject = Subject(identity, edge, lambda: system.specialised_for(task), soft_tokens=system.soft_tokens)
     cache = journal if journal is not None and keeps else RequestCache(None, "")
     runner = Runner(subject, cache, settings.batch_tokens, progress or (lambda done, total: None))
     texts = [(d.id, d.query, d.response, d.options, d.contexts) for d in documents]
@@ -90,7 +98,9 @@ def score_options(edge: Model, runner: Runner, asked: Asked, settings: EvalConfi
     # Options that stand in the context make one context each.
     contexts = [context for pair in pairs for context in dict.fromkeys(context for context, _ in pair)]
     model = runner.subject.model
-    return result | figures(model, contexts, choices.latency(model, pairs, settings) if settings.latency else None)
+    return result | figures(
+        runner.subject.soft_tokens, contexts, choices.latency(model, pairs, settings) if settings.latency else None
+    )
 
 
 def score_answers(edge: Model, runner: Runner, asked: Asked, settings: EvalConfig) -> dict:
@@ -100,13 +110,13 @@ def score_answers(edge: Model, runner: Runner, asked: Asked, settings: EvalConfi
     result = exact_match(answers.exact_matches(runner, documents, contexts))
     model = runner.subject.model
     latency_ms = answers.answer_latency(model, documents, contexts) if settings.latency else None
-    return result | figures(model, contexts, latency_ms)
+    return result | figures(runner.subject.soft_tokens, contexts, latency_ms)
 
 
-def figures(model: Model, contexts: Sequence[Sequence[int]], latency_ms: float | None) -> dict[str, float | None]:
+def figures(soft_tokens: int, contexts: Sequence[Sequence[int]], latency_ms: float | None) -> dict[str, float | None]:
     """Mean tokens of the edge's context, soft ones included, and latency; None where it was not measured."""
     return {
-        "context_tokens": round(prefix_length(model.soft) + statistics.fmean(map(len, contexts)), 1),
+        "context_tokens": round(soft_tokens + statistics.fmean(map(len, contexts)), 1),
         "latency_ms": None if latency_ms is None else round(latency_ms, 2),
     }
 

@@ -5,6 +5,8 @@ In: `Tables` and a work directory. Out: jobs in the order in which they start, t
 
 import dataclasses
 import difflib
+import functools
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import difference, from_json, to_json
-from lora_gen_jax.errors import CheckpointError, ConfigError
+from lora_gen_jax.errors import CheckpointError, ConfigError, DataError
 from lora_gen_jax.files import write_json
 from lora_gen_jax.tables.spec import AGENT, MANY_SHOTS, UNTRAINED, UNTRAINED_METHODS, Tables, config_of
 
@@ -32,12 +34,16 @@ class Job:
         seed: of everything.
         config: complete, with a directory of its own.
         shots: numbers of shots that it is scored with, upwards.
+        agent_rows: of the agent table: training rows for each embedded tool set.
+        agent_methods: of the agent table: its rows.
     """
 
     run: str
     seed: int
     config: Config
     shots: tuple[int, ...]
+    agent_rows: int = 0
+    agent_methods: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -72,15 +78,18 @@ def make_jobs(tables: Tables) -> list[Job]:
     """All jobs of the tables, checked.
 
     Raises:
-        ConfigError: as `config_of`, and for numbers of seeds or shots that cannot work.
+        ConfigError: as `config_of`, and for numbers of seeds, shots or jobs that cannot work.
     """
     if not tables.seeds or not tables.shots or min(tables.shots) < 0:
         raise ConfigError(f"seeds are {tables.seeds} and shots {tables.shots}: give one of each or more, shots >= 0")
+    if tables.jobs is not None and tables.jobs < 1:
+        raise ConfigError(f"jobs is {tables.jobs}; at least 1, or left out")
     jobs = []
     for run in tables.names:
         many = run == UNTRAINED or run in MANY_SHOTS
         shots = tuple(sorted(set(tables.shots))) if many else (max(tables.shots),)
-        jobs += [Job(run, seed, config_of(tables, run, seed), shots) for seed in dict.fromkeys(tables.seeds)]
+        agent = (tables.agent_rows, tables.agent_methods) if run == AGENT else ()
+        jobs += [Job(run, seed, config_of(tables, run, seed), shots, *agent) for seed in dict.fromkeys(tables.seeds)]
     return jobs
 
 
@@ -93,7 +102,7 @@ def chosen(tables: Tables, jobs: Sequence[Job], only: Sequence[str]) -> list[Job
     for name in only:
         if name not in tables.names:
             near = difflib.get_close_matches(name, tables.names, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = f"; did you mean {near[0]}?" if near else "."
             raise ConfigError(f"--only has {name!r}{hint} The runs are {', '.join(tables.names)}")
     return [job for job in jobs if not only or job.run in only]
 
@@ -109,23 +118,45 @@ def missing(jobs: Sequence[Job]) -> list[Job]:
         found = finished(job)
         if found is None:
             check_begun(job)
-        if found is None or (job.run != AGENT and not {str(n) for n in job.shots} <= set(found["shots"])):
+        if found is None or not is_complete(job, found):
             left.append(job)
     return sorted(left, key=lambda job: -job.work)
 
 
-def finished(job: Job) -> dict[str, Any] | None:
-    """What result.json holds; None where there is none, or a kill left half of one.
+def is_complete(job: Job, result: dict[str, Any]) -> bool:
+    """Whether a result has every number of shots, or every row of the agent table."""
+    if job.run == AGENT:
+        return set(job.agent_methods) <= set(result["agent"])
+    return {str(n) for n in job.shots} <= set(result["shots"])
+
+
+def outdated(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs with a result that cannot be used: half of it is there, or it was scored in another way than is asked.
 
     Raises:
-        CheckpointError: when it was made with other settings.
+        CheckpointError: as `finished`.
+    """
+    return [job for job in jobs if finished(job) is None and job.result.exists()]
+
+
+def finished(job: Job) -> dict[str, Any] | None:
+    """What result.json holds.
+
+    None where there is none, where a kill left half of one, and where it has to be scored again: with other settings
+    under eval, or, of scoring alone, on other data.
+
+    Raises:
+        CheckpointError: when it was trained with other settings.
     """
     try:
         result = json.loads(job.result.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    compare_settings(job, result["settings"], settings_of(job))
-    return result
+    old, new = as_now(result["settings"]), as_now(settings_of(job))
+    lines = difference(old, new)
+    others = changed_inputs(result.get("inputs", {}), inputs_of(job))
+    refuse(job, lines if job.run == UNTRAINED else lines + others)
+    return result if scoring(old) == scoring(new) and not others else None
 
 
 def check_begun(job: Job) -> None:
@@ -136,7 +167,7 @@ def check_begun(job: Job) -> None:
         saved = json.loads((job.config.directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return
-    compare_settings(job, saved | {"eval": to_json(job.config)["eval"]}, to_json(job.config))
+    refuse(job, difference(as_now(saved), as_now(to_json(job.config))))
 
 
 def settings_of(job: Job) -> dict[str, Any]:
@@ -145,12 +176,34 @@ def settings_of(job: Job) -> dict[str, Any]:
     return {name: settings[name] for name in ("edge", "eval")} if job.run == UNTRAINED else settings
 
 
-def compare_settings(job: Job, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Raises CheckpointError where settings differ. Fields that were added since count as their defaults."""
-    old, new = (to_json(from_json(one)) for one in (old, new))
-    ignored = ("shots", "methods", "batch_tokens")
-    evals = [{k: v for k, v in one["eval"].items() if k not in ignored} for one in (old, new)]
-    lines = difference(old, new) + [f"eval.{line}" for line in difference(*evals)]
+def inputs_of(job: Job) -> dict[str, Any]:
+    """What a job's result depends on beside its config: the content of the user's files, or the rows that are made.
+
+    Raises:
+        DataError: for a file that cannot be read.
+    """
+    if job.run == AGENT:
+        return {"agent_rows": job.agent_rows}
+    return {"data.files": {str(path): content_digest(path) for path in job.config.data.files}}
+
+
+def as_now(settings: dict[str, Any]) -> dict[str, Any]:
+    """Saved settings with the fields that were added since, at their defaults."""
+    return to_json(from_json(settings))
+
+
+def scoring(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a score depends on under eval; a result says itself which methods it scored with how many shots."""
+    return {name: value for name, value in settings["eval"].items() if name not in ("shots", "methods")}
+
+
+def changed_inputs(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines 'input: old -> new'; one that an older version did not note counts as the same."""
+    return [f"{name}: {old[name]!r} -> {new[name]!r}" for name in new if name in old and old[name] != new[name]]
+
+
+def refuse(job: Job, lines: Sequence[str]) -> None:
+    """Raises CheckpointError where there are lines about what differs."""
     if lines:
         raise CheckpointError(
             f"{job.config.directory} holds a run with another config; choose another --workdir, or undo:\n  "
@@ -159,6 +212,28 @@ def compare_settings(job: Job, old: dict[str, Any], new: dict[str, Any]) -> None
 
 
 def write_result(job: Job, values: dict[str, Any]) -> None:
-    """Writes result.json, complete or not at all, with the settings it was made with."""
+    """Writes result.json, complete or not at all, with what it was made with."""
     job.config.directory.mkdir(parents=True, exist_ok=True)
-    write_json(job.result, {"run": job.run, "seed": job.seed, "settings": settings_of(job), **values})
+    made_with = {"settings": settings_of(job), "inputs": inputs_of(job)}
+    write_json(job.result, {"run": job.run, "seed": job.seed, **made_with, **values})
+
+
+def content_digest(path: Path) -> str:
+    """16 hex digits of what a JSONL file holds, or all of them in a directory.
+
+    Raises:
+        DataError: when it cannot be read.
+    """
+    try:
+        files = sorted(p for p in path.iterdir() if p.suffix in (".jsonl", ".json")) if path.is_dir() else [path]
+        known = [(file.name, _digest(file, file.stat().st_mtime_ns, file.stat().st_size)) for file in files]
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror} (data.files)") from error
+    return known[0][1] if known and not path.is_dir() else hashlib.sha256(repr(known).encode()).hexdigest()[:16]
+
+
+@functools.lru_cache
+def _digest(path: Path, changed: int, size: int) -> str:
+    # Time and size tell a file that was changed since.
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -6,31 +6,37 @@ In: a config file of LoRA-Gen (the paper's Table 10). Out: `Tables` on the eight
 import dataclasses
 from pathlib import Path
 
+from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import read_config
-from lora_gen_jax.tables.spec import Change, Tables
+from lora_gen_jax.tables.spec import Change, Tables, reads_prompt
 
 # What LoRAMoE counts as questions about the world; the others are about something that stands in the query.
 KNOWLEDGE = ("arc_challenge", "arc_easy", "openbookqa")
 
 
-def paper_runs(compressor: bool = False) -> dict[str, Change]:
+def paper_runs(base: Config, edge_positions: int, compressor: bool = False) -> dict[str, Change]:
     """Rows of the tables: methods and the variants of LoRA-Gen.
 
     Args:
+        base: of LoRA-Gen; its lengths of prompt and queries are those of all.
+        edge_positions: of the edge model.
         compressor: with AutoCompressors, which the paper compares on OPT alone.
     """
+    reading = reads_prompt(base.data.cloud_length, base.data.edge_length, edge_positions)
     runs: dict[str, Change] = {
-        "lora": {"method": "lora", "generator": {"rank": 16, "alpha": 16.0}},
+        "lora": {"method": "lora", "generator": {"rank": 16, "alpha": 16.0}, "data": reading},
+        "lora_alone": {"method": "lora", "generator": {"rank": 16, "alpha": 16.0}},
         # The repository's script: no balance loss.
         "lora_moe": {
             "method": "lora_moe",
             "generator": {"num_experts": 8, "rank": 4, "alpha": 32.0, "balance_coefficient": 0.0},
-            "data": {"knowledge_tasks": KNOWLEDGE},
+            "data": {**reading, "knowledge_tasks": KNOWLEDGE},
             "train": {"learning_rate": 2e-4},
         },
         "mixlora": {
             "method": "mixlora",
             "generator": {"num_experts": 8, "top_k": 2, "rank": 16, "alpha": 32.0, "balance_coefficient": 0.01},
+            "data": reading,
             "train": {"learning_rate": 2e-4},
         },
         # One for each of the five seen tasks; its authors draw 20 of about two hundred.
@@ -61,15 +67,16 @@ def variants() -> dict[str, Change]:
     }
 
 
-def paper_tables(path: Path, compressor: bool = False) -> Tables:
-    """The tables of one pair of models.
+def paper_tables(path: Path, edge_positions: int, compressor: bool = False) -> Tables:
+    """The tables of one pair of models, a job at a time.
 
     Args:
         path: of the config file that trains LoRA-Gen on it.
-        compressor: as `paper_runs`.
+        edge_positions, compressor: as `paper_runs`.
 
     Raises:
         ConfigError: as `read_config`.
     """
     # The tables' own file gives the name, and so the work directory.
-    return Tables(dataclasses.replace(read_config(path), name="", compare=()), paper_runs(compressor))
+    base = dataclasses.replace(read_config(path), name="", compare=())
+    return Tables(base, paper_runs(base, edge_positions, compressor), jobs=1)

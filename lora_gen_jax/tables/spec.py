@@ -20,7 +20,7 @@ Change = Mapping[str, Any]
 UNTRAINED, UNTRAINED_METHODS = "base", ("base", "icl")
 AGENT = "agent"
 # Scored with every number of shots; all others with the largest alone.
-MANY_SHOTS = ("icl", "lora_gen")
+MANY_SHOTS = ("lora_gen",)
 AGENT_METHODS = ("base_with_tools", "lora_with_tools", "lora", "lora_gen_untrained", "lora_gen")
 
 
@@ -30,13 +30,15 @@ class Tables:
 
     Attributes:
         base: what all runs share; every run lies in a directory of its own inside `base.directory`.
-        runs: what each changes. The names are rows: of methods (lora, lora_moe, mixlora, lorahub, autocompressor,
-            lora_gen), and of variants of lora_gen (experts_N, cv_N, gumbel, direct).
+        runs: what each changes. The names are rows: of methods, in this order, and of variants of lora_gen (experts_N,
+            cv_N, gumbel, direct), which have tables of their own.
         agent: of the agent table; left out, there is none.
         agent_rows: training rows that are generated for each embedded tool set.
         agent_methods: rows of the agent table.
         seeds: of parameters, data order and choice of shots; a mean and its error are over them.
         shots: numbers of shots that are scored.
+        jobs: at a time; left out, one a core on a CPU and one on an accelerator. Every job has models of its own in
+            memory, so name 1 where they are not tiny.
     """
 
     base: Config
@@ -46,6 +48,7 @@ class Tables:
     agent_methods: tuple[str, ...] = AGENT_METHODS
     seeds: tuple[int, ...] = (0, 1, 2)
     shots: tuple[int, ...] = (1, 3, 5)
+    jobs: int | None = None
 
     @property
     def directory(self) -> Path:
@@ -56,6 +59,23 @@ class Tables:
     def names(self) -> tuple[str, ...]:
         """Everything that runs, once a seed."""
         return (UNTRAINED, *self.runs, *((AGENT,) if self.agent is not None else ()))
+
+
+def is_method_row(run: str, method: str) -> bool:
+    """Whether a run stands for its method in the tables that compare methods: all but the variants of LoRA-Gen."""
+    return run not in (UNTRAINED, AGENT) and (method != "lora_gen" or run == "lora_gen")
+
+
+def reads_prompt(prompt: int, queries: int, positions: int) -> Change:
+    """What `data` has to be for a method whose edge model reads the prompt before the queries, as it was published.
+
+    Where a row cannot hold both, queries give way, and then shots.
+
+    Args:
+        prompt, queries: tokens that a row has room for.
+        positions: of the edge model, which a row must keep to.
+    """
+    return {"edge_reads_prompt": True, "edge_length": min(prompt + queries, positions)}
 
 
 def read_tables(path: Path) -> Tables:

@@ -38,12 +38,12 @@ def bench(config: Config) -> dict[str, float]:
     sampler = make_sampler(config, pair, training_tasks(config), "train")
     assert sampler is not None
     host = build_batch(sampler, (config.train.seed, 0), Shard())
+    cost = method_cost(config, pair.cloud.config, pair.edge.config, host)
     dtype = pair.edge.decoder.dtype
     rate = matmul_rate(dtype=dtype)
     with jax.set_mesh(mesh):
         compiled, times = timed_steps(config, pair, mesh, host)
     rate = max(rate, matmul_rate(dtype=dtype))
-    cost = method_cost(config, pair.cloud.config, pair.edge.config, host)
     seconds = statistics.median(times)
     figures = {
         "seconds": seconds,

@@ -81,6 +81,7 @@ def train(config: Config) -> TrainState:
     check_rows(config, mesh)
     pair = load_pair(config, mesh)
     check_shapes(config, pair)
+    make_generator(config, pair)
     shard = shard_of(config, mesh)
     sampler, held_out = (make_sampler(config, pair, tasks, split) for split in ("train", "validation"))
     assert sampler is not None

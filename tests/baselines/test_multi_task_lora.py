@@ -11,6 +11,8 @@ from helpers import EDGE, OPT, SETTINGS, filled, logits, random_params, token_ro
 from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.baselines.lora import MultiTaskLoRA
 from lora_gen_jax.decoder.model import Decoder
+from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.generator.specialize import specialize
 
 TOKENS = np.array(token_rows([7, 7], EDGE.vocab_size), np.int32)
 
@@ -50,3 +52,8 @@ def test_the_sites_are_the_configs_and_start_at_the_base():
     assert np.any(params["q_a"])
     # OPT's FFN has no gate; a config that names it for all families is no error.
     assert not any(name.startswith("gate") for name in made(OPT)[0])
+
+
+def test_it_cannot_be_specialised_by_a_prompt():
+    with pytest.raises(ConfigError, match="MultiTaskLoRA is no generator of LoRA-Gen"):
+        specialize(MultiTaskLoRA(EDGE, SETTINGS), {}, None, [[1, 2]])  # pyright: ignore

@@ -93,6 +93,7 @@ def test_all_methods_are_measured(results: dict[str, Any]):
     assert set(results["methods"]["lora_gen"]["once_ms"]) == {"cloud", "merge"}
     assert set(results["methods"]["icl_kept_prefix"]["once_ms"]) == {"prefix"}
     assert set(results["methods"]["autocompressor"]["once_ms"]) == {"compress"}
+    assert set(results["methods"]["lorahub"]["once_ms"]) == {"search", "merge"}
     macs = {name: method["macs"]["answer"] for name, method in results["methods"].items()}
     assert macs["base"] == macs["lora"] == macs["lora_gen"] < min(macs["lora_moe"], macs["mixlora"])
     memory = {name: method["peak_bytes"] for name, method in results["methods"].items()}

@@ -18,6 +18,7 @@ from lora_gen_jax.evaluation.report import curves, gates
 from lora_gen_jax.evaluation.report.command import write_report
 from lora_gen_jax.evaluation.report.found import find
 from lora_gen_jax.evaluation.report.scores import gather, mean_point
+from lora_gen_jax.evaluation.report.tables import score_table
 
 VOID = {"meta", "img", "br", "hr", "input", "link"}
 
@@ -223,6 +224,22 @@ def test_files_with_other_numbers_of_shots_complete_one_another(tmp_path):
     model["config"]["edge"]["source"] = "larger"
     write(tmp_path / "model", results=model)
     assert sorted(len(scores.files) for scores in gather(find([tmp_path]).files["results.json"])) == [1, 1, 1, 2]
+
+
+def test_whether_a_method_read_the_prompt_is_what_the_file_says(tmp_path):
+    read, alone = (result(0.5, 3.0) | {"prompted": prompted} for prompted in (True, False))
+    for shots in (1, 5):
+        methods = {"icl": result(0.6, 4.0), "lora": read, "mixlora": alone}
+        write(tmp_path / f"eval-{shots}", results=results(shots, methods))
+    (scores,) = gather(find([tmp_path]).files["results.json"])
+    assert {method: sorted(of) for method, of in scores.methods.items()} == {
+        "icl": [1, 5],
+        "lora": [1, 5],
+        "mixlora": [0],
+    }
+    rows = {(row[0], row[1]): row for row in score_table(scores).rows}
+    assert rows["LoRA", "5"][7] == "1.0×"
+    assert rows["MixLoRA", "0"][7] == "–"
 
 
 def test_by_shots_makes_a_line(tmp_path):

@@ -114,5 +114,5 @@ def test_a_method_without_a_prompt_is_refused(monkeypatch):
     loaded = load_checkpoint(DEFAULT)
     other = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, method="lora"))
     monkeypatch.setattr("lora_gen_jax.training.checkpoint.load_checkpoint", lambda path: other)
-    with pytest.raises(CheckpointError, match="reads no prompt"):
+    with pytest.raises(CheckpointError, match="not lora_gen"):
         side_by_side_command(SideBySide())

@@ -5,15 +5,12 @@ of the other stand in one table and one figure.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.evaluation.report.found import File
-
-# They read no prompt, so that the number of shots says nothing about them.
-WITHOUT_PROMPT = ("base", "lora")
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,14 @@ class Scores:
         return "; ".join(dict.fromkeys(machine_text(file.values) for file in self.files))
 
 
+def prompted(method: str, result: Mapping[str, Any]) -> bool:
+    """Whether the prompt, and so the number of shots, makes a difference to a method's result.
+
+    Files of earlier versions do not say; they have no methods but these.
+    """
+    return bool(result.get("prompted", method not in ("base", "lora")))
+
+
 def gather(files: Sequence[File]) -> list[Scores]:
     """One `Scores` for files that go together.
 
@@ -85,14 +90,14 @@ def _add(made: dict[Any, Scores], key: Any, file: File, names: list[str], by_sho
     new: dict[str, dict[int, Any]] = {}
     for shots, methods in sorted(by_shots.items()):
         for method, result in methods.items():
-            new.setdefault(method, {}).setdefault(0 if method in WITHOUT_PROMPT else shots, result)
+            new.setdefault(method, {}).setdefault(shots if prompted(method, result) else 0, result)
             for name in names:
                 float(result["tasks"][name]["acc"])
     checkpoints = file.values.get("checkpoints") or {}
     while key in made:
         known, same = made[key].methods, made[key].checkpoints
         # Methods without a prompt are the same in both; the first file's stay. Two generators are never one line.
-        twice = any(s in known.get(m, {}) for m, of in new.items() for s in of if m not in WITHOUT_PROMPT)
+        twice = any(s in known.get(m, {}) for m, of in new.items() for s, result in of.items() if prompted(m, result))
         if not twice and all(same.get(m, checkpoint) == checkpoint for m, checkpoint in checkpoints.items()):
             break
         key = (*key, "again")

@@ -9,17 +9,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_gen_jax.errors import OutputError
+from lora_gen_jax.methods import METHODS
 
 TITLES = {
+    **{key: method.title for key, method in METHODS.items()},
     "base": "base, no prompt",
     "icl": "in-context learning",
-    "lora": "multi-task LoRA",
     "lora_gen": "LoRA-Gen, no prompt",
     "shuffled": "LoRA-Gen, another task's prompt",
-    "lora_moe": "LoRAMoE",
-    "mixlora": "MixLoRA",
-    "lorahub": "LoraHub",
-    "autocompressor": "AutoCompressor",
     "icl_kept_prefix": "in-context learning, the prompt's cache kept",
     "transformers_no_prompt": "transformers, no prompt",
     "transformers_full_prompt": "transformers, whole prompt",

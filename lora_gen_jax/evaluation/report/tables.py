@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_gen_jax.evaluation import published
 from lora_gen_jax.evaluation.agent_table import METHODS
-from lora_gen_jax.evaluation.report.scores import WITHOUT_PROMPT, Point, Scores, mean_point
+from lora_gen_jax.evaluation.report.scores import Point, Scores, mean_point, prompted
 from lora_gen_jax.evaluation.report.style import title_of
 
 NONE = "–"
@@ -52,7 +52,7 @@ def score_table(scores: Scores) -> Table:
     for method, of in scores.methods.items():
         for shots in sorted(of):
             point, result = points[method][shots], of[shots]
-            full = None if method in WITHOUT_PROMPT else points.get("icl", {}).get(shots)
+            full = points.get("icl", {}).get(shots) if prompted(method, result) else None
             rows.append([title_of(method), *_score_cells(point, result, full)])
     headings = [
         "method", "shots", "AVE, %", "HAR, %", "AVE of seen tasks, %", "AVE of unseen tasks, %",
@@ -106,7 +106,8 @@ def comparison_table(report: Mapping[str, Mapping[str, Mapping[str, float]]]) ->
         found = [report[group][method] for group in groups]
         context, latency = (statistics.fmean(r[key] for r in found) for key in ("context_tokens", "latency_ms"))
         full = [report[group]["icl"]["context_tokens"] for group in groups] if "icl" in report[groups[0]] else []
-        short = ratio(statistics.fmean(full), context) if full and method not in ("icl", *WITHOUT_PROMPT) else NONE
+        shown = full and method != "icl" and prompted(method, found[0])
+        short = ratio(statistics.fmean(full), context) if shown else NONE
         cells = [percent(r["accuracy"], r.get("stderr")) for r in found]
         rows.append([title_of(method), *cells, number(context), short, number(latency, 2)])
     headings = ["method", *(f"{group} tasks, %" for group in groups)]
