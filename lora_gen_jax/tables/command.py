@@ -13,26 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.console import Console
 
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_check import check
-from lora_gen_jax.errors import ConfigError, LoraGenError
+from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.evaluation.systems import check_methods
-from lora_gen_jax.files import check_output, write_json
-from lora_gen_jax.tables import pool, sheet
-from lora_gen_jax.tables.cost_layout import all_tables, foot
-from lora_gen_jax.tables.jobs import Job, chosen, make_jobs, missing
-from lora_gen_jax.tables.results import gather
+from lora_gen_jax.files import check_output
+from lora_gen_jax.tables import pool
+from lora_gen_jax.tables.jobs import Job, chosen, make_jobs, missing, outdated
+from lora_gen_jax.tables.pool import say
 from lora_gen_jax.tables.spec import AGENT, Tables, read_tables
 
 PROGRAM = "lora-gen table"
 COMMAND = (sys.executable, "-m", "lora_gen_jax", "table")
-MARKDOWN, VALUES = "tables.md", "tables.json"
 # Of the processes that are started for one job.
 JOB, CORE = "--job", "--core"
-# Runs whose answers are timed.
-TIMED = ("lora", "lora_moe", "mixlora", "lorahub", "autocompressor", "lora_gen")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +37,7 @@ class TableFlags:
     seeds: str | None = None
     """Numbers separated by commas; left out, the file's."""
     jobs: int | None = None
-    """Jobs at a time; left out, one a core on a CPU and one on an accelerator."""
+    """Jobs at a time; left out, the file's, else one a core on a CPU and one on an accelerator."""
     only: str | None = None
     """Runs that are trained and scored, separated by commas; tables show all that is finished."""
     out: Path | None = None
@@ -62,7 +57,7 @@ def table_main(arguments: list[str]) -> None:
     tables = tables_from_args(flags, rest)
     jobs = make_jobs(tables)
     if job is not None:
-        do_job(tables, jobs, job)
+        do_job(jobs, job)
         return
     if flags.jobs is not None and flags.jobs < 1:
         raise ConfigError(f"--jobs is {flags.jobs}; at least 1")
@@ -70,17 +65,19 @@ def table_main(arguments: list[str]) -> None:
         check_output(flags.out)
     for method in {method for job in jobs if job.run != AGENT for n in job.shots for method in job.methods(n)}:
         check_methods([method], "a run's method")
+    # Of all jobs, chosen or not: after hours of training the tables would fail.
+    old = outdated(jobs)
     left = missing(chosen(tables, jobs, split(flags.only)))
-    failed = run_missing(left, arguments, flags.jobs)
+    if others := [job.name for job in old if job not in left]:
+        say(f"not in the tables until they are scored again, with other settings or data: {', '.join(others)}")
+    from lora_gen_jax.tables.output import write_tables
+
+    failed = run_missing(left, arguments, flags.jobs or tables.jobs)
     complete = write_tables(tables, jobs, flags.out)
     if failed or not complete:
         names = [job.name for job in failed] or ["the measurement of costs"]
         say(f"failed: {', '.join(names)}; the same command tries again")
         sys.exit(1)
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def one_job(arguments: Sequence[str]) -> tuple[list[str], str | None]:
@@ -170,7 +167,7 @@ def split(text: str | None) -> list[str]:
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
-def do_job(tables: Tables, jobs: Sequence[Job], name: str) -> None:
+def do_job(jobs: Sequence[Job], name: str) -> None:
     """Does one job in this process.
 
     Raises:
@@ -183,7 +180,7 @@ def do_job(tables: Tables, jobs: Sequence[Job], name: str) -> None:
     pool.end_with_parent()
     from lora_gen_jax.tables.work import do
 
-    do(tables, found[0])
+    do(found[0])
 
 
 def run_missing(left: Sequence[Job], arguments: Sequence[str], places: int | None) -> list[Job]:
@@ -203,38 +200,3 @@ def run_missing(left: Sequence[Job], arguments: Sequence[str], places: int | Non
         return pool.start_process([*COMMAND, *arguments, JOB, job.name, *core], job)
 
     return pool.run_jobs(left, start, places, say)
-
-
-def write_tables(tables: Tables, jobs: Sequence[Job], out: Path | None) -> bool:
-    """Measures costs, prints the tables and writes them; whether the costs could be measured.
-
-    Raises:
-        LoraGenError: for results of other settings, or a directory that cannot be written.
-    """
-    from lora_gen_jax.methods import METHODS
-    from lora_gen_jax.tables.latency import measure_costs
-
-    results = gather(jobs)
-    if not results["facts"]:
-        return True
-    rows = [row for row in TIMED if row in tables.runs and row in results["facts"]]
-    costs: dict[str, Any] = {}
-    try:
-        costs = measure_costs(tables, rows)
-    except LoraGenError as error:
-        say(f"costs cannot be measured: {error}")
-    traits = {name: method.traits for name, method in METHODS.items()}
-    sheets, lines = all_tables(results, costs, traits), foot(results)
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    for one in sheets:
-        console.print(sheet.to_rich(one))
-        if one.published is not None:
-            console.print(sheet.to_rich(one.published))
-    console.print("\n".join(lines), highlight=False)
-    directory = out or tables.directory
-    directory.mkdir(parents=True, exist_ok=True)
-    values = {"tables": [sheet.to_json(one) for one in sheets], "results": results, "costs": costs}
-    write_json(directory / VALUES, values)
-    (directory / MARKDOWN).write_text(sheet.to_markdown(sheets, lines), encoding="utf-8")
-    say(f"tables: {directory / MARKDOWN}")
-    return bool(costs)

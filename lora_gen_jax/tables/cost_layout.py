@@ -9,7 +9,7 @@ from lora_gen_jax.baselines.method import Traits
 from lora_gen_jax.evaluation.efficiency_report import si
 from lora_gen_jax.evaluation.published import AGENT, AGENT_COMPRESSION, COST, MACHINE, PAPER, REASONING, UNSEEN_THREE
 from lora_gen_jax.tables import layout
-from lora_gen_jax.tables.layout import Costs, Results, answer, context, number, there
+from lora_gen_jax.tables.layout import Costs, Results, answer, context, number
 from lora_gen_jax.tables.sheet import Cell, Figure, Sheet
 
 NOT_OURS = "published, not measured here"
@@ -19,27 +19,31 @@ STEPS = {"lora": "lora", "lora_gen": "lora_gen_grouped"}
 
 def table_1(results: Results, costs: Costs, traits: Mapping[str, Traits]) -> Sheet | None:
     """What a method can do, with what was measured about it."""
-    rows = there(results, layout.METHOD_ROWS)
-    rows = [row for row in rows if row in traits]
+    # The untrained rows are methods themselves.
+    of = {row: results["settings"].get(row, {}).get("method", row) for row in layout.method_rows(results)}
+    rows = [row for row in of if row != "base" and of[row] in traits]
     if not rows:
         return None
     full = context(results, "icl")
 
     def cells(row: str) -> list[Cell]:
-        own, read, once = traits[row], context(results, row), answer(costs, row, "once_ms")
+        own, read, once = traits[of[row]], context(results, row), answer(costs, row, "once_ms")
         yes = [own.compresses_context, own.merged, own.training_free, own.transfers]
         # Others read as little, but then know nothing of the prompt.
         ratio = None
         if full is not None and read is not None and (own.compresses_context or row == "icl"):
             ratio = Figure(full.mean / read.mean, unit="×")
-        extra = answer(costs, row, "adapter_parameters")
+        extra = answer(costs, row, "numbers_beside")
         seconds = None if once is None else Figure(sum(once.values()) / 1000, digits=3)
         return [*("yes" if one else "no" for one in yes), ratio, number(extra, 0), seconds]
 
     words = ("compresses\ncontext", "merged: no extra\nparameters", "training-free for\na new task")
-    measured = ("ICL's context\nover its own", "parameters beside\nthe weights", "seconds to\nspecialise")
+    measured = ("ICL's context\nover its own", "numbers beside\nthe weights", "seconds to\nspecialise")
     columns = ("method", *words, "passes knowledge\nbetween models", *measured)
-    notes = ("the last three columns are measured; the others follow from how a method works",)
+    notes = (
+        "the last three columns are measured; the others follow from how a method works",
+        "numbers beside the weights: an adapter's parameters, and keys and values of soft tokens",
+    )
     return Sheet(1, "characteristics", columns, layout.over(results, rows, cells), notes)
 
 
@@ -47,7 +51,7 @@ def table_13(results: Results, costs: Costs) -> Sheet | None:
     """What an answer and a training step cost."""
     if "answers" not in costs:
         return None
-    rows = [row for row in (*layout.METHOD_ROWS, "icl_kept_prefix") if row in costs["answers"]]
+    rows = [row for row in (*layout.method_rows(results), "icl_kept_prefix") if row in costs["answers"]]
     training = costs.get("training", {})
 
     def cells(row: str) -> list[Cell]:
@@ -123,9 +127,8 @@ def all_tables(results: Results, costs: Costs, traits: Mapping[str, Traits]) -> 
     return [sheet for sheet in sheets if sheet is not None]
 
 
-def foot(results: Results) -> list[str]:
-    """Machine, versions, steps and seeds: a line each."""
-    machine, versions = results["machine"], results["versions"]
+def foot(results: Results, costs: Costs) -> list[str]:
+    """Seeds, steps, machines and versions: a line each; what ran elsewhere is named."""
     steps: dict[int, list[str]] = {}
     for run, seeds in results["facts"].items():
         for one in seeds.values():
@@ -134,8 +137,19 @@ def foot(results: Results) -> list[str]:
     seeds = results["seeds"]
     lines = [f"mean ± standard error over {len(seeds)} seed{'s' * (len(seeds) > 1)}: {', '.join(seeds)}"]
     lines += [f"{count} steps: {', '.join(runs)}" for count, runs in sorted(steps.items())]
-    if machine:
-        lines.append(f"{machine['device']}, {machine['cpus']} CPUs, {machine['system']}")
-    if versions:
-        lines.append(", ".join(f"{name} {version}" for name, version in versions.items()))
-    return lines
+    machines = [(place["machine"], place["runs"]) for place in results["machines"]]
+    versions = [(place["versions"], place["runs"]) for place in results["versions"]]
+    if "machine" in costs:
+        machines.append((costs["machine"], ["costs"]))
+        versions.append((costs["versions"], ["costs"]))
+    lines += places([(f"{one['device']}, {one['cpus']} CPUs, {one['system']}", runs) for one, runs in machines])
+    return lines + places([(", ".join(f"{n} {v}" for n, v in one.items()), runs) for one, runs in versions])
+
+
+def places(found: Iterable[tuple[str, list[str]]]) -> list[str]:
+    """Lines about where or with what runs were made, once each; where they differ, with the runs behind them."""
+    lines: dict[str, list[str]] = {}
+    for text, runs in found:
+        if text:
+            lines[text] = list(dict.fromkeys((*lines.get(text, []), *runs)))
+    return [text if len(lines) == 1 else f"{text}: {', '.join(runs)}" for text, runs in lines.items()]

@@ -8,11 +8,12 @@ All systems take turns. A file that was measured for the same settings is read i
 import dataclasses
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import to_json
@@ -25,7 +26,7 @@ from lora_gen_jax.evaluation.run import evaluated_tasks, machine
 from lora_gen_jax.evaluation.task import task_prompt
 from lora_gen_jax.files import write_json
 from lora_gen_jax.models import Pair, load_pair
-from lora_gen_jax.tables.spec import UNTRAINED, Tables, config_of
+from lora_gen_jax.tables.spec import UNTRAINED, Tables, config_of, is_method_row
 from lora_gen_jax.training.checkpoint import versions
 
 FILE, REPEATS, TRAINING_REPEATS = "latency.json", 21, 3
@@ -39,19 +40,16 @@ def measure_costs(tables: Tables, rows: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: when the work does not fit a model.
         OutputError: when the file cannot be written.
+        jax.errors.JaxRuntimeError: when the memory does not suffice, for example.
     """
-    seed = tables.seeds[0]
-    configs = {row: config_of(tables, row, seed) for row in rows}
-    configs = {row: config for row, config in configs.items() if config.method in METHODS}
-    own = config_of(tables, "lora_gen" if "lora_gen" in tables.runs else UNTRAINED, seed)
-    path, settings = tables.directory / FILE, asked(tables, configs, own)
-    found = read(path, settings)
+    found = kept_costs(tables, rows)
     if "training" in found:
         return found
+    (configs, own), path = timed_configs(tables, rows), tables.directory / FILE
     pair = load_pair(own)
     works = workloads(own, pair, tables.shots)
     if "answers" not in found:
-        found = {"settings": settings, "machine": machine(), "versions": versions()}
+        found = {"settings": asked(tables, configs, own), "machine": machine(), "versions": versions()}
         found |= answers(own, pair, works, configs)
         write_json(path, found)
     work = works[max(works)]
@@ -62,11 +60,32 @@ def measure_costs(tables: Tables, rows: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def timed_rows(tables: Tables, finished: Container[str]) -> list[str]:
+    """The finished runs whose answers are timed: those that stand for a method whose cost can be measured."""
+    methods = {run: config_of(tables, run, tables.seeds[0]).method for run in tables.runs}
+    return [run for run, key in methods.items() if run in finished and key in METHODS and is_method_row(run, key)]
+
+
+def timed_configs(tables: Tables, rows: Sequence[str]) -> tuple[dict[str, Config], Config]:
+    """(configs of the rows, that of LoRA-Gen, which everything shared is made from)."""
+    seed = tables.seeds[0]
+    own = config_of(tables, "lora_gen" if "lora_gen" in tables.runs else UNTRAINED, seed)
+    return {row: config_of(tables, row, seed) for row in rows}, own
+
+
+def kept_costs(tables: Tables, rows: Sequence[str]) -> dict[str, Any]:
+    """What was already measured for these rows, on this machine with these versions; it may lack "training"."""
+    found = read(tables.directory / FILE, asked(tables, *timed_configs(tables, rows)))
+    here = json.loads(json.dumps([machine(), versions()]))
+    return found if [found.get("machine"), found.get("versions")] == here else {}
+
+
 def asked(tables: Tables, configs: Mapping[str, Config], own: Config) -> dict[str, Any]:
     """Everything that the costs depend on."""
-    parts = ("method", "generator", "compressor", "cloud", "edge", "data")
+    parts = ("method", "generator", "lora_moe", "hub", "compressor", "cloud", "edge", "data")
     settings = {row: {part: to_json(config)[part] for part in parts} for row, config in configs.items()}
-    scored = {"shots": list(tables.shots), "tasks": list(own.eval.tasks), "seed": own.eval.seed}
+    e = own.eval
+    scored = {"shots": list(tables.shots), "tasks": list(e.tasks), "seed": e.seed, "limit": e.limit}
     # As a file gives them back.
     return json.loads(json.dumps({"rows": settings, "eval": scored}))
 
@@ -77,7 +96,16 @@ def read(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if found.get("settings") == settings else {}
+    return found if same(found.get("settings"), settings) else {}
+
+
+def same(old: Any, new: Mapping[str, Any]) -> bool:
+    """Whether both have the same rows, and all that an older version noted about them is the same."""
+    if not isinstance(old, dict) or set(old["rows"]) != set(new["rows"]):
+        return False
+    return all(new["rows"][row] == new["rows"][row] | one for row, one in old["rows"].items()) and (
+        new["eval"] == new["eval"] | old["eval"]
+    )
 
 
 def workloads(config: Config, pair: Pair, shots: Sequence[int]) -> dict[int, Workload]:
@@ -146,6 +174,14 @@ def with_config(setup: Setup, config: Config) -> Setup:
 
 
 def sizes_of(ready: Ready) -> dict[str, int]:
-    """What the edge model reads for a query, and what stays beside its weights."""
-    adapter = sum(x.size for x in jax.tree.leaves(ready.adapter))
-    return {"context_tokens": len(ready.ids), "kept_tokens": ready.kept, "adapter_parameters": adapter}
+    """What the edge model reads for a query, and what a method keeps beside its weights.
+
+    That is an adapter's parameters, and the keys and values of soft tokens, which are learned. Those of a prompt's own
+    tokens save time alone and are not counted.
+    """
+    beside = sum(x.size for x in jax.tree.leaves(ready.adapter))
+    if ready.prefix is not None and not ready.prefix.ids:
+        cache = ready.prefix.cache
+        used = np.count_nonzero(np.asarray(cache.position_BS) >= 0)
+        beside += int(used) * sum(x.size // x.shape[2] for x in (cache.k_LBSGH, cache.v_LBSGH))
+    return {"context_tokens": len(ready.ids), "kept_tokens": ready.kept, "numbers_beside": beside}

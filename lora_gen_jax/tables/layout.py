@@ -7,15 +7,13 @@ or None where nothing of it was run. Accuracies are means over seeds with the st
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lora_gen_jax.config_check import BEHIND_PROMPT
 from lora_gen_jax.evaluation.report.style import title_of
 from lora_gen_jax.methods import METHODS
 from lora_gen_jax.tables.sheet import Cell, Figure, Sheet, over_seeds, percent
-from lora_gen_jax.tables.spec import UNTRAINED_METHODS
+from lora_gen_jax.tables.spec import UNTRAINED_METHODS, is_method_row
 
 Results = Mapping[str, Any]
 Costs = Mapping[str, Any]
-METHOD_ROWS = ("base", "icl", "lora", "lora_alone", "lora_moe", "mixlora", "lorahub", "autocompressor", "lora_gen")
 # With more tasks the table has one column for all seen and one for all unseen tasks.
 WIDEST = 10
 GROUPS = ("seen", "unseen")
@@ -77,23 +75,35 @@ def there(results: Results, rows: Sequence[str]) -> list[str]:
     return [row for row in rows if row in asked]
 
 
+def method_rows(results: Results) -> list[str]:
+    """The rows of the tables that compare methods: what needs no training, then the runs in the file's order."""
+    runs = [run for run, one in results["settings"].items() if is_method_row(run, one["method"])]
+    return [*there(results, UNTRAINED_METHODS), *runs]
+
+
 def over(results: Results, rows: Sequence[str], cells: Callable[[str], Sequence[Cell]]) -> tuple[tuple[Cell, ...], ...]:
     """Lines of a table, each with its method's title."""
     return tuple((name_of(results, row), *cells(row)) for row in rows)
 
 
 def name_of(results: Results, row: str) -> str:
-    """A row in words: its method, and that the edge model does not read the prompt where it might."""
-    settings = results["settings"].get(row)
-    if row in UNTRAINED_METHODS or settings is None:
+    """A row in words: its method, and what tells it from another row of that method."""
+    settings = results["settings"]
+    if row in UNTRAINED_METHODS or row not in settings:
         return title_of(row)
-    method, reads = settings["method"], settings["data"]["edge_reads_prompt"]
-    return METHODS[method].title + (", no prompt" if method in BEHIND_PROMPT and not reads else "")
+    own, alike = in_words(settings[row]), [in_words(settings[run]) for run in method_rows(results) if run in settings]
+    return f"{own} ({row})" if alike.count(own) > 1 and row != settings[row]["method"] else own
+
+
+def in_words(settings: Mapping[str, Any]) -> str:
+    """A run's method, and that the edge model does not read the prompt where it might."""
+    method = METHODS[settings["method"]]
+    return method.title + (", no prompt" * (method.may_read_prompt and not settings["data"]["edge_reads_prompt"]))
 
 
 def table_2(results: Results, costs: Costs) -> Sheet | None:
     """Methods by tasks: a column a task where there are few, else the means of seen and of unseen ones."""
-    rows, tasks = there(results, METHOD_ROWS), sorted(results["seen"], key=lambda task: not results["seen"][task])
+    rows, tasks = method_rows(results), sorted(results["seen"], key=lambda task: not results["seen"][task])
     if not rows:
         return None
     wide = len(tasks) <= WIDEST

@@ -140,6 +140,11 @@ class Progress:
             self.say("\n".join(f"    {line}" for line in tail(job)))
 
 
+def say(text: str) -> None:
+    """A line of progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def minutes(seconds: float) -> str:
     """A time as people say it."""
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"

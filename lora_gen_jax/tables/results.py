@@ -2,7 +2,8 @@
 
 In: jobs. Out: {"settings": {run: config}, "runs": {method row: {seed: {shots: scores}}}, "seen": {task: whether},
 "facts": {run: {seed: {"steps", "trained_parameters", "seconds"}}}, "agent": {seed: {method: {group: metrics}}},
-"machine", "versions", "seeds", "shots"}. Seeds and numbers of shots are texts, as in JSON.
+"machines": [{"machine", "runs"}], "versions": [{"versions", "runs"}], "seeds", "shots"}. Seeds and numbers of shots are
+texts, as in JSON.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ def gather(jobs: Sequence[Job]) -> dict[str, Any]:
         CheckpointError: as `finished`.
     """
     found: dict[str, Any] = {"settings": {}, "runs": {}, "seen": {}, "facts": {}, "agent": {}}
-    found |= {"machine": {}, "versions": {}, "shots": str(max((max(job.shots) for job in jobs), default=0))}
+    found |= {"machines": [], "versions": [], "shots": str(max((max(job.shots) for job in jobs), default=0))}
     found["seeds"] = list(dict.fromkeys(str(job.seed) for job in jobs))
     for job in jobs:
         found["settings"].setdefault(job.run, to_json(job.config))
@@ -35,12 +36,22 @@ def add(found: dict[str, Any], job: Job, result: dict[str, Any]) -> None:
     """Adds what one result.json holds."""
     seed = str(job.seed)
     found["facts"].setdefault(job.run, {})[seed] = {name: result[name] for name in FACTS if name in result}
-    found["machine"], found["versions"] = result["machine"], result["versions"]
+    note(found["machines"], "machine", result["machine"], job.run)
+    note(found["versions"], "versions", result["versions"], job.run)
     if job.run == AGENT:
-        found["agent"][seed] = result["agent"]
+        found["agent"][seed] = {name: one for name, one in result["agent"].items() if name in job.agent_methods}
         return
     found["seen"] |= result["seen"]
     for number, methods in result["shots"].items():
         for method, scores in methods.items():
             row = method if job.run == UNTRAINED else job.run
             found["runs"].setdefault(row, {}).setdefault(seed, {})[number] = scores
+
+
+def note(places: list[dict[str, Any]], name: str, value: Any, run: str) -> None:
+    """Adds a run to those that were made in one way, of which there may be several."""
+    same = [place for place in places if place[name] == value]
+    if not same:
+        places.append({name: value, "runs": [run]})
+    elif run not in same[0]["runs"]:
+        same[0]["runs"].append(run)

@@ -22,23 +22,20 @@ from lora_gen_jax.evaluation.subject import digest_of
 from lora_gen_jax.evaluation.systems import load_checkpoints, make_systems
 from lora_gen_jax.models import load_pair
 from lora_gen_jax.sharding import evaluation_mesh
-from lora_gen_jax.tables.jobs import Job, write_result
-from lora_gen_jax.tables.spec import AGENT, UNTRAINED, Tables
+from lora_gen_jax.tables.jobs import Job, inputs_of, write_result
+from lora_gen_jax.tables.spec import AGENT, UNTRAINED
 from lora_gen_jax.training.checkpoint import versions
 from lora_gen_jax.training.loop import train
 
-# Not to be compared between jobs that ran side by side.
-LATENCY = "latency_ms"
 
-
-def do(tables: Tables, job: Job) -> dict[str, Any]:
+def do(job: Job) -> dict[str, Any]:
     """Does what is left of a job and returns what result.json holds beside its settings.
 
     Raises:
         LoraGenError, Stopped: as training and scoring.
     """
-    began = time.monotonic()
-    values = agents(tables, job) if job.run == AGENT else trained_and_scored(job)
+    began, inputs = time.monotonic(), inputs_of(job)
+    values = {"inputs": inputs, **(agents(job) if job.run == AGENT else trained_and_scored(job))}
     values |= {"machine": machine(), "versions": versions(), "seconds": round(time.monotonic() - began, 1)}
     write_result(job, values)
     return values
@@ -76,17 +73,9 @@ def shown(results: dict[str, Any], tasks: list[Task]) -> dict[str, Any]:
     return methods
 
 
-def without_latency(scores: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in scores.items() if name != LATENCY}
-
-
-def agents(tables: Tables, job: Job) -> dict[str, Any]:
+def agents(job: Job) -> dict[str, Any]:
     """{"agent": {method: {"seen" | "unseen": metrics}}, "steps"}; every output stands in agent.json beside it."""
-    flags = AgentFlags(rows_per_toolset=tables.agent_rows, methods=tables.agent_methods, limit=job.config.eval.limit)
+    flags = AgentFlags(rows_per_toolset=job.agent_rows, methods=job.agent_methods, limit=job.config.eval.limit)
     tasks = scored_tasks(job.config, flags, False)
     report = score_agents(with_training_rows(job.config, flags), tasks, flags.methods, None, None)
-    methods = {
-        method: {title: without_latency(metrics) for title, metrics in groups.items()}
-        for method, groups in report["methods"].items()
-    }
-    return {"agent": methods, "steps": job.config.train.steps}
+    return {"agent": report["methods"], "steps": job.config.train.steps}

@@ -9,6 +9,7 @@ from helpers import trained
 from lm_eval.api.samplers import SAMPLER_REGISTRY
 from lm_eval.tasks import TaskManager
 
+from lora_gen_jax.config import CompressorConfig
 from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.prompts import evaluation_shots, few_shot_context
 from lora_gen_jax.data.reasoning import REASONING_TASKS
@@ -205,6 +206,39 @@ def test_eval_runs_tasks_of_lm_eval_beside_our_own(directory, tmp_path, registry
     unknown = dataclasses.replace(settings, tasks=("lm_eval/nothing",))
     with pytest.raises(ConfigError, match="lm-eval knows no task 'nothing'"):
         evaluate(dataclasses.replace(config, eval=unknown), None, tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("method", "data"),
+    [("lora", {"edge_reads_prompt": True, "edge_length": 96}), ("autocompressor", {"edge_prompt_length": 48})],
+)
+def test_a_method_reads_the_prompt_in_tasks_of_lm_eval_as_in_our_own(directory, tmp_path, registry, method, data):
+    """A LoRA trained behind the prompt, and soft tokens, of which lm-eval knows nothing."""
+    from lora_gen_jax.evaluation.run import evaluate
+    from lora_gen_jax.training.loop import train
+
+    base = trained()
+    config = dataclasses.replace(
+        base,
+        method=method,
+        compressor=CompressorConfig(summary_tokens=3, segments=2),
+        data=dataclasses.replace(base.data, **data),
+        train=dataclasses.replace(base.train, steps=2, warmup_steps=1, validation_batches=0),
+        workdir=tmp_path / "run",
+    )
+    train(config)
+    tasks = ("arc_easy", "lm_eval/lora_gen_arc_easy")
+    settings = dataclasses.replace(
+        base.eval, batch_tokens=64, limit=3, tasks=tasks, methods=("base", "icl", method), latency=False
+    )
+    config = dataclasses.replace(config, eval=settings, data=dataclasses.replace(config.data, dir=directory))
+    methods = evaluate(config, None, tmp_path / "out", [1])["methods"]
+    for result in methods.values():
+        ours, theirs = (result["tasks"][task] for task in tasks)
+        assert (theirs["acc"], theirs["context_tokens"]) == (ours["acc"], ours["context_tokens"])
+    tokens = {name: result["tasks"]["arc_easy"]["context_tokens"] for name, result in methods.items()}
+    assert tokens[method] == (tokens["icl"] if method == "lora" else tokens["base"] + 3)
+    assert {name: result["prompted"] for name, result in methods.items()} == {"base": False, "icl": True, method: True}
 
 
 def test_figures_of_lm_eval_that_cannot_stand_beside_accuracies_are_refused():
