@@ -152,7 +152,7 @@ def print_report(report: dict[str, Any], gates: dict[str, np.ndarray] | None) ->
         cells = [f"{100 * row['accuracy']:.1f} ± {100 * row['stderr']:.1f}" for row in rows]
         full = [report[group]["icl"]["context_tokens"] for group in groups] if "icl" in report[groups[0]] else []
         ratio = f"{float(np.mean(full)) / context:.1f}×" if full else "–"
-        table.add_row(title_of(method), *cells, f"{context:.1f}", ratio, f"{latency:.2f}")
+        table.add_row(title_of(method, rows[0]), *cells, f"{context:.1f}", ratio, f"{latency:.2f}")
     console = Console(width=None if sys.stdout.isatty() else 100)
     console.print(table)
     if gates:

@@ -239,7 +239,7 @@ def test_whether_a_method_read_the_prompt_is_what_the_file_says(tmp_path):
     }
     rows = {(row[0], row[1]): row for row in score_table(scores).rows}
     assert rows["LoRA", "5"][7] == "1.0×"
-    assert rows["MixLoRA", "0"][7] == "–"
+    assert rows["MixLoRA, no prompt", "0"][7] == "–"
 
 
 def test_by_shots_makes_a_line(tmp_path):

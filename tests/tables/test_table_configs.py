@@ -1,16 +1,28 @@
 """Every file in configs/tables gives runs that pass all checks, and what a wrong file says."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lora_gen_jax.data.pocket.suite import GROUPS
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.tables.jobs import make_jobs
-from lora_gen_jax.tables.spec import config_of, read_tables
+from lora_gen_jax.tables.spec import config_of, read_tables, reads_prompt
+from lora_gen_jax.training.prepare import check_shapes
 
 FILES = sorted((Path(__file__).parents[2] / "configs" / "tables").glob("*.py"))
 METHODS = {"lora", "lora_moe", "mixlora", "lorahub", "lora_gen"}
+BEHIND_PROMPT = ("lora", "lora_moe", "mixlora")
+# (cloud, edge) as the models' own files have them.
+POSITIONS = {
+    "gemma2_2b": (8192, 8192),
+    "opt_2_7b": (8192, 2048),
+    "pocket": (512, 512),
+    "qwen2_1_5b": (8192, 131072),
+    "smollm2": (8192, 8192),
+    "tinyllama_1b": (8192, 2048),
+}
 ABLATIONS = {"cv_0", "cv_0.005", "cv_0.1", "gumbel", "direct", "experts_4", "experts_12"}
 
 
@@ -41,6 +53,39 @@ def test_every_run_passes_the_checks(path):
             assert job.config.method == "lora_gen"
             ((part, fields),) = tables.runs[job.run].items()
             assert (part, len(fields)) == ("generator", 1)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_edge_reads_the_prompt_where_it_was_published_so(path):
+    tables = read_tables(path)
+    cloud, edge = POSITIONS[path.stem]
+    pair = SimpleNamespace(
+        cloud=SimpleNamespace(config=SimpleNamespace(max_positions=cloud)),
+        edge=SimpleNamespace(config=SimpleNamespace(max_positions=edge, num_layers=4)),
+    )
+    for run in tables.runs:
+        config = config_of(tables, run, 0)
+        assert config.data.edge_reads_prompt == (run in BEHIND_PROMPT)
+        check_shapes(config, pair)
+        if run in BEHIND_PROMPT:
+            # Beside a query of any length there is room for a prompt, unless the model has no more positions.
+            room = config.data.edge_length - config.data.query_length
+            assert room >= tables.base.data.cloud_length // tables.base.data.prompts_per_row or (
+                config.data.edge_length == edge
+            )
+    alone = config_of(tables, "lora_alone", 0)
+    assert (alone.method, alone.data) == ("lora", tables.base.data)
+
+
+def test_large_models_are_trained_one_at_a_time():
+    assert {path.stem: read_tables(path).jobs for path in FILES} == {
+        path.stem: None if path.stem == "pocket" else 1 for path in FILES
+    }
+
+
+def test_a_row_holds_prompt_and_queries_within_the_models_positions():
+    assert reads_prompt(96, 48, 512) == {"edge_reads_prompt": True, "edge_length": 144}
+    assert reads_prompt(2048, 2048, 2048)["edge_length"] == 2048
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -1,40 +1,23 @@
-"""Which jobs there are, what is missing after a stop, in which order they run, and what happens when one fails."""
+"""Which jobs there are, what is missing after a stop or a change, in which order they run, and what they leave."""
 
 import dataclasses
 import json
-import os
-import signal
-import sys
 
 import pytest
 
-from lora_gen_jax.config import Config, EvalConfig, TrainConfig
+from lora_gen_jax.config import TrainConfig
 from lora_gen_jax.config_file import to_json
-from lora_gen_jax.errors import CheckpointError, ConfigError
-from lora_gen_jax.tables import pool
-from lora_gen_jax.tables.jobs import RESULT, chosen, finished, make_jobs, missing, write_result
+from lora_gen_jax.errors import CheckpointError, ConfigError, DataError
+from lora_gen_jax.tables.jobs import RESULT, chosen, content_digest, finished, make_jobs, missing, outdated, write_result
 from lora_gen_jax.tables.results import gather
-from lora_gen_jax.tables.spec import Tables, config_of
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    monkeypatch.setattr(pool, "POLL", 0.01)
-    monkeypatch.setattr(pool, "GRACE", 0.2)
-
-
-@pytest.fixture
-def tables(tmp_path):
-    base = Config(name="few", workdir=tmp_path, train=TrainConfig(steps=100), eval=EvalConfig(limit=3))
-    agent = dataclasses.replace(base, name="agent", train=TrainConfig(steps=400))
-    runs = {"lora": {"method": "lora"}, "lora_gen": {}, "experts_4": {"generator": {"num_experts": 4}}}
-    return Tables(base, runs, agent, seeds=(0, 1))
+from lora_gen_jax.tables.spec import config_of
 
 
 def done(job, **values):
     """A job's result, as `work.do` writes it."""
     shots = {str(n): {m: {"tasks": {}} for m in job.methods(n)} for n in job.shots}
     known = {"shots": shots, "seen": {}, "steps": 100, "machine": {"cpus": 2}, "versions": {"jax": "1"}}
+    known["agent"] = {method: {} for method in job.agent_methods}
     write_result(job, known | values)
 
 
@@ -75,8 +58,12 @@ def test_only_takes_known_runs(tables):
     jobs = make_jobs(tables)
     assert [job.name for job in chosen(tables, jobs, ["lora"])] == ["lora/0", "lora/1"]
     assert chosen(tables, jobs, []) == jobs
-    with pytest.raises(ConfigError, match="did you mean lora_gen"):
+    with pytest.raises(ConfigError, match=r"did you mean lora_gen\? The runs are base, lora,"):
         chosen(tables, jobs, ["loragen"])
+    with pytest.raises(ConfigError, match=r"--only has 'xyz'\. The runs are"):
+        chosen(tables, jobs, ["xyz"])
+    with pytest.raises(ConfigError, match="jobs is 0"):
+        make_jobs(dataclasses.replace(tables, jobs=0))
 
 
 def test_the_longest_come_first_and_finished_ones_not_at_all(tables):
@@ -104,12 +91,11 @@ def test_another_number_of_shots_is_scored_later(tables):
 
 def test_a_result_of_other_settings_names_the_field(tables):
     done(make_jobs(tables)[2])
-    longer = dataclasses.replace(tables.base, train=TrainConfig(steps=200), eval=EvalConfig(limit=9))
+    longer = dataclasses.replace(tables.base, train=TrainConfig(steps=200))
     (job,) = [job for job in make_jobs(dataclasses.replace(tables, base=longer)) if job.name == "lora/0"]
     with pytest.raises(CheckpointError) as raised:
         missing([job])
     assert "train.steps: 100 -> 200" in str(raised.value)
-    assert "eval.limit: 3 -> 9" in str(raised.value)
     assert "seed-0 holds a run with another config" in str(raised.value)
 
 
@@ -117,9 +103,74 @@ def test_untrained_results_do_not_depend_on_training(tables):
     done(make_jobs(tables)[0])
     longer = dataclasses.replace(tables, base=dataclasses.replace(tables.base, train=TrainConfig(steps=200)))
     assert missing([make_jobs(longer)[0]]) == []
-    other = dataclasses.replace(tables, base=dataclasses.replace(tables.base, eval=EvalConfig(limit=4)))
-    with pytest.raises(CheckpointError, match=r"eval\.limit: 3 -> 4"):
-        missing([make_jobs(other)[0]])
+
+
+@pytest.mark.parametrize("changes", [{"limit": 4}, {"tasks": ("pocket_unseen",)}, {"batch_tokens": 64}])
+@pytest.mark.parametrize("number", [0, 2, -1], ids=["base", "lora", "agent"])
+def test_other_settings_of_scoring_alone_score_again(tables, number, changes):
+    done(make_jobs(tables)[number])
+    parts = {
+        part: dataclasses.replace(one, eval=dataclasses.replace(one.eval, **changes))
+        for part, one in (("base", tables.base), ("agent", tables.agent))
+    }
+    job = make_jobs(dataclasses.replace(tables, **parts))[number]
+    job.config.directory.joinpath("config.json").write_text(json.dumps(to_json(make_jobs(tables)[number].config)))
+    assert missing([job]) == outdated([job]) == [job]
+    assert gather([job])["facts"] == {}
+    done(job)
+    assert missing([job]) == outdated([job]) == []
+
+
+def test_results_depend_on_the_content_of_the_users_files(tables, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"a": 1}\n')
+    data = dataclasses.replace(tables.base.data, files=(rows,))
+    tables = dataclasses.replace(tables, base=dataclasses.replace(tables.base, data=data))
+    base, lora = (job for job in make_jobs(tables) if job.name in ("base/0", "lora/0"))
+    done(base)
+    done(lora)
+    assert missing([base, lora]) == []
+    rows.write_text('{"a": 12}\n')
+    assert missing([base]) == [base]
+    with pytest.raises(CheckpointError, match=r"data\.files: .*rows\.jsonl"):
+        missing([lora])
+    rows.unlink()
+    with pytest.raises(DataError, match=r"rows\.jsonl cannot be read"):
+        missing([base])
+
+
+def test_a_directory_of_files_is_its_content(tables, tmp_path):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("1\n")
+    first = content_digest(folder)
+    (folder / "notes.txt").write_text("no rows\n")
+    assert content_digest(folder) == first
+    (folder / "b.jsonl").write_text("1\n")
+    assert content_digest(folder) != first
+
+
+def test_another_agent_table_is_noticed(tables):
+    before = dataclasses.replace(tables, agent_methods=("lora", "lora_gen"))
+    done(make_jobs(before)[-1])
+    assert missing(make_jobs(before)[-1:]) == []
+    # Fewer rows need nothing new; more of them are scored.
+    fewer = make_jobs(dataclasses.replace(tables, agent_methods=("lora",)))[-1:]
+    assert missing(fewer) == []
+    assert gather(fewer)["agent"] == {"1": {"lora": {}}}
+    assert [job.name for job in missing(make_jobs(tables)[-1:])] == ["agent/1"]
+    with pytest.raises(CheckpointError, match="agent_rows: 96 -> 48"):
+        missing(make_jobs(dataclasses.replace(before, agent_rows=48))[-1:])
+
+
+def test_results_of_an_older_version_noted_less(tables):
+    jobs = make_jobs(tables)
+    for job in (jobs[0], jobs[2], jobs[-1]):
+        done(job)
+        values = json.loads(job.result.read_text())
+        del values["inputs"]
+        job.result.write_text(json.dumps(values))
+        assert missing([job]) == []
 
 
 def test_a_begun_run_of_other_settings_names_the_field(tables):
@@ -131,78 +182,15 @@ def test_a_begun_run_of_other_settings_names_the_field(tables):
         missing([job])
 
 
-class Fake:
-    """A process that ends after some polls; it remembers what was done to it."""
-
-    def __init__(self, polls, status=0):
-        self.left, self.status, self.told = polls, status, []
-
-    def poll(self):
-        self.left -= 1
-        return self.status if self.left < 0 else None
-
-    def terminate(self):
-        self.told.append("terminate")
-
-    def kill(self):
-        self.told.append("kill")
-
-
-def test_two_places_are_kept_busy_and_a_failure_does_not_stop_the_others(tables):
-    jobs, began, lines = make_jobs(tables)[:6], [], []
-    jobs[1].log.parent.mkdir(parents=True)
-    jobs[1].log.write_text("".join(f"line {i}\n" for i in range(30)))
-
-    def start(job, place):
-        began.append((job.name, place))
-        return Fake(6 if job is jobs[0] else 0, status=2 if job is jobs[1] else 0)
-
-    assert pool.run_jobs(jobs, start, 2, lines.append) == [jobs[1]]
-    # The first place is held by the long job; the others follow each other in the second.
-    assert began == [(jobs[0].name, 0), *((job.name, 1) for job in jobs[1:])]
-    text = "\n".join(lines)
-    assert f"{jobs[1].name}: failed with status 2" in text
-    assert "    line 29\n" in text
-    assert "line 14\n" not in text
-    assert f"(the whole log: {jobs[1].log})" in text
-    assert f"{jobs[0].name}: done" in text
-    assert "6 of 6" in text
-
-
-def test_a_signal_ends_all_processes(tables):
-    jobs, made = make_jobs(tables)[:3], []
-
-    def start(job, place):
-        made.append(Fake(10**9))
-        if len(made) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return made[-1]
-
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(pool.TablesStopped, match="stopped by SIGTERM: the same command goes on") as raised:
-        pool.run_jobs(jobs, start, 2, lambda line: None)
-    assert raised.value.signal == signal.SIGTERM
-    assert [process.told for process in made] == [["terminate", "kill"]] * 2
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_a_real_process_logs_and_fails(tables):
-    job, lines = make_jobs(tables)[0], []
-    code = "import sys; print('it began'); sys.exit('it broke')"
-
-    def start(job, place):
-        return pool.start_process([sys.executable, "-c", code], job)
-
-    assert pool.run_jobs([job], start, 1, lines.append) == [job]
-    assert job.log.read_text() == "it began\nit broke\n"
-    assert "    it broke\n" in "\n".join(lines)
-
-
 def test_gathered_by_row_seed_and_shots(tables):
     jobs = make_jobs(tables)
     for job in jobs:
         if job.run != "experts_4":
-            done(job, **({"agent": {"lora": {}}} if job.run == "agent" else {}))
+            done(
+                job,
+                **({"agent": {"lora": {}}} if job.run == "agent" else {}),
+                **({"versions": {"jax": "2"}} if job.run == "lora" else {}),
+            )
     found = gather(jobs)
     assert sorted(found["runs"]) == ["base", "icl", "lora", "lora_gen"]
     assert {seed: list(shots) for seed, shots in found["runs"]["icl"].items()} == {
@@ -213,5 +201,10 @@ def test_gathered_by_row_seed_and_shots(tables):
     assert found["agent"] == {"0": {"lora": {}}, "1": {"lora": {}}}
     assert found["facts"]["lora"]["1"] == {"steps": 100}
     assert found["settings"]["experts_4"]["generator"]["num_experts"] == 4
-    assert (found["shots"], found["seeds"], found["machine"]) == ("5", ["0", "1"], {"cpus": 2})
+    assert (found["shots"], found["seeds"]) == ("5", ["0", "1"])
+    assert found["machines"] == [{"machine": {"cpus": 2}, "runs": ["base", "lora", "lora_gen", "agent"]}]
+    assert found["versions"] == [
+        {"versions": {"jax": "1"}, "runs": ["base", "lora_gen", "agent"]},
+        {"versions": {"jax": "2"}, "runs": ["lora"]},
+    ]
     assert jobs[0].result.name == RESULT

@@ -1,81 +1,16 @@
-"""Every table from hand-made results, cell by cell: means, standard errors, rows that are missing, JSON, Markdown."""
+"""Tables of accuracy from hand-made results, cell by cell: means, standard errors, missing rows, JSON, Markdown."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
+from table_results import by_seed, cells, costs, generator, results, scored
 
-from lora_gen_jax.methods import METHODS
 from lora_gen_jax.tables import layout
-from lora_gen_jax.tables.cost_layout import all_tables, foot, table_1, table_13
-from lora_gen_jax.tables.sheet import Figure, Sheet, over_seeds, shown, to_json, to_markdown, to_rich
+from lora_gen_jax.tables.sheet import Figure, Sheet, over_seeds, shown, to_json, to_markdown
 
-SEEN = {"a": True, "b": True, "c": False}
 ACCURACY = (0.5, 0.6, 0.8)
 # Of (0.5, 0.6, 0.8): mean 0.6333, standard deviation 0.15275 with n - 1, over √3.
 SPREAD = "63.3 ± 8.8"
-
-
-def scored(accuracy, tokens=10.0, seen_tokens=None):
-    tasks = {
-        t: {"acc": accuracy, "n": 4, "context_tokens": tokens if t == "c" else seen_tokens or tokens} for t in SEEN
-    }
-    groups = {"seen": {"accuracy": accuracy + 0.01}, "unseen": {"accuracy": accuracy - 0.1}}
-    return {
-        "tasks": tasks,
-        "groups": groups,
-        "ave": accuracy,
-        "har": accuracy - 0.02,
-        "ave_seen": accuracy + 0.02,
-        "ave_unseen": accuracy - 0.2,
-    }
-
-
-def by_seed(*accuracies, shots=("5",), **more):
-    return {str(i): {n: scored(a, **more) for n in shots} for i, a in enumerate(accuracies)}
-
-
-def generator(run="lora_gen", **changes):
-    """What is read of a run's settings."""
-    method = run if run in METHODS else "lora_gen"
-    reads = run in ("lora", "lora_moe", "mixlora")
-    settings = {"num_experts": 16, "cv_coefficient": 0.01, **changes}
-    return {"method": method, "data": {"edge_reads_prompt": reads}, "generator": settings}
-
-
-def results(**runs):
-    """The methods' runs, with the ablations' settings for all that are named so."""
-    settings = {run: generator(run) for run in runs if run != "icl"}
-    for run in runs:
-        if run.startswith("experts_"):
-            settings[run] = generator(num_experts=int(run.removeprefix("experts_")))
-        if run.startswith("cv_"):
-            settings[run] = generator(cv_coefficient=float(run.removeprefix("cv_")))
-    return {
-        "settings": settings,
-        "runs": runs,
-        "seen": SEEN,
-        "facts": {run: {s: {"steps": 7, "trained_parameters": 1234} for s in seeds} for run, seeds in runs.items()},
-        "agent": {},
-        "machine": {"device": "cpu", "cpus": 2, "system": "Linux"},
-        "versions": {"jax": "1.2"},
-        "shots": "5",
-        "seeds": ["0", "1", "2"],
-    }
-
-
-def costs(**ms):
-    def one(value):
-        macs = {"prefill": 1, "answer": 2_000_000}
-        return {"answer_ms": value, "macs": macs, "once_ms": {}, "kept_tokens": 0, "adapter_parameters": 0}
-
-    found = {row: one(value) for row, value in ms.items()}
-    return {"answers": found, "workload": {"new_tokens": 6, "input_tokens": 2, "instruction_tokens": 68}}
-
-
-def cells(sheet, row):
-    (found,) = [line for line in sheet.rows if line[0] == row]
-    return dict(zip(sheet.columns, map(shown, found), strict=True))
 
 
 def test_mean_and_standard_error_over_seeds():
@@ -185,83 +120,13 @@ def agent_row(value):
 
 def test_agent_table_has_seen_and_unseen_tools():
     found = results(lora_gen={})
-    found["settings"]["agent"] = {}
+    found["settings"]["agent"] = generator()
     found["agent"] = {"0": {"lora": agent_row(0.5), "lora_gen": agent_row(0.6)}, "1": {"lora": agent_row(0.7)}}
     sheet = layout.table_3(found)
     lines = [tuple(map(shown, row)) for row in sheet.rows]
     assert lines[0] == ("LoRA, no tools in context", "seen", *["60.0 ± 10.0"] * 6, "9.0", "10.0×")
     assert lines[1][:3] == ("LoRA-Gen, trained on tools", "seen", "60.0")
     assert lines[2] == ("LoRA, no tools in context", "unseen", *["–"] * 8)
-
-
-def traits(*values):
-    return SimpleNamespace(
-        **dict(zip(("compresses_context", "merged", "training_free", "transfers"), values, strict=True))
-    )
-
-
-def test_characteristics_from_traits_and_measurements():
-    found = results(
-        base=by_seed(0.1), icl=by_seed(0.9, tokens=70.0), lora_moe=by_seed(0.5), lora_gen=by_seed(0.7, tokens=7.0)
-    )
-    spent = costs(icl=4.0, lora_gen=1.0, lora_moe=2.0)
-    spent["answers"]["lora_gen"]["once_ms"] = {"cloud": 20.0, "merge": 5.0}
-    spent["answers"]["lora_moe"]["adapter_parameters"] = 4321
-    known = {"icl": traits(False, True, True, False), "lora_moe": traits(True, False, False, False)}
-    sheet = table_1(found, spent, known | {"lora_gen": traits(True, True, True, True)})
-    lines = [tuple(map(shown, row)) for row in sheet.rows]
-    assert lines == [
-        ("in-context learning", "no", "yes", "yes", "no", "1.0×", "0", "0.000"),
-        ("LoRAMoE", "yes", "no", "no", "no", "7.0×", "4321", "0.000"),
-        ("LoRA-Gen", "yes", "yes", "yes", "yes", "10.0×", "0", "0.025"),
-    ]
-
-
-def test_cost_table_has_training_steps():
-    spent = costs(base=1.0, lora=2.0, lora_gen=1.0)
-    spent["answers"]["lora_gen"]["once_ms"] = {"cloud": 20.0, "merge": 5.0}
-    spent["training"] = {
-        "lora": {"step_ms": 9.0, "macs": 3_000},
-        "lora_gen_grouped": {"step_ms": 8.0, "macs": 4_000},
-        "lora_gen": {"step_ms": 80.0, "macs": 5_000},
-    }
-    sheet = table_13(results(base=by_seed(0.1), lora=by_seed(0.1), lora_gen=by_seed(0.1)), spent)
-    lines = [tuple(map(shown, row)) for row in sheet.rows]
-    assert lines[1] == ("LoRA", "2 M", "2.00", "1.00×", "–", "9.0", "3 k")
-    assert lines[2] == ("LoRA-Gen", "2 M", "1.00", "0.50×", "25.0", "8.0", "4 k")
-    assert "80.0 ms" in sheet.notes[1]
-    published = [tuple(map(shown, row)) for row in sheet.published.rows]
-    assert published[0] == ("Qwen2-1.5B, LoRA", "471 G", "0.19", "0.85")
-    assert table_13(results(), {}) is None
-
-
-def test_all_tables_in_order_with_published_figures_apart():
-    runs = {
-        run: by_seed(0.5) for run in ("base", "icl", "lora", "autocompressor", "experts_4", "cv_0", "gumbel", "direct")
-    }
-    found = results(**runs, lora_gen=by_seed(0.7, shots=("1", "5")))
-    found["settings"]["agent"] = {}
-    sheets = all_tables(found, costs(lora=1.0), {"lora": traits(True, True, False, False)})
-    assert [sheet.number for sheet in sheets] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 13]
-    beside = {sheet.number: sheet.published for sheet in sheets if sheet.published is not None}
-    assert list(beside) == [2, 3, 4, 13]
-    assert all(sheet.title.startswith("published, not measured here") for sheet in beside.values())
-    assert ("TinyLlama-1.1B, MixLoRA", "54.5", "48.6", "100.1") in [tuple(map(shown, r)) for r in beside[2].rows]
-    assert ("OPT-2.7B, LoRA-Gen", "61.6", "–", "7.54") in [tuple(map(shown, r)) for r in beside[4].rows]
-    for sheet in sheets:
-        assert to_rich(sheet).row_count == len(sheet.rows)
-    text = to_markdown(sheets, ["foot"])
-    assert text.endswith("\n\nfoot\n")
-    assert "| KeepTOP-K | 71.0 |" in text
-
-
-def test_foot_says_what_was_run_where():
-    assert foot(results(lora=by_seed(0.5), lora_gen=by_seed(0.5))) == [
-        "mean ± standard error over 3 seeds: 0, 1, 2",
-        "7 steps: lora, lora_gen",
-        "cpu, 2 CPUs, Linux",
-        "jax 1.2",
-    ]
 
 
 def test_values_and_text_of_a_sheet():

@@ -142,7 +142,7 @@ def draw_comparison(axes: Any, report: Mapping[str, Mapping[str, Any]]) -> None:
                 color=color_of(method),
                 markerfacecolor="none" if group == "seen" else color_of(method),
                 linestyle="none",
-                label=None if method in named else f"{title_of(method)} ({row['context_tokens']:.0f} tokens)",
+                label=None if method in named else f"{title_of(method, row)} ({row['context_tokens']:.0f} tokens)",
             )
             named.add(method)
     limits(axes, every)

@@ -4,12 +4,12 @@ Figures are drawn without pyplot: no window system, and no state that outlives t
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_gen_jax.errors import OutputError
-from lora_gen_jax.methods import METHODS
+from lora_gen_jax.methods import BEHIND_PROMPT, METHODS
 
 TITLES = {
     **{key: method.title for key, method in METHODS.items()},
@@ -43,9 +43,10 @@ _Item = TypeVar("_Item")
 DPI = 110
 
 
-def title_of(method: str) -> str:
-    """A method in words."""
-    return TITLES.get(method, method)
+def title_of(method: str, result: Mapping[str, Any] | None = None) -> str:
+    """A method in words; with a result that says so, that the edge model did not read the prompt where it might."""
+    alone = method in BEHIND_PROMPT and result is not None and result.get("prompted") is False
+    return TITLES.get(method, method) + ", no prompt" * alone
 
 
 def color_of(method: str) -> str:

@@ -53,7 +53,7 @@ def score_table(scores: Scores) -> Table:
         for shots in sorted(of):
             point, result = points[method][shots], of[shots]
             full = points.get("icl", {}).get(shots) if prompted(method, result) else None
-            rows.append([title_of(method), *_score_cells(point, result, full)])
+            rows.append([title_of(method, result), *_score_cells(point, result, full)])
     headings = [
         "method", "shots", "AVE, %", "HAR, %", "AVE of seen tasks, %", "AVE of unseen tasks, %",
         "edge context, tokens", "compression", "latency, ms", "speed-up",
@@ -87,7 +87,10 @@ def task_table(scores: Scores) -> Table:
     for task in scores.tasks:
         found = [scores.methods[method][shots]["tasks"][task] for method, shots in columns]
         rows.append([task, str(found[0].get("n", NONE)), *(percent(r["acc"], r.get("stderr")) for r in found)])
-    titles = [title_of(method) + (f", {shots} shots" if several else "") for method, shots in columns]
+    titles = [
+        title_of(method, scores.methods[method][shots]) + (f", {shots} shots" if several else "")
+        for method, shots in columns
+    ]
     caption = "Accuracy of every task in % ± standard error over its documents."
     return Table(caption, ["task", "documents", *titles], rows)
 
@@ -109,7 +112,7 @@ def comparison_table(report: Mapping[str, Mapping[str, Mapping[str, float]]]) ->
         shown = full and method != "icl" and prompted(method, found[0])
         short = ratio(statistics.fmean(full), context) if shown else NONE
         cells = [percent(r["accuracy"], r.get("stderr")) for r in found]
-        rows.append([title_of(method), *cells, number(context), short, number(latency, 2)])
+        rows.append([title_of(method, found[0]), *cells, number(context), short, number(latency, 2)])
     headings = ["method", *(f"{group} tasks, %" for group in groups)]
     headings += ["edge context, tokens", "compression", "latency, ms"]
     caption = "Accuracy over all queries ± standard error; latency is one answer with its whole context."
