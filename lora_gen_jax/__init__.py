@@ -16,6 +16,7 @@ The pieces, each usable alone:
     specialize                      prompts -> adapters
     merge, unmerge                  adapters in and out of weights
     generate, stream, score         inference with any weights
+    METHODS                         what the paper compares with, by key (`lora_gen_jax.methods`)
 """
 
 from lora_gen_jax.adapters.gated_pool import GatedPool, gated_product
@@ -27,14 +28,17 @@ from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.decoder.pretrained import load_config, load_params, load_tokenizer
 from lora_gen_jax.errors import LoraGenError
 from lora_gen_jax.generator.cloud import CloudEncoder, PackedPrompts, pack_prompts
-from lora_gen_jax.generator.lora_gen import ExpertPool, Generated, LoRAGen
+from lora_gen_jax.generator.lora_gen import ExpertPool, LoRAGen
 from lora_gen_jax.generator.router import BatchNorm, Router, cv_squared, keep_top_k
 from lora_gen_jax.generator.specialize import specialize
+from lora_gen_jax.generator.trained_module import Generated
 from lora_gen_jax.inference.decode import Generation, generate, stream
 from lora_gen_jax.inference.sampling import Sampling
 from lora_gen_jax.inference.scoring import Request, Score, score
+from lora_gen_jax.methods import METHODS
 
 __all__ = [
+    "METHODS",
     "BatchNorm",
     "CloudEncoder",
     "Config",
