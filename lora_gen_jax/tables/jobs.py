@@ -88,8 +88,9 @@ def make_jobs(tables: Tables) -> list[Job]:
     for run in tables.names:
         many = run == UNTRAINED or run in MANY_SHOTS
         shots = tuple(sorted(set(tables.shots))) if many else (max(tables.shots),)
-        agent = (tables.agent_rows, tables.agent_methods) if run == AGENT else ()
-        jobs += [Job(run, seed, config_of(tables, run, seed), shots, *agent) for seed in dict.fromkeys(tables.seeds)]
+        rows, methods = (tables.agent_rows, tables.agent_methods) if run == AGENT else (0, ())
+        for seed in dict.fromkeys(tables.seeds):
+            jobs.append(Job(run, seed, config_of(tables, run, seed), shots, rows, methods))
     return jobs
 
 

@@ -1,4 +1,4 @@
-"""Tables for tests: settings alone, and a config file on a tiny pair that can be trained."""
+"""Tables for tests: settings alone, a config file on a tiny pair that can be trained, and jobs that end at once."""
 
 import dataclasses
 import json
@@ -8,7 +8,24 @@ from helpers import experiment
 
 from lora_gen_jax.config import Config, EvalConfig, TrainConfig
 from lora_gen_jax.config_file import to_json
+from lora_gen_jax.tables import latency, pool
+from lora_gen_jax.tables.jobs import write_result
 from lora_gen_jax.tables.spec import Tables
+
+TEXT = """
+import dataclasses
+import json
+from pathlib import Path
+
+from lora_gen_jax.config_file import from_json
+from lora_gen_jax.tables.spec import Tables
+
+
+def get_tables():
+    base = from_json(json.loads(Path(__file__).with_name("base.json").read_text()))
+    agent = dataclasses.replace(base, name="")
+    return Tables(base, {"lora": {"method": "lora"}, "lora_gen": {}}, agent, seeds=(0, 1), shots=(1, 2))
+"""
 
 
 @pytest.fixture
@@ -27,9 +44,43 @@ def root(tmp_path_factory):
 @pytest.fixture
 def path(root, tmp_path):
     """A config file on a tiny pair."""
-    from lora_gen_jax.config_file import to_json
-
     config = experiment(root, tmp_path / "run", steps=2, validation_batches=0)
     (tmp_path / "base.json").write_text(json.dumps(to_json(config)))
     (tmp_path / "few.py").write_text(TEXT)
     return tmp_path / "few.py"
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Commands that would have been started; each job leaves a result at once, unless its name is in "broken"."""
+    found = {"commands": [], "broken": set()}
+
+    class Ended:
+        def __init__(self, status):
+            self.status = status
+
+        def poll(self):
+            return self.status
+
+    def start(arguments, job):
+        found["commands"].append(list(arguments))
+        if job.name not in found["broken"]:
+            write_result(job, fake_values(job))
+        return Ended(1 if job.name in found["broken"] else 0)
+
+    monkeypatch.setattr(pool, "start_process", start)
+    monkeypatch.setattr(pool, "platform", lambda: "cpu")
+    monkeypatch.setattr(pool, "cores", lambda: [3, 5])
+    monkeypatch.setattr(latency, "measure_costs", lambda tables, rows: {"answers": {}, "workload": {}, "rows": rows})
+    monkeypatch.setattr("lora_gen_jax.tables.cost_layout.table_13", lambda results, costs: None)
+    return found
+
+
+def fake_values(job):
+    accuracy = 0.5 + 0.1 * job.seed
+    tasks = {"warm": {"acc": accuracy, "n": 4, "context_tokens": 3.0}}
+    scores = {"tasks": tasks, "groups": {"seen": {"accuracy": accuracy}}, "ave": accuracy, "har": accuracy}
+    scores |= {"ave_seen": accuracy, "ave_unseen": None}
+    shots = {str(n): dict.fromkeys(job.methods(n), scores) for n in job.shots}
+    known = {"steps": job.config.train.steps, "machine": {"device": "d", "cpus": 2, "system": "s"}, "versions": {}}
+    return {"shots": shots, "seen": {"warm": True}, "agent": {key: {} for key in job.agent_methods}, **known}

@@ -8,7 +8,16 @@ import pytest
 from lora_gen_jax.config import TrainConfig
 from lora_gen_jax.config_file import to_json
 from lora_gen_jax.errors import CheckpointError, ConfigError, DataError
-from lora_gen_jax.tables.jobs import RESULT, chosen, content_digest, finished, make_jobs, missing, outdated, write_result
+from lora_gen_jax.tables.jobs import (
+    RESULT,
+    chosen,
+    content_digest,
+    finished,
+    make_jobs,
+    missing,
+    outdated,
+    write_result,
+)
 from lora_gen_jax.tables.results import gather
 from lora_gen_jax.tables.spec import config_of
 
