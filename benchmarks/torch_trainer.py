@@ -135,6 +135,8 @@ def tensors_of(batch: Batch) -> Batch:
     def convert(value: Any) -> Any:
         if isinstance(value, np.ndarray):
             return torch.from_numpy(value if value.dtype == np.float32 else value.astype(np.int64))
+        if value is None:
+            return None
         return value.replace(**{f.name: convert(getattr(value, f.name)) for f in dataclasses.fields(value)})
 
     return convert(batch)

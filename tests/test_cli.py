@@ -236,8 +236,9 @@ def test_eval_writes_results_and_its_flags_override_the_config(capsys, tmp_path)
     ("flags", "words"),
     [
         (
-            ["--methods", "base,mixlora"],
-            "eval.methods has 'mixlora'; the methods are base, icl, lora, lora_gen, shuffled",
+            ["--methods", "base,mixlor"],
+            "eval.methods has 'mixlor'; the methods are base, icl, lora, lora_moe, mixlora, lorahub, autocompressor,"
+            " lora_gen, shuffled",
         ),
         (["--methods", ""], "eval.methods"),
         (["--tasks", "wam"], "unknown task 'wam'; did you mean 'warm'"),

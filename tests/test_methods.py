@@ -37,7 +37,7 @@ DATA = DataConfig(
 CONFIG = Config(
     generator=dataclasses.replace(helpers.SETTINGS, balance_coefficient=0.1),
     hub=HubConfig(modules=3),
-    compressor=CompressorConfig(summary_tokens=2, segments=3),
+    compressor=CompressorConfig(summary_tokens=2, segments=2),
     data=DATA,
     train=TrainConfig(steps=10, warmup_steps=1, learning_rate=1e-2),
 )

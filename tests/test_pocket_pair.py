@@ -23,18 +23,12 @@ from lora_gen_jax.training.portable import SHIPPED
 
 POCKET = Path(lora_gen_jax.__file__).parent / "pocket"
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
-SETTINGS = EvalConfig(shots=5)
+SETTINGS = EvalConfig(shots=5, latency=False)
 
 
 @pytest.fixture(scope="module")
 def pair():
     return load_pair(read_config(QUICKSTART))
-
-
-@pytest.fixture(autouse=True)
-def _no_latency(monkeypatch):
-    monkeypatch.setattr("lora_gen_jax.evaluation.answers.LATENCY_REPEATS", 1)
-    monkeypatch.setattr("lora_gen_jax.evaluation.answers.LATENCY_DOCUMENTS", 1)
 
 
 def accuracy(pair, tasks, method, checkpoints=None):

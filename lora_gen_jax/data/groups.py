@@ -63,7 +63,7 @@ class GroupSampler:
         self.cloud, self.edge, self.config = cloud, edge, config
         self.num_meta, self.split = num_meta, split
         self.tasks = [task for task in tasks if getattr(task, split)]
-        self.number = {id(task): number for number, task in enumerate(tasks)}
+        self.numbers = [number for number, task in enumerate(tasks) if getattr(task, split)]
         known = {task.name for task in tasks} | {task.source for task in tasks}
         for name in config.knowledge_tasks:
             if name not in known:
@@ -86,8 +86,9 @@ class GroupSampler:
             DataError: when nothing fits after many tries.
         """
         for _ in range(100):
-            place = np.searchsorted(self.cumulative, rng.random(), side="right")
-            task = self.tasks[min(int(place), len(self.tasks) - 1)]
+            place = int(np.searchsorted(self.cumulative, rng.random(), side="right"))
+            place = min(place, len(self.tasks) - 1)
+            task = self.tasks[place]
             examples, queries = self._queries(task, rng)
             if not queries:
                 continue
@@ -95,7 +96,7 @@ class GroupSampler:
             count = int(rng.integers(self.config.min_shots, self.config.max_shots + 1))
             shots = sample_shots(task, count, rng, [example.id for example in examples])
             knowledge = not {task.name, task.source}.isdisjoint(self.config.knowledge_tasks)
-            group = Group(description, tuple(shots), [], queries, task=self.number[id(task)], knowledge=knowledge)
+            group = Group(description, tuple(shots), [], queries, task=self.numbers[place], knowledge=knowledge)
             group = self._fit(group)
             if group is not None:
                 return group

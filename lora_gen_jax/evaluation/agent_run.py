@@ -162,7 +162,8 @@ def make_method(config: Config, pair: Pair, name: str, loaded: Loaded | None) ->
     """The method of a row, with the tools as the whole prompt."""
     alone = dataclasses.replace(config, eval=dataclasses.replace(config.eval, shots=0))
     method = COMPARED["icl" if loaded is None else loaded.config.method]
-    return Method(system_of(alone, pair, method, loaded), shared=not method.depends_on_prompt)
+    system = dataclasses.replace(system_of(alone, pair, method, loaded), reads_prompt=METHODS[name].reads_prompt)
+    return Method(system, shared=not method.depends_on_prompt)
 
 
 def agent_journal(config: Config) -> RequestCache:

@@ -226,10 +226,10 @@ def share_of(result: dict[str, Any]) -> str:
     return f"{100 * result['acc']:.1f} ± {'–' if error is None else f'{100 * error:.1f}'}"
 
 
-def mean_of(figures: Sequence[float | None]) -> str:
+def mean_of(figures: Sequence[float | None], digits: int = 1) -> str:
     """The mean of the figures that were measured, as a table shows it."""
     measured = [figure for figure in figures if figure is not None]
-    return f"{sum(measured) / len(measured):.1f}" if measured else "–"
+    return f"{sum(measured) / len(measured):.{digits}f}" if measured else "–"
 
 
 def published_table() -> Table:

@@ -13,7 +13,7 @@ from helpers import EDGE, OPT, SETTINGS, padded, random_params, token_rows
 from moe_reference import BATCH, KNOWLEDGE, logits, losses, plain, quick_jit, random_module_params
 
 from lora_gen_jax.baselines.lora_moe import METHOD, LoRAMoE, LoRAMoEAdapter, balance_loss
-from lora_gen_jax.config import Config, LoRAMoEConfig
+from lora_gen_jax.config import Config, DataConfig, LoRAMoEConfig
 from lora_gen_jax.decoder.layers import RECORDS, records_of
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import DataError
@@ -221,9 +221,13 @@ def test_dropout_spares_the_router_and_keeps_the_mean():
 
 
 def test_the_method_takes_its_sizes_from_the_config():
-    config = Config(generator=BALANCED, lora_moe=LoRAMoEConfig(margin=0.2))
+    data = DataConfig(knowledge_tasks=("warm",))
+    config = Config(generator=BALANCED, lora_moe=LoRAMoEConfig(margin=0.2), data=data)
     module = METHOD.build(config, SimpleNamespace(edge=SimpleNamespace(config=EDGE)))
     assert (module.edge, module.settings, module.margin, module.reader) == (EDGE, BALANCED, 0.2, None)
+    # Where no task asks for knowledge, no half of the experts is preferred.
+    plain = dataclasses.replace(config, data=DataConfig())
+    assert METHOD.build(plain, SimpleNamespace(edge=SimpleNamespace(config=EDGE))).margin == 0
     settings = dataclasses.replace(BALANCED, dropout=0.1)
     adapter = made(EDGE, settings)[2]
     assert isinstance(adapter, LoRAMoEAdapter)

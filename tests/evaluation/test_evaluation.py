@@ -186,7 +186,7 @@ def test_evaluate_writes_the_layout_and_the_specialised_model_has_learnt_its_tas
     assert {"config", "versions", "machine", "methods"} <= set(results)
     assert list(results["methods"]) == ["base", "icl", "lora_gen"]
     for method in results["methods"].values():
-        assert set(method) == {"tasks", "ave", "har", "ave_seen", "ave_unseen"}
+        assert set(method) == {"tasks", "ave", "har", "ave_seen", "ave_unseen", "prompted"}
         assert list(method["tasks"]) == ["warm", "count"]
         for task in method["tasks"].values():
             assert set(task) == {"acc", "acc_norm", "stderr", "n", "context_tokens", "latency_ms"}
