@@ -10,11 +10,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lora_gen_jax.config import Config, DistributedConfig
 from lora_gen_jax.config_check import check
 from lora_gen_jax.errors import ConfigError
+
+_Made = TypeVar("_Made")
 
 
 def read_config(path: Path) -> Config:
@@ -23,21 +25,32 @@ def read_config(path: Path) -> Config:
     Raises:
         ConfigError: when the file is missing, fails, or has no ``get_config()`` that returns a `Config`.
     """
+    config = made_by(path, "get_config", Config)
+    return config if config.name else dataclasses.replace(config, name=path.stem)
+
+
+def made_by(path: Path, function: str, kind: type[_Made]) -> _Made:
+    """What a function of a Python file returns.
+
+    Raises:
+        ConfigError: when the file is missing, fails, or has no such function that returns a `kind`.
+    """
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist")
-    spec = importlib.util.spec_from_file_location(f"lora_gen_config_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"lora_gen_{function}_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"config file {path} is not a Python file (its name must end in .py)")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        get_config = getattr(module, "get_config", None)
-        config = get_config() if callable(get_config) else None
+        found = getattr(module, function, None)
+        made = found() if callable(found) else None
     except Exception as error:
         raise ConfigError(f"config file {path} failed: {type(error).__name__}: {error}") from error
-    if not isinstance(config, Config):
-        raise ConfigError(f"config file {path} needs a function get_config() that returns a lora_gen_jax.config.Config")
-    return config if config.name else dataclasses.replace(config, name=path.stem)
+    if not isinstance(made, kind):
+        where = f"{kind.__module__}.{kind.__name__}"
+        raise ConfigError(f"config file {path} needs a function {function}() that returns a {where}")
+    return made
 
 
 def config_from_args(program: str, args: Sequence[str]) -> Config:

@@ -1,11 +1,13 @@
 """LoRA-Gen as one of the compared methods; the method itself is `lora_gen_jax.generator`."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lora_gen_jax.baselines.method import Method, Prompt, Specialise, Specialised, Traits, beside_or_merged
 from lora_gen_jax.config import Config
 from lora_gen_jax.generator.lora_gen import LoRAGen
 from lora_gen_jax.generator.specialize import specialize
+from lora_gen_jax.generator.trained_module import Generated
 
 if TYPE_CHECKING:
     from lora_gen_jax.models import Pair
@@ -26,17 +28,26 @@ def build(config: Config, pair: "Pair") -> LoRAGen:
     )
 
 
+def reader(config: Config, pair: "Pair", loaded: "Loaded") -> Callable[[str], Generated]:
+    """From a prompt's text to what the generator says about it; prompts have at most eval.prompt_limit tokens."""
+    generator = build(loaded.config, pair)
+
+    def read(text: str) -> Generated:
+        ids = pair.cloud.encoder.prompt(text)
+        return specialize(generator, loaded.variables, pair.cloud.params, [ids], config.eval.prompt_limit)
+
+    return read
+
+
 def specialise(config: Config, pair: "Pair", loaded: "Loaded | None") -> Specialise:
     """The cloud reads the prompt, the gated products are merged; without a prompt the base."""
     assert loaded is not None
-    generator, variables = build(loaded.config, pair), loaded.variables
+    read = reader(config, pair, loaded)
 
     def specialised(prompt: Prompt | None) -> Specialised:
         if prompt is None:
             return Specialised(pair.edge.params)
-        ids = pair.cloud.encoder.prompt(prompt.text)
-        generated = specialize(generator, variables, pair.cloud.params, [ids], config.eval.prompt_limit)
-        return beside_or_merged(pair.edge.params, generated.adapter.select(0))
+        return beside_or_merged(pair.edge.params, read(prompt.text).adapter.select(0))
 
     return specialised
 

@@ -13,17 +13,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from lora_gen_jax.baselines.lora_gen import reader
 from lora_gen_jax.baselines.method import Method, Prompt, Specialised
 from lora_gen_jax.config import Config
 from lora_gen_jax.data.tasks import Task
 from lora_gen_jax.errors import CheckpointError, ConfigError
 from lora_gen_jax.evaluation.subject import content_of, digest_of, identity_of
 from lora_gen_jax.evaluation.task import System, task_prompt
-from lora_gen_jax.generator.lora_gen import Generated
-from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.methods import METHODS as COMPARED
 from lora_gen_jax.methods import trained_method
-from lora_gen_jax.models import Pair, make_generator
+from lora_gen_jax.models import Pair
 from lora_gen_jax.training.checkpoint import Loaded, check_method, check_models, find_checkpoint, load_checkpoint
 
 # Each system that can be scored with the method whose checkpoint it needs.
@@ -190,20 +189,9 @@ def description_of(config: Config, pair: Pair, loaded: Loaded) -> dict[str, Any]
     }
 
 
-def prompt_reader(config: Config, pair: Pair, loaded: Loaded) -> Callable[[str], Generated]:
-    """From a prompt to what the generator says about it."""
-    generator = make_generator(loaded.config, pair)
-
-    def generate(prompt: str) -> Generated:
-        ids = pair.cloud.encoder.prompt(prompt)
-        return specialize(generator, loaded.variables, pair.cloud.params, [ids], config.eval.prompt_limit)
-
-    return generate
-
-
 def gates_of(config: Config, pair: Pair, loaded: Loaded, tasks: Sequence[Task]) -> dict[str, np.ndarray] | None:
     """The gates [L, E] of every task's prompt; None for a generator without gates."""
-    generate, gates = prompt_reader(config, pair, loaded), {}
+    generate, gates = reader(config, pair, loaded), {}
     for task in tasks:
         prompt = task_prompt(task, config.eval)
         if prompt is None:

@@ -4,13 +4,13 @@ In: a Python file with ``get_tables()``. Out: `Tables`, and the checked `Config`
 """
 
 import dataclasses
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_check import check
+from lora_gen_jax.config_file import made_by
 from lora_gen_jax.errors import ConfigError
 
 # What a run changes: values by field, those of a part in a mapping of their own:
@@ -84,23 +84,7 @@ def read_tables(path: Path) -> Tables:
     Raises:
         ConfigError: when the file is missing, fails, or has no ``get_tables()`` that returns `Tables`.
     """
-    if not path.is_file():
-        raise ConfigError(f"config file {path} does not exist")
-    spec = importlib.util.spec_from_file_location(f"lora_gen_tables_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"config file {path} is not a Python file (its name must end in .py)")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        get_tables = getattr(module, "get_tables", None)
-        tables = get_tables() if callable(get_tables) else None
-    except Exception as error:
-        raise ConfigError(f"config file {path} failed: {type(error).__name__}: {error}") from error
-    if not isinstance(tables, Tables):
-        raise ConfigError(
-            f"config file {path} needs a function get_tables() that returns a lora_gen_jax.tables.spec.Tables"
-        )
-    return named(tables, f"tables_{path.stem}")
+    return named(made_by(path, "get_tables", Tables), f"tables_{path.stem}")
 
 
 def named(tables: Tables, name: str) -> Tables:
