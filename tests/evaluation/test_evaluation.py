@@ -10,12 +10,13 @@ import pytest
 from helpers import color_rows, experiment, logits, trained, write_rows
 
 from lora_gen_jax.adapters.merge import merge
+from lora_gen_jax.baselines import lora_gen
 from lora_gen_jax.baselines.method import Specialised
 from lora_gen_jax.config import EvalConfig
 from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.tasks import Example, Task
 from lora_gen_jax.errors import CheckpointError, DataError, OutputError
-from lora_gen_jax.evaluation import request_runner, run, systems
+from lora_gen_jax.evaluation import request_runner, run
 from lora_gen_jax.evaluation.choices import metrics
 from lora_gen_jax.evaluation.run import evaluate
 from lora_gen_jax.evaluation.systems import make_systems
@@ -310,7 +311,7 @@ def test_an_evaluation_that_was_stopped_finishes_alike_and_repeats_nothing(tmp_p
         done += calls
     with monkeypatch.context() as patch:
         calls = counted(patch, name)
-        made = patch_counter(patch, systems, "specialize")
+        made = patch_counter(patch, lora_gen, "specialize")
         again = evaluate(config, trained().directory, tmp_path / "out")
     assert done + calls == all_calls
     assert without_latency(again) == without_latency(whole)

@@ -175,7 +175,7 @@ def test_each_task_is_answered_by_the_model_specialised_for_its_own_prompt(tmp_p
         both.loglikelihood(bare, disable_tqdm=True)
     # A model that goes on makes no weights for what is finished.
     again = LoraGenLM(checkpoint=checkpoint, prompt_from_task=True, batch_tokens=64, cache=str(tmp_path / "cache"))
-    monkeypatch.setattr("lora_gen_jax.evaluation.systems.specialize", lambda *args: pytest.fail("specialised again"))
+    monkeypatch.setattr("lora_gen_jax.baselines.lora_gen.specialize", lambda *args: pytest.fail("specialised again"))
     assert again.loglikelihood(asked, disable_tqdm=True) == got
     with pytest.raises(ConfigError, match="prompt and prompt_from_task both say"):
         LoraGenLM(checkpoint=checkpoint, prompt="x", prompt_from_task=True)
