@@ -61,16 +61,24 @@ def config_from_args(program: str, args: Sequence[str]) -> Config:
     Raises:
         ConfigError: as `read_config` and `check`.
     """
-    import tyro
-
     if not args or args[0].startswith("-"):
         if args and args[0] in ("-h", "--help"):
             print(f"usage: {program} CONFIG.py [--any.field VALUE …]\n\n{program} CONFIG.py --help lists the fields.")
             sys.exit(0)
         raise ConfigError(f"name a config file first: {program} configs/smollm2_135m.py [--any.field VALUE …]")
-    config = read_config(Path(args[0]))
+    return overridden(read_config(Path(args[0])), f"{program} {args[0]}", args[1:])
+
+
+def overridden(config: Config, program: str, args: Sequence[str]) -> Config:
+    """A config with the values of flags ``--any.field VALUE``, checked.
+
+    Raises:
+        ConfigError: as `check`.
+    """
+    import tyro
+
     options = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
-    return check(tyro.cli(Config, prog=f"{program} {args[0]}", args=list(args[1:]), default=config, config=options))
+    return check(tyro.cli(Config, prog=program, args=list(args), default=config, config=options))
 
 
 def flags_and_config(program: str, flags_class: Any, args: Sequence[str]) -> tuple[Any, Config]:

@@ -14,8 +14,7 @@ from typing import Any
 
 import tyro
 
-from lora_gen_jax.config import Config
-from lora_gen_jax.config_check import check
+from lora_gen_jax.config_file import overridden
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.evaluation.systems import check_methods
 from lora_gen_jax.files import check_output
@@ -122,11 +121,11 @@ def tables_from_args(flags: TableFlags, rest: Sequence[str]) -> Tables:
         raise ConfigError(f"name a config file first: {PROGRAM} configs/tables/pocket.py [--any.field VALUE …]")
     tables = read_tables(Path(rest[0]))
     own, agent = divided(rest[1:])
-    changes: dict[str, Any] = {"base": overridden(tables.base, own, rest[0])}
+    changes: dict[str, Any] = {"base": overridden(tables.base, f"{PROGRAM} {rest[0]}", own)}
     if agent and tables.agent is None:
         raise ConfigError(f"{rest[0]} has no agent table: leave {agent[0].replace('--', f'--{AGENT}.', 1)} out")
     if tables.agent is not None:
-        changes[AGENT] = overridden(tables.agent, agent, f"{rest[0]} --{AGENT}")
+        changes[AGENT] = overridden(tables.agent, f"{PROGRAM} {rest[0]} --{AGENT}", agent)
     if flags.seeds is not None:
         changes["seeds"] = numbers(flags.seeds)
     return dataclasses.replace(tables, **changes)
@@ -143,12 +142,6 @@ def divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             argument = argument.replace(f"--{AGENT}.", "--", 1)
         taken.append(argument)
     return own, agent
-
-
-def overridden(config: Config, arguments: list[str], name: str) -> Config:
-    """A config with the flags' values, checked."""
-    options = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
-    return check(tyro.cli(Config, prog=f"{PROGRAM} {name}", args=arguments, default=config, config=options))
 
 
 def numbers(text: str) -> tuple[int, ...]:
