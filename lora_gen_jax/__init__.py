@@ -21,7 +21,7 @@ The pieces, each usable alone:
 
 from lora_gen_jax.adapters.gated_pool import GatedPool, gated_product
 from lora_gen_jax.adapters.lora import LoRA, PromptLoRA
-from lora_gen_jax.adapters.merge import merge, merge_donated, unmerge, unmerge_donated
+from lora_gen_jax.adapters.merge import merge, merge_donated, merge_over, unmerge, unmerge_donated
 from lora_gen_jax.config import Config, DataConfig, EvalConfig, GeneratorConfig, ModelConfig, TrainConfig
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.model import Decoder
@@ -71,6 +71,7 @@ __all__ = [
     "load_tokenizer",
     "merge",
     "merge_donated",
+    "merge_over",
     "pack_prompts",
     "score",
     "specialize",

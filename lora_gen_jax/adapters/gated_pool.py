@@ -14,6 +14,9 @@ from flax import struct
 from lora_gen_jax.adapters.lora import dropout, group_rows, matmul_trained, require_prompt, require_single
 from lora_gen_jax.adapters.protocol import AdapterBase
 
+FEW_TOKENS = 32
+"""Below this many tokens a prompt, copying its experts together costs more than computing all (SmolLM2, two cores)."""
+
 
 class GatedPool(AdapterBase):
     """Gates over a pool of LoRA experts; rows of the batch are grouped by prompt.
@@ -45,24 +48,40 @@ class GatedPool(AdapterBase):
         # What is gathered or mixed per prompt is cast after it: gradients are summed over prompts in fp32.
         a, b, gates_PE = self.pool[site]["a"], self.pool[site]["b"], self.scanned["gates"]
         x_PSD = group_rows(dropout(x_BTD, self.dropout_rate, key), gates_PE.shape[0])
-        if self.mix == "factors":
+        if self._side_by_side(x_PSD.shape[0], x_PSD.shape[1], gates_PE.shape[1]):
+            y_PSF = self._all_experts(x_PSD, gates_PE, a, b)
+        elif self.mix == "factors":
             h = jnp.matmul(x_PSD, jnp.einsum("pe,edr->pdr", gates_PE, a).astype(x_BTD.dtype))
             y_PSF = jnp.matmul(h, jnp.einsum("pe,erf->prf", gates_PE, b).astype(x_BTD.dtype))
         else:
-            y_PSF = self._sum_products(x_PSD, gates_PE, a, b)
+            y_PSF = self._chosen_experts(x_PSD, gates_PE, a, b)
         return y_PSF.reshape(*x_BTD.shape[:2], -1) * jnp.asarray(self.scale, x_BTD.dtype)
 
-    def _sum_products(self, x_PSD: jax.Array, gates_PE: jax.Array, a_EDR: jax.Array, b_ERF: jax.Array) -> jax.Array:
+    def _side_by_side(self, prompts: int, tokens: int, experts: int) -> bool:
+        """Whether to compute all experts for every token: K = E, or many prompts of few tokens each.
+
+        A prompt's own factors are K of the pool's E pairs, copied together for its tokens. Where a prompt has few
+        tokens (decoding has one a row), the copies cost more than the arithmetic that they save.
+        """
+        if self.mix == "products" and self.top_k == experts:
+            return True
+        return prompts * self.top_k > experts and tokens < FEW_TOKENS
+
+    def _all_experts(self, x_PSD: jax.Array, gates_PE: jax.Array, a_EDR: jax.Array, b_ERF: jax.Array) -> jax.Array:
+        """One pair of matmuls for all prompts: [P, S, F]."""
         (P, E), (_, D, R), F = gates_PE.shape, a_EDR.shape, b_ERF.shape[-1]
-        if self.top_k == E:
-            # All experts side by side: one pair of matmuls for all prompts.
-            h_PSER = matmul_trained(x_PSD, a_EDR.transpose(1, 0, 2).reshape(D, E * R)).reshape(P, -1, E, R)
-            h = (h_PSER * gates_PE[:, None, :, None].astype(x_PSD.dtype)).reshape(P, -1, E * R)
-            return matmul_trained(h, b_ERF.reshape(E * R, F))
-        # The chosen experts side by side: one pair of matmuls per prompt, K/E of the work.
+        gates_P1E1 = gates_PE[:, None, :, None].astype(x_PSD.dtype)
+        h_PSER = matmul_trained(x_PSD, a_EDR.transpose(1, 0, 2).reshape(D, E * R)).reshape(P, -1, E, R) * gates_P1E1
+        if self.mix == "factors":
+            h_PSER = jnp.sum(h_PSER, axis=2, keepdims=True) * gates_P1E1
+        return matmul_trained(h_PSER.reshape(P, -1, E * R), b_ERF.reshape(E * R, F))
+
+    def _chosen_experts(self, x_PSD: jax.Array, gates_PE: jax.Array, a_EDR: jax.Array, b_ERF: jax.Array) -> jax.Array:
+        """One pair of matmuls per prompt, K/E of the work: [P, S, F]."""
+        (P, _), D, F = gates_PE.shape, x_PSD.shape[-1], b_ERF.shape[-1]
         weight_PK, index_PK = jax.lax.top_k(gates_PE, self.top_k)
-        a_PDX = a_EDR[index_PK].transpose(0, 2, 1, 3).reshape(P, D, self.top_k * R)
-        b_PXF = (b_ERF[index_PK] * weight_PK[:, :, None, None]).reshape(P, self.top_k * R, F)
+        a_PDX = a_EDR[index_PK].transpose(0, 2, 1, 3).reshape(P, D, -1)
+        b_PXF = (b_ERF[index_PK] * weight_PK[:, :, None, None]).reshape(P, -1, F)
         return jnp.matmul(jnp.matmul(x_PSD, a_PDX.astype(x_PSD.dtype)), b_PXF.astype(x_PSD.dtype))
 
     def weight_delta(self, site: str) -> jax.Array | None:

@@ -4,71 +4,143 @@ In: a decoder's parameters and a mergeable adapter of one prompt. Out: parameter
 shardings: an ordinary model with no extra parameters.
 
 Subtracting ΔW returns to the base within rounding (about one fp32 entry in two hundred differs in its last bit).
-Exact return means keeping the base: `merge` leaves it alone, `merge_donated` gives its memory to the result.
+Exact return means keeping the base: `merge` leaves it alone, `merge_over` writes the next specialisation over the last
+one, `merge_donated` gives the base's memory to the result.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lora_gen_jax.adapters.protocol import SITES, Mergeable
+from lora_gen_jax.errors import ConfigError
 
 GROUP_OF_SITE = {site: "attention" if site in ("q", "k", "v", "o") else "ffn" for site in SITES}
 
 
-def _merge(params: Any, adapter: Mergeable, sign: float) -> Any:
+def changed_sites(params: Any, adapter: Mergeable) -> list[str]:
+    """The linear layers that the adapter changes."""
+    leaves, structure = jax.tree.flatten(adapter)
+    changed = _changed_sites(structure, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves))
+    return [site for site in changed if site in params["layers"][GROUP_OF_SITE[site]]]
+
+
+@functools.lru_cache(maxsize=64)
+def _changed_sites(structure: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> list[str]:
+    adapter = jax.tree.unflatten(structure, shapes)
+
+    def deltas(adapter: Mergeable) -> dict[str, jax.Array | None]:
+        first = adapter.replace(scanned=jax.tree.map(lambda x: x[0], adapter.scanned))
+        return {site: first.weight_delta(site) for site in SITES}
+
+    return [site for site, delta in jax.eval_shape(deltas, adapter).items() if delta is not None]
+
+
+def kernels_of(params: Any, sites: Sequence[str]) -> dict[str, jax.Array]:
+    """{site: [L, inputs, outputs]}."""
+    return {site: params["layers"][GROUP_OF_SITE[site]][site]["kernel"] for site in sites}
+
+
+def _with_kernels(params: Any, kernels: dict[str, jax.Array]) -> Any:
     layers = {name: dict(group) if name in ("attention", "ffn") else group for name, group in params["layers"].items()}
-    for site in SITES:
+    for site, kernel in kernels.items():
         group = layers[GROUP_OF_SITE[site]]
-        if site in group:
-            group[site] = {**group[site], "kernel": _merge_site(group[site]["kernel"], adapter, site, sign)}
+        group[site] = {**group[site], "kernel": kernel}
     return {**params, "layers": layers}
 
 
-def _merge_site(kernel_LDF: jax.Array, adapter: Mergeable, site: str, sign: float) -> jax.Array:
-    first = adapter.replace(scanned=jax.tree.map(lambda x: x[0], adapter.scanned))
-    if jax.eval_shape(lambda one: one.weight_delta(site), first) is None:
-        return kernel_LDF
+def _add(
+    target_LDF: jax.Array | None, kernel_LDF: jax.Array, adapter: Mergeable, site: str, sign: float
+) -> jax.Array:
+    """kernel + sign·ΔW, written over `target`; over the kernel itself where there is none."""
 
     # Layer by layer, in place: ΔW of all layers at once would be a second copy of the FFN.
-    def body(layer: jax.Array, kernel: jax.Array) -> jax.Array:
+    def body(layer: jax.Array, written: jax.Array) -> jax.Array:
         one = adapter.replace(scanned=jax.tree.map(lambda x: x[layer], adapter.scanned))
         delta = one.weight_delta(site)
         assert delta is not None
-        merged = kernel[layer].astype(jnp.float32) + sign * delta
-        return kernel.at[layer].set(merged.astype(kernel.dtype))
+        read = written if target_LDF is None else kernel_LDF
+        merged = read[layer].astype(jnp.float32) + sign * delta
+        return written.at[layer].set(merged.astype(written.dtype))
 
-    return jax.lax.fori_loop(0, kernel_LDF.shape[0], body, kernel_LDF)
+    return jax.lax.fori_loop(0, kernel_LDF.shape[0], body, kernel_LDF if target_LDF is None else target_LDF)
 
 
-_keeping = jax.jit(_merge)
-_donating = jax.jit(_merge, donate_argnums=0)
+def _sum(kernels: dict[str, jax.Array], adapter: Mergeable, sign: float) -> dict[str, jax.Array]:
+    return {site: _add(None, kernel, adapter, site, sign) for site, kernel in kernels.items()}
+
+
+# Of the parameters only what changes passes through a compiled program, which would copy the rest, too.
+_keeping = jax.jit(_sum)
+_donating = jax.jit(_sum, donate_argnums=0)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _writing_over(
+    targets: dict[str, jax.Array], kernels: dict[str, jax.Array], adapter: Mergeable
+) -> dict[str, jax.Array]:
+    return {site: _add(targets[site], kernel, adapter, site, 1.0) for site, kernel in kernels.items()}
+
+
+def _merged(add: Any, params: Any, adapter: Mergeable, sign: float) -> Any:
+    return _with_kernels(params, add(kernels_of(params, changed_sites(params, adapter)), adapter, sign))
 
 
 def merge(params: Any, adapter: Mergeable) -> Any:
-    """Parameters with ΔW added, computed in fp32 and stored in each weight's own type; `params` stays valid.
+    """Parameters with ΔW added, computed in fp32 and stored in each weight's own type.
+
+    `params` stays valid; weights that do not change are shared with it.
 
     Raises:
         ConfigError: when the adapter holds several prompts.
     """
-    return _keeping(params, adapter, 1.0)
+    return _merged(_keeping, params, adapter, 1.0)
 
 
 def merge_donated(params: Any, adapter: Mergeable) -> Any:
-    """As `merge`, in the memory of `params`, which is invalid afterwards.
+    """As `merge`, in the memory of `params`, whose changed weights are invalid afterwards.
 
     Raises:
         ConfigError: when the adapter holds several prompts.
     """
-    return _donating(params, adapter, 1.0)
+    return _merged(_donating, params, adapter, 1.0)
+
+
+def merge_over(held: Any, params: Any, adapter: Mergeable) -> Any:
+    """As `merge`, in the memory of an earlier result, for little more than reading and writing the changed weights.
+
+    Nothing drifts, since the base is read each time; going back to the base is using `params`.
+
+    Args:
+        held: what `merge` or this function gave for the same base and an adapter of the same sites; invalid afterwards.
+        params: the base, which stays valid.
+        adapter: the next one, of a single prompt.
+
+    Returns:
+        the specialised parameters, bit for bit those of `merge(params, adapter)`.
+
+    Raises:
+        ConfigError: when `held` is the base itself, was merged at other sites, or the adapter holds several prompts.
+    """
+    sites = changed_sites(params, adapter)
+    base, targets = kernels_of(params, sites), kernels_of(held, sites)
+    if any(targets[site] is base[site] for site in sites):
+        raise ConfigError("the weights to write over are the base's own: start with merge(params, adapter)")
+    every = [site for site in SITES if site in params["layers"][GROUP_OF_SITE[site]]]
+    own, found = kernels_of(params, every), kernels_of(held, every)
+    if stale := [site for site in every if site not in sites and found[site] is not own[site]]:
+        raise ConfigError(f"the weights to write over were merged at {', '.join(stale)}, too: merge anew")
+    return _with_kernels(params, _writing_over(targets, base, adapter))
 
 
 def unmerge(params: Any, adapter: Mergeable) -> Any:
     """Parameters with ΔW taken out again, equal to the base within rounding; `params` stays valid."""
-    return _keeping(params, adapter, -1.0)
+    return _merged(_keeping, params, adapter, -1.0)
 
 
 def unmerge_donated(params: Any, adapter: Mergeable) -> Any:
     """As `unmerge`, in the memory of `params`."""
-    return _donating(params, adapter, -1.0)
+    return _merged(_donating, params, adapter, -1.0)

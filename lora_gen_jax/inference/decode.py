@@ -23,7 +23,7 @@ from lora_gen_jax.inference.forward import forward_only, logits_at
 from lora_gen_jax.inference.mixed import per_row, require_single_prompt
 from lora_gen_jax.inference.placement import padded_rows, place_rows
 from lora_gen_jax.inference.prefix import Prefix, check_length, grow_cache, past_prefix, prefix_cache, prefix_length
-from lora_gen_jax.inference.sampling import Sampling, sample
+from lora_gen_jax.inference.sampling import Sampling, row_keys, sample
 
 
 class Generation(NamedTuple):
@@ -258,7 +258,7 @@ def _decode(decoder: Decoder, inputs: Inputs, state: DecodeState, limit: jax.Arr
 
 
 def _append(state: DecodeState, logits_BV: jax.Array, inputs: Inputs) -> DecodeState:
-    id_B = sample(logits_BV, inputs.sampling, jax.random.fold_in(inputs.key, state.step))
+    id_B = sample(logits_BV, inputs.sampling, row_keys(inputs.key, state.step, len(logits_BV)))
     chosen_B = jnp.take_along_axis(logits_BV, id_B[:, None], axis=1)[:, 0]
     logprob_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=1)
     done_B = state.done_B | jnp.any(id_B[:, None] == inputs.stop_ids_X[None], axis=1)

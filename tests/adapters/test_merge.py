@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import EDGE, OPT, logits, random_params, token_rows
+from helpers import EDGE, OPT, logits, noise_like, random_params, token_rows
 
+from lora_gen_jax.adapters import gated_pool as gated_pool_module
 from lora_gen_jax.adapters import merge as merging
 from lora_gen_jax.adapters.gated_pool import GatedPool
 from lora_gen_jax.adapters.lora import LoRA, PromptLoRA, dropout
-from lora_gen_jax.adapters.merge import merge, merge_donated, unmerge, unmerge_donated
+from lora_gen_jax.adapters.merge import merge, merge_donated, merge_over, unmerge, unmerge_donated
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.models import init_params
@@ -261,3 +262,50 @@ def test_adapters_pass_through_boxed_initialisation_unchanged():
     boxed = jax.eval_shape(lambda: init_params(Decoder(EDGE)))
     axes = nn.get_partition_spec(boxed)["layers"]["ffn"]["up"]["kernel"]
     assert tuple(axes) == ("layers", "embed", "mlp")
+
+
+SWAPPED = [name for name in ADAPTERS if name != "lora"]
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+def test_a_merged_model_is_written_over_by_the_next(params_of, name):
+    adapter, params = ADAPTERS[name](EDGE), params_of(EDGE)
+    before = jax.tree.map(np.asarray, params)
+    held = merge_over(merge(params, adapter.select(0)), params, adapter.select(1))
+    jax.tree.map(np.testing.assert_array_equal, held, merge(params, adapter.select(1)))
+    jax.tree.map(np.testing.assert_array_equal, params, before)
+
+
+def test_ten_thousand_swaps_leave_the_bits_of_a_fresh_merge(params_of):
+    adapter, params = gated_pool(EDGE), params_of(EDGE)
+    before = jax.tree.map(np.asarray, params)
+    each = [adapter.select(0), adapter.select(1)]
+    held = merge(params, each[0])
+    for i in range(10_000):
+        held = merge_over(held, params, each[i % 2])
+    jax.tree.map(np.testing.assert_array_equal, held, merge(params, each[1]))
+    jax.tree.map(np.testing.assert_array_equal, params, before)
+
+
+def test_what_cannot_be_written_over_is_refused(params_of):
+    adapter, params = gated_pool(EDGE), params_of(EDGE)
+    with pytest.raises(ConfigError, match="base's own"):
+        merge_over(params, params, adapter.select(0))
+    with pytest.raises(ConfigError, match="merged at q, v"):
+        merge_over(merge(params, lora(EDGE)), params, adapter.select(0))
+    with pytest.raises(ConfigError, match="one prompt at a time"):
+        merge_over(merge(params, adapter.select(0)), params, adapter)
+
+
+def test_all_experts_side_by_side_and_the_chosen_ones_say_the_same(monkeypatch):
+    rows = np.arange(8) % 2
+    x_BTD = noise_like(np.zeros((8, 3, EDGE.width)), 5)
+    for mix in ("products", "factors"):
+        adapter = gated_pool(EDGE, mix=mix)
+        one = adapter.replace(scanned={"gates": adapter.scanned["gates"][0][rows]})
+        said = {}
+        for few in (0, 4):
+            monkeypatch.setattr(gated_pool_module, "FEW_TOKENS", few)
+            said[few] = one.delta("up", x_BTD, None)
+        np.testing.assert_allclose(said[0], said[4], atol=TOLERANCE)
+        assert np.abs(said[0]).max() > 0.1

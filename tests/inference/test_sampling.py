@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 
 from lora_gen_jax.errors import ConfigError
-from lora_gen_jax.inference.sampling import Sampling, rank_and_filter, sample
+from lora_gen_jax.inference.sampling import Sampling, rank_and_filter, row_keys, sample
 
 LOGITS_BV = np.random.default_rng(0).normal(size=(3, 23)).astype(np.float32) * 2
-run = jax.jit(sample)
+
+
+@jax.jit
+def run(logits_BV, settings, key):
+    return sample(logits_BV, settings, row_keys(key, 0, len(logits_BV)))
 
 
 def expected_probabilities(logits_V, temperature, top_k, top_p):
@@ -80,14 +84,28 @@ def test_a_row_draws_alike_whatever_the_others_are():
 
 
 def test_other_settings_run_the_same_program():
-    jitted = jax.jit(sample)
+    jitted, key_B = jax.jit(sample), row_keys(jax.random.key(0), 0, len(LOGITS_BV))
     for settings in (Sampling(), Sampling(1, 3), Sampling(0.5, 0, 0.9), Sampling(2.0, 5, 1)):
-        jitted(LOGITS_BV, settings.checked(), jax.random.key(0))
+        jitted(LOGITS_BV, settings.checked(), key_B)
     assert jitted._cache_size() == 1
 
 
+def test_every_row_follows_its_own_settings():
+    each = [Sampling(), Sampling(1.0), Sampling(0.7, 4), Sampling(1.5, 0, 0.6)]
+    logits_BV = np.broadcast_to(LOGITS_BV[0], (4, LOGITS_BV.shape[1]))
+    together = Sampling(*(jnp.stack(x) for x in zip(*(jax.tree.leaves(one.checked()) for one in each), strict=True)))
+    seen = set()
+    for step in range(20):
+        key_B = row_keys(jax.random.key(5), step, 4)
+        mixed = jax.jit(sample)(logits_BV, together, key_B)
+        alone = [int(jax.jit(sample)(logits_BV, one.checked(), key_B)[row]) for row, one in enumerate(each)]
+        assert mixed.tolist() == alone
+        seen.update(alone[1:])
+    assert len(seen) > 2
+
+
 def test_greedy_neither_sorts_nor_draws():
-    text = jax.jit(sample).lower(LOGITS_BV, Sampling().checked(), jax.random.key(0)).compile().as_text()
+    text = run.lower(LOGITS_BV, Sampling().checked(), jax.random.key(0)).compile().as_text()
     # Sorting is in a branch of its own, which greedy decoding does not take.
     entry = text[text.index("ENTRY") :]
     assert "conditional(" in entry

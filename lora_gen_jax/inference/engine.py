@@ -1,0 +1,238 @@
+"""A batch whose rows come and go: sequences of any length, each with its own specialisation, by one set of programs.
+
+In: `Work`s (prompt ids, gates, how to draw) and a decoder with its expert pool. Out: `Progress` of each row after every
+call. The weights stay as they are: each row's gates choose among the pool's experts beside them, so that a row follows
+another specialisation by L·E numbers.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from lora_gen_jax.adapters.gated_pool import GatedPool
+from lora_gen_jax.decoder.model import Decoder
+from lora_gen_jax.errors import ConfigError, DataError
+from lora_gen_jax.inference.buckets import check_tokens, pad_rows, power_of_two
+from lora_gen_jax.inference.continuous import STOPS, Drawn, Joining, Rows, decode, empty_rows, join, release
+from lora_gen_jax.inference.forward import forward_only
+from lora_gen_jax.inference.placement import mesh_context, mesh_of, padded_rows
+from lora_gen_jax.inference.sampling import Sampling
+from lora_gen_jax.sharding import spec
+
+PREFILL_TOKENS = 2048
+"""Prompt tokens that are read together, padding included."""
+_SMALLEST_PROMPT = 16
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Work:
+    """One sequence to generate.
+
+    Attributes:
+        ids: token ids of the prompt.
+        max_new_tokens: at most this many new tokens.
+        gates_LE: float32 [L, E], of one specialisation; None for the base model.
+        stop_ids: ids that end it, at most `STOPS`.
+        temperature, top_k, top_p: as in `Sampling`.
+        seed: of the draws; the same as `generate` gives with this seed for a prompt alone.
+    """
+
+    ids: Sequence[int]
+    max_new_tokens: int
+    gates_LE: np.ndarray | None = None
+    stop_ids: Sequence[int] = ()
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+Finish = Literal["stop", "length"]
+_FINISH: tuple[Finish | None, ...] = (None, "stop", "length")
+
+
+class Progress(NamedTuple):
+    """What a row gained.
+
+    Attributes:
+        row: of the batch.
+        ids: new ids, without the stop id.
+        logprobs: the model's own log-probability of each.
+        finish: "stop" or "length" when the sequence has ended, and its row is free; else None.
+    """
+
+    row: int
+    ids: list[int]
+    logprobs: list[float]
+    finish: Finish | None
+
+
+class Engine:
+    """A batch of B rows on the device; not safe to call from several threads at once.
+
+    Args:
+        decoder, params: the model, unmerged.
+        pool: an adapter with the pool (`GatedPool`; its gates do not matter); None serves the base model alone.
+        rows: B, sequences at the same time; on a mesh, rounded up to what it can share evenly.
+        slots: S; prompt and new tokens of a sequence are at most this many.
+
+    Raises:
+        ConfigError: for no rows, or more slots than the model has positions.
+    """
+
+    def __init__(self, decoder: Decoder, params: Any, pool: GatedPool | None, *, rows: int, slots: int):
+        if rows < 1:
+            raise ConfigError(f"rows is {rows}: serve at least one sequence at a time")
+        if not 2 <= slots <= decoder.config.max_positions:
+            most = decoder.config.max_positions
+            raise ConfigError(f"context is {slots} tokens: give 2 to {most}, which the edge model has positions for")
+        self.decoder, self.params, self.slots = forward_only(decoder), params, slots
+        self.rows = padded_rows(rows, params) if mesh_of(params) else rows
+        self.pool = None if pool is None else _without_gates(pool)
+        self.experts = 0 if pool is None else pool.scanned["gates"].shape[-1]
+        self.state = self._placed(empty_rows(decoder.config, (self.rows, slots, self.experts), decoder.dtype))
+        self.free = list(range(self.rows))[::-1]
+
+    @property
+    def busy(self) -> int:
+        """Rows that generate."""
+        return self.rows - len(self.free)
+
+    def check(self, work: Work) -> None:
+        """Whether a work can be done at all.
+
+        Raises:
+            DataError: for an empty prompt, an id that the model lacks, one too long for the slots, or gates of
+                another shape than the pool takes.
+            ConfigError: for a sampling setting outside its range.
+        """
+        if len(work.ids) == 0:
+            raise DataError("the prompt is empty: give it at least one token")
+        if work.max_new_tokens < 1:
+            raise DataError(f"max_new_tokens={work.max_new_tokens} generates nothing: use at least 1")
+        if len(work.ids) + work.max_new_tokens > self.slots:
+            raise DataError(
+                f"the prompt has {len(work.ids)} tokens and max_new_tokens is {work.max_new_tokens}, the context has"
+                f" room for {self.slots} together: shorten the prompt, or ask for fewer new tokens"
+            )
+        check_tokens(work.ids, self.decoder.config.vocab_size, "the prompt")
+        if len(work.stop_ids) > STOPS:
+            raise DataError(f"{len(work.stop_ids)} stop ids were given, there is room for {STOPS}")
+        if not 0 <= work.seed < 2**32:
+            raise DataError(f"seed={work.seed} must be 0 to 2^32 - 1")
+        shape = (self.decoder.config.num_layers, self.experts)
+        if work.gates_LE is not None and (self.pool is None or work.gates_LE.shape != shape):
+            raise DataError(f"gates have the shape {work.gates_LE.shape}, the pool takes {shape} (layers, experts)")
+        Sampling(work.temperature, work.top_k, work.top_p).check()
+
+    def admit(self, works: Sequence[Work]) -> tuple[list[int], list[Progress]]:
+        """Reads the prompts of checked works, at most as many as there are free rows.
+
+        Returns:
+            the row of each work, and what the rows gained: a first token each.
+        """
+        rows, progress = [self.free.pop() for _ in works], []
+        # Neighbours in length together: a batch is padded to its longest.
+        order = sorted(range(len(works)), key=lambda i: len(works[i].ids))
+        while order:
+            group = self._next_group([len(works[i].ids) for i in order])
+            indices, order = order[:group], order[group:]
+            joining = self._joining([works[i] for i in indices], [rows[i] for i in indices])
+            with mesh_context(self.params):
+                self.state, drawn = join(self.decoder, self.params, self.pool, self.state, joining)
+            progress += self._progress(drawn, [rows[i] for i in indices], range(group))
+        return rows, progress
+
+    def step(self, eager: bool = False) -> list[Progress]:
+        """Decodes up to `STEPS` tokens for every busy row.
+
+        Args:
+            eager: return as soon as a row has ended, because others wait for it.
+        """
+        busy = sorted(set(range(self.rows)) - set(self.free))
+        if not busy:
+            return []
+        with mesh_context(self.params):
+            self.state, drawn = decode(self.decoder, self.params, self.pool, self.state, np.bool_(eager))
+        return self._progress(drawn, busy, busy)
+
+    def cancel(self, row: int) -> None:
+        """Frees a busy row; what it has generated is lost."""
+        self.state = release(self.state, np.int32(row))
+        self.free.append(row)
+
+    def _progress(self, drawn: Drawn, rows: Sequence[int], places: Sequence[int]) -> list[Progress]:
+        id_BN, logprob_BN, emitted_B, finish_B = jax.device_get(
+            (drawn.id_BN, drawn.logprob_BN, drawn.emitted_B, drawn.finish_B)
+        )
+        progress = []
+        for row, place in zip(rows, places, strict=True):
+            count, finish = int(emitted_B[place]), _FINISH[int(finish_B[place])]
+            ids, logprobs = id_BN[place, :count].tolist(), logprob_BN[place, :count].tolist()
+            progress.append(Progress(row, ids, logprobs, finish))
+            if finish is not None:
+                self.free.append(row)
+        return progress
+
+    def _next_group(self, lengths: Sequence[int]) -> int:
+        """How many of the shortest prompts are read together: a power of two, so that few programs are compiled."""
+        count = 1
+        while 2 * count <= len(lengths) and 2 * count * self._prompt_length(lengths[2 * count - 1]) <= PREFILL_TOKENS:
+            count *= 2
+        return count
+
+    def _prompt_length(self, longest: int) -> int:
+        return min(max(_SMALLEST_PROMPT, power_of_two(longest)), max(_SMALLEST_PROMPT, self.slots))
+
+    def _joining(self, works: Sequence[Work], rows: Sequence[int]) -> Joining:
+        layers, count = self.decoder.config.num_layers, len(works)
+        padded = padded_rows(count, self.params)
+        length = self._prompt_length(max(len(work.ids) for work in works))
+        tokens_RT, positions_RT = pad_rows([work.ids for work in works], length, padded)
+
+        def column(values: Sequence[Any], fill: Any, dtype: Any) -> np.ndarray:
+            return np.array([*values, *[fill] * (padded - count)], dtype)
+
+        gates_LRE = np.zeros((layers, padded, self.experts), np.float32)
+        stop_RX = np.full((padded, STOPS), -1, np.int32)
+        for i, work in enumerate(works):
+            if work.gates_LE is not None:
+                gates_LRE[:, i] = work.gates_LE
+            stop_RX[i, : len(work.stop_ids)] = work.stop_ids
+        return Joining(
+            tokens_RT=tokens_RT,
+            positions_RT=positions_RT,
+            row_R=column(rows, self.rows, np.int32),
+            gates_LRE=gates_LRE,
+            left_R=column([work.max_new_tokens for work in works], 0, np.int32),
+            stop_RX=stop_RX,
+            sampling=Sampling(
+                column([work.temperature for work in works], 0.0, np.float32),
+                column([work.top_k for work in works], 0, np.int32),
+                column([work.top_p for work in works], 1.0, np.float32),
+            ),
+            seed_R=column([work.seed for work in works], 0, np.uint32),
+        )
+
+    def _placed(self, state: Rows) -> Rows:
+        """Rows split over the mesh of the weights, where there is one."""
+        if (mesh := mesh_of(self.params)) is None:
+            # Copies: donating must not free an array that two fields share.
+            return jax.tree.map(jnp.copy, state)
+        by_layer, by_row, all_of_it = (NamedSharding(mesh, spec(*axes)) for axes in ((None, "batch"), ("batch",), ()))
+
+        def placed(path: Any, x: jax.Array) -> jax.Array:
+            name = path[-1].name
+            sharding = by_layer if name.startswith(("k_L", "v_L", "gates_L")) else by_row if x.ndim else all_of_it
+            return jax.device_put(x, sharding, may_alias=False)
+
+        return jax.tree_util.tree_map_with_path(placed, state)
+
+
+def _without_gates(pool: GatedPool) -> GatedPool:
+    return pool.replace(scanned={k: v for k, v in pool.scanned.items() if k != "gates"}, dropout_rate=0.0)

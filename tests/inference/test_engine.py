@@ -1,0 +1,184 @@
+"""Sequences that come and go in one batch, each with its own specialisation: the same as each merged model alone."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from inference_models import CONFIGS, make_gates, make_model
+
+from lora_gen_jax.adapters.merge import merge
+from lora_gen_jax.errors import ConfigError, DataError
+from lora_gen_jax.inference.continuous import decode, join
+from lora_gen_jax.inference.decode import generate
+from lora_gen_jax.inference.engine import Engine, Work
+from lora_gen_jax.inference.sampling import Sampling
+from lora_gen_jax.sharding import make_mesh, param_shardings
+
+SLOTS = 28
+
+
+def run(engine, works, cancel=()):
+    """Everything the works generate, admitted as rows become free; those of `cancel` are dropped after their first."""
+    waiting, of_row = list(range(len(works))), {}
+    found = {i: ([], [], None) for i in waiting}
+
+    def note(progress):
+        for row, ids, logprobs, finish in progress:
+            i = of_row[row]
+            found[i] = (found[i][0] + ids, found[i][1] + logprobs, finish)
+
+    while waiting or engine.busy:
+        now = [waiting.pop(0) for _ in range(min(len(waiting), len(engine.free)))]
+        if now:
+            rows, progress = engine.admit([works[i] for i in now])
+            of_row |= dict(zip(rows, now, strict=True))
+            note(progress)
+            for row, i in zip(rows, now, strict=True):
+                if i in cancel and found[i][2] is None:
+                    engine.cancel(row)
+        note(engine.step(eager=bool(waiting)))
+    return [found[i] for i in range(len(works))]
+
+
+def offline(model, adapter, work):
+    """The same by merged weights, alone."""
+    params = model.params
+    if work.gates_LE is not None:
+        gates = {"gates": jax.numpy.asarray(work.gates_LE)[:, None]}
+        params = merge(params, adapter.replace(scanned=adapter.scanned | gates))
+    return generate(
+        model.decoder,
+        params,
+        [work.ids],
+        max_new_tokens=work.max_new_tokens,
+        stop_ids=work.stop_ids,
+        sampling=Sampling(work.temperature, work.top_k, work.top_p),
+        seed=work.seed,
+    )[0]
+
+
+def make_works(config, adapter, count, **options):
+    """Works of many lengths; every fourth is for the base model."""
+    rng, prompts = np.random.default_rng(3), adapter.prompts
+    gates_LPE = np.asarray(adapter.scanned["gates"])
+    return [
+        Work(
+            ids=rng.integers(2, config.vocab_size, int(rng.integers(1, 16))).tolist(),
+            max_new_tokens=int(rng.integers(1, 10)),
+            gates_LE=None if i % 4 == 3 else gates_LPE[:, i % prompts],
+            stop_ids=range(3, 67, 8),
+            **{name: values[i % len(values)] for name, values in options.items()},
+        )
+        for i in range(count)
+    ]
+
+
+def assert_same(found, expected):
+    for (ids, logprobs, finish), wanted in zip(found, expected, strict=True):
+        assert ids == wanted.ids
+        assert finish == wanted.finish
+        np.testing.assert_allclose(logprobs, wanted.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
+def test_rows_answer_as_their_merged_models_do(family):
+    model = make_model(CONFIGS[family])
+    adapter = make_gates(model.decoder.config, prompts=5)
+    works = make_works(model.decoder.config, adapter, 12)
+    found = run(Engine(*model, adapter, rows=3, slots=SLOTS), works)
+    assert_same(found, [offline(model, adapter, work) for work in works])
+    assert len({tuple(ids) for ids, _, _ in found}) > 6
+
+
+@pytest.mark.parametrize("variant", ["factors", "per_layer"])
+def test_pools_of_every_kind_are_served(llama, variant):
+    adapter = make_gates(llama.decoder.config, prompts=5)
+    if variant == "factors":
+        adapter = dataclasses.replace(adapter, mix="factors")
+    else:
+        rng = np.random.default_rng(1)
+        pool = jax.tree.map(
+            lambda x: x[None] * (1 + rng.standard_normal((2, *[1] * x.ndim), np.float32)), adapter.shared["pool"]
+        )
+        adapter = dataclasses.replace(adapter, scanned=adapter.scanned | {"pool": pool}, shared=None)
+    works = make_works(llama.decoder.config, adapter, 6)
+    assert_same(run(Engine(*llama, adapter, rows=3, slots=SLOTS), works), [offline(llama, adapter, w) for w in works])
+
+
+def test_draws_are_those_of_generate_whatever_the_neighbours_draw(llama):
+    adapter = make_gates(llama.decoder.config, prompts=5)
+    options = {"temperature": (0.0, 1.0, 0.8), "top_k": (0, 20), "top_p": (1.0, 0.9), "seed": (0, 5, 2**32 - 1)}
+    works = make_works(llama.decoder.config, adapter, 12, **options)
+    found = run(Engine(*llama, adapter, rows=3, slots=SLOTS), works)
+    assert_same(found, [offline(llama, adapter, work) for work in works])
+    assert {finish for _, _, finish in found} == {"stop", "length"}
+
+
+def test_a_cancelled_row_is_free_and_leaves_nothing_behind(llama):
+    adapter = make_gates(llama.decoder.config, prompts=5)
+    works = make_works(llama.decoder.config, adapter, 12)
+    engine = Engine(*llama, adapter, rows=3, slots=SLOTS)
+    found = run(engine, works, cancel=(0, 4, 5))
+    assert sorted(engine.free) == [0, 1, 2]
+    kept = [i for i in range(12) if i not in (0, 4, 5)]
+    assert_same([found[i] for i in kept], [offline(llama, adapter, works[i]) for i in kept])
+
+
+def test_another_specialisation_compiles_nothing(llama):
+    adapter = make_gates(llama.decoder.config, prompts=2)
+    engine = Engine(*llama, adapter, rows=3, slots=SLOTS)
+    first, second = make_works(llama.decoder.config, adapter, 2)
+    run(engine, [dataclasses.replace(first, ids=[3, 4], max_new_tokens=5)])
+    programs = decode._cache_size(), join._cache_size()
+    run(engine, [dataclasses.replace(second, ids=[5, 6, 7], max_new_tokens=7, temperature=1.0, seed=9)])
+    run(engine, [dataclasses.replace(second, gates_LE=None, ids=[5, 6, 7], max_new_tokens=7)])
+    assert (decode._cache_size(), join._cache_size()) == programs
+
+
+def test_rows_are_split_over_a_mesh(llama):
+    mesh = make_mesh(data=2, fsdp=2)
+    shardings = param_shardings(mesh, lambda: llama.decoder.init(jax.random.key(0), np.zeros((1, 1), np.int32)))
+    spread = llama._replace(params=jax.device_put(llama.params, shardings["params"]))
+    adapter = make_gates(llama.decoder.config, prompts=5)
+    works = make_works(llama.decoder.config, adapter, 8)
+    engine = Engine(*spread, adapter, rows=3, slots=SLOTS)
+    assert engine.rows == 4
+    assert_same(run(engine, works), [offline(llama, adapter, work) for work in works])
+    assert not engine.state.cache.k_LBSGH.sharding.is_fully_replicated
+
+
+def test_without_a_pool_the_base_model_is_served():
+    model = make_model(CONFIGS["llama"])
+    work = Work([5, 6, 7], 6)
+    engine = Engine(*model, None, rows=1, slots=SLOTS)
+    assert_same(run(engine, [work]), [offline(model, None, work)])
+    with pytest.raises(DataError, match="gates have the shape"):
+        engine.check(dataclasses.replace(work, gates_LE=np.zeros((2, 4), np.float32)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ids": ()}, "prompt is empty"),
+        ({"ids": (5, 67)}, "token id 67"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"ids": (5,) * 20, "max_new_tokens": 9}, "20 tokens and max_new_tokens is 9.*room for 28"),
+        ({"stop_ids": tuple(range(9))}, "9 stop ids"),
+        ({"gates_LE": np.zeros((3, 4), np.float32)}, r"shape \(3, 4\)"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**32}, "seed="),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_p": 0.0}, "top_p=0"),
+    ],
+)
+def test_a_work_that_cannot_be_done_is_refused(llama, change, message):
+    engine = Engine(*llama, make_gates(llama.decoder.config, 1), rows=1, slots=SLOTS)
+    with pytest.raises((DataError, ConfigError), match=message):
+        engine.check(dataclasses.replace(Work((5, 6), 4), **change))
+
+
+@pytest.mark.parametrize(("rows", "slots", "message"), [(0, 8, "rows is 0"), (1, 65, "context is 65.*2 to 64")])
+def test_a_batch_that_the_model_cannot_hold_is_refused(llama, rows, slots, message):
+    with pytest.raises(ConfigError, match=message):
+        Engine(*llama, None, rows=rows, slots=slots)
