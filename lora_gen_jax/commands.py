@@ -1,32 +1,46 @@
 """The commands ``specialize``, ``generate`` and ``pack``: their flags, and what they do.
 
-In: flags. Out: a specialisation directory; an answer on standard output. Heavy imports wait until a command runs, so
+In: flags. Out: specialisation directories; an answer on standard output. Heavy imports wait until a command runs, so
 that ``--help`` and mistakes answer at once.
 """
 
 import dataclasses
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from lora_gen_jax.config import Config, ModelConfig
-from lora_gen_jax.errors import CheckpointError
+from lora_gen_jax.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from lora_gen_jax.data.prompt_sources import NamedPrompt
+    from lora_gen_jax.specializer import Specializer
 
 
 @dataclasses.dataclass(frozen=True)
 class Specialize:
     """Reads a task's system prompt once and writes a specialisation of the edge model.
 
-    The prompt is a description, a few solved examples, a tool list, a role, or any mix of them. The result is a small
-    directory that `generate` uses. Example:
+    The prompt is a description, a few solved examples, a tool list, a role, or any mix of them; give one of --prompt,
+    --chat, --shots and --prompts. The result is a small directory that `generate` uses. Examples:
 
     lora-gen specialize --prompt "Give the animal's young, in brackets." --out special
+
+    lora-gen specialize --prompts many.jsonl --out specials
     """
 
-    prompt: str
-    """The system prompt, or @FILE to read it from a file."""
     out: Path
-    """Directory to write; must not exist, or be empty."""
+    """Directory to write; must not exist, or be empty. With --prompts it holds a directory for each of them."""
+    prompt: str | None = None
+    """The system prompt, or @FILE to read it from a file; with --shots, the description before them."""
+    chat: Path | None = None
+    """A JSON file with a conversation, [{"role", "content"}, ...]: system text, and user turns with their answers."""
+    shots: Path | None = None
+    """A JSONL file with a solved example a line, {"input", "output"}."""
+    prompts: Path | None = None
+    """A JSONL file of many: each line has "prompt", "messages" or "shots" (with "description"), and may have a "name"
+    (the line's number if not)."""
     checkpoint: Path | None = None
     """A run's work directory (its newest checkpoint is taken), one checkpoints/<step> directory, or a generator that
     `pack` wrote; left out, the generator that is shipped with the package."""
@@ -103,67 +117,96 @@ def pack_command(flags: Pack) -> None:
 
 
 def specialize_command(flags: Specialize) -> None:
-    """Checks what costs nothing first, then loads the cloud model and generates."""
-    from lora_gen_jax.adapters.specialization import (
-        Specialization,
-        pool_fingerprint,
-        save_specialization,
-        sparse_tensors,
-    )
-    from lora_gen_jax.files import check_output, text_argument
-    from lora_gen_jax.generator.specialize import specialize
-    from lora_gen_jax.models import load_pair, make_generator
-    from lora_gen_jax.training.checkpoint import check_models, load_checkpoint, versions
-    from lora_gen_jax.training.portable import DEFAULT
+    """Checks what costs nothing first, then loads the models and generates."""
+    from lora_gen_jax.data.prompt_sources import read_prompts
+    from lora_gen_jax.files import check_output
 
-    prompt = text_argument(flags.prompt, "--prompt")
+    _check_sources(flags)
+    many = None if flags.prompts is None else read_prompts(flags.prompts)
+    single = _single_prompt(flags) if many is None else ""
     check_output(flags.out)
     if flags.checkpoint is None:
         print("no --checkpoint: the shipped generator for the pocket pair is used", file=sys.stderr)
-    loaded = load_checkpoint(flags.checkpoint or DEFAULT)
-    if loaded.config.method != "lora_gen":
-        raise CheckpointError(
-            f"{loaded.path} was trained with method {loaded.config.method}, which makes no gates of a prompt: give a"
-            " checkpoint of method lora_gen"
-        )
-    config = relocate(loaded.config, flags.cloud, flags.edge)
-    pair = load_pair(config)
-    check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")
-    ids = pair.cloud.encoder.prompt(prompt)
-    limit = config.eval.prompt_limit
-    made = specialize(make_generator(config, pair), loaded.variables, pair.cloud.params, [ids], limit)
-    result = Specialization(
-        tensors=sparse_tensors(made, config.generator),
-        fingerprints={**loaded.fingerprints, "pool": pool_fingerprint(loaded.variables)},
-        prompt=prompt,
-        checkpoint=None if flags.checkpoint is None else str(loaded.path.absolute()),
-        versions=versions(),
-    )
-    save_specialization(result, flags.out)
+
+    from lora_gen_jax.adapters.specialization import save_specialization
+    from lora_gen_jax.sharding import evaluation_mesh
+    from lora_gen_jax.specializer import Specializer
+
+    specializer = Specializer.load(flags.checkpoint, flags.cloud, flags.edge, evaluation_mesh())
+    if many is not None:
+        _specialize_many(specializer, many, flags)
+        return
+    (made,) = specializer.specialize([single])
+    save_specialization(made, flags.out)
     size = (flags.out / "specialization.safetensors").stat().st_size
-    print(f"{flags.out}: {len(ids)} prompt tokens became {size} bytes", file=sys.stderr)
+    print(f"{flags.out}: {len(specializer.ids(single))} prompt tokens became {size} bytes", file=sys.stderr)
+
+
+def _check_sources(flags: Specialize) -> None:
+    """Raises ConfigError unless one source of prompts is named; --prompt may stand beside --shots."""
+    given = [name for name in ("prompt", "chat", "shots", "prompts") if getattr(flags, name) is not None]
+    if len(given) != 1 and given != ["prompt", "shots"]:
+        found = " and ".join(f"--{name}" for name in given) or "none of them"
+        raise ConfigError(
+            f"give one of --prompt, --chat, --shots and --prompts (--prompt may describe --shots); found {found}"
+        )
+
+
+def _single_prompt(flags: Specialize) -> str:
+    from lora_gen_jax.data.prompt_sources import read_chat, read_shots
+    from lora_gen_jax.files import text_argument
+
+    text = "" if flags.prompt is None else text_argument(flags.prompt, "--prompt")
+    if flags.chat is not None:
+        return read_chat(flags.chat)
+    return text if flags.shots is None else read_shots(flags.shots, text)
+
+
+def _specialize_many(specializer: "Specializer", prompts: "Sequence[NamedPrompt]", flags: Specialize) -> None:
+    """A specialisation directory for every prompt, below --out; a bar on a terminal, and a last line."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from lora_gen_jax.adapters.specialization import save_specializations
+
+    began, console = time.monotonic(), Console(file=sys.stderr)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        bar = progress.add_task("specialising", total=len(prompts))
+        try:
+            made = specializer.specialize(
+                [prompt.text for prompt in prompts], lambda done, _: progress.update(bar, completed=done)
+            )
+        except DataError as error:
+            raise DataError(f"{flags.prompts}: {error}") from error
+    save_specializations(((prompt.name, one) for prompt, one in zip(prompts, made, strict=True)), flags.out)
+    seconds, size = time.monotonic() - began, sum(x.nbytes for one in made for x in one.tensors.values())
+    what = "factors" if made[0].direct else "gates"
+    print(
+        f"{flags.out}: {len(made)} specialisations in {seconds:.1f} s, {len(made) / seconds:.1f} prompts/s,"
+        f" {size} bytes of {what}",
+        file=sys.stderr,
+    )
 
 
 def generate_command(flags: Generate) -> None:
     """Merges the specialisation into the edge model and streams its answer."""
     from lora_gen_jax.adapters.merge import merge
-    from lora_gen_jax.adapters.specialization import adapter_of, load_specialization
+    from lora_gen_jax.adapters.specialization import adapter_of
     from lora_gen_jax.files import text_argument
     from lora_gen_jax.inference.decode import stream
     from lora_gen_jax.inference.sampling import Sampling
     from lora_gen_jax.models import load_model
+    from lora_gen_jax.specializer import read_specialization
     from lora_gen_jax.training.checkpoint import check_models
 
     text = text_argument(flags.input, "--input")
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p).checked()
-    specialization = load_specialization(flags.specialization)
-    loaded = find_generator(specialization, flags.checkpoint)
-    config = relocate(loaded.config, None, flags.edge)
     # A wrong pool is noticed before the model is read.
-    adapter = adapter_of(specialization, loaded.variables, config.generator)
+    specialization, loaded, config = read_specialization(flags.specialization, flags.checkpoint, flags.edge)
     edge = load_model(config.edge)
     found = {**specialization.fingerprints, "edge": edge.fingerprint}
     check_models(specialization.fingerprints, found, f"specialisation {flags.specialization}")
+    adapter = adapter_of(specialization, loaded.variables, config.generator, edge.config.num_layers)
     params = edge.params if flags.base else merge(edge.params, adapter)
     ids = edge.encoder.chat([{"role": "user", "content": text}]) if flags.chat else edge.encoder.text(text)
     stop = [edge.encoder.end] if edge.encoder.end is not None else []
@@ -185,38 +228,3 @@ def generate_command(flags: Generate) -> None:
             print(so_far[len(shown) :], end="", flush=True)
             shown = so_far
     print()
-
-
-def find_generator(specialization: Any, named: Path | None) -> Any:
-    """The checkpoint with a specialisation's pool: the one named, else the one recorded when it was made, else the
-    shipped generator that has this pool.
-
-    Raises:
-        CheckpointError: when none of them is there.
-    """
-    from lora_gen_jax.adapters.specialization import pool_fingerprint
-    from lora_gen_jax.training.checkpoint import load_checkpoint
-    from lora_gen_jax.training.portable import SHIPPED
-
-    recorded = specialization.checkpoint
-    if named is not None:
-        return load_checkpoint(named)
-    if recorded is not None and Path(recorded).is_dir():
-        return load_checkpoint(Path(recorded))
-    for path in SHIPPED.values():
-        loaded = load_checkpoint(path)
-        if pool_fingerprint(loaded.variables) == specialization.fingerprints["pool"]:
-            return loaded
-    raise CheckpointError(
-        f"the expert pool of this specialisation was not found: no --checkpoint was given, the checkpoint recorded when"
-        f" it was made ({recorded}) is gone, and no shipped generator has that pool. Give --checkpoint DIR"
-    )
-
-
-def relocate(config: Config, cloud: str | None, edge: str | None) -> Config:
-    """The config with its models read from elsewhere."""
-
-    def at(model: ModelConfig, source: str | None) -> ModelConfig:
-        return model if source is None else dataclasses.replace(model, source=source)
-
-    return dataclasses.replace(config, cloud=at(config.cloud, cloud), edge=at(config.edge, edge))

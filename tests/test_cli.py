@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -100,6 +101,83 @@ def test_specialise_refuses_bad_input_and_writes_nothing(capsys, tmp_path, flags
     err = refused(capsys, main, ["specialize", *(x for pair in defaults.items() for x in pair)])
     for word in words:
         assert word in err
+    assert list(tmp_path.iterdir()) == []
+
+
+CHAT = [
+    {"role": "system", "content": "say the color of the sun"},
+    {"role": "user", "content": "what kind is the star ?"},
+    {"role": "assistant", "content": "red"},
+]
+SHOT = {"input": "what kind is the star ?", "output": "red"}
+
+
+def same_gates(one, other):
+    from lora_gen_jax.adapters.specialization import load_specialization
+
+    return np.abs(load_specialization(one).gates(4) - load_specialization(other).gates(4)).max() < 1e-6
+
+
+def test_a_conversation_and_shots_specialise_as_their_text_does(special, tmp_path):
+    (tmp_path / "chat.json").write_text(json.dumps(CHAT, indent=2))
+    shots = write_rows(tmp_path / "shots.jsonl", [SHOT])
+    base = ["specialize", "--checkpoint", str(trained().directory)]
+    main([*base, "--chat", str(tmp_path / "chat.json"), "--out", str(tmp_path / "chat")])
+    main([*base, "--shots", str(shots), "--prompt", CHAT[0]["content"], "--out", str(tmp_path / "shots")])
+    main([*base, "--shots", str(shots), "--out", str(tmp_path / "bare")])
+    assert same_gates(special, tmp_path / "chat")
+    assert same_gates(special, tmp_path / "shots")
+    assert (tmp_path / "bare" / "prompt.txt").read_text() == "what kind is the star ?\nred"
+
+
+def test_many_prompts_make_a_directory_each_and_one_line_says_what_they_took(special, capsys, tmp_path):
+    rows = [
+        {"prompt": "say one two three"},
+        {"name": "warm", "messages": CHAT},
+        {"shots": [SHOT], "description": CHAT[0]["content"]},
+        *({"prompt": f"say the {word}"} for word in ("moon", "star", "tree", "dog", "cat", "fish", "bird")),
+    ]
+    path, out = write_rows(tmp_path / "many.jsonl", rows), tmp_path / "specials"
+    capsys.readouterr()
+    main(["specialize", "--checkpoint", str(trained().directory), "--prompts", str(path), "--out", str(out)])
+    said, err = capsys.readouterr()
+    assert said == ""
+    assert re.fullmatch(
+        rf"{out}: 10 specialisations in \d+\.\d s, \d+\.\d prompts/s, {10 * 2 * 2 * 5} bytes of gates", err.strip()
+    )
+    assert sorted(p.name for p in out.iterdir()) == ["01", *(f"{n:02d}" for n in range(3, 11)), "warm"]
+    assert same_gates(special, out / "warm")
+    assert same_gates(special, out / "03")
+    assert (out / "04" / "prompt.txt").read_text() == "say the moon"
+    main(["generate", "--specialization", str(out / "warm"), "--input", QUESTION, "--max-new-tokens", "4"])
+    assert capsys.readouterr().out.split() == ["red"]
+
+
+def test_a_bad_prompt_among_many_is_named_and_nothing_is_written(capsys, tmp_path):
+    base = ["specialize", "--checkpoint", trained().directory, "--out", tmp_path / "out", "--prompts"]
+    path = write_rows(tmp_path / "many.jsonl", [{"prompt": "red"}, {"prompt": "red " * 200}])
+    err = refused(capsys, main, [*base, path])
+    assert f"{path}: prompt 2 of 2: the prompt has 200 tokens, the limit is 128" in err
+    write_rows(path, [{"prompt": "red"}, {"prompt": "red", "name": "../up"}])
+    assert f"{path}:2: \"name\" is '../up'" in refused(capsys, main, [*base, path])
+    assert [p.name for p in tmp_path.iterdir()] == ["many.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "found none of them"),
+        (["--prompt", "x", "--chat", "c.json"], "found --prompt and --chat"),
+        (["--shots", "s.jsonl", "--chat", "c.json"], "found --chat and --shots"),
+        (["--prompt", "x", "--prompts", "p.jsonl"], "found --prompt and --prompts"),
+        (["--chat", "no/such.json"], "no/such.json: cannot be read"),
+        (["--shots", "no/such.jsonl"], "no/such.jsonl: cannot be read"),
+        (["--prompts", "no/such.jsonl"], "no/such.jsonl: cannot be read"),
+    ],
+)
+def test_specialise_takes_one_source_of_prompts_and_checks_it_before_any_model_is_read(capsys, tmp_path, flags, words):
+    args = ["specialize", "--checkpoint", "no/such", "--out", tmp_path / "out", *flags]
+    assert words in refused(capsys, main, args)
     assert list(tmp_path.iterdir()) == []
 
 

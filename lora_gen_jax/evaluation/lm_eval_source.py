@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from lora_gen_jax.adapters.merge import merge_donated
 from lora_gen_jax.adapters.specialization import adapter_of, load_specialization
 from lora_gen_jax.baselines.method import Prompt, Specialised
-from lora_gen_jax.commands import find_generator, relocate
 from lora_gen_jax.config import Config, EvalConfig, ModelConfig
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.evaluation.subject import Subject, content_of, digest_of, end_ids, identity_of
@@ -22,6 +21,7 @@ from lora_gen_jax.files import text_argument
 from lora_gen_jax.methods import trained_method
 from lora_gen_jax.models import Model, load_model, load_pair
 from lora_gen_jax.sharding import evaluation_mesh
+from lora_gen_jax.specializer import find_generator, relocate
 from lora_gen_jax.training.checkpoint import check_models, load_checkpoint, versions
 from lora_gen_jax.training.portable import DEFAULT
 

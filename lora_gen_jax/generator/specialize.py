@@ -1,7 +1,8 @@
 """Prompts to adapters, at inference: what a specialisation is made with.
 
 In: a generator's variables, the cloud model's weights and prompts as token ids. Out: `Generated`, one entry a
-prompt. The length is bucketed, so that a new prompt does not recompile.
+prompt. The length is bucketed, so that a new prompt does not recompile; rows are split over the devices that the cloud
+model's weights lie on.
 """
 
 from collections.abc import Sequence
@@ -14,8 +15,8 @@ import numpy as np
 from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.generator.cloud import pack_prompts
 from lora_gen_jax.generator.lora_gen import Generated, LoRAGen
-from lora_gen_jax.inference.buckets import bucket, check_tokens, power_of_two
-from lora_gen_jax.inference.placement import mesh_context
+from lora_gen_jax.inference.buckets import bucket, check_tokens
+from lora_gen_jax.inference.placement import mesh_context, padded_rows, place_rows
 
 
 @partial(jax.jit, static_argnums=0)
@@ -58,10 +59,10 @@ def specialize(
                 " shorten it, or give fewer shots"
             )
         check_tokens(prompt, generator.cloud.vocab_size, f"prompt {i}")
-    rows, length = power_of_two(len(prompts)), bucket(max(map(len, prompts)) + layers)
+    rows, length = padded_rows(len(prompts), frozen_cloud), bucket(max(map(len, prompts)) + layers)
     # Rows that only fill the bucket repeat the first prompt and are cut off again.
     padded = [list(p) for p in prompts] + [list(prompts[0])] * (rows - len(prompts))
-    packed = pack_prompts(padded, layers, rows, length)
+    packed = place_rows(pack_prompts(padded, layers, rows, length), frozen_cloud)
     with mesh_context(frozen_cloud):
         generated = _generate(generator, variables, frozen_cloud, packed)
     if rows == len(prompts):

@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
+import safetensors.numpy
 from helpers import CLOUD, EDGE, SETTINGS, generator_variables, prompts_of, random_params, token_rows
 
+from lora_gen_jax.adapters.lora import PromptLoRA
 from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.adapters.specialization import (
     TENSORS,
@@ -18,20 +21,26 @@ from lora_gen_jax.adapters.specialization import (
     load_specialization,
     pool_fingerprint,
     save_specialization,
+    save_specializations,
     sparse_tensors,
 )
+from lora_gen_jax.adapters.specialization_check import LARGEST
 from lora_gen_jax.errors import CheckpointError, OutputError
 from lora_gen_jax.generator.lora_gen import LoRAGen
 from lora_gen_jax.generator.specialize import specialize
+from lora_gen_jax.generator.trained_module import Generated
 
 FINGERPRINTS = {"cloud": "c" * 16, "edge": "e" * 16, "pool": "p" * 16}
-VERSIONS = dict.fromkeys(("lora_gen_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers"), "10.20.30")
+VERSIONS: dict[str, str] = dict.fromkeys(
+    ("lora_gen_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers"), "10.20.30"
+)
 
 
 def synthetic(layers=30, experts=8, k=2, prompt="Answer.\n"):
     rng = np.random.default_rng(0)
     index = np.stack([rng.permutation(experts)[:k] for _ in range(layers)]).astype(np.uint8)
     weight = rng.random((layers, k)).astype(np.float32)
+    weight = weight / weight.sum(axis=1, keepdims=True) if k > 1 else weight
     return Specialization({"index": index, "weight": weight}, FINGERPRINTS, prompt, "runs/x/checkpoints/60", VERSIONS)
 
 
@@ -175,9 +184,235 @@ def test_a_damaged_specialisation_is_named(tmp_path, name, damage):
         path.unlink()
     else:
         path.write_bytes(b"[]" if damage == "list" else path.read_bytes()[: -9 if name != "prompt.txt" else -1])
-    if (name, damage) == ("prompt.txt", "list"):
-        assert load_specialization(tmp_path / "s").prompt == "[]"
-        return
     with pytest.raises(CheckpointError, match=r"is damaged|is no specialisation") as error:
         load_specialization(tmp_path / "s")
     assert str(tmp_path / "s") in str(error.value)
+
+
+@pytest.fixture
+def tampered(tmp_path):
+    """Loads a good specialisation whose tensors, metadata or readable fields a test has changed."""
+
+    def load(k=2, metadata=None, readable=None, **tensors):
+        directory = tmp_path / "s"
+        save_specialization(synthetic(layers=3, k=k), directory)
+        with safetensors.safe_open(directory / TENSORS, "numpy") as file:
+            kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            known = file.metadata()
+        changed = {name: value for name, value in {**kept, **tensors}.items() if value is not None}
+        (directory / TENSORS).write_bytes(safetensors.numpy.save(changed, {**known, **(metadata or {})}))
+        path = directory / "specialization.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **(readable or {})}))
+        return load_specialization(directory)
+
+    return load
+
+
+def two(*rows, dtype: Any = np.float32):
+    """[3, K] whose first layer is as given, the others good."""
+    good = [0.75, 0.25] if np.issubdtype(dtype, np.floating) else [0, 1]
+    return np.array([*rows, *[good] * (3 - len(rows))], dtype)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"weight": two([np.nan, 1.0])}, r"layer 0 has \[nan, 1.0\]: gates must be numbers of at least 0"),
+        ({"weight": two([0.5, 0.5], [np.inf, -np.inf])}, "layer 1 has .*at least 0"),
+        ({"weight": two([1.25, -0.25])}, "layer 0 has .*at least 0"),
+        ({"weight": two([0.75, 0.25], [0.5, 0.25])}, r"layer 1 has \[0.5, 0.25\]: gates must sum to 1"),
+        ({"weight": two([0.0, 0.0])}, "gates must sum to 1"),
+        ({"index": two([3, 3], dtype=np.uint8)}, r"layer 0 has \[3, 3\]: an expert may stand there once"),
+        ({"weight": np.ones((3, 3), np.float32) / 3}, "index and weight differ in shape"),
+        ({"weight": np.ones(3, np.float32)}, r"weight has the shape \(3,\)"),
+        ({"weight": np.ones((0, 2), np.float32), "index": np.ones((0, 2), np.uint8)}, r"has the shape \(0, 2\)"),
+        ({"index": two([0, 1], dtype=np.int32)}, "index is of type I32, which is none of U8, U16, U32"),
+        ({"index": two([0.0, 1.0])}, "index is of type F32"),
+        ({"weight": two([1, 0], dtype=np.uint8)}, "weight is of type U8, which is none of F16, F32"),
+        ({"weight": None}, "holds index instead of index and weight"),
+        ({"weight": None, "index": None}, "holds neither gates"),
+        ({"weight": None, "index": None, "up.c": two()}, "holds neither gates"),
+        ({"weight": None, "index": None, "up.a": two()}, "up.a has the shape"),
+        ({"weight": None, "index": None, "up.a": np.ones((2, 3, 1)), "up.b": np.ones((2, 1, 3))}, "type F64"),
+        ({"up.a": np.ones((3, 3, 1), np.float32)}, "holds index, up.a, weight instead of"),
+        ({"k": 1, "weight": np.array([[1.0], [0.0], [1.0]], np.float32)}, r"layer 1 has \[0.0\]: a single gate"),
+        ({"k": 1, "weight": np.array([[1.5], [0.5], [1.0]], np.float32)}, r"layer 0 has \[1.5\]: a single gate"),
+        ({"metadata": {"prompt": "0" * 16}}, "prompt.txt is not the prompt that it was made of"),
+        ({"readable": {"checkpoint": 3}}, '"checkpoint" in specialization.json must be a path or null, found int'),
+        ({"readable": {"versions": ["x"]}}, '"versions" in specialization.json must map'),
+        ({"readable": {"versions": {"jax": 1}}}, '"versions" in specialization.json must map'),
+    ],
+)
+def test_contents_that_no_generator_makes_are_refused(tampered, change, words):
+    with pytest.raises(CheckpointError, match=words) as error:
+        tampered(**change)
+    assert "is damaged" in str(error.value)
+
+
+def test_factors_of_different_depth_are_refused(tampered):
+    gone, factors = {"weight": None, "index": None}, {"up.a": np.ones((2, 3, 1), np.float32)}
+    with pytest.raises(CheckpointError, match="different numbers of layers"):
+        tampered(**gone, **factors, **{"up.b": np.ones((3, 1, 3), np.float32)})
+
+
+def test_a_factor_that_is_no_number_is_refused(tampered):
+    factors = {"up.a": np.full((2, 3, 1), np.inf, np.float32), "up.b": np.ones((2, 1, 3), np.float32)}
+    with pytest.raises(CheckpointError, match=r"up\.a holds values that are no numbers"):
+        tampered(weight=None, index=None, **factors)
+
+
+def test_a_good_file_with_one_gate_a_layer_is_loaded(tampered):
+    weight = np.array([[0.3], [1.0], [0.9]], np.float32)
+    np.testing.assert_array_equal(tampered(k=1, weight=weight).tensors["weight"], weight)
+
+
+@pytest.mark.parametrize("name", ["cloud", "edge", "pool", "prompt"])
+def test_metadata_that_is_missing_is_named(tmp_path, name):
+    save_specialization(synthetic(), tmp_path / "s")
+    path = tmp_path / "s" / TENSORS
+    with safetensors.safe_open(path, "numpy") as file:
+        tensors, metadata = {x: file.get_tensor(x) for x in file.keys()}, file.metadata()  # noqa: SIM118
+    path.write_bytes(safetensors.numpy.save(tensors, {k: v for k, v in metadata.items() if k != name}))
+    with pytest.raises(CheckpointError, match=f"does not say '{name}'"):
+        load_specialization(tmp_path / "s")
+
+
+@pytest.mark.parametrize("name", [TENSORS, "prompt.txt", "specialization.json"])
+def test_an_oversized_file_is_refused_before_it_is_read(tmp_path, name):
+    """Had the gates been read, their sum would be what is wrong: the file is all zeros."""
+    save_specialization(synthetic(), tmp_path / "s")
+    path = tmp_path / "s" / name
+    if name == TENSORS:
+        layers = LARGEST // 5 + 1
+        header = {
+            "index": {"dtype": "U8", "shape": [layers, 1], "data_offsets": [4 * layers, 5 * layers]},
+            "weight": {"dtype": "F32", "shape": [layers, 1], "data_offsets": [0, 4 * layers]},
+        }
+        text = json.dumps(header).encode().ljust(512)
+        path.write_bytes(len(text).to_bytes(8, "little") + text)
+        with path.open("r+b") as file:  # sparse: no data is written
+            file.truncate(8 + len(text) + 5 * layers)
+    else:
+        with path.open("r+b") as file:
+            file.truncate(LARGEST + 1)
+    with pytest.raises(CheckpointError, match=f"{name} has {path.stat().st_size} bytes, more than"):
+        load_specialization(tmp_path / "s")
+
+
+def test_gates_are_zero_where_no_expert_was_chosen():
+    one = synthetic(layers=2, experts=4)
+    gates_LE = one.gates(4)
+    assert (gates_LE.shape, gates_LE.dtype) == ((2, 4), np.float32)
+    assert np.count_nonzero(gates_LE) == 4
+    for layer in range(2):
+        np.testing.assert_array_equal(gates_LE[layer, one.tensors["index"][layer]], one.tensors["weight"][layer])
+    with pytest.raises(CheckpointError, match="but the pool has 1 experts"):
+        one.gates(1)
+    factors = dataclasses.replace(one, tensors={"up.a": np.ones((2, 3, 1), np.float32)})
+    with pytest.raises(CheckpointError, match="has no gates"):
+        factors.gates(4)
+
+
+def test_the_digest_is_that_of_the_prompts_bytes():
+    assert synthetic(prompt="abc").digest == "ba7816bf8f01cfea"
+
+
+@pytest.fixture
+def special(made):
+    """(specialisation of a variant with other tensors, variables, settings)."""
+
+    def get(name, change):
+        settings, variables, generated = made(name)
+        tensors = {**sparse_tensors(generated, settings)}
+        change(tensors)
+        fingerprints = {**FINGERPRINTS, "pool": pool_fingerprint(variables)}
+        return Specialization(tensors, fingerprints, "x", None, VERSIONS), variables, settings
+
+    return get
+
+
+def rows_of(count):
+    return lambda tensors: tensors.update({name: value[:count] for name, value in tensors.items()})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("shared", rows_of(2), "is of 2 layers, the generator's edge model has 3"),
+        ("per_layer", rows_of(2), "is of 2 layers, the generator's edge model has 3"),
+        ("direct", rows_of(2), "is of 2 layers, the generator's edge model has 3"),
+        ("shared", lambda t: t.update(index=np.full_like(t["index"], 4)), "up to that of expert 4, .* has 4 experts"),
+        (
+            "shared",
+            lambda t: t.update(index=np.tile(np.arange(5, dtype=np.uint8), (3, 1)), weight=np.full((3, 5), 0.2)),
+            "has 5 gates a layer, .* has 4 experts",
+        ),
+        (
+            "shared",
+            lambda t: t.update(index=np.tile(np.arange(3, dtype=np.uint8), (3, 1)), weight=np.full((3, 3), 1 / 3)),
+            "has 3 gates a layer, the generator makes 2",
+        ),
+        ("direct", lambda t: t.pop("up.a"), r"factor up.a has the shape None, the generator makes \(16, 3\)"),
+        ("direct", lambda t: t.update({"q.a": t["up.a"]}), "factor q.a has the shape .*, the generator makes None"),
+        (
+            "direct",
+            lambda t: t.update({"down.b": t["down.b"][..., :9]}),
+            r"down.b has the shape \(3, 9\), the generator makes \(3, 16\)",
+        ),
+    ],
+)
+def test_a_specialisation_that_does_not_fit_the_generator_is_refused(special, name, change, words):
+    specialization, variables, settings = special(name, change)
+    with pytest.raises(CheckpointError, match=words):
+        adapter_of(specialization, variables, settings)
+
+
+def test_factors_and_gates_are_not_taken_for_each_other(made):
+    settings, variables, generated = made("direct")
+    _, other, _ = made("shared")
+    one = Specialization(sparse_tensors(generated, settings), {**FINGERPRINTS, "pool": "none"}, "x", None, VERSIONS)
+    with pytest.raises(CheckpointError, match="another expert pool"):
+        adapter_of(one, other, SETTINGS)
+    with pytest.raises(CheckpointError, match="another expert pool"):
+        adapter_of(synthetic(layers=3, experts=4), variables, settings)
+
+
+def test_layers_that_the_generator_does_not_know_can_be_given(made):
+    """With one meta token and one pool for all layers, its parameters fit any number of them."""
+    settings, variables, generated = made("shared")
+    shared = dataclasses.replace(settings, shared_meta_token=True)
+    fingerprints = {**FINGERPRINTS, "pool": pool_fingerprint(variables)}
+    tensors = {name: value[:2] for name, value in sparse_tensors(generated, settings).items()}
+    one = Specialization(tensors, fingerprints, "x", None, VERSIONS)
+    assert adapter_of(one, variables, shared, layers=2).scanned["gates"].shape == (2, 1, 4)
+    with pytest.raises(CheckpointError, match="is of 2 layers, the generator's edge model has 3"):
+        adapter_of(one, variables, shared, layers=3)
+
+
+def test_many_are_written_together_or_not_at_all(tmp_path):
+    named = [(f"n{i}", synthetic(prompt=f"prompt {i}")) for i in range(3)]
+    save_specializations(named, tmp_path / "all")
+    assert sorted(p.name for p in (tmp_path / "all").iterdir()) == ["n0", "n1", "n2"]
+    for name, one in named:
+        assert load_specialization(tmp_path / "all" / name).prompt == one.prompt
+    broken = [*named, ("n3", dataclasses.replace(named[0][1], versions={"jax": object()}))]
+    with pytest.raises(TypeError):
+        save_specializations(broken, tmp_path / "other")
+    assert [p.name for p in tmp_path.iterdir()] == ["all"]
+
+
+def test_one_of_several_prompts_is_stored_as_if_it_were_alone():
+    rng = np.random.default_rng(0)
+    gates_PLE = rng.dirichlet(np.ones(4), (3, 2)).astype(np.float32)
+    factors = {"up": {"a": rng.random((2, 3, 5, 1), np.float32), "b": rng.random((2, 3, 1, 6), np.float32)}}
+    alone = jax.tree.map(lambda x: x[:, 2:], factors)
+    direct = dataclasses.replace(SETTINGS, generator="direct")
+    for settings, together, single in (
+        (SETTINGS, Generated(None, gates_PLE), Generated(None, gates_PLE[2:])),
+        (direct, Generated(PromptLoRA(factors, scale=1.0)), Generated(PromptLoRA(alone, scale=1.0))),
+    ):
+        found, expected = sparse_tensors(together, settings, 2), sparse_tensors(single, settings)
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert found[key].dtype == value.dtype
+            np.testing.assert_array_equal(found[key], value)

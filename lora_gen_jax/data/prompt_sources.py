@@ -1,0 +1,233 @@
+"""From what a user has to a system prompt's text, in the layout that generators are trained on (`prompts.py`).
+
+In: a conversation, solved examples, or a JSONL file of many prompts. Out: texts, or `NamedPrompt`s.
+
+    chat     [{"role": "system", "content"}, {"role": "user", "content"}, {"role": "assistant", "content"}, …]
+    shots    {"input", "output"} or {"query", "response"}, one a line
+    many     {"prompt"}, {"messages": chat} or {"shots": […], "description"}, one a line, each with a "name" or without
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_gen_jax.data.jsonl import Row, map_rows, read_rows, read_text
+from lora_gen_jax.data.prompts import system_prompt
+from lora_gen_jax.data.record_rows import GENERIC_SYSTEM
+from lora_gen_jax.data.tasks import Example
+from lora_gen_jax.errors import DataError
+
+SOURCES = ("prompt", "messages", "shots")
+"""The fields that a prompt may come in; each row has one of them."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_PAIRS = (("input", "output"), ("query", "response"))
+
+
+@dataclass(frozen=True)
+class NamedPrompt:
+    """A system prompt and the name of its specialisation."""
+
+    name: str
+    text: str
+
+
+def chat_prompt(messages: Any) -> str:
+    """The system prompt of a conversation: the system text, then its user and assistant turns as shots.
+
+    As in training, a conversation without a system text gets the generic one.
+
+    Args:
+        messages: [{"role": "system" | "user" | "assistant", "content": text}, …].
+
+    Raises:
+        DataError: naming the message that is malformed, out of turn or empty; when a user's turn is left unanswered;
+            when there is neither a system text nor a pair of turns.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise DataError('"messages" must be a list of objects with "role" and "content"')
+    description, turns = "", []
+    for number, message in enumerate(messages, start=1):
+        try:
+            role, content = _turn(message)
+        except DataError as error:
+            raise DataError(f"message {number}: {error}") from error
+        if role == "system" and number > 1:
+            raise DataError(f'message {number}: only the first message may have the role "system"')
+        if role == "system":
+            description = content
+            continue
+        expected = "assistant" if len(turns) % 2 else "user"
+        if role != expected:
+            raise DataError(
+                f'message {number} has the role "{role}", expected "{expected}": after the system text, user and'
+                " assistant take turns"
+            )
+        turns.append(content)
+    if len(turns) % 2:
+        raise DataError(
+            f"message {len(messages)} is a user's turn without an answer: leave it out, it is what the specialised edge"
+            " model is asked later (generate --input)"
+        )
+    if not description.strip() and not turns:
+        raise DataError("the conversation has neither a system text nor a user's turn with its answer: give either")
+    shots = [Example("", query, response) for query, response in zip(turns[::2], turns[1::2], strict=True)]
+    return system_prompt(description if description.strip() else GENERIC_SYSTEM, shots)
+
+
+def shots_prompt(shots: Any, description: str = "") -> str:
+    """The system prompt of solved examples, after a description if there is one.
+
+    Args:
+        shots: [{"input": text, "output": text}, …]; "query" and "response" are the same. Other fields are ignored.
+        description: what the task is.
+
+    Raises:
+        DataError: naming the shot and the field that is missing, empty or no text; when there is no shot.
+    """
+    if not isinstance(shots, list) or not shots:
+        raise DataError('"shots" must be a list of at least one object with "input" and "output"')
+    examples = []
+    for number, shot in enumerate(shots, start=1):
+        try:
+            examples.append(_shot(shot))
+        except DataError as error:
+            raise DataError(f"shot {number}: {error}") from error
+    return system_prompt(description, examples)
+
+
+def prompt_of(row: Row) -> str:
+    """The system prompt of an object with one of the fields "prompt", "messages" and "shots" (with "description").
+
+    Raises:
+        DataError: when it has none or several of them, or what it has is malformed.
+    """
+    given = [name for name in SOURCES if name in row]
+    if len(given) != 1:
+        found = " and ".join(f'"{name}"' for name in given) if given else "none"
+        raise DataError(f'give exactly one of "prompt", "messages" and "shots"; found {found}')
+    if "description" in row and given != ["shots"]:
+        raise DataError(f'"description" stands beside "shots" alone: put it into "{given[0]}"')
+    if given == ["messages"]:
+        return chat_prompt(row["messages"])
+    if given == ["shots"]:
+        return shots_prompt(row["shots"], text_field(row, "description") if "description" in row else "")
+    return text_field(row, "prompt")
+
+
+def check_name(name: Any) -> str:
+    """A specialisation's name, which is also its directory's.
+
+    Raises:
+        DataError: when it is none.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise DataError(
+            f'"name" is {str(name)[:80]!r}; it must be 1 to 64 letters, digits, ".", "_" or "-", the first a letter or'
+            " digit"
+        )
+    return name
+
+
+def read_chat(path: Path) -> str:
+    """The system prompt of a JSON file with a conversation: a list of messages, or an object that has "messages".
+
+    Raises:
+        DataError: naming the file, and the line or message.
+    """
+    try:
+        value = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
+    except RecursionError as error:
+        raise DataError(f"{path}: not valid JSON (nested too deeply)") from error
+    try:
+        return chat_prompt(value.get("messages") if isinstance(value, dict) else value)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def read_shots(path: Path, description: str = "") -> str:
+    """The system prompt of a JSONL file with a solved example a line, after a description if there is one.
+
+    Raises:
+        DataError: naming file, line and field.
+    """
+    return system_prompt(description, map_rows(path, read_rows(path), lambda _, row: _shot(row)))
+
+
+def read_prompts(path: Path) -> list[NamedPrompt]:
+    """The prompts of a JSONL file: a row as `prompt_of` reads it, with a "name" or without.
+
+    A row without a name is called by its line, with leading zeros, so that names sort as the lines do; the rows of a
+    JSON array on one line are counted instead.
+
+    Raises:
+        DataError: naming file, line and field; when two rows have the same name, large and small letters alike.
+    """
+    rows = read_rows(path)
+    lines = [line for line, _ in rows]
+    # The rows of a JSON array may share a line.
+    numbers = lines if len(set(lines)) == len(lines) else list(range(1, len(lines) + 1))
+    width, taken = len(str(numbers[-1])), dict[str, int]()
+
+    def named(index: int, row: Row) -> NamedPrompt:
+        for field in row:
+            if field not in ("name", "description", *SOURCES):
+                raise DataError(f'unknown field "{field}"; a row may have name, description, {", ".join(SOURCES)}')
+        name = f"{numbers[index]:0{width}d}" if row.get("name") is None else check_name(row["name"])
+        # Some file systems do not tell large from small letters.
+        key = name.lower()
+        if key in taken:
+            raise DataError(f'"name" {name!r} is taken by line {taken[key]}: names must differ')
+        taken[key] = lines[index]
+        return NamedPrompt(name, prompt_of(row))
+
+    return map_rows(path, rows, named)
+
+
+def text_field(row: Row, name: str) -> str:
+    """A field that must be text with more than whitespace in it.
+
+    Raises:
+        DataError: naming the field.
+    """
+    value = row.get(name)
+    if name not in row:
+        raise DataError(f'the field "{name}" is missing')
+    if not isinstance(value, str):
+        raise DataError(f'"{name}" must be text, found {type(value).__name__}')
+    if not value.strip():
+        raise DataError(f'"{name}" is empty')
+    check_text(value, f'"{name}"')
+    return value
+
+
+def check_text(text: str, what: str) -> None:
+    """JSON and command lines can hold half of a surrogate pair, which no tokenizer reads.
+
+    Raises:
+        DataError: that begins with `what`.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{what} holds half of a surrogate pair, which is no text: save it as UTF-8") from error
+
+
+def _turn(message: Any) -> tuple[str, str]:
+    """(role, content); the content of a system message alone may be empty, as in training."""
+    if not isinstance(message, dict):
+        raise DataError('it must be an object with "role" and "content"')
+    role = message.get("role")
+    if role not in ("system", "user", "assistant"):
+        raise DataError(f'"role" is {role!r}; it must be "system", "user" or "assistant"')
+    return role, "" if role == "system" and message.get("content") == "" else text_field(message, "content")
+
+
+def _shot(shot: Any) -> Example:
+    if not isinstance(shot, dict):
+        raise DataError('it must be an object with "input" and "output"')
+    query, response = next((pair for pair in _PAIRS if pair[0] in shot or pair[1] in shot), _PAIRS[0])
+    return Example("", text_field(shot, query), text_field(shot, response))
