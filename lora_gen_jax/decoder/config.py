@@ -89,6 +89,11 @@ class DecoderConfig:
         """Linear layers of the FFN, in the order in which they are applied."""
         return ("gate", "up", "down") if self.gated_ffn else ("up", "down")
 
+    @property
+    def ffn_shapes(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of each of `ffn_sites`."""
+        return {site: self.site_shape(site) for site in self.ffn_sites}
+
     def site_shape(self, site: str) -> tuple[int, int]:
         """(inputs, outputs) of a linear layer: q, k, v, o, gate, up or down."""
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim

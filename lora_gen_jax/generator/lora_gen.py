@@ -4,6 +4,7 @@ In: the cloud model's frozen weights and packed prompts. Out: `Generated`: the a
 the factors are generated directly, the gates [P, L, E] it was made from.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -19,26 +20,25 @@ from lora_gen_jax.generator.trained_module import Generated, TrainedModule
 
 
 class ExpertPool(nn.Module):
-    """E low-rank pairs (A_e, B_e) for each FFN site of the edge model; A Kaiming-uniform, B zero.
+    """E low-rank pairs (A_e, B_e) for each of some weights; A Kaiming-uniform, B zero.
 
     Attributes:
-        config: of the edge model.
+        shapes: {site: (inputs, outputs)} of the weights, `DecoderConfig.ffn_shapes` for a decoder's FFN.
         num_experts, rank: E and R.
-        per_layer: a pool for every layer, with a leading L axis, instead of one for all.
+        layers: L, for a pool for every layer, with a leading L axis; None for one that all layers share.
     """
 
-    config: DecoderConfig
+    shapes: Mapping[str, tuple[int, int]]
     num_experts: int
     rank: int
-    per_layer: bool = False
+    layers: int | None = None
 
     @nn.compact
     def __call__(self) -> dict[str, dict[str, jax.Array]]:
         """{site: {"a": [(L,) E, inputs, R], "b": [(L,) E, R, outputs]}} in fp32."""
-        lead = (self.config.num_layers, self.num_experts) if self.per_layer else (self.num_experts,)
+        lead = (self.num_experts,) if self.layers is None else (self.layers, self.num_experts)
         pool = {}
-        for site in self.config.ffn_sites:
-            inputs, outputs = self.config.site_shape(site)
+        for site, (inputs, outputs) in self.shapes.items():
             a = self.param(f"{site}_a", factor_a_init, (*lead, inputs, self.rank))
             b = self.param(f"{site}_b", nn.initializers.zeros_init(), (*lead, self.rank, outputs))
             pool[site] = {"a": a, "b": b}
@@ -123,7 +123,8 @@ class LoRAGen(TrainedModule):
             name="router",
         )
         gates_PLE = router(meta_PLC, train)
-        pool = ExpertPool(self.edge, s.num_experts, s.rank, s.pool == "per_layer", name="pool")()
+        layers = self.edge.num_layers if s.pool == "per_layer" else None
+        pool = ExpertPool(self.edge.ffn_shapes, s.num_experts, s.rank, layers, name="pool")()
         return Generated(gated_adapter(gates_PLE, pool, s), gates_PLE)
 
     def auxiliary(self, generated: Generated, records: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:

@@ -3,7 +3,7 @@
 In: the batch on the device (`Rows`) and prompts that join it. Out: the batch, in the same memory, and what was drawn.
 
 All rows share one clock: the n-th step of decoding writes to cache slot n mod S, whichever rows are busy. A prompt that
-joins is written to the slots just before the clock, modulo S. Visibility follows positions, so nothing else has to know.
+joins is written to the slots just before the clock, modulo S. Visibility follows positions: nothing else has to know.
 """
 
 import functools

@@ -5,8 +5,9 @@ call. The weights stay as they are: each row's gates choose among the pool's exp
 another specialisation by L·E numbers.
 """
 
+import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.inference.buckets import check_tokens, pad_rows, power_of_two
 from lora_gen_jax.inference.continuous import STOPS, Drawn, Joining, Rows, decode, empty_rows, join, release
+from lora_gen_jax.inference.decode import Generation
 from lora_gen_jax.inference.forward import forward_only
 from lora_gen_jax.inference.placement import mesh_context, mesh_of, padded_rows
 from lora_gen_jax.inference.sampling import Sampling
@@ -94,7 +96,7 @@ class Engine:
         self.decoder, self.params, self.slots = forward_only(decoder), params, slots
         self.rows = padded_rows(rows, params) if mesh_of(params) else rows
         self.pool = None if pool is None else _without_gates(pool)
-        self.experts = 0 if pool is None else pool.scanned["gates"].shape[-1]
+        self.experts = expert_count(pool)
         self.state = self._placed(empty_rows(decoder.config, (self.rows, slots, self.experts), decoder.dtype))
         self.free = list(range(self.rows))[::-1]
 
@@ -125,9 +127,7 @@ class Engine:
             raise DataError(f"{len(work.stop_ids)} stop ids were given, there is room for {STOPS}")
         if not 0 <= work.seed < 2**32:
             raise DataError(f"seed={work.seed} must be 0 to 2^32 - 1")
-        shape = (self.decoder.config.num_layers, self.experts)
-        if work.gates_LE is not None and (self.pool is None or work.gates_LE.shape != shape):
-            raise DataError(f"gates have the shape {work.gates_LE.shape}, the pool takes {shape} (layers, experts)")
+        check_gates(work, self.decoder, self.pool)
         Sampling(work.temperature, work.top_k, work.top_p).check()
 
     def admit(self, works: Sequence[Work]) -> tuple[list[int], list[Progress]]:
@@ -160,6 +160,33 @@ class Engine:
         with mesh_context(self.params):
             self.state, drawn = decode(self.decoder, self.params, self.pool, self.state, np.bool_(eager))
         return self._progress(drawn, busy, busy)
+
+    def run(self, works: Sequence[Work], done: Callable[[int, Generation], None]) -> None:
+        """Generates all of checked works, in whatever order they become ready; no other work may be running.
+
+        Args:
+            works: as many as there are.
+            done: told the place of each work in `works` and what it became.
+        """
+        waiting, running = collections.deque(range(len(works))), dict[int, int]()
+        ids: list[list[int]] = [[] for _ in works]
+        logprobs: list[list[float]] = [[] for _ in works]
+
+        def note(progress: Sequence[Progress]) -> None:
+            for row, new, new_logprobs, finish in progress:
+                i = running[row]
+                ids[i] += new
+                logprobs[i] += new_logprobs
+                if finish is not None:
+                    done(i, Generation(ids[i], finish, logprobs[i]))
+
+        while waiting or self.busy:
+            joining = [waiting.popleft() for _ in range(min(len(waiting), len(self.free)))]
+            if joining:
+                rows, progress = self.admit([works[i] for i in joining])
+                running |= dict(zip(rows, joining, strict=True))
+                note(progress)
+            note(self.step(eager=bool(waiting)))
 
     def cancel(self, row: int) -> None:
         """Frees a busy row; what it has generated is lost."""
@@ -232,6 +259,18 @@ class Engine:
             return jax.device_put(x, sharding, may_alias=False)
 
         return jax.tree_util.tree_map_with_path(placed, state)
+
+
+def expert_count(pool: GatedPool | None) -> int:
+    """E; 0 without a pool."""
+    return 0 if pool is None else jax.tree.leaves(pool.pool)[0].shape[-3]
+
+
+def check_gates(work: Work, decoder: Decoder, pool: GatedPool | None) -> None:
+    """Raises DataError for gates of another shape than the pool takes, [L, E]."""
+    shape = (decoder.config.num_layers, expert_count(pool))
+    if work.gates_LE is not None and work.gates_LE.shape != shape:
+        raise DataError(f"gates have the shape {work.gates_LE.shape}, the pool takes {shape} (layers, experts)")
 
 
 def _without_gates(pool: GatedPool) -> GatedPool:

@@ -12,32 +12,17 @@ from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.inference.continuous import decode, join
 from lora_gen_jax.inference.decode import generate
 from lora_gen_jax.inference.engine import Engine, Work
+from lora_gen_jax.inference.mixture import answer_all, mixed_is_better
 from lora_gen_jax.inference.sampling import Sampling
 from lora_gen_jax.sharding import make_mesh, param_shardings
 
 SLOTS = 28
 
 
-def run(engine, works, cancel=()):
-    """Everything the works generate, admitted as rows become free; those of `cancel` are dropped after their first."""
-    waiting, of_row = list(range(len(works))), {}
-    found = {i: ([], [], None) for i in waiting}
-
-    def note(progress):
-        for row, ids, logprobs, finish in progress:
-            i = of_row[row]
-            found[i] = (found[i][0] + ids, found[i][1] + logprobs, finish)
-
-    while waiting or engine.busy:
-        now = [waiting.pop(0) for _ in range(min(len(waiting), len(engine.free)))]
-        if now:
-            rows, progress = engine.admit([works[i] for i in now])
-            of_row |= dict(zip(rows, now, strict=True))
-            note(progress)
-            for row, i in zip(rows, now, strict=True):
-                if i in cancel and found[i][2] is None:
-                    engine.cancel(row)
-        note(engine.step(eager=bool(waiting)))
+def run(engine, works):
+    found = {}
+    engine.run(works, found.__setitem__)
+    assert engine.busy == 0
     return [found[i] for i in range(len(works))]
 
 
@@ -75,10 +60,10 @@ def make_works(config, adapter, count, **options):
 
 
 def assert_same(found, expected):
-    for (ids, logprobs, finish), wanted in zip(found, expected, strict=True):
-        assert ids == wanted.ids
-        assert finish == wanted.finish
-        np.testing.assert_allclose(logprobs, wanted.logprobs, atol=1e-4)
+    for got, wanted in zip(found, expected, strict=True):
+        assert got.ids == wanted.ids
+        assert got.finish == wanted.finish
+        np.testing.assert_allclose(got.logprobs, wanted.logprobs, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
@@ -88,7 +73,7 @@ def test_rows_answer_as_their_merged_models_do(family):
     works = make_works(model.decoder.config, adapter, 12)
     found = run(Engine(*model, adapter, rows=3, slots=SLOTS), works)
     assert_same(found, [offline(model, adapter, work) for work in works])
-    assert len({tuple(ids) for ids, _, _ in found}) > 6
+    assert len({tuple(got.ids) for got in found}) > 6
 
 
 @pytest.mark.parametrize("variant", ["factors", "per_layer"])
@@ -112,17 +97,47 @@ def test_draws_are_those_of_generate_whatever_the_neighbours_draw(llama):
     works = make_works(llama.decoder.config, adapter, 12, **options)
     found = run(Engine(*llama, adapter, rows=3, slots=SLOTS), works)
     assert_same(found, [offline(llama, adapter, work) for work in works])
-    assert {finish for _, _, finish in found} == {"stop", "length"}
+    assert {got.finish for got in found} == {"stop", "length"}
 
 
 def test_a_cancelled_row_is_free_and_leaves_nothing_behind(llama):
     adapter = make_gates(llama.decoder.config, prompts=5)
     works = make_works(llama.decoder.config, adapter, 12)
     engine = Engine(*llama, adapter, rows=3, slots=SLOTS)
-    found = run(engine, works, cancel=(0, 4, 5))
+    rows, _ = engine.admit([dataclasses.replace(work, max_new_tokens=9, stop_ids=()) for work in works[:3]])
+    engine.step()
+    for row in rows:
+        engine.cancel(row)
     assert sorted(engine.free) == [0, 1, 2]
-    kept = [i for i in range(12) if i not in (0, 4, 5)]
-    assert_same([found[i] for i in kept], [offline(llama, adapter, works[i]) for i in kept])
+    assert_same(run(engine, works), [offline(llama, adapter, work) for work in works])
+
+
+@pytest.mark.parametrize("how", ["mixed", "merged", "auto"])
+def test_many_queries_are_answered_alike_mixed_and_merged(llama, how):
+    adapter = make_gates(llama.decoder.config, prompts=5)
+    works, seen = make_works(llama.decoder.config, adapter, 12), []
+    before = jax.tree.map(np.asarray, llama.params)
+    found = answer_all(*llama, adapter, works, rows=3, how=how, progress=lambda *done: seen.append(done))
+    assert_same(found, [offline(llama, adapter, work) for work in works])
+    assert seen == [(i + 1, 12) for i in range(12)]
+    jax.tree.map(np.testing.assert_array_equal, llama.params, before)
+
+
+def test_a_bad_query_among_many_is_named_before_anything_is_generated(llama):
+    adapter = make_gates(llama.decoder.config, prompts=5)
+    works = make_works(llama.decoder.config, adapter, 4)
+    for bad, message in (
+        (dataclasses.replace(works[1], ids=[67]), "token id 67"),
+        (dataclasses.replace(works[1], gates_LE=np.zeros((2, 3), np.float32)), r"shape \(2, 3\)"),
+    ):
+        for how in ("mixed", "merged"):
+            with pytest.raises(DataError, match=f"request 2 of 4: .*{message}"):
+                answer_all(*llama, adapter, [works[0], bad, *works[2:]], how=how, progress=pytest.fail)
+
+
+def test_merging_is_for_one_specialisation_or_full_batches():
+    for sizes, better in (([1], False), ([500], False), ([1, 1], True), ([60, 1, 1], True), ([40, 64], False)):
+        assert mixed_is_better(sizes) == better
 
 
 def test_another_specialisation_compiles_nothing(llama):

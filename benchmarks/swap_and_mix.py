@@ -1,0 +1,138 @@
+"""What changing the specialisation of a running model costs, and what many at once are worth.
+
+In: nothing (a random pool and random gates beside the real weights). Out: milliseconds of a swap, by gates alone and
+merged, beside streaming the FFN's weights once; then answers a second for 64 queries of 1 to 64 different
+specialisations, in one batch beside the unmerged weights, and merged one after another. Best of several, by turns.
+
+Command:  python benchmarks/swap_and_mix.py [--model smollm2-135m] [--query-tokens 24] [--new-tokens 8]
+"""
+
+import argparse
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_gen_jax import GeneratorConfig, generate, load_config, load_params, merge, merge_over
+from lora_gen_jax.adapters.merge import kernels_of
+from lora_gen_jax.decoder.model import Decoder
+from lora_gen_jax.generator.lora_gen import ExpertPool, gated_adapter
+
+QUERIES, REPEATS = 64, 3
+
+
+def best(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Seconds of each, the best of `repeats` after one that compiles, by turns."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats + 1):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            jax.block_until_ready(run())
+            times[name].append(time.perf_counter() - began)
+    return {name: min(values[1:]) for name, values in times.items()}
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def copied(targets: Any, kernels: Any) -> Any:
+    """The kernels, layer by layer, into memory that is there: each weight is read and written once."""
+
+    def copy(target: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, len(kernel), lambda i, held: held.at[i].set(kernel[i] + 1), target)
+
+    return jax.tree.map(copy, targets, kernels)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def counted_up(kernels: Any) -> Any:
+    """The same where reading and writing are the same memory."""
+    return jax.tree.map(lambda x: x + 1, kernels)
+
+
+def swaps(params: Any, adapter: Any) -> None:
+    """Prints what a swap takes."""
+    gates_LPE, turn = np.asarray(adapter.scanned["gates"]), iter(range(1 << 30))
+    ffn = kernels_of(params, ("gate", "up", "down"))
+    held = {"merged": merge(params, adapter.select(0)), "copy": jax.tree.map(jnp.copy, ffn)}
+    held["up"] = jax.tree.map(jnp.copy, ffn)
+
+    def by_gates() -> Any:
+        return adapter.replace(scanned={"gates": jnp.asarray(gates_LPE[:, [next(turn) % QUERIES]])})
+
+    def merged() -> Any:
+        held["merged"] = merge_over(held["merged"], params, adapter.select(next(turn) % QUERIES))
+        return held["merged"]
+
+    def copy() -> Any:
+        held["copy"] = copied(held["copy"], ffn)
+        return held["copy"]
+
+    def up() -> Any:
+        held["up"] = counted_up(held["up"])
+        return held["up"]
+
+    runs = {"gates alone": by_gates, "merged": merged, "stream: read base, write": copy, "stream in place": up}
+    runs["merge, keeping the base"] = lambda: merge(params, adapter.select(0))
+    times = best(runs, 10)
+    print(f"FFN {sum(x.nbytes for x in ffn.values()) / 1e6:.0f} MB")
+    for name, seconds in times.items():
+        print(f"{name:<28}{seconds * 1000:10.2f} ms")
+    print(f"{'merged / stream':<28}{times['merged'] / times['stream: read base, write']:10.2f}", flush=True)
+
+
+def mixtures(decoder: Decoder, params: Any, adapter: Any, args: argparse.Namespace) -> None:
+    """Prints queries a second by number of specialisations."""
+    rng = np.random.default_rng(0)
+    queries = rng.integers(2, decoder.config.vocab_size, (QUERIES, args.query_tokens)).tolist()
+    held = merge(params, adapter.select(0))
+    print(f"{QUERIES} queries of {args.query_tokens} tokens, {args.new_tokens} new tokens each; queries/s")
+    print(f"{'specialisations':>16}{'mixed':>10}{'merged':>10}{'ratio':>8}")
+    for count in (1, 2, 4, 8, 16, 32, 64):
+
+        def mixed(count: int = count) -> None:
+            generate(
+                decoder,
+                params,
+                queries,
+                max_new_tokens=args.new_tokens,
+                adapter=adapter.take(np.arange(count)),
+            )
+
+        def merged(count: int = count) -> None:
+            nonlocal held
+            each = QUERIES // count
+            for i in range(count):
+                held = merge_over(held, params, adapter.select(i))
+                generate(decoder, held, queries[i * each : (i + 1) * each], max_new_tokens=args.new_tokens)
+
+        times = best({"mixed": mixed, "merged": merged}, REPEATS)
+        rates = {name: QUERIES / seconds for name, seconds in times.items()}
+        ratio = rates["mixed"] / rates["merged"]
+        print(f"{count:>16}{rates['mixed']:>10.1f}{rates['merged']:>10.1f}{ratio:>8.2f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--query-tokens", type=int, default=24)
+    parser.add_argument("--new-tokens", type=int, default=8)
+    args = parser.parse_args()
+    config, settings, params = load_config(args.model), GeneratorConfig(), load_params(args.model)
+    experts = ExpertPool(config.ffn_shapes, settings.num_experts, settings.rank)
+    pool = experts.apply(experts.init(jax.random.key(0)))
+    # Trained experts are small beside the weights; that B is not zero keeps anything from being left out.
+    pool = jax.tree.map(lambda x: x + 0.001, pool)
+    rng = np.random.default_rng(0)
+    gates_PLE = rng.random((QUERIES, config.num_layers, settings.num_experts), np.float32)
+    gates_PLE = np.where(gates_PLE >= np.sort(gates_PLE)[..., -settings.top_k, None], gates_PLE, np.float32(0))
+    adapter = gated_adapter(jnp.asarray(gates_PLE / gates_PLE.sum(-1, keepdims=True)), pool, settings)
+    print(f"{args.model}, {jax.devices()[0].device_kind}, {len(jax.devices())} device(s), jax {jax.__version__}")
+    swaps(params, adapter)
+    mixtures(Decoder(config), params, adapter, args)
+
+
+if __name__ == "__main__":
+    main()
