@@ -15,13 +15,15 @@ from typing import Annotated, Any, NoReturn
 
 import tyro
 
-from lora_gen_jax.commands import Generate, Pack, Specialize, generate_command, pack_command, specialize_command
+from lora_gen_jax.commands import Pack, Specialize, pack_command, specialize_command
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_check import check
 from lora_gen_jax.config_file import config_from_args, flags_and_config
 from lora_gen_jax.errors import ConfigError, LoraGenError, Stopped
 from lora_gen_jax.evaluation.report.command import Report, report_command
 from lora_gen_jax.evaluation.side_by_side import SideBySide, side_by_side_command
+from lora_gen_jax.export.command import Export, export_command
+from lora_gen_jax.generate_command import Generate, generate_command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +208,7 @@ def compile_main(arguments: list[str]) -> None:
 COMMANDS = {
     "specialize": (Specialize, specialize_command, "turn a system prompt into a specialisation"),
     "generate": (Generate, generate_command, "answer an input with a specialised model"),
+    "export": (Export, export_command, "write a specialisation for peft, transformers or llama.cpp"),
     "pack": (Pack, pack_command, "write a trained generator as two small files"),
     "lm_eval": (None, lm_eval_command, "evaluate with lm-evaluation-harness"),
     "agent": (None, agent_main, "train and score on tool calls, as the paper's agent table"),

@@ -1,7 +1,7 @@
-"""The commands ``specialize``, ``generate`` and ``pack``: their flags, and what they do.
+"""The commands ``specialize`` and ``pack``: their flags, and what they do.
 
-In: flags. Out: specialisation directories; an answer on standard output. Heavy imports wait until a command runs, so
-that ``--help`` and mistakes answer at once.
+In: flags. Out: specialisation directories; a generator that travels. Heavy imports wait until a command runs, so that
+``--help`` and mistakes answer at once.
 """
 
 import dataclasses
@@ -48,39 +48,6 @@ class Specialize:
     """Where the cloud model is, if not where it was when the generator was trained."""
     edge: str | None = None
     """Where the edge model is, if not where it was when the generator was trained."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Generate:
-    """Answers an input with a specialised edge model, which does not read the prompt again.
-
-    The answer is streamed to standard output. Example:
-
-    lora-gen generate --specialization special --input "owl:"
-    """
-
-    specialization: Path
-    """Directory that `specialize` wrote."""
-    input: str
-    """What the edge model reads, or @FILE to read it from a file."""
-    checkpoint: Path | None = None
-    """Where the generator with the expert pool is, if not where it was when the specialisation was made."""
-    edge: str | None = None
-    """Where the edge model is, if not where it was when the generator was trained."""
-    max_new_tokens: int = 64
-    """Longest answer in tokens."""
-    temperature: float = 0.0
-    """0 takes the most probable token; higher values vary more."""
-    top_k: int = 0
-    """Draw from the k most probable tokens; 0 means all."""
-    top_p: float = 1.0
-    """Draw from the most probable tokens that together reach this probability."""
-    seed: int = 0
-    """Of the draws."""
-    chat: bool = False
-    """Put the input into the edge model's chat template, as a user's turn."""
-    base: bool = False
-    """Answer with the unspecialised edge model, for comparison."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,45 +153,3 @@ def _specialize_many(specializer: "Specializer", prompts: "Sequence[NamedPrompt]
         f" {size} bytes of {what}",
         file=sys.stderr,
     )
-
-
-def generate_command(flags: Generate) -> None:
-    """Merges the specialisation into the edge model and streams its answer."""
-    from lora_gen_jax.adapters.merge import merge
-    from lora_gen_jax.adapters.specialization import adapter_of
-    from lora_gen_jax.files import text_argument
-    from lora_gen_jax.inference.decode import stream
-    from lora_gen_jax.inference.sampling import Sampling
-    from lora_gen_jax.models import load_model
-    from lora_gen_jax.specializer import read_specialization
-    from lora_gen_jax.training.checkpoint import check_models
-
-    text = text_argument(flags.input, "--input")
-    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p).checked()
-    # A wrong pool is noticed before the model is read.
-    specialization, loaded, config = read_specialization(flags.specialization, flags.checkpoint, flags.edge)
-    edge = load_model(config.edge)
-    found = {**specialization.fingerprints, "edge": edge.fingerprint}
-    check_models(specialization.fingerprints, found, f"specialisation {flags.specialization}")
-    adapter = adapter_of(specialization, loaded.variables, config.generator, edge.config.num_layers)
-    params = edge.params if flags.base else merge(edge.params, adapter)
-    ids = edge.encoder.chat([{"role": "user", "content": text}]) if flags.chat else edge.encoder.text(text)
-    stop = [edge.encoder.end] if edge.encoder.end is not None else []
-    tokens = stream(
-        edge.decoder,
-        params,
-        [ids],
-        max_new_tokens=flags.max_new_tokens,
-        stop_ids=stop,
-        sampling=sampling,
-        seed=flags.seed,
-    )
-    shown, new = "", []
-    for (token,) in tokens:
-        new.append(token)
-        so_far = edge.encoder.decode(new)
-        # Bytes of a character that is not complete yet decode to a replacement mark.
-        if not so_far.endswith("\ufffd"):
-            print(so_far[len(shown) :], end="", flush=True)
-            shown = so_far
-    print()

@@ -1,0 +1,169 @@
+"""The command ``export``: a specialisation in the formats of other programs.
+
+In: flags. Out: a directory with a PEFT adapter, a Hugging Face model or an adapter of llama.cpp, and one line on
+standard error. Heavy imports wait until the command runs, so that ``--help`` and mistakes answer at once.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from lora_gen_jax.config import ModelConfig
+from lora_gen_jax.errors import ConfigError, OutputError
+
+if TYPE_CHECKING:
+    from lora_gen_jax.adapters.specialization import Specialization
+    from lora_gen_jax.training.checkpoint import Loaded
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Writes a specialisation for other programs: a PEFT adapter, a merged Hugging Face model, or a GGUF adapter.
+
+    None of them needs this package, the generator or the prompt any more. Example:
+
+    lora-gen export --specialization special --format peft --out special-peft
+    """
+
+    format: Literal["peft", "merged", "gguf"]
+    """peft: a LoRA adapter for transformers with peft, and vLLM. merged: a whole model with the specialisation in its
+    weights, for anything that reads Hugging Face directories. gguf: a LoRA adapter for llama.cpp."""
+    out: Path
+    """Directory to write; must not exist, or be empty."""
+    specialization: Path | None = None
+    """Directory that `specialize` wrote. May be left out with --base and --edge."""
+    checkpoint: Path | None = None
+    """Where the generator with the expert pool is, if not where it was when the specialisation was made."""
+    edge: str | None = None
+    """Where the edge model is, if not where it was when the generator was trained."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the stored numbers; merged in float32 and rounded once."""
+    max_shard_size_gb: float = 5.0
+    """Largest file of a merged model's weights, in 10⁹ bytes."""
+    base: bool = False
+    """With --format merged: write the unspecialised edge model, what an adapter is applied to."""
+
+
+def export_command(flags: Export) -> None:
+    """Checks what costs nothing first, reads weights only where they are written, and writes the directory.
+
+    Raises:
+        LoraGenError: for flags that do not fit together, an output that exists, another edge model or pool than the
+            specialisation's, or a family that the format lacks.
+    """
+    from lora_gen_jax.files import check_output
+
+    check_output(flags.out)
+    _check_flags(flags)
+    made = None
+    if flags.specialization is not None:
+        from lora_gen_jax.specializer import read_specialization
+
+        special, loaded, config = read_specialization(flags.specialization, flags.checkpoint, flags.edge)
+        made = Made(special, loaded, config.edge)
+    if flags.format == "merged":
+        what, loads = _merged(flags, made)
+    else:
+        assert made is not None  # _check_flags
+        what, loads = _adapter(flags, made)
+    size = sum(path.stat().st_size for path in flags.out.rglob("*") if path.is_file())
+    print(f"{flags.out}: {what}, {_size(size)}; load it with {loads}", file=sys.stderr)
+
+
+class Made(NamedTuple):
+    """A specialisation, the generator that has its pool, and where its edge model is."""
+
+    special: "Specialization"
+    loaded: "Loaded"
+    edge: ModelConfig
+
+
+def _check_flags(flags: Export) -> None:
+    if flags.base and flags.format != "merged":
+        raise ConfigError(f"--base writes a whole model, not an adapter of format {flags.format}: use --format merged")
+    if flags.specialization is None and not (flags.base and flags.edge):
+        raise ConfigError(
+            "--specialization is missing: name a directory that `lora-gen specialize` wrote (with --base, --edge alone"
+            " will do)"
+        )
+    if not flags.max_shard_size_gb > 0:
+        raise ConfigError(f"--max-shard-size-gb is {flags.max_shard_size_gb}: use a number above 0")
+
+
+def _adapter(flags: Export, made: Made) -> tuple[str, str]:
+    """Writes an adapter; returns what it is, and how it is loaded."""
+    import numpy as np
+
+    from lora_gen_jax.decoder.pretrained import load_config, resolve
+    from lora_gen_jax.export.factors import ExportedAdapter, lora_factors, origin_of
+    from lora_gen_jax.export.gguf import FILE, check_gguf, write_gguf
+    from lora_gen_jax.export.peft import write_peft
+
+    source, out = made.edge.source, flags.out
+    config = load_config(resolve(source))
+    if flags.format == "gguf":
+        check_gguf(config)
+    _check_edge(flags, made)
+    factors = lora_factors(made.special, made.loaded.variables, made.loaded.config.generator, config.num_layers)
+    adapter = ExportedAdapter(source, config, factors, origin_of(made.special))
+    if flags.format == "gguf":
+        _write(out, lambda directory: write_gguf(adapter, directory, flags.dtype))
+        return f"llama.cpp adapter of rank {adapter.rank}", f"llama-cli -m EDGE.gguf --lora {out / FILE}"
+    _write(out, lambda directory: write_peft(adapter, directory, np.dtype(flags.dtype)))
+    return f"PEFT adapter of rank {adapter.rank}", f"peft.PeftModel.from_pretrained(model, {str(out)!r})"
+
+
+def _merged(flags: Export, made: Made | None) -> tuple[str, str]:
+    """Writes a whole model; returns what it is, and how it is loaded."""
+    import numpy as np
+
+    from lora_gen_jax.adapters.merge import merge_donated
+    from lora_gen_jax.adapters.specialization import adapter_of
+    from lora_gen_jax.decoder.pretrained import load_config
+    from lora_gen_jax.export.factors import origin_of
+    from lora_gen_jax.export.merged import MergedModel, write_merged
+    from lora_gen_jax.models import load_model
+
+    edge = ModelConfig(str(flags.edge)) if made is None else made.edge
+    adapter, origin = None, None
+    if made is not None:
+        # Wrong models and wrong pools are noticed before the weights are read.
+        _check_edge(flags, made)
+        if not flags.base:
+            layers = load_config(edge.source).num_layers
+            adapter = adapter_of(made.special, made.loaded.variables, made.loaded.config.generator, layers)
+            origin = origin_of(made.special)
+    model = load_model(dataclasses.replace(edge, dtype="float32"))
+    if adapter is not None:
+        model = dataclasses.replace(model, params=merge_donated(model.params, adapter))
+    merged, limit = MergedModel(model, edge.source, origin), int(flags.max_shard_size_gb * 1e9)
+    _write(flags.out, lambda directory: write_merged(merged, directory, np.dtype(flags.dtype), limit))
+    loads = f"transformers.AutoModelForCausalLM.from_pretrained({str(flags.out)!r})"
+    return "base model" if flags.base else "merged model", loads
+
+
+def _check_edge(flags: Export, made: Made) -> None:
+    from lora_gen_jax.decoder.pretrained import fingerprint
+    from lora_gen_jax.training.checkpoint import check_models
+
+    expected = made.special.fingerprints
+    found = expected | {"edge": fingerprint(made.edge.source)}
+    check_models(expected, found, f"specialisation {flags.specialization}")
+
+
+def _write(out: Path, fill: Callable[[Path], None]) -> None:
+    from safetensors import SafetensorError
+
+    from lora_gen_jax.files import complete_directory
+
+    with complete_directory(out) as directory:
+        try:
+            fill(directory)
+        except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+            raise OutputError(f"output {out} cannot be written: {error}") from error
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
