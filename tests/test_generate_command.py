@@ -1,0 +1,100 @@
+"""A file of requests for many specialisations: each answered as alone; bad lines are named before anything is read."""
+
+import json
+
+import pytest
+from helpers import write_rows
+
+from lora_gen_jax.cli import main
+
+PROMPTS = [
+    {"name": "young", "prompt": "Give the animal's young, in square brackets."},
+    {"name": "sound", "prompt": "Which sound does this animal make? In double quotes."},
+    {"name": "capital", "prompt": "What is the capital of this country?"},
+]
+REQUESTS = [
+    {"id": 7, "input": "owl:", "specialization": "young"},
+    {"input": "owl:", "specialization": "sound"},
+    {"input": "owl:"},
+    {"input": "dog:", "specialization": "young"},
+]
+
+
+@pytest.fixture(scope="module")
+def specials(tmp_path_factory):
+    """Three specialisations of the shipped pocket pair, in one directory."""
+    root = tmp_path_factory.mktemp("specials")
+    write_rows(root / "prompts.jsonl", PROMPTS)
+    main(["specialize", "--prompts", str(root / "prompts.jsonl"), "--out", str(root / "all")])
+    return root / "all"
+
+
+def answered(tmp_path, specials, name, *flags):
+    requests = write_rows(tmp_path / "requests.jsonl", REQUESTS)
+    out = tmp_path / f"{name}.jsonl"
+    common = ["--requests", str(requests), "--specialization", str(specials), "--max-new-tokens", "8"]
+    main(["generate", *common, "--out", str(out), *flags])
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_requests_are_answered_as_each_alone_in_either_way(tmp_path, specials, capsys):
+    mixed = answered(tmp_path, specials, "mixed", "--how", "mixed")
+    assert [{k: v for k, v in row.items() if k not in ("output", "finish")} for row in mixed] == REQUESTS
+    assert answered(tmp_path, specials, "merged", "--how", "merged") == mixed
+    capsys.readouterr()
+    for row in mixed:
+        if "specialization" in row:
+            place = str(specials / row["specialization"])
+            main(["generate", "--specialization", place, "--input", row["input"], "--max-new-tokens", "8"])
+        else:
+            place = str(specials / "young")
+            main(["generate", "--specialization", place, "--input", row["input"], "--max-new-tokens", "8", "--base"])
+        assert capsys.readouterr().out == row["output"] + "\n"
+    assert len({row["output"] for row in mixed}) == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "rows", "message"),
+    [
+        (["--input", "owl:", "--requests", "FILE"], None, "one of --input and --requests; found input and requests"),
+        ([], None, "found neither"),
+        (["--input", "owl:"], None, "--specialization is missing"),
+        (["--input", "owl:", "--rows", "3"], None, "--rows is for --requests"),
+        (["--requests", "FILE"], [{"input": "owl:"}], "--out is missing"),
+        (["--requests", "FILE", "--out", "OUT"], [{"input": "owl:"}], "no request names a specialisation"),
+        (["--requests", "FILE", "--out", "OUT"], [{"input": "a"}, {"input": " "}], 'requests.jsonl:2: "input" must be'),
+        (["--requests", "FILE", "--out", "FILE"], [{"input": "a"}], "exists already"),
+        (
+            ["--requests", "FILE", "--out", "OUT"],
+            [{"input": "owl:", "specialization": "nowhere"}],
+            "requests.jsonl:1: there is no specialisation directory nowhere",
+        ),
+        (["--requests", "FILE", "--out", "OUT"], [{"input": "a", "specialization": 3}], '"specialization" must be'),
+    ],
+)
+def test_what_cannot_be_answered_is_named(tmp_path, capsys, flags, rows, message):
+    path = write_rows(tmp_path / "requests.jsonl", rows or [{"input": "owl:"}])
+    places = {"FILE": str(path), "OUT": str(tmp_path / "out.jsonl")}
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", *(places.get(flag, flag) for flag in flags)])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_specialisation_of_another_pool_is_named(tmp_path, specials, capsys):
+    import shutil
+
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    other = tmp_path / "other"
+    shutil.copytree(specials / "young", other)
+    with safe_open(other / "specialization.safetensors", "numpy") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in ("index", "weight")}, file.metadata()
+    save_file(tensors, other / "specialization.safetensors", metadata | {"pool": "0" * 16})
+    rows = [{"input": "owl:", "specialization": str(specials / "sound")}, {"input": "a", "specialization": str(other)}]
+    path = write_rows(tmp_path / "requests.jsonl", rows)
+    with pytest.raises(SystemExit):
+        main(["generate", "--requests", str(path), "--out", str(tmp_path / "out.jsonl")])
+    assert f"specialisation {other}: the specialisation was made with another expert pool" in capsys.readouterr().err
