@@ -2,13 +2,14 @@
 
 In: nothing (a random pool and random gates beside the real weights). Out: milliseconds of a swap, by gates alone and
 merged, beside streaming the FFN's weights once; then answers a second for 64 queries of 1 to 64 different
-specialisations, in one batch beside the unmerged weights, and merged one after another. Best of several, by turns.
+specialisations, in one batch beside the unmerged weights, and merged one after another (the best of three). All by turns.
 
 Command:  python benchmarks/swap_and_mix.py [--model smollm2-135m] [--query-tokens 24] [--new-tokens 8]
 """
 
 import argparse
 import functools
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,32 +19,32 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_gen_jax import GeneratorConfig, generate, load_config, load_params, merge, merge_over
-from lora_gen_jax.adapters.merge import kernels_of
+from lora_gen_jax.adapters.merge import changed_sites, kernels_of, with_kernels
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.generator.lora_gen import ExpertPool, gated_adapter
 
 QUERIES, REPEATS = 64, 3
 
 
-def best(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Seconds of each, the best of `repeats` after one that compiles, by turns."""
+def timed(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call, sorted, by turns; a first one, which compiles, is left out."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats + 1):
         for name, run in runs.items():
             began = time.perf_counter()
             jax.block_until_ready(run())
             times[name].append(time.perf_counter() - began)
-    return {name: min(values[1:]) for name, values in times.items()}
+    return {name: sorted(values[1:]) for name, values in times.items()}
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def copied(targets: Any, kernels: Any) -> Any:
     """The kernels, layer by layer, into memory that is there: each weight is read and written once."""
 
-    def copy(target: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jax.lax.fori_loop(0, len(kernel), lambda i, held: held.at[i].set(kernel[i] + 1), target)
+    def body(layer: jax.Array, held: Any) -> Any:
+        return {name: x.at[layer].set(kernels[name][layer] + 1) for name, x in held.items()}
 
-    return jax.tree.map(copy, targets, kernels)
+    return jax.lax.fori_loop(0, len(next(iter(kernels.values()))), body, targets)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -54,33 +55,39 @@ def counted_up(kernels: Any) -> Any:
 
 def swaps(params: Any, adapter: Any) -> None:
     """Prints what a swap takes."""
-    gates_LPE, turn = np.asarray(adapter.scanned["gates"]), iter(range(1 << 30))
-    ffn = kernels_of(params, ("gate", "up", "down"))
-    held = {"merged": merge(params, adapter.select(0)), "copy": jax.tree.map(jnp.copy, ffn)}
-    held["up"] = jax.tree.map(jnp.copy, ffn)
+    gates_LPE, turn = np.asarray(adapter.scanned["gates"]), itertools.count()
+    sites = changed_sites(params, adapter.select(0))
+    ffn, held = kernels_of(params, sites), merge(params, adapter.select(0))
 
     def by_gates() -> Any:
         return adapter.replace(scanned={"gates": jnp.asarray(gates_LPE[:, [next(turn) % QUERIES]])})
 
+    # All of them write over the same memory: where it lies matters as much as what is done.
     def merged() -> Any:
-        held["merged"] = merge_over(held["merged"], params, adapter.select(next(turn) % QUERIES))
-        return held["merged"]
+        nonlocal held
+        held = merge_over(held, params, by_gates())
+        return held
 
-    def copy() -> Any:
-        held["copy"] = copied(held["copy"], ffn)
-        return held["copy"]
+    def streamed(stream: Callable[..., Any], *read: Any) -> Any:
+        nonlocal held
+        held = with_kernels(held, stream(kernels_of(held, sites), *read))
+        return held
 
-    def up() -> Any:
-        held["up"] = counted_up(held["up"])
-        return held["up"]
-
-    runs = {"gates alone": by_gates, "merged": merged, "stream: read base, write": copy, "stream in place": up}
+    runs = {
+        "gates alone": by_gates,
+        "merged": merged,
+        "stream: read base, write": lambda: streamed(copied, ffn),
+        "stream in place": lambda: streamed(counted_up),
+    }
     runs["merge, keeping the base"] = lambda: merge(params, adapter.select(0))
-    times = best(runs, 10)
+    times = timed(runs, 21)
     print(f"FFN {sum(x.nbytes for x in ffn.values()) / 1e6:.0f} MB")
-    for name, seconds in times.items():
-        print(f"{name:<28}{seconds * 1000:10.2f} ms")
-    print(f"{'merged / stream':<28}{times['merged'] / times['stream: read base, write']:10.2f}", flush=True)
+    print(f"{'ms':<28}{'best':>10}{'median':>10}")
+    found = {name: np.array([values[0], values[len(values) // 2]]) * 1000 for name, values in times.items()}
+    for name, (least, median) in found.items():
+        print(f"{name:<28}{least:10.2f}{median:10.2f}")
+    least, median = found["merged"] / found["stream: read base, write"]
+    print(f"{'merged / stream':<28}{least:10.2f}{median:10.2f}", flush=True)
 
 
 def mixtures(decoder: Decoder, params: Any, adapter: Any, args: argparse.Namespace) -> None:
@@ -108,8 +115,8 @@ def mixtures(decoder: Decoder, params: Any, adapter: Any, args: argparse.Namespa
                 held = merge_over(held, params, adapter.select(i))
                 generate(decoder, held, queries[i * each : (i + 1) * each], max_new_tokens=args.new_tokens)
 
-        times = best({"mixed": mixed, "merged": merged}, REPEATS)
-        rates = {name: QUERIES / seconds for name, seconds in times.items()}
+        times = timed({"mixed": mixed, "merged": merged}, REPEATS)
+        rates = {name: QUERIES / values[0] for name, values in times.items()}
         ratio = rates["mixed"] / rates["merged"]
         print(f"{count:>16}{rates['mixed']:>10.1f}{rates['merged']:>10.1f}{ratio:>8.2f}", flush=True)
 
@@ -119,6 +126,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--query-tokens", type=int, default=24)
     parser.add_argument("--new-tokens", type=int, default=8)
+    parser.add_argument("--swaps-only", action="store_true")
     args = parser.parse_args()
     config, settings, params = load_config(args.model), GeneratorConfig(), load_params(args.model)
     experts = ExpertPool(config.ffn_shapes, settings.num_experts, settings.rank)
@@ -131,7 +139,8 @@ def main() -> None:
     adapter = gated_adapter(jnp.asarray(gates_PLE / gates_PLE.sum(-1, keepdims=True)), pool, settings)
     print(f"{args.model}, {jax.devices()[0].device_kind}, {len(jax.devices())} device(s), jax {jax.__version__}")
     swaps(params, adapter)
-    mixtures(Decoder(config), params, adapter, args)
+    if not args.swaps_only:
+        mixtures(Decoder(config), params, adapter, args)
 
 
 if __name__ == "__main__":

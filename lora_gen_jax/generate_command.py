@@ -90,11 +90,11 @@ def _answer_one(flags: Generate, directory: Path) -> None:
     """Merges the specialisation into the edge model and streams its answer."""
     from lora_gen_jax.adapters.merge import merge
     from lora_gen_jax.adapters.specialization import adapter_of
+    from lora_gen_jax.data.text_stream import TextStream
     from lora_gen_jax.files import text_argument
     from lora_gen_jax.inference.decode import stream
     from lora_gen_jax.inference.sampling import Sampling
     from lora_gen_jax.models import load_model
-    from lora_gen_jax.serving.text import TextStream
     from lora_gen_jax.specializer import read_specialization
     from lora_gen_jax.training.checkpoint import check_models
 

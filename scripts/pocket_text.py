@@ -21,6 +21,11 @@ from lora_gen_jax.data.prompts import shot_text
 from lora_gen_jax.data.tasks import Task
 
 END = "<|endoftext|>"
+# A conversation as the pair reads prompts: the system text, then queries with their answers, blank lines between them.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}{%- if message.role == 'assistant' -%}{{- ' ' + message.content | trim -}}"
+    "{%- else -%}{{- ('' if loop.first else '\n\n') + message.content | trim -}}{%- endif -%}{%- endfor -%}"
+)
 VOCABULARY, POSITIONS = 2048, 512
 # Rows and tokens of a batch: prompts of words are short, tool lists are long. Every fifth batch is of tool use.
 WORDS_SHAPE, TOOLS_SHAPE, TOOLS_EVERY = (32, 128), (12, 320), 5
@@ -68,6 +73,7 @@ def train_tokenizer(tasks: list[Task]) -> Any:
         eos_token=END,
         pad_token=END,
         model_max_length=POSITIONS,
+        chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from lora_gen_jax.adapters.protocol import SITES, Mergeable
 from lora_gen_jax.errors import ConfigError
 
+Kernels = dict[str, jax.Array]
 GROUP_OF_SITE = {site: "attention" if site in ("q", "k", "v", "o") else "ffn" for site in SITES}
 
 
@@ -39,12 +40,13 @@ def _changed_sites(structure: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> 
     return [site for site, delta in jax.eval_shape(deltas, adapter).items() if delta is not None]
 
 
-def kernels_of(params: Any, sites: Sequence[str]) -> dict[str, jax.Array]:
+def kernels_of(params: Any, sites: Sequence[str]) -> Kernels:
     """{site: [L, inputs, outputs]}."""
     return {site: params["layers"][GROUP_OF_SITE[site]][site]["kernel"] for site in sites}
 
 
-def _with_kernels(params: Any, kernels: dict[str, jax.Array]) -> Any:
+def with_kernels(params: Any, kernels: Kernels) -> Any:
+    """Parameters with other kernels at some sites; the rest is shared."""
     layers = {name: dict(group) if name in ("attention", "ffn") else group for name, group in params["layers"].items()}
     for site, kernel in kernels.items():
         group = layers[GROUP_OF_SITE[site]]
@@ -52,25 +54,29 @@ def _with_kernels(params: Any, kernels: dict[str, jax.Array]) -> Any:
     return {**params, "layers": layers}
 
 
-def _add(
-    target_LDF: jax.Array | None, kernel_LDF: jax.Array, adapter: Mergeable, site: str, sign: float
-) -> jax.Array:
-    """kernel + sign·ΔW, written over `target`; over the kernel itself where there is none."""
+def _add(targets: Kernels | None, kernels: Kernels, adapter: Mergeable, sign: float) -> Kernels:
+    """kernel + sign·ΔW for each site, written over `targets`; over the kernels themselves where there are none."""
 
-    # Layer by layer, in place: ΔW of all layers at once would be a second copy of the FFN.
-    def body(layer: jax.Array, written: jax.Array) -> jax.Array:
+    # Layer by layer, in place: ΔW of all layers at once would be a second copy of the FFN. All sites in one loop: while
+    # one is written, which the memory limits, another's ΔW is computed.
+    def body(layer: jax.Array, written: Kernels) -> Kernels:
         one = adapter.replace(scanned=jax.tree.map(lambda x: x[layer], adapter.scanned))
-        delta = one.weight_delta(site)
-        assert delta is not None
-        read = written if target_LDF is None else kernel_LDF
-        merged = read[layer].astype(jnp.float32) + sign * delta
-        return written.at[layer].set(merged.astype(written.dtype))
+        read = written if targets is None else kernels
 
-    return jax.lax.fori_loop(0, kernel_LDF.shape[0], body, kernel_LDF if target_LDF is None else target_LDF)
+        def site(name: str) -> jax.Array:
+            delta = one.weight_delta(name)
+            assert delta is not None
+            merged = read[name][layer].astype(jnp.float32) + sign * delta
+            return written[name].at[layer].set(merged.astype(written[name].dtype))
+
+        return {name: site(name) for name in written}
+
+    start = kernels if targets is None else targets
+    return jax.lax.fori_loop(0, len(next(iter(start.values()))), body, start) if start else {}
 
 
-def _sum(kernels: dict[str, jax.Array], adapter: Mergeable, sign: float) -> dict[str, jax.Array]:
-    return {site: _add(None, kernel, adapter, site, sign) for site, kernel in kernels.items()}
+def _sum(kernels: Kernels, adapter: Mergeable, sign: float) -> Kernels:
+    return _add(None, kernels, adapter, sign)
 
 
 # Of the parameters only what changes passes through a compiled program, which would copy the rest, too.
@@ -79,14 +85,12 @@ _donating = jax.jit(_sum, donate_argnums=0)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _writing_over(
-    targets: dict[str, jax.Array], kernels: dict[str, jax.Array], adapter: Mergeable
-) -> dict[str, jax.Array]:
-    return {site: _add(targets[site], kernel, adapter, site, 1.0) for site, kernel in kernels.items()}
+def _writing_over(targets: Kernels, kernels: Kernels, adapter: Mergeable) -> Kernels:
+    return _add(targets, kernels, adapter, 1.0)
 
 
 def _merged(add: Any, params: Any, adapter: Mergeable, sign: float) -> Any:
-    return _with_kernels(params, add(kernels_of(params, changed_sites(params, adapter)), adapter, sign))
+    return with_kernels(params, add(kernels_of(params, changed_sites(params, adapter)), adapter, sign))
 
 
 def merge(params: Any, adapter: Mergeable) -> Any:
@@ -133,7 +137,7 @@ def merge_over(held: Any, params: Any, adapter: Mergeable) -> Any:
     own, found = kernels_of(params, every), kernels_of(held, every)
     if stale := [site for site in every if site not in sites and found[site] is not own[site]]:
         raise ConfigError(f"the weights to write over were merged at {', '.join(stale)}, too: merge anew")
-    return _with_kernels(params, _writing_over(targets, base, adapter))
+    return with_kernels(params, _writing_over(targets, base, adapter))
 
 
 def unmerge(params: Any, adapter: Mergeable) -> Any:

@@ -28,6 +28,8 @@ from lora_gen_jax.sharding import spec
 
 PREFILL_TOKENS = 2048
 """Prompt tokens that are read together, padding included."""
+# Prompts are read 1, 4, 16, … at a time and padded to 16, 32, 64, … tokens: a program for each.
+_GROUPS = 4
 _SMALLEST_PROMPT = 16
 
 
@@ -140,11 +142,9 @@ class Engine:
         # Neighbours in length together: a batch is padded to its longest.
         order = sorted(range(len(works)), key=lambda i: len(works[i].ids))
         while order:
-            group = self._next_group([len(works[i].ids) for i in order])
+            group, length = self._next_group([len(works[i].ids) for i in order])
             indices, order = order[:group], order[group:]
-            joining = self._joining([works[i] for i in indices], [rows[i] for i in indices])
-            with mesh_context(self.params):
-                self.state, drawn = join(self.decoder, self.params, self.pool, self.state, joining)
+            drawn = self._join([works[i] for i in indices], [rows[i] for i in indices], (group, length))
             progress += self._progress(drawn, [rows[i] for i in indices], range(group))
         return rows, progress
 
@@ -206,20 +206,41 @@ class Engine:
                 self.free.append(row)
         return progress
 
-    def _next_group(self, lengths: Sequence[int]) -> int:
-        """How many of the shortest prompts are read together: a power of two, so that few programs are compiled."""
+    def warm_up(self) -> None:
+        """Compiles what any work will need, so that none waits for it; nothing is generated."""
+        length = _SMALLEST_PROMPT
+        while length <= self._prompt_length(self.slots - 1):
+            count = 1
+            while count <= self.rows and (count == 1 or count * length <= PREFILL_TOKENS):
+                self._join([], [], (count, length))
+                count *= _GROUPS
+            length *= 2
+        with mesh_context(self.params):
+            self.state, _ = decode(self.decoder, self.params, self.pool, self.state, np.bool_(False))
+
+    def _join(self, works: Sequence[Work], rows: Sequence[int], shape: tuple[int, int]) -> Drawn:
+        joining = self._joining(works, rows, shape)
+        with mesh_context(self.params):
+            self.state, drawn = join(self.decoder, self.params, self.pool, self.state, joining)
+        return drawn
+
+    def _next_group(self, lengths: Sequence[int]) -> tuple[int, int]:
+        """How many of the shortest prompts are read together, and the length they are padded to; of few kinds."""
         count = 1
-        while 2 * count <= len(lengths) and 2 * count * self._prompt_length(lengths[2 * count - 1]) <= PREFILL_TOKENS:
-            count *= 2
-        return count
+        while _GROUPS * count <= len(lengths):
+            length = self._prompt_length(lengths[_GROUPS * count - 1])
+            if _GROUPS * count * length > PREFILL_TOKENS:
+                break
+            count *= _GROUPS
+        return count, self._prompt_length(lengths[count - 1])
 
     def _prompt_length(self, longest: int) -> int:
-        return min(max(_SMALLEST_PROMPT, power_of_two(longest)), max(_SMALLEST_PROMPT, self.slots))
+        return max(_SMALLEST_PROMPT, power_of_two(longest))
 
-    def _joining(self, works: Sequence[Work], rows: Sequence[int]) -> Joining:
+    def _joining(self, works: Sequence[Work], rows: Sequence[int], shape: tuple[int, int]) -> Joining:
+        """Works as arrays of R rows and T tokens; without works, all of it is padding."""
         layers, count = self.decoder.config.num_layers, len(works)
-        padded = padded_rows(count, self.params)
-        length = self._prompt_length(max(len(work.ids) for work in works))
+        padded, length = padded_rows(shape[0], self.params), shape[1]
         tokens_RT, positions_RT = pad_rows([work.ids for work in works], length, padded)
 
         def column(values: Sequence[Any], fill: Any, dtype: Any) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Many queries of many specialisations, answered in the cheaper of two ways.
 
-In: `Work`s in any order. Out: `Generation`s in that order. Mixed: all in one batch beside the unmerged weights, each row
-with its own gates. Merged: one specialisation after another, merged into the weights, with nothing beside them.
+In: `Work`s in any order. Out: `Generation`s in that order. Mixed: all in one batch beside the unmerged weights, each
+row with its own gates. Merged: one specialisation after another, merged into the weights, with nothing beside them.
 """
 
 import dataclasses

@@ -15,6 +15,9 @@ from lora_gen_jax.data.pocket.formats import FORMATS
 from lora_gen_jax.data.pocket.suite import GROUPS, combinations, find, make_task, split_of
 from lora_gen_jax.data.pocket.wordings import all_requests, descriptions, held_out_requests, training_requests
 from lora_gen_jax.data.pocket.world import ATTRIBUTES, THINGS, Attribute
+from lora_gen_jax.data.prompts import few_shot_context
+from lora_gen_jax.data.tasks import Example
+from lora_gen_jax.decoder.pretrained import load_tokenizer
 from lora_gen_jax.errors import DataError
 
 BY_NAME = {attribute.name: attribute for attribute in ATTRIBUTES}
@@ -194,3 +197,15 @@ def test_the_suite_is_the_one_that_the_shipped_models_were_made_with():
             for example in (*task.validation, *task.test):
                 digest.update(repr(dataclasses.astuple(example)).encode())
     assert digest.hexdigest() == "5d1d32ec25ddadef"
+
+
+def test_a_conversation_reads_as_a_prompt_with_shots():
+    shots = [Example("", "owl:", " [owlet]"), Example("", "dog:", " [puppy]")]
+    turns = [{"role": "system", "content": "Give the animal's young."}]
+    for shot in shots:
+        turns += [{"role": "user", "content": shot.query}, {"role": "assistant", "content": shot.response}]
+    turns.append({"role": "user", "content": "cat:"})
+    for name in ("cloud", "edge"):
+        tokenizer = load_tokenizer(f"pocket-{name}")
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        assert text == few_shot_context("Give the animal's young.", shots, "cat:")

@@ -8,7 +8,7 @@ import pytest
 from lora_gen_jax.cli import main
 from lora_gen_jax.config import Config, ModelConfig
 from lora_gen_jax.data.pocket.agent import MARKER
-from lora_gen_jax.errors import CheckpointError, DataError, ModelError, OutputError
+from lora_gen_jax.errors import CheckpointError, DataError, OutputError
 from lora_gen_jax.evaluation import side_by_side
 from lora_gen_jax.evaluation.side_by_side import Comparison, Side, SideBySide, side_by_side_command
 from lora_gen_jax.evaluation.side_by_side_cases import Case, built_in_cases
@@ -96,7 +96,6 @@ def test_answers_that_end_at_once_or_at_the_limit_are_marked():
         ({"prompt": "say it"}, DataError, "both --prompt and --input"),
         ({"prompt": "say it", "input": " "}, DataError, "--input is empty"),
         ({"max_new_tokens": 0}, DataError, "--max-new-tokens is 0"),
-        ({"chat": True, "prompt": "say", "input": "one"}, ModelError, "no chat template"),
         ({"prompt": "owl " * 300, "input": "owl:"}, DataError, "the limit is 256"),
     ],
 )

@@ -73,8 +73,8 @@ def write_case(root: Path, edge: Path, settings: GeneratorConfig) -> Case:
 def build(family: str) -> Any:
     """A small random model of transformers whose logits are of order one."""
     import torch
-    from decoder.test_pretrained import FAMILIES
-    from decoder.test_pretrained import build as build_wild
+    from hf_families import FAMILIES
+    from hf_families import build as build_wild
 
     assert family in FAMILIES
     model = build_wild(family)

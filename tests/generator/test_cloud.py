@@ -214,7 +214,8 @@ def test_a_prompt_with_a_token_beyond_the_clouds_embedding_is_refused(frozen, ba
 
 @pytest.mark.parametrize(("edge", "pool"), [(EDGE, "shared"), (EDGE, "per_layer"), (OPT, "shared")])
 def test_a_fresh_pool_changes_nothing_and_a_is_kaiming_uniform(pool, edge):
-    names = ExpertPool(edge.ffn_shapes, 4, 3, edge.num_layers if pool == "per_layer" else None).init(jax.random.key(0))["params"]
+    layers = edge.num_layers if pool == "per_layer" else None
+    names = ExpertPool(edge.ffn_shapes, 4, 3, layers).init(jax.random.key(0))["params"]
     assert {name[:-2] for name in names} == set(edge.ffn_sites)
     lead = (L, 4) if pool == "per_layer" else (4,)
     for site in edge.ffn_sites:

@@ -140,15 +140,17 @@ def test_merging_is_for_one_specialisation_or_full_batches():
         assert mixed_is_better(sizes) == better
 
 
-def test_another_specialisation_compiles_nothing(llama):
-    adapter = make_gates(llama.decoder.config, prompts=2)
-    engine = Engine(*llama, adapter, rows=3, slots=SLOTS)
-    first, second = make_works(llama.decoder.config, adapter, 2)
-    run(engine, [dataclasses.replace(first, ids=[3, 4], max_new_tokens=5)])
+def test_once_warm_nothing_is_compiled(llama):
+    adapter = make_gates(llama.decoder.config, prompts=5)
+    engine = Engine(*llama, adapter, rows=4, slots=40)
+    engine.warm_up()
+    assert engine.busy == 0
     programs = decode._cache_size(), join._cache_size()
-    run(engine, [dataclasses.replace(second, ids=[5, 6, 7], max_new_tokens=7, temperature=1.0, seed=9)])
-    run(engine, [dataclasses.replace(second, gates_LE=None, ids=[5, 6, 7], max_new_tokens=7)])
+    longer = [dataclasses.replace(work, ids=[5] * 30) for work in make_works(llama.decoder.config, adapter, 5)]
+    works = make_works(llama.decoder.config, adapter, 12, temperature=(0.0, 1.0), seed=range(12))
+    found = run(engine, works + longer)
     assert (decode._cache_size(), join._cache_size()) == programs
+    assert_same(found[:2], [offline(llama, adapter, work) for work in works[:2]])
 
 
 def test_rows_are_split_over_a_mesh(llama):

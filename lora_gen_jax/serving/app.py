@@ -1,0 +1,146 @@
+"""The HTTP interface: OpenAI's completions and chats, and endpoints for specialisations.
+
+In: a `Service`. Out: an ASGI application. Each request becomes works of the scheduler, all of them or none; whatever
+ends it early frees their rows.
+"""
+
+import time
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+
+from lora_gen_jax.errors import LoraGenError
+from lora_gen_jax.serving.errors import ApiError, api_error
+from lora_gen_jax.serving.generation import answer, answer_length, check_count, in_time, make_works
+from lora_gen_jax.serving.registry import AUTO, BASE
+from lora_gen_jax.serving.replies import Reply
+from lora_gen_jax.serving.schemas import Chat, Completion, NewSpecialization, as_turns, read_request
+from lora_gen_jax.serving.service import Service
+from lora_gen_jax.serving.web import Measured, check_key, error_response, read_body
+
+
+def make_app(service: Service) -> FastAPI:
+    """The application.
+
+    Args:
+        service: what it answers with; the caller starts and ends its scheduler.
+    """
+    # No pages of documentation: they would load scripts from elsewhere.
+    app = FastAPI(title="lora_gen_jax", openapi_url=None)
+    app.include_router(_model_routes(service))
+    app.include_router(_specialization_routes(service))
+    app.include_router(_open_routes(service))
+    app.add_middleware(Measured, service=service)
+
+    @app.exception_handler(LoraGenError)
+    async def known(request: Request, error: LoraGenError) -> Response:
+        return error_response(api_error(error))
+
+    @app.exception_handler(HTTPException)
+    async def of_http(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path[:200]}: {str(error.detail).lower()}; docs/serving.md lists all"
+        return error_response(ApiError(error.status_code, message, headers=dict(error.headers or {})))
+
+    @app.exception_handler(Exception)
+    async def unknown(request: Request, error: Exception) -> Response:
+        # It is raised again afterwards, and logged with its traceback.
+        return error_response(ApiError(500, "an error of the server; its log says more"))
+
+    return app
+
+
+def _keyed(service: Service) -> APIRouter:
+    def check(request: Request) -> None:
+        check_key(request, service.api_key)
+
+    return APIRouter(prefix="/v1", dependencies=[Depends(check)])
+
+
+def _model_routes(service: Service) -> APIRouter:
+    router = _keyed(service)
+    started = int(time.time())
+
+    def model(name: str, created: int) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": created, "owned_by": "lora_gen_jax"}
+
+    @router.get("/models")
+    async def models() -> dict[str, Any]:
+        named = [model(entry.name, entry.created) for entry in service.registry.entries]
+        return {"object": "list", "data": [model(BASE, started), *named]}
+
+    @router.get("/models/{name}")
+    async def one_model(name: str) -> dict[str, Any]:
+        return model(BASE, started) if name == BASE else model(name, service.entry(name).created)
+
+    @router.post("/completions")
+    async def completions(request: Request) -> Response:
+        asked = read_request(Completion, await read_body(request, service.limits.body_bytes))
+        gates_LE = service.gates(asked.model)
+        check_count(service, len(asked.prompt) * asked.n, "prompt")
+        prompts = [await service.prompt_ids(prompt) for prompt in asked.prompt]
+        works = []
+        for ids in prompts:
+            length = answer_length(service, ids, asked.max_tokens, "max_tokens")
+            works += make_works(service, asked, ids, gates_LE, length)
+        wants = asked.logprobs is not None
+        reply = Reply("completion", asked.model, sum(map(len, prompts)), wants)
+        return await answer(service, request, asked, works, reply)
+
+    @router.post("/chat/completions")
+    async def chat(request: Request) -> Response:
+        asked = read_request(Chat, await read_body(request, service.limits.body_bytes))
+        turns, model = as_turns(asked.messages), asked.model
+        if model == AUTO:
+            entry, turns = await in_time(service, request, service.automatic(turns))
+            model, gates_LE = entry.name, entry.gates_LE
+        else:
+            gates_LE = service.gates(model)
+        ids = await service.chat_ids(turns)
+        field = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
+        works = make_works(service, asked, ids, gates_LE, answer_length(service, ids, asked.limit, field))
+        return await answer(service, request, asked, works, Reply("chat", model, len(ids), asked.logprobs))
+
+    return router
+
+
+def _specialization_routes(service: Service) -> APIRouter:
+    router = _keyed(service)
+
+    @router.get("/specializations")
+    async def specializations() -> dict[str, Any]:
+        return {"object": "list", "data": [entry.body for entry in service.registry.entries]}
+
+    @router.post("/specializations")
+    async def create(request: Request) -> dict[str, Any]:
+        asked = read_request(NewSpecialization, await read_body(request, service.limits.body_bytes))
+        return (await in_time(service, request, service.create(asked))).body
+
+    @router.get("/specializations/{name}")
+    async def one_specialization(name: str) -> dict[str, Any]:
+        return service.entry(name).body
+
+    @router.delete("/specializations/{name}")
+    async def delete(name: str) -> dict[str, Any]:
+        await service.delete(name)
+        return {"id": name, "object": "specialization.deleted", "deleted": True}
+
+    return router
+
+
+def _open_routes(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health() -> Response:
+        if service.healthy:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "closing" if service.closing else "failed"}, 503)
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    return router

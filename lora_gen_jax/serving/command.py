@@ -1,0 +1,213 @@
+"""The command ``serve``: a generator, its models and specialisations behind an HTTP interface.
+
+In: flags. Out: a server, until SIGTERM or Ctrl-C. Heavy imports wait until the command runs.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_gen_jax.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from lora_gen_jax.serving.registry import Registry
+    from lora_gen_jax.serving.scheduler import Scheduler
+    from lora_gen_jax.specializer import Specializer
+
+_KEY = "LORA_GEN_API_KEY"
+_MOST_CONTEXT = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Serve:
+    """Answers over HTTP, as OpenAI's interface, with many specialisations of one edge model at the same time.
+
+    Without flags the shipped generator for the pocket pair is served. Example:
+
+    lora-gen serve --specializations special --port 8000
+    """
+
+    checkpoint: Path | None = None
+    """A run's work directory (its newest checkpoint is taken), one checkpoints/<step> directory, or a generator that
+    `pack` wrote; left out, the generator that is shipped with the package."""
+    cloud: str | None = None
+    """Where the cloud model is, if not where it was when the generator was trained."""
+    edge: str | None = None
+    """Where the edge model is, if not where it was when the generator was trained."""
+    specializations: tuple[Path, ...] = ()
+    """Specialisations that `specialize` wrote, or directories of them; each is served by its directory's name."""
+    store: Path | None = None
+    """Directory in which specialisations that clients make are kept; those in it are served from the start."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all of this machine's."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one and prints it."""
+    rows: int = 16
+    """Sequences that are generated at the same time."""
+    context: int | None = None
+    """Prompt and new tokens of a sequence are at most this many; left out, the edge model's positions, at most 2048."""
+    queue: int = 256
+    """Sequences that may wait for a row; more are answered with status 429."""
+    max_new_tokens: int = 512
+    """Longest answer in tokens that a request may ask for."""
+    max_body_kb: int = 1024
+    """Largest body of a request, in KiB."""
+    max_specializations: int = 1000
+    """Specialisations that are held at the same time."""
+    timeout: float = 120.0
+    """Seconds until a request that has no complete answer is given up with status 504."""
+    warm_up: bool = True
+    """Compile for prompts of every length before the first request; if not, the first of each kind waits for it."""
+    shutdown_timeout: float = 30.0
+    """Seconds that accepted requests have to be finished, after SIGTERM or Ctrl-C."""
+    api_key: str | None = None
+    """Key that requests must bear, or @FILE to read it from a file; left out, that in LORA_GEN_API_KEY, if any."""
+
+
+def serve_command(flags: Serve) -> None:
+    """Checks what costs nothing first, then loads the models, compiles, and serves."""
+    _check(flags)
+    _check_installed()
+    key = _api_key(flags)
+
+    from lora_gen_jax.serving.server import bind, run_server
+    from lora_gen_jax.serving.service import Limits, Service
+
+    if flags.checkpoint is None:
+        print("no --checkpoint: the shipped generator for the pocket pair is used", file=sys.stderr)
+    with bind(flags.host, flags.port) as listener:
+        specializer = _specializer(flags)
+        registry = read_registry(flags, specializer)
+        scheduler = make_scheduler(specializer, flags.rows, flags.context, flags.queue)
+        if flags.warm_up:
+            scheduler.warm_up()
+        limits = Limits(flags.max_new_tokens, flags.max_body_kb * 1024, flags.timeout, flags.queue)
+        service = Service(scheduler, specializer, registry, limits, key)
+
+        def ready() -> None:
+            host, port = listener.getsockname()[:2]
+            host = f"[{host}]" if ":" in host else host
+            edge = specializer.config.edge.source
+            print(f"serving http://{host}:{port}  (edge {edge}, {len(registry)} specialisations)", flush=True)
+
+        status = run_server(service, listener, flags.shutdown_timeout, ready)
+    if status:
+        sys.exit(status)
+
+
+def _check(flags: Serve) -> None:
+    """Raises ConfigError for a flag outside its range."""
+    sizes = ("rows", "queue", "max_new_tokens", "max_body_kb", "max_specializations")
+    for name in (*sizes, "timeout", "shutdown_timeout"):
+        if not 0 < getattr(flags, name) < float("inf"):
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} is {getattr(flags, name)}: give a number above 0")
+    if not 0 <= flags.port < 65536:
+        raise ConfigError(f"--port is {flags.port}: give 1 to 65535, or 0 for a free one")
+
+
+def _check_installed() -> None:
+    """Raises ConfigError where the packages of the extra are missing."""
+    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"serving needs {', '.join(missing)}: pip install 'lora_gen_jax[serve]'")
+
+
+def _api_key(flags: Serve) -> str | None:
+    from lora_gen_jax.files import text_argument
+
+    key = flags.api_key if flags.api_key is not None else os.environ.get(_KEY)
+    if key is None:
+        return None
+    key = text_argument(key, "--api-key").strip()
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise ConfigError("--api-key must be printable ASCII without spaces: it is sent in a header")
+    return key
+
+
+def _specializer(flags: Serve) -> "Specializer":
+    from lora_gen_jax.sharding import evaluation_mesh
+    from lora_gen_jax.specializer import Specializer
+    from lora_gen_jax.training.checkpoint import load_checkpoint
+    from lora_gen_jax.training.portable import DEFAULT
+
+    loaded = load_checkpoint(flags.checkpoint or DEFAULT)
+    if loaded.config.method != "lora_gen" or loaded.config.generator.generator == "direct":
+        what = "direct generation" if loaded.config.method == "lora_gen" else f"method {loaded.config.method}"
+        raise CheckpointError(
+            f"{loaded.path} was trained with {what}: the server mixes specialisations by their gates, which it has none"
+            " of. Use `lora-gen export --format merged` and serve the merged model"
+        )
+    return Specializer.load(flags.checkpoint, flags.cloud, flags.edge, evaluation_mesh())
+
+
+def read_registry(flags: Serve, specializer: "Specializer") -> "Registry":
+    """The specialisations that are served from the start.
+
+    Raises:
+        CheckpointError: for a directory that cannot be served, or more of them than --max-specializations.
+        OutputError: when the store cannot be written.
+    """
+    from lora_gen_jax.errors import OutputError
+    from lora_gen_jax.serving.registry import Fit, Registry, read_entries
+
+    paths = list(flags.specializations)
+    if flags.store is not None:
+        try:
+            flags.store.mkdir(parents=True, exist_ok=True)
+            paths += [flags.store] if any(not p.name.startswith(".") for p in flags.store.iterdir()) else []
+        except OSError as error:
+            raise OutputError(f"--store {flags.store} cannot be used: {error.strerror}; choose another") from error
+    entries = read_entries(paths, Fit.of(specializer))
+    if len(entries) > flags.max_specializations:
+        raise CheckpointError(
+            f"there are {len(entries)} specialisations, --max-specializations is {flags.max_specializations}: raise it"
+        )
+    registry = Registry(flags.max_specializations, flags.store)
+    for entry in entries:
+        registry.add(entry)
+    return registry
+
+
+def make_scheduler(specializer: "Specializer", rows: int, context: int | None, queue: int) -> "Scheduler":
+    """The edge model's rows, with the generator's expert pool beside its weights.
+
+    Args:
+        specializer: whose models are served.
+        rows: sequences at the same time.
+        context: of a sequence; the model's positions, at most 2048, when left out.
+        queue: sequences that may wait.
+
+    Raises:
+        ConfigError: for a context that the edge model has no positions for.
+    """
+    from lora_gen_jax.inference.engine import Engine
+    from lora_gen_jax.serving.scheduler import Scheduler
+
+    edge = specializer.pair.edge
+    slots = min(edge.config.max_positions, _MOST_CONTEXT) if context is None else context
+    engine = Engine(edge.decoder, edge.params, pool_adapter(specializer), rows=rows, slots=slots)
+    return Scheduler(engine, queue)
+
+
+def pool_adapter(specializer: "Specializer") -> Any:
+    """A generator's expert pool as an adapter, on the devices of the edge model; its gates are zero."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from lora_gen_jax.generator.lora_gen import gated_adapter
+    from lora_gen_jax.inference.placement import mesh_of
+
+    edge, settings = specializer.pair.edge, specializer.config.generator
+    flat = specializer.loaded.variables["params"]["pool"]
+    pool: dict[str, dict[str, Any]] = {}
+    for name, value in flat.items():
+        site, factor = name.rsplit("_", 1)
+        pool.setdefault(site, {})[factor] = value
+    mesh = mesh_of(edge.params)
+    pool = jax.device_put(pool, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+    return gated_adapter(jnp.zeros((1, edge.config.num_layers, settings.num_experts)), pool, settings)

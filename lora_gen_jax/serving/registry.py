@@ -1,0 +1,249 @@
+"""The specialisations that a server answers with: by name, at most so many, on disk if a store is named.
+
+In: `Specialization`s, made here or read from directories. Out: `Entry`s, whose gates go into the scheduler's rows. Not
+locked: the event loop alone calls a `Registry`.
+"""
+
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_gen_jax.adapters.specialization import TENSORS, Specialization, load_specialization, pool_fingerprint
+from lora_gen_jax.data.encode import Encoder
+from lora_gen_jax.data.prompt_sources import check_name
+from lora_gen_jax.errors import CheckpointError, DataError, LoraGenError, OutputError
+from lora_gen_jax.serving.errors import ApiError, invalid
+from lora_gen_jax.specializer import Specializer
+
+BASE, AUTO = "base", "auto"
+AUTOMATIC = "auto-"
+"""What names of specialisations begin with that were made of a conversation's system message."""
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One specialisation.
+
+    Attributes:
+        name: what requests call it.
+        gates_LE: [L, E], fp32.
+        active: gates of a layer that are not zero by construction, K.
+        prompt_tokens: what the cloud model read.
+        created: seconds since 1970.
+        automatic: made of a system message; the first to go where there are too many.
+    """
+
+    name: str
+    gates_LE: np.ndarray
+    active: int
+    prompt_tokens: int
+    created: int = field(default_factory=lambda: int(time.time()))
+    automatic: bool = False
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """As the interface lists it."""
+        return {
+            "id": self.name,
+            "object": "specialization",
+            "created": self.created,
+            "prompt_tokens": self.prompt_tokens,
+            "gates": self.active,
+            "layers": len(self.gates_LE),
+            "automatic": self.automatic,
+        }
+
+
+class Registry:
+    """Named specialisations.
+
+    Args:
+        limit: at most this many, those under way counted.
+        store: directory that named ones are kept in, below their names; None: they end with the server.
+    """
+
+    def __init__(self, limit: int, store: Path | None = None):
+        self.limit, self.store = limit, store
+        # By name in small letters, the one used last at the end: some file systems do not tell the cases apart.
+        self._entries: dict[str, Entry] = {}
+        self._reserved: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def entries(self) -> list[Entry]:
+        """By name."""
+        return sorted(self._entries.values(), key=lambda entry: entry.name)
+
+    def get(self, name: str) -> Entry | None:
+        """The specialisation of this very name; it counts as used."""
+        entry = self._entries.get(name.lower())
+        if entry is None or entry.name != name:
+            return None
+        self._entries[name.lower()] = self._entries.pop(name.lower())
+        return entry
+
+    def reserve(self, name: str, automatic: bool = False) -> None:
+        """Takes a name and a place, before what will have them is made.
+
+        Raises:
+            ApiError: 400 for what is no name, 409 for a taken one, 429 where there are too many already.
+        """
+        if not automatic:
+            check_new_name(name)
+        if name.lower() in self._entries or name.lower() in self._reserved:
+            raise ApiError(
+                409,
+                f"there is a specialisation {name!r} already: choose another name, or delete it",
+                "name",
+                "name_taken",
+            )
+        while len(self._entries) + len(self._reserved) >= self.limit:
+            oldest = next((key for key, entry in self._entries.items() if entry.automatic), None)
+            if oldest is None:
+                raise ApiError(
+                    429,
+                    f"there are {self.limit} specialisations, the limit (--max-specializations): delete one",
+                    None,
+                    "too_many_specializations",
+                )
+            del self._entries[oldest]
+        self._reserved.add(name.lower())
+
+    def release(self, name: str) -> None:
+        """Gives a reserved name back: nothing came of it."""
+        self._reserved.discard(name.lower())
+
+    def add(self, entry: Entry) -> None:
+        """An entry whose name was reserved."""
+        self._reserved.discard(entry.name.lower())
+        self._entries[entry.name.lower()] = entry
+
+    def remove(self, name: str) -> Entry | None:
+        """Forgets a specialisation; rows that answer with it go on. None where there is none of this name."""
+        entry = self.get(name)
+        return None if entry is None else self._entries.pop(name.lower())
+
+    def directory(self, name: str) -> Path | None:
+        """Where a specialisation of this name is kept; None without a store. The name was checked."""
+        return None if self.store is None else self.store / name
+
+
+def check_new_name(name: str) -> None:
+    """A name that a client or a directory gives.
+
+    Raises:
+        ApiError: 400.
+    """
+    try:
+        check_name(name)
+    except DataError as error:
+        raise invalid(str(error), "name", "invalid_name") from error
+    if name.lower() in (BASE, AUTO) or name.lower().startswith(AUTOMATIC):
+        raise invalid(
+            f"the name {name!r} is reserved: choose one that is not base, auto or auto-…", "name", "invalid_name"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """What a specialisation must fit to be served.
+
+    Attributes:
+        fingerprints: of the edge model and the expert pool.
+        layers: of the edge model.
+        num_experts: of the pool.
+        encoder: of the cloud model, to count a prompt's tokens.
+    """
+
+    fingerprints: dict[str, str]
+    layers: int
+    num_experts: int
+    encoder: Encoder
+
+    @classmethod
+    def of(cls, specializer: Specializer) -> "Fit":
+        """What a generator's own specialisations fit."""
+        pair, config = specializer.pair, specializer.config
+        pool = pool_fingerprint(specializer.loaded.variables)
+        found = {"edge": pair.edge.fingerprint, "pool": pool}
+        return cls(found, pair.edge.config.num_layers, config.generator.num_experts, pair.cloud.encoder)
+
+    def entry(self, name: str, specialization: Specialization, automatic: bool = False) -> Entry:
+        """A specialisation to serve.
+
+        Raises:
+            CheckpointError: for one of another pool, edge model or number of layers, or without gates.
+        """
+        s = specialization
+        if s.direct:
+            raise CheckpointError(
+                "it has factors instead of gates (direct generation): use `lora-gen export --format merged`"
+            )
+        for part, what in (("edge", "edge model"), ("pool", "expert pool")):
+            if s.fingerprints[part] != self.fingerprints[part]:
+                raise CheckpointError(
+                    f"it was made for another {what} (fingerprint {s.fingerprints[part]}, this server's is"
+                    f" {self.fingerprints[part]}): give the --checkpoint and --edge that it was made with"
+                )
+        gates_LE = s.gates(self.num_experts)
+        if len(gates_LE) != self.layers:
+            raise CheckpointError(f"it is of {len(gates_LE)} layers, the edge model has {self.layers}: give its --edge")
+        tokens = len(self.encoder.prompt(s.prompt))
+        return Entry(name, gates_LE, s.tensors["index"].shape[1], tokens, automatic=automatic)
+
+
+def read_entries(paths: Iterable[Path], fit: Fit) -> list[Entry]:
+    """The specialisations in directories, or in directories of them; each by the name of its own directory.
+
+    Raises:
+        CheckpointError: naming the directory that is none, is damaged, does not fit the generator, or has a name that
+            is taken or cannot be one.
+    """
+    entries: dict[str, tuple[Path, Entry]] = {}
+    for directory in (found for path in paths for found in _directories(path)):
+        name = directory.resolve().name
+        try:
+            check_new_name(name)
+            entry = fit.entry(name, load_specialization(directory))
+        except LoraGenError as error:
+            raise CheckpointError(f"specialisation {directory} cannot be served: {error}") from error
+        if name.lower() in entries:
+            other = entries[name.lower()][0]
+            raise CheckpointError(f"{directory} and {other} would have the same name: rename one of them")
+        entries[name.lower()] = directory, entry
+    return [entry for _, entry in entries.values()]
+
+
+def _directories(path: Path) -> list[Path]:
+    if (path / TENSORS).is_file():
+        return [path]
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is no directory: give specialisations that `lora-gen specialize` wrote")
+    # Those with a dot are being written, or were when a server was killed.
+    found = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
+    if not found:
+        raise CheckpointError(f"{path} holds no specialisation: give directories that `lora-gen specialize` wrote")
+    return found
+
+
+def remove_directory(directory: Path) -> None:
+    """Removes a stored specialisation; no half of it is ever read again.
+
+    Raises:
+        OutputError: when it cannot be removed.
+    """
+    hidden = directory.with_name(f".{directory.name}.removed-{time.monotonic_ns()}")
+    try:
+        directory.rename(hidden)
+        shutil.rmtree(hidden)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OutputError(f"{directory} cannot be removed: {error.strerror}") from error

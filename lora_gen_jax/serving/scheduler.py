@@ -1,0 +1,214 @@
+"""One thread that keeps the batch full: works wait in a queue, rows take them as they become free.
+
+In: `Work`s from any thread. Out: `Tokens`, told to each work's listener as they are generated. All programs on the
+device are called from this thread alone.
+"""
+
+import collections
+import logging
+import threading
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+from lora_gen_jax.errors import LoraGenError
+from lora_gen_jax.inference.engine import Engine, Progress, Work
+
+log = logging.getLogger(__name__)
+
+
+class QueueFull(LoraGenError):
+    """As many works wait as may."""
+
+
+class Closing(LoraGenError):
+    """Nothing more is accepted."""
+
+
+class Tokens(NamedTuple):
+    """What a listener is told, once or several times; nothing follows after a `finish`.
+
+    Attributes:
+        ids, logprobs: new since the last time; the stop id is left out.
+        finish: how the sequence has ended; None while it goes on.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    finish: Literal["stop", "length", "cancelled", "failed"] | None
+
+
+Listener = Callable[[Tokens], None]
+
+
+class Ticket:
+    """A work that was accepted."""
+
+    def __init__(self, scheduler: "Scheduler", work: Work, listener: Listener):
+        self.scheduler, self.work, self.listener = scheduler, work, listener
+        self.row: int | None = None
+        self.ended = False
+
+    def cancel(self) -> None:
+        """Frees its row at the next step; the listener is told "cancelled", unless it has ended before."""
+        self.scheduler._cancel(self)
+
+    def tell(self, tokens: Tokens) -> None:
+        """Tells the listener, which may not break the thread."""
+        self.ended = tokens.finish is not None
+        try:
+            self.listener(tokens)
+        except Exception:
+            log.exception("a listener failed; its work is dropped")
+            if not self.ended:
+                self.cancel()
+
+
+class Scheduler:
+    """Runs an engine until it is closed.
+
+    Args:
+        engine: nothing else may call it from now on.
+        queue_limit: works that may wait for a row.
+    """
+
+    def __init__(self, engine: Engine, queue_limit: int):
+        self.engine, self.queue_limit = engine, queue_limit
+        self.generated_tokens = self.read_tokens = self.cancelled = 0
+        self._waiting: collections.deque[Ticket] = collections.deque()
+        self._running: dict[int, Ticket] = {}
+        self._cancelling: list[Ticket] = []
+        self._changed = threading.Condition()
+        self._closing = self._failed = self._abandon = False
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self._thread.start()
+
+    @property
+    def longest(self) -> int:
+        """A prompt and its new tokens are at most this many."""
+        return self.engine.slots
+
+    @property
+    def rows(self) -> int:
+        """Sequences that are generated at the same time."""
+        return self.engine.rows
+
+    @property
+    def waiting(self) -> int:
+        """Works that have no row yet."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Works that have a row."""
+        return len(self._running)
+
+    @property
+    def alive(self) -> bool:
+        """Whether works are being done."""
+        return self._thread.is_alive() and not self._failed
+
+    def submit(self, work: Work, listener: Listener) -> Ticket:
+        """Accepts a work.
+
+        Args:
+            work: what to generate.
+            listener: called from the scheduler's thread, which it must not hold up.
+
+        Raises:
+            DataError, ConfigError: for a work that cannot be done, as `Engine.check`.
+            QueueFull: when too many wait.
+            Closing: after `close`, or when the thread has failed.
+        """
+        self.engine.check(work)
+        ticket = Ticket(self, work, listener)
+        with self._changed:
+            if self._closing or not self.alive:
+                raise Closing("the server is shutting down: ask another one, or later")
+            if len(self._waiting) >= self.queue_limit:
+                raise QueueFull(f"{len(self._waiting)} requests wait already: try again later")
+            self._waiting.append(ticket)
+            self._changed.notify()
+        return ticket
+
+    def close(self, timeout: float) -> bool:
+        """Accepts nothing more and finishes what was accepted.
+
+        Args:
+            timeout: seconds; what is unfinished then is cancelled.
+
+        Returns:
+            whether everything was finished.
+        """
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(timeout)
+        finished = not self._thread.is_alive()
+        if not finished:
+            with self._changed:
+                self._abandon = True
+                self._changed.notify()
+            self._thread.join()
+        return finished and not self._failed
+
+    def _cancel(self, ticket: Ticket) -> None:
+        with self._changed:
+            self._cancelling.append(ticket)
+            self._changed.notify()
+
+    def _run(self) -> None:
+        try:
+            while self._next():
+                pass
+        except BaseException:
+            log.exception("the engine failed; all requests end here")
+            self._failed = True
+        with self._changed:
+            left = [*self._running.values(), *self._waiting]
+            self._running.clear()
+            self._waiting.clear()
+        for ticket in left:
+            ticket.tell(Tokens([], [], "failed" if self._failed else "cancelled"))
+
+    def _next(self) -> bool:
+        """One round: rows are freed, filled, and decoded; False when there is nothing more to do ever."""
+        with self._changed:
+            while not (self._waiting or self._running or self._cancelling or self._closing):
+                self._changed.wait()
+            if self._abandon or (self._closing and not (self._waiting or self._running)):
+                return False
+            cancelling, self._cancelling = self._cancelling, []
+        for ticket in cancelling:
+            self._drop(ticket)
+        with self._changed:
+            joining = [self._waiting.popleft() for _ in range(min(len(self.engine.free), len(self._waiting)))]
+        if joining:
+            rows, progress = self.engine.admit([ticket.work for ticket in joining])
+            self._running |= dict(zip(rows, joining, strict=True))
+            self.read_tokens += sum(len(ticket.work.ids) for ticket in joining)
+            self._tell(progress)
+        self._tell(self.engine.step(eager=bool(self._waiting)))
+        return True
+
+    def _tell(self, progress: list[Progress]) -> None:
+        for row, ids, logprobs, finish in progress:
+            self.generated_tokens += len(ids)
+            ticket = self._running[row] if finish is None else self._running.pop(row)
+            ticket.tell(Tokens(ids, logprobs, finish))
+
+    def _drop(self, ticket: Ticket) -> None:
+        if ticket.ended:
+            return
+        row = next((row for row, running in self._running.items() if running is ticket), None)
+        if row is None:
+            with self._changed:
+                self._waiting.remove(ticket)
+        else:
+            self.engine.cancel(row)
+            del self._running[row]
+        self.cancelled += 1
+        ticket.tell(Tokens([], [], "cancelled"))
+
+    def warm_up(self) -> None:
+        """Compiles all programs; to be called before the first work is submitted."""
+        self.engine.warm_up()

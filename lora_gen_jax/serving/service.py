@@ -1,0 +1,236 @@
+"""What a server answers with: the edge model's rows, the specialisations, and the generator that makes new ones.
+
+In: checked requests. Out: works for the scheduler, and `Entry`s. Called from the event loop; prompts are read by the
+cloud model in one thread of its own, one after the other, so that the loop stays free.
+"""
+
+import asyncio
+import hashlib
+import secrets
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import jinja2
+import numpy as np
+
+from lora_gen_jax.adapters.specialization import save_specialization
+from lora_gen_jax.data.encode import Encoder
+from lora_gen_jax.data.prompt_sources import prompt_of
+from lora_gen_jax.errors import DataError, LoraGenError
+from lora_gen_jax.inference.buckets import check_tokens
+from lora_gen_jax.serving.errors import ApiError, api_error, invalid
+from lora_gen_jax.serving.metrics import Metrics
+from lora_gen_jax.serving.registry import AUTO, AUTOMATIC, BASE, Entry, Fit, Registry, remove_directory
+from lora_gen_jax.serving.scheduler import Scheduler
+from lora_gen_jax.serving.schemas import NewSpecialization
+from lora_gen_jax.specializer import Specializer
+
+Result = TypeVar("Result")
+_LONG_TEXT = 16384  # characters; tokenising more holds the event loop up for longer than a step of the model
+_MOST_WAITING = 64  # prompts that wait for the cloud model
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for.
+
+    Attributes:
+        max_new_tokens: of one sequence.
+        body_bytes: of a request.
+        timeout: seconds from the request's head to its last token.
+        sequences: prompts × n of one request.
+    """
+
+    max_new_tokens: int = 512
+    body_bytes: int = 1 << 20
+    timeout: float = 120.0
+    sequences: int = 256
+
+
+class Service:
+    """Everything that the endpoints use.
+
+    Args:
+        scheduler: of the edge model.
+        specializer: the generator and its models.
+        registry: of specialisations that were read already.
+        limits: of one request.
+        api_key: that requests must bear; None: anybody may ask.
+
+    Attributes:
+        closing: the server ends; answers under way are finished.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        specializer: Specializer,
+        registry: Registry,
+        limits: Limits | None = None,
+        api_key: str | None = None,
+    ):
+        self.scheduler, self.specializer, self.registry = scheduler, specializer, registry
+        self.limits, self.api_key = limits or Limits(), api_key
+        self.encoder: Encoder = specializer.pair.edge.encoder
+        self.metrics = Metrics(scheduler, registry)
+        self.fit = Fit.of(specializer)
+        self.closing = False
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="specialise")
+        self._waiting = 0
+        self._automatic: dict[str, asyncio.Task[Entry]] = {}
+
+    @property
+    def healthy(self) -> bool:
+        return self.scheduler.alive and not self.closing
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return () if self.encoder.end is None else (self.encoder.end,)
+
+    def entry(self, name: str) -> Entry:
+        """A specialisation by name.
+
+        Raises:
+            ApiError: 404.
+        """
+        found = self.registry.get(name)
+        if found is None:
+            known = "GET /v1/models lists what there is, POST /v1/specializations makes more"
+            raise ApiError(404, f"there is no specialisation {name[:80]!r}: {known}", "model", "model_not_found")
+        return found
+
+    def gates(self, model: str) -> np.ndarray | None:
+        """The gates [L, E] that a model's name stands for; None for the base model.
+
+        Raises:
+            ApiError: 404, or 400 where the name stands for none.
+        """
+        if model == AUTO:
+            raise invalid("model auto needs a system message: use /v1/chat/completions", "model")
+        return None if model == BASE else self.entry(model).gates_LE
+
+    async def prompt_ids(self, prompt: str | list[int]) -> list[int]:
+        """Token ids of one prompt of a completion.
+
+        Raises:
+            ApiError: 400 for an empty text or ids that the edge model lacks.
+        """
+        try:
+            if isinstance(prompt, str):
+                return await _tokenized(lambda: self.encoder.text(prompt), len(prompt))
+            check_tokens(prompt, self.encoder.vocab_size, "prompt")
+            return prompt
+        except LoraGenError as error:
+            raise api_error(error, "prompt") from error
+
+    async def chat_ids(self, turns: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation that waits for its answer.
+
+        Raises:
+            ApiError: 400 where the edge model has no chat template, or its template refuses the turns.
+        """
+        try:
+            size = sum(len(turn["content"]) for turn in turns)
+            ids = await _tokenized(lambda: self.encoder.chat(turns), size)
+        except jinja2.TemplateError as error:
+            raise invalid(f"the model's chat template refuses these messages: {error}", "messages") from error
+        except LoraGenError as error:
+            raise api_error(error, "messages") from error
+        if not ids:
+            raise invalid("the messages are empty: give at least one with text", "messages")
+        return ids
+
+    async def automatic(self, turns: list[dict[str, str]]) -> tuple[Entry, list[dict[str, str]]]:
+        """The specialisation of a conversation's system message, and the other messages.
+
+        It is made when the message is seen first; requests that come meanwhile wait for the same one.
+
+        Raises:
+            ApiError: 400 without a system message, or without others; 429 where there are too many specialisations.
+        """
+        system = "\n\n".join(turn["content"] for turn in turns if turn["role"] == "system")
+        others = [turn for turn in turns if turn["role"] != "system"]
+        if not system.strip() or not others:
+            missing = "system message: add one, or use model base" if others else "message of a user: add one"
+            message = f"model auto specialises for the system message and answers the others: there is no {missing}"
+            raise invalid(message, "messages")
+        name = AUTOMATIC + hashlib.sha256(system.encode()).hexdigest()[:16]
+        if (found := self.registry.get(name)) is not None:
+            return found, others
+        if name not in self._automatic:
+            task = asyncio.create_task(self._make(name, system, automatic=True))
+            self._automatic[name] = task
+            task.add_done_callback(lambda done: self._automatic_done(name, done))
+        # Shielded: a client that leaves takes nothing away from the others who wait.
+        return await asyncio.shield(self._automatic[name]), others
+
+    def _automatic_done(self, name: str, task: "asyncio.Task[Entry]") -> None:
+        del self._automatic[name]
+        if not task.cancelled():
+            task.exception()  # looked at, even if all who waited have left
+
+    async def create(self, request: NewSpecialization) -> Entry:
+        """A new specialisation.
+
+        Raises:
+            ApiError: 400 for a prompt or a name that is none, 409 for a taken name, 429 for too many.
+        """
+        try:
+            prompt = prompt_of(request.row)
+        except DataError as error:
+            raise invalid(str(error)) from error
+        name = request.name if request.name is not None else f"specialization-{secrets.token_hex(6)}"
+        # Shielded: a specialisation that was begun is finished and kept, whether its client waits or not.
+        task = asyncio.ensure_future(self._make(name, prompt))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(task)
+
+    async def _make(self, name: str, prompt: str, automatic: bool = False) -> Entry:
+        if self._waiting >= _MOST_WAITING:
+            message = f"{_MOST_WAITING} prompts wait for the cloud model: try again later"
+            raise ApiError(429, message, None, "queue_full", {"Retry-After": "1"})
+        self.registry.reserve(name, automatic)
+        self._waiting += 1
+        directory = None if automatic else self.registry.directory(name)
+
+        def make() -> Entry:
+            (specialization,) = self.specializer.specialize([prompt])
+            entry = self.fit.entry(name, specialization, automatic)
+            if directory is not None:
+                save_specialization(specialization, directory)
+            return entry
+
+        try:
+            entry = await asyncio.get_running_loop().run_in_executor(self._thread, make)
+        except LoraGenError as error:
+            self.registry.release(name)
+            raise api_error(error, "messages" if automatic else None) from error
+        except BaseException:
+            self.registry.release(name)
+            raise
+        finally:
+            self._waiting -= 1
+        self.registry.add(entry)
+        return entry
+
+    async def delete(self, name: str) -> None:
+        """Forgets a specialisation, and removes it from the store.
+
+        Raises:
+            ApiError: 404.
+        """
+        entry = self.entry(name)
+        self.registry.remove(name)
+        directory = self.registry.directory(name)
+        if directory is not None and not entry.automatic:
+            await asyncio.to_thread(remove_directory, directory)
+
+    def close(self) -> None:
+        """Ends the thread, after what it does now."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+async def _tokenized(encode: Callable[[], Result], characters: int) -> Result:
+    return encode() if characters < _LONG_TEXT else await asyncio.to_thread(encode)

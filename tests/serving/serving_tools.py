@@ -1,0 +1,82 @@
+"""A server in a thread, a scheduler that does as it is told, and what the tests of serving share."""
+
+import contextlib
+import threading
+import time
+from typing import Any
+
+import uvicorn
+
+from lora_gen_jax.serving.app import make_app
+from lora_gen_jax.serving.scheduler import Tokens
+from lora_gen_jax.serving.server import bind
+
+KEY = "a-key"
+
+
+PROMPTS = {"red": "say red what is the color ?", "two": "count one two three", "cat": "name a cat or a dog"}
+
+
+TEMPLATE = (
+    "{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('a user must begin') }}{% endif %}"
+    "{% for m in messages %}{{ m['content'] }} . {% endfor %}answer :"
+)
+
+
+MAX_NEW_TOKENS = 24
+
+
+@contextlib.contextmanager
+def serving(service):
+    """The address of a server in a thread."""
+    listener = bind("127.0.0.1", 0)
+    config = uvicorn.Config(make_app(service), log_config=None, access_log=False, lifespan="off", ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+class _Puppet:
+    """A scheduler whose works say what the test wants; in the place of the real one where timing matters."""
+
+    longest, rows, running, waiting = 96, 4, 0, 0
+    read_tokens = generated_tokens = 0
+
+    def __init__(self):
+        self.works, self.listeners, self.cancelled, self.alive = [], [], [], True
+        self.refuse_after, self.refusal = 10**9, Exception()
+
+    def submit(self, work, listener):
+        if len(self.works) >= self.refuse_after:
+            raise self.refusal
+        index = len(self.works)
+        self.works.append(work)
+        self.listeners.append(listener)
+        puppet = self
+
+        class Ticket:
+            def cancel(self):
+                puppet.cancelled.append(index)
+
+        return Ticket()
+
+    def say(self, index, ids, finish=None):
+        self.listeners[index](Tokens(ids, [-0.5] * len(ids), finish))
+
+
+Puppet: Any = _Puppet
+
+
+def wait_until(true, seconds=10):
+    """Waits for another thread."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)

@@ -1,0 +1,208 @@
+"""How a request ends early: a full queue, the time limit, a client that leaves, a scheduler that fails or closes."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import threading
+
+import httpx
+import pytest
+from serving_tools import Puppet, serving, wait_until
+
+from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.serving.app import make_app
+from lora_gen_jax.serving.scheduler import Closing, QueueFull
+from lora_gen_jax.serving.server import bind, run_server
+from lora_gen_jax.serving.service import Limits, Service
+
+ASK = {"model": "red", "prompt": ["sun", "moon", "star"], "max_tokens": 5}
+
+
+@pytest.fixture
+def build(specializer, registry_of):
+    """A function: a service of a puppet."""
+    return lambda puppet, **limits: Service(puppet, specializer, registry_of(), Limits(**limits))
+
+
+def post(service, fields, path="/v1/completions"):
+    async def run():
+        transport = httpx.ASGITransport(make_app(service), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            return await client.post(path, json=fields)
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("refusal", "status", "code"), [(QueueFull("7 wait"), 429, "queue_full"), (Closing("closing"), 503, "closing")]
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_is_accepted_as_a_whole_or_not_at_all(build, puppet, refusal, status, code, stream):
+    puppet.refuse_after, puppet.refusal = 2, refusal
+    answer = post(build(puppet), {**ASK, "stream": stream})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    assert answer.headers["retry-after"] == "1"
+    assert puppet.cancelled == [0, 1]
+
+
+def test_an_answer_that_takes_too_long_is_given_up(build, puppet):
+    service = build(puppet, timeout=0.1)
+    answer = post(service, ASK)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+    assert puppet.cancelled == [0, 1, 2]
+    assert b"lora_gen_cancelled_total 3.0" in service.metrics.text()
+
+
+def test_a_stream_that_takes_too_long_ends_with_an_error(build, puppet):
+    answer = post(build(puppet, timeout=0.1), {**ASK, "stream": True})
+    assert answer.status_code == 200
+    error = json.loads(answer.text.removeprefix("data: "))["error"]
+    assert (error["code"], error["type"]) == ("timeout", "server_error")
+    assert puppet.cancelled == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("finish", "status"), [("failed", 500), ("cancelled", 503)])
+def test_a_sequence_that_the_scheduler_gives_up_is_an_error(build, puppet, finish, status):
+    submit = puppet.submit
+
+    def failing(work, listener):
+        ticket = submit(work, listener)
+        if len(puppet.works) == 2:
+            puppet.say(0, [9], "stop")
+            puppet.say(1, [8], finish)
+        return ticket
+
+    puppet.submit = failing
+    answer = post(build(puppet), ASK)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (status, "server_error")
+    assert puppet.cancelled == [2]
+
+
+def test_an_unexpected_error_is_json_without_its_details(build, puppet):
+    puppet.submit = None
+    answer = post(build(puppet), ASK)
+    assert answer.status_code == 500
+    assert "NoneType" not in answer.text
+    assert answer.json()["error"]["type"] == "server_error"
+
+
+def test_a_stop_string_cancels_the_row(build, puppet, specializer):
+    encoder = specializer.pair.edge.encoder
+    submit = puppet.submit
+
+    def answering(work, listener):
+        ticket = submit(work, listener)
+        puppet.say(0, encoder.text("red green"))
+        puppet.say(0, encoder.text("blue sun"))
+        return ticket
+
+    puppet.submit = answering
+    answer = post(build(puppet), {"model": "red", "prompt": "sun", "stop": "blue"})
+    assert answer.json()["choices"][0] == {
+        "index": 0,
+        "text": "red green ",
+        "logprobs": None,
+        "finish_reason": "stop",
+    }
+    assert puppet.cancelled == [0]
+    # The stop string's own token counts: it was generated.
+    assert answer.json()["usage"]["completion_tokens"] == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_rows(build, puppet, stream):
+    service = build(puppet)
+    body = json.dumps({**ASK, "stream": stream}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with serving(service) as url:
+        port = httpx.URL(url).port
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(head + body)
+            wait_until(lambda: len(puppet.works) == 3)
+            puppet.say(0, [8, 9])
+            if stream:
+                assert connection.recv(9) == b"HTTP/1.1 "
+            assert puppet.cancelled == []
+        wait_until(lambda: puppet.cancelled == [0, 1, 2])
+        wait_until(lambda: b'status="499"} 1.0' in service.metrics.text())
+
+
+def test_a_client_that_leaves_before_the_end_of_its_body_asks_nothing(build, puppet):
+    service = build(puppet)
+    with serving(service) as url:
+        with socket.create_connection(("127.0.0.1", httpx.URL(url).port)) as connection:
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
+        wait_until(lambda: b'status="499"} 1.0' in service.metrics.text())
+    assert puppet.works == []
+
+
+def test_the_event_loop_is_free_while_others_wait(build, puppet):
+    with serving(build(puppet)) as url, socket.create_connection(("127.0.0.1", httpx.URL(url).port)) as connection:
+        body = json.dumps(ASK).encode()
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        wait_until(lambda: len(puppet.works) == 3)
+        assert httpx.get(url + "/health").status_code == 200
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_a_signal_waits_for_answers_but_not_for_ever(build, puppet, answered):
+    service, statuses = build(puppet), []
+    puppet.close = lambda timeout: True
+    listener = bind("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+    def ask():
+        try:
+            statuses.append(httpx.post(url + "/v1/completions", json=ASK, timeout=20).status_code)
+        except httpx.HTTPError as error:
+            statuses.append(type(error))
+
+    def end():
+        wait_until(lambda: len(puppet.works) == 3)
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(lambda: service.closing)
+        for index in range(3 if answered else 2):
+            puppet.say(index, [8], "stop")
+
+    threads = [threading.Thread(target=ask), threading.Thread(target=end)]
+    before = signal.getsignal(signal.SIGTERM)
+
+    def start():
+        for thread in threads:
+            thread.start()
+
+    status = run_server(service, listener, 1.0, start)
+    for thread in threads:
+        thread.join()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert status == (0 if answered else 1)
+    assert puppet.cancelled == ([] if answered else [2])
+    # Cut off after the time to end: no answer, or an error of the server.
+    assert (statuses == [200]) is answered
+
+
+def test_an_address_that_is_taken_is_an_error():
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"--port {port} cannot be listened on"):
+            bind("127.0.0.1", port)
+    with pytest.raises(ConfigError, match="choose others"):
+        bind("no such host", 80)
+
+
+def test_health_tells_an_end_and_a_failure(build):
+    async def health(service):
+        transport = httpx.ASGITransport(make_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            return await client.get("/health")
+
+    closing, failed = build(Puppet()), build(Puppet())
+    assert asyncio.run(health(closing)).status_code == 200
+    closing.closing, failed.scheduler.alive = True, False
+    answer = asyncio.run(health(closing))
+    assert (answer.status_code, answer.json()) == (503, {"status": "closing"})
+    assert answer.headers["connection"] == "close"
+    assert asyncio.run(health(failed)).json() == {"status": "failed"}

@@ -1,0 +1,71 @@
+"""The flags of ``serve``: mistakes are told before anything is loaded, and the start fills the registry."""
+
+import importlib.util
+import json
+import shutil
+
+import pytest
+
+from lora_gen_jax.adapters.specialization import save_specialization
+from lora_gen_jax.errors import CheckpointError, ConfigError, DataError, OutputError
+from lora_gen_jax.serving.command import Serve, _api_key, read_registry, serve_command
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"port": 65536}, "--port is 65536"),
+        ({"port": -1}, "--port"),
+        ({"rows": 0}, "--rows is 0"),
+        ({"max_body_kb": -5}, "--max-body-kb"),
+        ({"timeout": float("nan")}, "--timeout is nan"),
+        ({"shutdown_timeout": float("inf")}, "--shutdown-timeout"),
+        ({"api_key": "two words"}, "printable ASCII"),
+        ({"host": "no such host"}, "cannot be listened on"),
+    ],
+)
+def test_a_flag_outside_its_range_is_named(flags, words):
+    with pytest.raises(ConfigError, match=words):
+        serve_command(Serve(**flags))
+
+
+def test_a_missing_package_names_the_extra(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else object())
+    with pytest.raises(ConfigError, match=r"needs uvicorn: pip install 'lora_gen_jax\[serve\]'"):
+        serve_command(Serve())
+
+
+def test_the_key_comes_from_the_flag_a_file_or_the_environment(monkeypatch, tmp_path):
+    monkeypatch.delenv("LORA_GEN_API_KEY", raising=False)
+    assert _api_key(Serve()) is None
+    monkeypatch.setenv("LORA_GEN_API_KEY", "outer")
+    assert _api_key(Serve()) == "outer"
+    (tmp_path / "key").write_text("inner\n")
+    assert _api_key(Serve(api_key=f"@{tmp_path / 'key'}")) == "inner"
+    with pytest.raises(DataError, match="--api-key is empty"):
+        _api_key(Serve(api_key=""))
+
+
+def test_a_generator_without_gates_is_not_served(generator_directory, tmp_path):
+    shutil.copytree(generator_directory, tmp_path / "direct")
+    readable = json.loads((generator_directory / "generator.json").read_text())
+    readable["config"]["generator"]["generator"] = "direct"
+    (tmp_path / "direct" / "generator.json").write_text(json.dumps(readable))
+    with pytest.raises(CheckpointError, match=r"direct generation.*export --format merged"):
+        serve_command(Serve(checkpoint=tmp_path / "direct", port=0))
+
+
+def test_the_registry_holds_what_flags_and_store_name(specializer, made, tmp_path):
+    save_specialization(made["red"], tmp_path / "given")
+    store = tmp_path / "new" / "store"
+    flags = Serve(specializations=(tmp_path / "given",), store=store)
+    assert [entry.name for entry in read_registry(flags, specializer).entries] == ["given"]
+    save_specialization(made["two"], store / "kept")
+    registry = read_registry(flags, specializer)
+    assert [entry.name for entry in registry.entries] == ["given", "kept"]
+    assert registry.directory("kept") == store / "kept"
+    with pytest.raises(CheckpointError, match="--max-specializations is 1"):
+        read_registry(Serve(specializations=(tmp_path / "given",), store=store, max_specializations=1), specializer)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="--store"):
+        read_registry(Serve(store=tmp_path / "file"), specializer)
