@@ -83,6 +83,7 @@ def serve_command(flags: Serve) -> None:
         registry = read_registry(flags, specializer)
         scheduler = make_scheduler(specializer, flags.rows, flags.context, flags.queue)
         if flags.warm_up:
+            print("compiling for prompts of every length (--no-warm-up leaves it out) …", file=sys.stderr)
             scheduler.warm_up()
         limits = Limits(flags.max_new_tokens, flags.max_body_kb * 1024, flags.timeout, flags.queue)
         service = Service(scheduler, specializer, registry, limits, key)

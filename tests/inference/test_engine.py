@@ -142,11 +142,11 @@ def test_merging_is_for_one_specialisation_or_full_batches():
 
 def test_once_warm_nothing_is_compiled(llama):
     adapter = make_gates(llama.decoder.config, prompts=5)
-    engine = Engine(*llama, adapter, rows=4, slots=40)
+    engine = Engine(*llama, adapter, rows=4, slots=SLOTS)
     engine.warm_up()
     assert engine.busy == 0
     programs = decode._cache_size(), join._cache_size()
-    longer = [dataclasses.replace(work, ids=[5] * 30) for work in make_works(llama.decoder.config, adapter, 5)]
+    longer = [dataclasses.replace(work, ids=[5] * 18) for work in make_works(llama.decoder.config, adapter, 5)]
     works = make_works(llama.decoder.config, adapter, 12, temperature=(0.0, 1.0), seed=range(12))
     found = run(engine, works + longer)
     assert (decode._cache_size(), join._cache_size()) == programs
