@@ -19,7 +19,7 @@ import numpy as np
 from llama_cpp import Llama  # pyright: ignore[reportMissingImports] (no dependency)
 
 from lora_gen_jax.adapters.merge import merge
-from lora_gen_jax.adapters.specialization import adapter_of
+from lora_gen_jax.adapters.specialization_fit import adapter_of
 from lora_gen_jax.config import ModelConfig
 from lora_gen_jax.decoder.pretrained import resolve
 from lora_gen_jax.export.command import Export, export_command

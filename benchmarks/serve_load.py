@@ -60,7 +60,7 @@ class Found:
 def offline_answers(count: int) -> tuple[dict[str, str], dict[tuple[str, str], tuple[str, int]], float]:
     """(prompts by name, (text, tokens) by (name, query), seconds): what the server must answer."""
     from lora_gen_jax import generate, merge
-    from lora_gen_jax.adapters.specialization import adapter_of
+    from lora_gen_jax.adapters.specialization_fit import adapter_of
     from lora_gen_jax.data.pocket.suite import GROUPS
     from lora_gen_jax.data.prompts import evaluation_shots, system_prompt
     from lora_gen_jax.specializer import Specializer

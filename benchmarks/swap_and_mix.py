@@ -2,7 +2,7 @@
 
 In: nothing (a random pool and random gates beside the real weights). Out: milliseconds of a swap, by gates alone and
 merged, beside streaming the FFN's weights once; then answers a second for 64 queries of 1 to 64 different
-specialisations, in one batch beside the unmerged weights, and merged one after another (the best of three). All by turns.
+specialisations, in one batch beside the unmerged weights, and merged one after another (the best of three); by turns.
 
 Command:  python benchmarks/swap_and_mix.py [--model smollm2-135m] [--query-tokens 24] [--new-tokens 8]
 """
@@ -18,10 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_gen_jax import GeneratorConfig, generate, load_config, load_params, merge, merge_over
+from lora_gen_jax import GeneratorConfig, load_config, load_params, merge, merge_over
 from lora_gen_jax.adapters.merge import changed_sites, kernels_of, with_kernels
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.generator.lora_gen import ExpertPool, gated_adapter
+from lora_gen_jax.inference.mixture import answer_all
+from lora_gen_jax.inference.work import Work
 
 QUERIES, REPEATS = 64, 3
 
@@ -91,32 +93,18 @@ def swaps(params: Any, adapter: Any) -> None:
 
 
 def mixtures(decoder: Decoder, params: Any, adapter: Any, args: argparse.Namespace) -> None:
-    """Prints queries a second by number of specialisations."""
-    rng = np.random.default_rng(0)
+    """Prints queries a second by number of specialisations, as `generate --requests` answers them."""
+    rng, gates_LPE = np.random.default_rng(0), np.asarray(adapter.scanned["gates"])
     queries = rng.integers(2, decoder.config.vocab_size, (QUERIES, args.query_tokens)).tolist()
-    held = merge(params, adapter.select(0))
     print(f"{QUERIES} queries of {args.query_tokens} tokens, {args.new_tokens} new tokens each; queries/s")
     print(f"{'specialisations':>16}{'mixed':>10}{'merged':>10}{'ratio':>8}")
     for count in (1, 2, 4, 8, 16, 32, 64):
-
-        def mixed(count: int = count) -> None:
-            generate(
-                decoder,
-                params,
-                queries,
-                max_new_tokens=args.new_tokens,
-                adapter=adapter.take(np.arange(count)),
-            )
-
-        def merged(count: int = count) -> None:
-            nonlocal held
-            each = QUERIES // count
-            for i in range(count):
-                held = merge_over(held, params, adapter.select(i))
-                generate(decoder, held, queries[i * each : (i + 1) * each], max_new_tokens=args.new_tokens)
-
-        times = timed({"mixed": mixed, "merged": merged}, REPEATS)
-        rates = {name: QUERIES / values[0] for name, values in times.items()}
+        works = [Work(ids, args.new_tokens, gates_LPE[:, i % count]) for i, ids in enumerate(queries)]
+        runs = {
+            how: functools.partial(answer_all, decoder, params, adapter, works, rows=QUERIES, how=how)
+            for how in ("mixed", "merged")
+        }
+        rates = {name: QUERIES / values[0] for name, values in timed(runs, REPEATS).items()}
         ratio = rates["mixed"] / rates["merged"]
         print(f"{count:>16}{rates['mixed']:>10.1f}{rates['merged']:>10.1f}{ratio:>8.2f}", flush=True)
 

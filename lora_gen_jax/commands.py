@@ -96,10 +96,9 @@ def specialize_command(flags: Specialize) -> None:
         print("no --checkpoint: the shipped generator for the pocket pair is used", file=sys.stderr)
 
     from lora_gen_jax.adapters.specialization import save_specialization
-    from lora_gen_jax.sharding import evaluation_mesh
     from lora_gen_jax.specializer import Specializer
 
-    specializer = Specializer.load(flags.checkpoint, flags.cloud, flags.edge, evaluation_mesh())
+    specializer = Specializer.load(flags.checkpoint, flags.cloud, flags.edge, edge_weights=False)
     if many is not None:
         _specialize_many(specializer, many, flags)
         return
@@ -131,20 +130,17 @@ def _single_prompt(flags: Specialize) -> str:
 
 def _specialize_many(specializer: "Specializer", prompts: "Sequence[NamedPrompt]", flags: Specialize) -> None:
     """A specialisation directory for every prompt, below --out; a bar on a terminal, and a last line."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     from lora_gen_jax.adapters.specialization import save_specializations
+    from lora_gen_jax.terminal import bar
 
-    began, console = time.monotonic(), Console(file=sys.stderr)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-        bar = progress.add_task("specialising", total=len(prompts))
+    for prompt in prompts:
         try:
-            made = specializer.specialize(
-                [prompt.text for prompt in prompts], lambda done, _: progress.update(bar, completed=done)
-            )
+            specializer.ids(prompt.text)
         except DataError as error:
-            raise DataError(f"{flags.prompts}: {error}") from error
+            raise DataError(f"{flags.prompts}: {prompt.name}: {error}") from error
+    began = time.monotonic()
+    with bar("specialising", len(prompts)) as progress:
+        made = specializer.specialize([prompt.text for prompt in prompts], progress)
     save_specializations(((prompt.name, one) for prompt, one in zip(prompts, made, strict=True)), flags.out)
     seconds, size = time.monotonic() - began, sum(x.nbytes for one in made for x in one.tensors.values())
     what = "factors" if made[0].direct else "gates"

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from lora_gen_jax.errors import DataError, OutputError
 
 
@@ -23,6 +25,14 @@ def check_output(path: Path) -> None:
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise OutputError(f"output {path} exists already: choose another --out, or remove it first")
+
+
+def is_directory(path: Path) -> bool:
+    """Whether there is such a directory; False as well for what can be no path, too long for example."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 @contextmanager
@@ -49,7 +59,20 @@ def complete_directory(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_json(path: Path, values: Any, remedy: str = "choose another place") -> None:
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What goes wrong with files in this block is the output's.
+
+    Raises:
+        OutputError: for a full disk, missing rights and the like.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+        raise OutputError(f"output {path} cannot be written: {error}") from error
+
+
+def write_text(path: Path, text: str, remedy: str = "choose another place") -> None:
     """Replaces the file at once, so that no half of it is ever read.
 
     Raises:
@@ -57,10 +80,21 @@ def write_json(path: Path, values: Any, remedy: str = "choose another place") ->
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}; {remedy}") from error
+    except (OSError, UnicodeEncodeError) as error:
+        temporary.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) else "its text holds half of a surrogate pair"
+        raise OutputError(f"{path} cannot be written: {reason}; {remedy}") from error
+
+
+def write_json(path: Path, values: Any, remedy: str = "choose another place") -> None:
+    """Replaces the file at once, so that no half of it is ever read.
+
+    Raises:
+        OutputError: when it cannot be written; the message ends with the remedy.
+    """
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n", remedy)
 
 
 def text_argument(value: str, flag: str) -> str:

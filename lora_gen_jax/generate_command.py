@@ -8,15 +8,16 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_gen_jax.errors import CheckpointError, ConfigError, DataError, OutputError
+from lora_gen_jax.files import is_directory, write_text
 
 if TYPE_CHECKING:
-    from lora_gen_jax.adapters.specialization import Specialization
-    from lora_gen_jax.inference.decode import Generation
+    import numpy as np
+
+    from lora_gen_jax.inference.work import Work
     from lora_gen_jax.models import Model
 
 
@@ -41,7 +42,7 @@ class Generate:
     """A JSONL file, {"input": text, "specialization": directory or name} a line; without "specialization" the base
     model answers, unless --specialization is one. Other fields are kept."""
     out: Path | None = None
-    """With --requests: the JSONL file to write, the requests with "output" and "finish"."""
+    """With --requests: the JSONL file to write, the requests with "answer" and "finish" ("stop" or "length")."""
     checkpoint: Path | None = None
     """Where the generator with the expert pool is, if not where it was when the specialisation was made."""
     edge: str | None = None
@@ -76,7 +77,7 @@ def generate_command(flags: Generate) -> None:
         raise ConfigError(f"give one of --input and --requests; found {' and '.join(given) or 'neither'}")
     Sampling(flags.temperature, flags.top_k, flags.top_p).check()
     if flags.requests is not None:
-        _answer_requests(flags)
+        _answer_requests(flags, flags.requests)
         return
     for name in ("out", "rows", "how"):
         if getattr(flags, name) != getattr(Generate(), name):
@@ -88,30 +89,31 @@ def generate_command(flags: Generate) -> None:
 
 def _answer_one(flags: Generate, directory: Path) -> None:
     """Merges the specialisation into the edge model and streams its answer."""
-    from lora_gen_jax.adapters.merge import merge
-    from lora_gen_jax.adapters.specialization import adapter_of
+    from lora_gen_jax.adapters.merge import merge_donated
+    from lora_gen_jax.adapters.specialization_fit import adapter_of
     from lora_gen_jax.data.text_stream import TextStream
     from lora_gen_jax.files import text_argument
     from lora_gen_jax.inference.decode import stream
     from lora_gen_jax.inference.sampling import Sampling
-    from lora_gen_jax.models import load_model
+    from lora_gen_jax.models import end_ids, load_model
+    from lora_gen_jax.sharding import evaluation_mesh
     from lora_gen_jax.specializer import read_specialization
-    from lora_gen_jax.training.checkpoint import check_models
 
     assert flags.input is not None
     text = text_argument(flags.input, "--input")
-    # A wrong pool is noticed before the model is read.
     specialization, loaded, config = read_specialization(directory, flags.checkpoint, flags.edge)
-    edge = load_model(config.edge)
-    found = {**specialization.fingerprints, "edge": edge.fingerprint}
-    check_models(specialization.fingerprints, found, f"specialisation {directory}")
-    adapter = adapter_of(specialization, loaded.variables, config.generator, edge.config.num_layers)
+    edge = load_model(config.edge, evaluation_mesh(config.mesh.fsdp))
+    params = edge.params
+    if not flags.base:
+        # The base is not needed any more.
+        adapter = adapter_of(specialization, loaded.variables, config.generator, edge.config.num_layers)
+        params = merge_donated(params, adapter)
     tokens = stream(
         edge.decoder,
-        edge.params if flags.base else merge(edge.params, adapter),
+        params,
         [_ids(edge, text, flags.chat)],
         max_new_tokens=flags.max_new_tokens,
-        stop_ids=_stop_ids(edge),
+        stop_ids=end_ids(config.edge.source, edge),
         sampling=Sampling(flags.temperature, flags.top_k, flags.top_p),
         seed=flags.seed,
     )
@@ -121,105 +123,129 @@ def _answer_one(flags: Generate, directory: Path) -> None:
     print(shown.finish())
 
 
-def _answer_requests(flags: Generate) -> None:
-    from lora_gen_jax.adapters.specialization import adapter_of, check_pool
-    from lora_gen_jax.data.jsonl import read_rows
-    from lora_gen_jax.inference.engine import Work
+def _answer_requests(flags: Generate, path: Path) -> None:
+    """Answers a file of requests, all of them or none."""
+    from lora_gen_jax.adapters.specialization_fit import adapter_of
     from lora_gen_jax.inference.mixture import answer_all
     from lora_gen_jax.models import load_model
-    from lora_gen_jax.specializer import find_generator, relocate
-    from lora_gen_jax.training.checkpoint import check_models
+    from lora_gen_jax.sharding import evaluation_mesh
+    from lora_gen_jax.specializer import read_specializations
+    from lora_gen_jax.terminal import bar
 
-    assert flags.requests is not None
-    if flags.out is None:
-        raise ConfigError("--out is missing: name the JSONL file that --requests are answered in")
-    if flags.out.exists():
-        raise OutputError(f"--out {flags.out} exists already: choose another, or remove it first")
-    rows = read_rows(flags.requests)
-    places = [_place(flags, f"{flags.requests}:{line}", row) for line, row in rows]
-    specializations = _load_all(places)
-    if not specializations:
+    out = _check_out(flags)
+    rows, places = _read_requests(flags, path)
+    directories = [place for place in places if place is not None]
+    if not directories:
         raise ConfigError("no request names a specialisation: name one in the file, or with --specialization")
-    first = next(iter(specializations.values()))
-    loaded = find_generator(first, flags.checkpoint)
-    for directory, specialization in specializations.items():
-        try:
-            check_pool(specialization, loaded.variables)
-        except CheckpointError as error:
-            raise CheckpointError(f"specialisation {directory}: {error}") from error
-    config = relocate(loaded.config, None, flags.edge)
-    edge = load_model(config.edge)
-    for directory, specialization in specializations.items():
-        found = {**specialization.fingerprints, "edge": edge.fingerprint}
-        check_models(specialization.fingerprints, found, f"specialisation {directory}")
-    experts = config.generator.num_experts
-    gates = {directory: one.gates(experts) for directory, one in specializations.items()}
-    pool = adapter_of(first, loaded.variables, config.generator, edge.config.num_layers)
-    works = [
-        Work(
-            ids=_ids(edge, row["input"], flags.chat),
-            max_new_tokens=flags.max_new_tokens,
-            gates_LE=None if place is None or flags.base else gates[place],
-            stop_ids=_stop_ids(edge),
-            temperature=flags.temperature,
-            top_k=flags.top_k,
-            top_p=flags.top_p,
-            seed=(flags.seed + i) % 2**32,
+    found, loaded, config = read_specializations(directories, flags.checkpoint, flags.edge)
+    first = found[directories[0]]
+    if first.direct:
+        raise CheckpointError(
+            f"{directories[0]} has factors instead of gates (direct generation), which are not mixed: answer each with"
+            " --input, or export it"
         )
-        for i, ((_, row), place) in enumerate(zip(rows, places, strict=True))
-    ]
+    edge = load_model(config.edge, evaluation_mesh(config.mesh.fsdp))
+    adapter = adapter_of(first, loaded.variables, config.generator, edge.config.num_layers)
+    gates = {place: one.gates(config.generator.num_experts) for place, one in found.items()}
+    asked = [(row["input"], None if place is None else gates[place]) for row, place in zip(rows, places, strict=True)]
+    works = _works(flags, edge, config.edge.source, asked)
     began = time.monotonic()
-    answers = answer_all(edge.decoder, edge.params, pool, works, rows=flags.rows, how=flags.how)
+    with bar("answering", len(works)) as progress:
+        answers = answer_all(
+            edge.decoder, edge.params, adapter, works, rows=flags.rows, how=flags.how, progress=progress
+        )
     seconds = time.monotonic() - began
-    _write(flags.out, [row for _, row in rows], answers, edge)
+    lines = [
+        json.dumps({**row, "answer": edge.encoder.decode(answer.ids), "finish": answer.finish}, ensure_ascii=False)
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+    write_text(out, "".join(line + "\n" for line in lines), "name another --out")
     count = sum(len(answer.ids) for answer in answers)
     print(
-        f"{flags.out}: {len(answers)} answers of {len(specializations)} specialisations in {seconds:.1f} s,"
+        f"{out}: {len(answers)} answers of {len(found)} specialisations in {seconds:.1f} s,"
         f" {len(answers) / seconds:.1f} answers/s, {count / seconds:.0f} tokens/s",
         file=sys.stderr,
     )
 
 
-def _place(flags: Generate, where: str, row: dict[str, Any]) -> Path | None:
-    """The specialisation directory of a request; None for the base model."""
-    text, named, folder = row.get("input"), row.get("specialization"), flags.specialization
-    if not isinstance(text, str) or not text.strip():
-        raise DataError(f'{where}: "input" must be a text that is not empty')
-    if named is None:
-        single = folder is not None and (folder / "specialization.safetensors").is_file()
-        return folder if single else None
-    if not isinstance(named, str) or not named:
-        raise DataError(f'{where}: "specialization" must be a directory or a name, found {named!r}')
-    inside = None if folder is None else folder / named
-    place = inside if inside is not None and inside.is_dir() else Path(named)
-    if not place.is_dir():
-        also = "" if folder is None else f", neither below {folder}"
-        raise DataError(f"{where}: there is no specialisation directory {named}{also}: write it with `specialize`")
-    return place
-
-
-def _load_all(places: Sequence[Path | None]) -> "dict[Path, Specialization]":
-    from lora_gen_jax.adapters.specialization import load_specialization
-
-    return {place: load_specialization(place) for place in dict.fromkeys(places) if place is not None}
-
-
-def _write(path: Path, rows: "Sequence[dict[str, Any]]", answers: "Sequence[Generation]", edge: "Model") -> None:
-    lines = [
-        json.dumps({**row, "output": edge.encoder.decode(answer.ids), "finish": answer.finish}, ensure_ascii=False)
-        for row, answer in zip(rows, answers, strict=True)
-    ]
-    temporary = path.with_name(f".{path.name}.tmp")
+def _check_out(flags: Generate) -> Path:
+    """Where the answers go, noticed before anything is computed."""
+    out, folder = flags.out, flags.specialization
+    if out is None:
+        raise ConfigError("--out is missing: name the JSONL file that --requests are answered in")
+    if out.exists():
+        raise OutputError(f"--out {out} exists already: choose another, or remove it first")
+    if folder is not None and not is_directory(folder):
+        raise CheckpointError(f"--specialization {folder} is no directory: name one that `specialize` wrote")
     try:
-        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        temporary.replace(path)
+        out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"--out {path} cannot be written: {error.strerror}; choose another place") from error
+        raise OutputError(f"--out {out} cannot be written: {error.strerror}; choose another place") from error
+    return out
+
+
+def _read_requests(flags: Generate, path: Path) -> tuple[list[dict[str, Any]], list[Path | None]]:
+    """The requests, and the specialisation directory of each; None for the base model.
+
+    Raises:
+        DataError: naming file, line and field.
+    """
+    from lora_gen_jax.data.jsonl import map_rows, read_rows
+
+    rows = read_rows(path)
+    places = map_rows(path, rows, lambda _, row: _place(flags, row))
+    return [row for _, row in rows], places
+
+
+def _place(flags: Generate, row: dict[str, Any]) -> Path | None:
+    from lora_gen_jax.data.prompt_sources import text_field
+
+    text_field(row, "input")
+    for name in ("answer", "finish"):
+        if name in row:
+            raise DataError(f'"{name}" is there already, and would be written over: call it something else')
+    if not _encodes(row):
+        raise DataError("a field holds half of a surrogate pair, which is no text: save the file as UTF-8")
+    named, folder = row.get("specialization"), flags.specialization
+    if named is None:
+        return folder if folder is not None and (folder / "specialization.safetensors").is_file() else None
+    if not isinstance(named, str) or not named:
+        raise DataError(f'"specialization" must be a directory or a name, found {named!r}')
+    for place in ([] if folder is None else [folder / named]) + [Path(named)]:
+        if is_directory(place):
+            return place
+    below = "" if folder is None else f", neither below {folder}"
+    raise DataError(f"there is no specialisation directory {named[:200]}{below}: write it with `specialize`")
+
+
+def _encodes(row: dict[str, Any]) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _works(flags: Generate, edge: "Model", source: str, asked: list[tuple[str, "np.ndarray | None"]]) -> "list[Work]":
+    """A work for each input and gates [L, E]."""
+    from lora_gen_jax.inference.work import Work
+    from lora_gen_jax.models import end_ids
+
+    stop_ids = end_ids(source, edge)
+    return [
+        Work(
+            ids=_ids(edge, text, flags.chat),
+            max_new_tokens=flags.max_new_tokens,
+            gates_LE=None if flags.base else gates_LE,
+            stop_ids=stop_ids,
+            temperature=flags.temperature,
+            top_k=flags.top_k,
+            top_p=flags.top_p,
+            seed=(flags.seed + i) % 2**32,
+        )
+        for i, (text, gates_LE) in enumerate(asked)
+    ]
 
 
 def _ids(edge: "Model", text: str, chat: bool) -> list[int]:
     return edge.encoder.chat([{"role": "user", "content": text}]) if chat else edge.encoder.text(text)
-
-
-def _stop_ids(edge: "Model") -> list[int]:
-    return [] if edge.encoder.end is None else [edge.encoder.end]

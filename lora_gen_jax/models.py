@@ -4,6 +4,7 @@ In: a `Config`. Out: a `Pair`. Where cloud and edge are the same model, they sha
 """
 
 import dataclasses
+import json
 from typing import Any
 
 import jax
@@ -14,7 +15,15 @@ from lora_gen_jax.config import Config, ModelConfig
 from lora_gen_jax.data.encode import Encoder
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.model import Decoder
-from lora_gen_jax.decoder.pretrained import fingerprint, load_config, load_params, load_tokenizer, resolve
+from lora_gen_jax.decoder.pretrained import (
+    fingerprint,
+    load_config,
+    load_hf_config,
+    load_params,
+    load_tokenizer,
+    resolve,
+)
+from lora_gen_jax.errors import ModelError
 from lora_gen_jax.inference.prefix import Prefix
 from lora_gen_jax.methods import trained_method
 from lora_gen_jax.sharding import param_shardings
@@ -79,8 +88,8 @@ def share_weights(config: Config) -> bool:
     return (config.cloud.source, config.cloud.dtype) == (config.edge.source, config.edge.dtype)
 
 
-def load_model(settings: ModelConfig, mesh: Mesh | None = None) -> Model:
-    """Reads a model's config, weights and tokenizer.
+def load_model(settings: ModelConfig, mesh: Mesh | None = None, weights: bool = True) -> Model:
+    """Reads a model's config, weights and tokenizer; without `weights` its `params` are None.
 
     Raises:
         ModelError: as the functions of `lora_gen_jax.decoder.pretrained`.
@@ -89,8 +98,31 @@ def load_model(settings: ModelConfig, mesh: Mesh | None = None) -> Model:
     config = load_config(source)
     decoder = make_decoder(settings, config, jax.default_backend())
     encoder = Encoder(load_tokenizer(source), config.vocab_size)
+    if not weights:
+        return Model(decoder, None, encoder, fingerprint(source))
     shardings = None if mesh is None else param_shardings(mesh, lambda: init_params(decoder))
     return Model(decoder, load_params(source, config, decoder.dtype, shardings), encoder, fingerprint(source))
+
+
+def end_ids(source: str, model: Model) -> tuple[int, ...]:
+    """The tokenizer's end token, and those that the model's own files name, as transformers has it.
+
+    Raises:
+        ModelError: when generation_config.json is damaged.
+    """
+    found = resolve(source)
+    path = found.model / "generation_config.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read ({error}); download it again") from error
+    if not isinstance(settings, dict):
+        raise ModelError(f"{path} must hold an object; download it again")
+    named = settings.get("eos_token_id")
+    if named is None and found.kind == "hf":
+        named = load_hf_config(found).get("eos_token_id")
+    ids = named if isinstance(named, list) else [named]
+    return tuple(sorted({i for i in (*ids, model.encoder.end) if i is not None}))
 
 
 def init_params(decoder: Decoder, seed: int = 0) -> Any:
@@ -98,17 +130,17 @@ def init_params(decoder: Decoder, seed: int = 0) -> Any:
     return decoder.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
-def load_pair(config: Config, mesh: Mesh | None = None) -> Pair:
-    """Both models of an experiment.
+def load_pair(config: Config, mesh: Mesh | None = None, edge_weights: bool = True) -> Pair:
+    """Both models of an experiment; without `edge_weights` the edge's, unless they are the cloud's.
 
     Raises:
         ModelError: as `load_model`.
     """
-    edge = load_model(config.edge, mesh)
     if share_weights(config):
+        edge = load_model(config.edge, mesh)
         decoder = make_decoder(config.cloud, edge.config, jax.default_backend())
         return Pair(dataclasses.replace(edge, decoder=decoder), edge)
-    return Pair(load_model(config.cloud, mesh), edge)
+    return Pair(load_model(config.cloud, mesh), load_model(config.edge, mesh, edge_weights))
 
 
 def make_generator(config: Config, pair: Pair) -> Any:

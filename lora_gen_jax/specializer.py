@@ -10,20 +10,18 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lora_gen_jax.adapters.specialization import (
-    Specialization,
-    check_pool,
-    load_specialization,
-    pool_fingerprint,
-    sparse_tensors,
-)
+from lora_gen_jax.adapters.specialization import Specialization, load_specialization, sparse_tensors
+from lora_gen_jax.adapters.specialization_fit import Fit, pool_fingerprint
 from lora_gen_jax.config import Config, ModelConfig
 from lora_gen_jax.data.prompt_sources import check_text
+from lora_gen_jax.decoder.pretrained import fingerprint, load_config, resolve
 from lora_gen_jax.errors import CheckpointError, DataError
+from lora_gen_jax.files import is_directory
 from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.inference.buckets import bucket, power_of_two
 from lora_gen_jax.inference.placement import mesh_of
 from lora_gen_jax.models import Pair, load_pair, make_generator
+from lora_gen_jax.sharding import evaluation_mesh
 from lora_gen_jax.training.checkpoint import Loaded, check_models, load_checkpoint, versions
 from lora_gen_jax.training.portable import DEFAULT, SHIPPED
 
@@ -69,13 +67,16 @@ class Specializer:
         cloud: str | None = None,
         edge: str | None = None,
         mesh: Mesh | None = None,
+        edge_weights: bool = True,
     ) -> "Specializer":
         """Reads a checkpoint (the shipped generator, if none is named) and its two models.
 
         Args:
             checkpoint: what `load_checkpoint` takes, or None.
             cloud, edge: where the models are, if not where they were when the generator was trained.
-            mesh: that the models' weights are put on; one device when left out.
+            mesh: that the models' weights are put on; left out, this process's accelerators, spread over as many of
+                them as in training (one device on a CPU).
+            edge_weights: read the edge model's weights, too; specialising needs none of them.
 
         Raises:
             CheckpointError: when there is no checkpoint, or it is damaged, of another method or of other models.
@@ -84,7 +85,8 @@ class Specializer:
         loaded = load_checkpoint(checkpoint or DEFAULT)
         _check_makes_gates(loaded)  # before any model is read
         loaded = dataclasses.replace(loaded, config=relocate(loaded.config, cloud, edge))
-        return cls(loaded, load_pair(loaded.config, mesh))
+        mesh = evaluation_mesh(loaded.config.mesh.fsdp) if mesh is None else mesh
+        return cls(loaded, load_pair(loaded.config, mesh, edge_weights))
 
     def ids(self, prompt: str) -> list[int]:
         """The cloud model's ids of a prompt.
@@ -161,20 +163,43 @@ class Specializer:
 def read_specialization(
     directory: Path, checkpoint: Path | None, edge: str | None
 ) -> tuple[Specialization, Loaded, Config]:
-    """A specialisation, the generator that has its pool, and the generator's config with the edge model relocated.
+    """As `read_specializations`, of one directory."""
+    found, loaded, config = read_specializations([directory], checkpoint, edge)
+    return found[directory], loaded, config
+
+
+def read_specializations(
+    directories: Sequence[Path], checkpoint: Path | None, edge: str | None
+) -> tuple[dict[Path, Specialization], Loaded, Config]:
+    """Specialisations of one generator, that generator, and its config with the edge model relocated.
+
+    All that can be wrong is noticed here, before the edge model's weights are read.
 
     Args:
-        directory: that `specialize` wrote.
+        directories: at least one, that `specialize` wrote.
         checkpoint: where the generator is; None for where it was, or the shipped one (`find_generator`).
         edge: where the edge model is, if not where it was when the generator was trained.
 
     Raises:
-        CheckpointError: when the directory is damaged, no generator is found, or it has another pool.
+        CheckpointError: naming the directory that is damaged, does not fit the generator or is of another edge model;
+            when no generator is found.
     """
-    specialization = load_specialization(directory)
-    loaded = find_generator(specialization, checkpoint)
-    check_pool(specialization, loaded.variables)
-    return specialization, loaded, relocate(loaded.config, None, edge)
+    found = {directory: load_specialization(directory) for directory in dict.fromkeys(directories)}
+    loaded = find_generator(next(iter(found.values())), checkpoint)
+    config = relocate(loaded.config, None, edge)
+    source = resolve(config.edge.source)
+    fit, weights = Fit.of(loaded.variables, config.generator, load_config(source).num_layers), fingerprint(source)
+    for directory, specialization in found.items():
+        try:
+            fit.check(specialization)
+        except CheckpointError as error:
+            raise CheckpointError(f"{directory}, with the generator {loaded.path}: {error}") from error
+        if specialization.fingerprints["edge"] != weights:
+            raise CheckpointError(
+                f"{directory} was made for another edge model (fingerprint {specialization.fingerprints['edge']}) than"
+                f" {config.edge.source} ({weights}): give the one that it was made for (--edge)"
+            )
+    return found, loaded, config
 
 
 def find_generator(specialization: Specialization, named: Path | None) -> Loaded:
@@ -184,18 +209,23 @@ def find_generator(specialization: Specialization, named: Path | None) -> Loaded
     Raises:
         CheckpointError: when none of them is there.
     """
-    recorded = specialization.checkpoint
     if named is not None:
         return load_checkpoint(named)
-    if recorded is not None and Path(recorded).is_dir():
-        return load_checkpoint(Path(recorded))
+    recorded, reason = specialization.checkpoint, "none was recorded when it was made"
+    if recorded is not None:
+        reason = f"the one recorded when it was made ({recorded[:200]}) is gone"
+        if is_directory(Path(recorded)):
+            try:
+                return load_checkpoint(Path(recorded))
+            except CheckpointError as error:
+                reason = f"the one recorded when it was made cannot be used ({error})"
     for path in SHIPPED.values():
         loaded = load_checkpoint(path)
         if pool_fingerprint(loaded.variables) == specialization.fingerprints["pool"]:
             return loaded
     raise CheckpointError(
-        f"the expert pool of this specialisation was not found: no --checkpoint was given, the checkpoint recorded when"
-        f" it was made ({recorded}) is gone, and no shipped generator has that pool. Give --checkpoint DIR"
+        f"the expert pool of this specialisation was not found: no --checkpoint was given, {reason}, and no shipped"
+        " generator has that pool. Give --checkpoint DIR"
     )
 
 

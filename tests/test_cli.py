@@ -157,7 +157,7 @@ def test_a_bad_prompt_among_many_is_named_and_nothing_is_written(capsys, tmp_pat
     base = ["specialize", "--checkpoint", trained().directory, "--out", tmp_path / "out", "--prompts"]
     path = write_rows(tmp_path / "many.jsonl", [{"prompt": "red"}, {"prompt": "red " * 200}])
     err = refused(capsys, main, [*base, path])
-    assert f"{path}: prompt 2 of 2: the prompt has 200 tokens, the limit is 128" in err
+    assert f"{path}: 2: the prompt has 200 tokens, the limit is 128" in err
     write_rows(path, [{"prompt": "red"}, {"prompt": "red", "name": "../up"}])
     assert f"{path}:2: \"name\" is '../up'" in refused(capsys, main, [*base, path])
     assert [p.name for p in tmp_path.iterdir()] == ["many.jsonl"]

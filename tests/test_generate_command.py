@@ -39,7 +39,7 @@ def answered(tmp_path, specials, name, *flags):
 
 def test_requests_are_answered_as_each_alone_in_either_way(tmp_path, specials, capsys):
     mixed = answered(tmp_path, specials, "mixed", "--how", "mixed")
-    assert [{k: v for k, v in row.items() if k not in ("output", "finish")} for row in mixed] == REQUESTS
+    assert [{k: v for k, v in row.items() if k not in ("answer", "finish")} for row in mixed] == REQUESTS
     assert answered(tmp_path, specials, "merged", "--how", "merged") == mixed
     capsys.readouterr()
     for row in mixed:
@@ -49,8 +49,8 @@ def test_requests_are_answered_as_each_alone_in_either_way(tmp_path, specials, c
         else:
             place = str(specials / "young")
             main(["generate", "--specialization", place, "--input", row["input"], "--max-new-tokens", "8", "--base"])
-        assert capsys.readouterr().out == row["output"] + "\n"
-    assert len({row["output"] for row in mixed}) == 4
+        assert capsys.readouterr().out == row["answer"] + "\n"
+    assert len({row["answer"] for row in mixed}) == 4
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,11 @@ def test_requests_are_answered_as_each_alone_in_either_way(tmp_path, specials, c
         (["--input", "owl:", "--rows", "3"], None, "--rows is for --requests"),
         (["--requests", "FILE"], [{"input": "owl:"}], "--out is missing"),
         (["--requests", "FILE", "--out", "OUT"], [{"input": "owl:"}], "no request names a specialisation"),
-        (["--requests", "FILE", "--out", "OUT"], [{"input": "a"}, {"input": " "}], 'requests.jsonl:2: "input" must be'),
+        (
+            ["--requests", "FILE", "--out", "OUT"],
+            [{"input": "a"}, {"input": " "}],
+            'l:2: "input" is empty',
+        ),
         (["--requests", "FILE", "--out", "FILE"], [{"input": "a"}], "exists already"),
         (
             ["--requests", "FILE", "--out", "OUT"],
@@ -70,13 +74,18 @@ def test_requests_are_answered_as_each_alone_in_either_way(tmp_path, specials, c
             "requests.jsonl:1: there is no specialisation directory nowhere",
         ),
         (["--requests", "FILE", "--out", "OUT"], [{"input": "a", "specialization": 3}], '"specialization" must be'),
+        (["--requests", "FILE", "--out", "OUT"], [{"input": "a", "specialization": "x" * 300}], "there is no special"),
+        (["--requests", "FILE", "--out", "OUT"], [{"input": "a", "answer": "b"}], '"answer" is there already'),
+        (["--requests", "FILE", "--out", "OUT"], [{"input": "a", "id": "\ud800"}], "half of a surrogate pair"),
+        (["--requests", "FILE", "--out", "OUT", "--specialization", "no/such"], None, "no/such is no directory"),
+        (["--requests", "FILE", "--out", "FILE/out.jsonl"], None, "cannot be written"),
     ],
 )
 def test_what_cannot_be_answered_is_named(tmp_path, capsys, flags, rows, message):
     path = write_rows(tmp_path / "requests.jsonl", rows or [{"input": "owl:"}])
     places = {"FILE": str(path), "OUT": str(tmp_path / "out.jsonl")}
     with pytest.raises(SystemExit) as stopped:
-        main(["generate", *(places.get(flag, flag) for flag in flags)])
+        main(["generate", *(places.get(flag, flag.replace("FILE/", f"{path}/")) for flag in flags)])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
@@ -97,4 +106,6 @@ def test_a_specialisation_of_another_pool_is_named(tmp_path, specials, capsys):
     path = write_rows(tmp_path / "requests.jsonl", rows)
     with pytest.raises(SystemExit):
         main(["generate", "--requests", str(path), "--out", str(tmp_path / "out.jsonl")])
-    assert f"specialisation {other}: the specialisation was made with another expert pool" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"{other}, with the generator" in err
+    assert "another expert pool" in err

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import WORDS, trained
+from helpers import WORDS, trained, write_model
 
 from lora_gen_jax import specializer as module
-from lora_gen_jax.adapters.specialization import pool_fingerprint, save_specialization
+from lora_gen_jax.adapters.specialization import save_specialization
+from lora_gen_jax.adapters.specialization_fit import pool_fingerprint
 from lora_gen_jax.errors import CheckpointError, DataError
 from lora_gen_jax.generator import specialize as specializing
 from lora_gen_jax.sharding import make_mesh
@@ -194,15 +195,18 @@ def test_the_shipped_generator_is_taken_where_none_is_named_and_found_again():
 def test_a_specialisation_is_read_with_its_generator(specializer, tmp_path):
     (made,) = specializer.specialize([PROMPT])
     save_specialization(made, tmp_path / "s")
-    found, loaded, config = read_specialization(tmp_path / "s", None, "else/where")
+    elsewhere = str(shutil.copytree(trained().edge.source, tmp_path / "elsewhere"))
+    found, loaded, config = read_specialization(tmp_path / "s", None, elsewhere)
     np.testing.assert_array_equal(found.gates(4), made.gates(4))
-    assert (loaded.step, config.edge.source, config.cloud.source) == (24, "else/where", trained().cloud.source)
+    assert (loaded.step, config.edge.source, config.cloud.source) == (24, elsewhere, trained().cloud.source)
     shutil.copytree(loaded.path, tmp_path / "moved")
     assert read_specialization(tmp_path / "s", tmp_path / "moved", None)[1].path == tmp_path / "moved"
     with pytest.raises(CheckpointError, match="another expert pool"):
         read_specialization(tmp_path / "s", trained().directory / "checkpoints" / "12", None)
     with pytest.raises(CheckpointError, match="another expert pool"):
         read_specialization(tmp_path / "s", DEFAULT, None)
+    with pytest.raises(CheckpointError, match=r"s was made for another edge model .*\(--edge\)"):
+        read_specialization(tmp_path / "s", None, str(write_model(tmp_path / "other", seed=9)))
     save_specialization(dataclasses.replace(made, checkpoint="gone"), tmp_path / "lost")
     with pytest.raises(CheckpointError, match=r"\(gone\) is gone"):
         read_specialization(tmp_path / "lost", None, None)

@@ -133,10 +133,19 @@ def merge_over(held: Any, params: Any, adapter: Mergeable) -> Any:
     base, targets = kernels_of(params, sites), kernels_of(held, sites)
     if any(targets[site] is base[site] for site in sites):
         raise ConfigError("the weights to write over are the base's own: start with merge(params, adapter)")
-    every = [site for site in SITES if site in params["layers"][GROUP_OF_SITE[site]]]
-    own, found = kernels_of(params, every), kernels_of(held, every)
-    if stale := [site for site in every if site not in sites and found[site] is not own[site]]:
-        raise ConfigError(f"the weights to write over were merged at {', '.join(stale)}, too: merge anew")
+    others = [site for site in SITES if site not in sites and site in params["layers"][GROUP_OF_SITE[site]]]
+    own, found = kernels_of(params, others), kernels_of(held, others)
+    if not all(found[site] is own[site] for site in others):
+        raise ConfigError(
+            "the weights to write over are not this base's with the same sites changed: start with"
+            " merge(params, adapter)"
+        )
+    for site in sites:
+        if (targets[site].shape, targets[site].dtype) != (base[site].shape, base[site].dtype):
+            raise ConfigError(
+                f"the weights to write over are {targets[site].dtype} at {site}, the base's"
+                f" {base[site].dtype}: start with merge(params, adapter)"
+            )
     return with_kernels(params, _writing_over(targets, base, adapter))
 
 

@@ -66,7 +66,7 @@ def _lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
             continue
         try:
             yield number, json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{number}: not valid JSON ({_reason(error)}); one object a line") from error
 
 
@@ -82,7 +82,7 @@ def _array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
             break
         try:
             value, position = decoder.raw_decode(text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{line}: not valid JSON ({_reason(error)})") from error
         yield line, value
         while position < len(text) and text[position].isspace():
@@ -97,7 +97,9 @@ def _array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _reason(error: Exception) -> str:
-    return error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return error.msg if isinstance(error, json.JSONDecodeError) else "a number has too many digits"
 
 
 def _kind(value: object) -> str:

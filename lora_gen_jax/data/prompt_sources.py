@@ -140,8 +140,9 @@ def read_chat(path: Path) -> str:
         value = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
-    except RecursionError as error:
-        raise DataError(f"{path}: not valid JSON (nested too deeply)") from error
+    except (RecursionError, ValueError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
+        raise DataError(f"{path}: not valid JSON ({reason})") from error
     try:
         return chat_prompt(value.get("messages") if isinstance(value, dict) else value)
     except DataError as error:

@@ -14,10 +14,10 @@ from lora_gen_jax.config import Config
 from lora_gen_jax.data.reasoning import REASONING_TASKS, SEEN_TASKS
 from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.evaluation.request_cache import RequestCache
-from lora_gen_jax.evaluation.subject import Subject, end_ids, identity_of
+from lora_gen_jax.evaluation.subject import Subject, identity_of
 from lora_gen_jax.evaluation.systems import identifier
 from lora_gen_jax.methods import METHODS
-from lora_gen_jax.models import Pair
+from lora_gen_jax.models import Pair, end_ids
 from lora_gen_jax.training.checkpoint import Loaded
 
 PREFIX = "lm_eval/"

@@ -11,17 +11,17 @@ from typing import Any
 import jax.numpy as jnp
 
 from lora_gen_jax.adapters.merge import merge_donated
-from lora_gen_jax.adapters.specialization import adapter_of, load_specialization
+from lora_gen_jax.adapters.specialization_fit import adapter_of
 from lora_gen_jax.baselines.method import Prompt, Specialised
 from lora_gen_jax.config import Config, EvalConfig, ModelConfig
 from lora_gen_jax.errors import ConfigError
-from lora_gen_jax.evaluation.subject import Subject, content_of, digest_of, end_ids, identity_of
+from lora_gen_jax.evaluation.subject import Subject, content_of, digest_of, identity_of
 from lora_gen_jax.evaluation.systems import description_of, identifier
 from lora_gen_jax.files import text_argument
 from lora_gen_jax.methods import trained_method
-from lora_gen_jax.models import Model, load_model, load_pair
+from lora_gen_jax.models import Model, end_ids, load_model, load_pair
 from lora_gen_jax.sharding import evaluation_mesh
-from lora_gen_jax.specializer import find_generator, relocate
+from lora_gen_jax.specializer import read_specialization, relocate
 from lora_gen_jax.training.checkpoint import check_models, load_checkpoint, versions
 from lora_gen_jax.training.portable import DEFAULT
 
@@ -138,14 +138,11 @@ def _info(edge: Model, made: dict[str, Any]) -> dict[str, Any]:
 
 def _with_specialization(settings: Settings) -> Subject:
     directory = Path(settings.specialization or "")
-    special = load_specialization(directory)
-    loaded = find_generator(special, None if settings.checkpoint is None else Path(settings.checkpoint))
+    checkpoint = None if settings.checkpoint is None else Path(settings.checkpoint)
+    special, loaded, _ = read_specialization(directory, checkpoint, settings.model)
     config = _relocated(loaded.config, settings)
-    adapter = adapter_of(special, loaded.variables, config.generator)
     edge = load_model(config.edge, evaluation_mesh(config.mesh.fsdp))
-    check_models(
-        special.fingerprints, {**special.fingerprints, "edge": edge.fingerprint}, f"specialisation {directory}"
-    )
+    adapter = adapter_of(special, loaded.variables, config.generator, edge.config.num_layers)
     made = {"method": "specialization", **special.fingerprints, "gates": content_of(special.tensors)}
     made["prompt"] = digest_of(special.prompt)
     # The base is not needed any more.

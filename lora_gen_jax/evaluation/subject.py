@@ -15,8 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_gen_jax.baselines.method import Specialised
-from lora_gen_jax.decoder.pretrained import load_hf_config, resolve
-from lora_gen_jax.errors import ModelError
 from lora_gen_jax.models import Model
 from lora_gen_jax.training.checkpoint import versions
 
@@ -62,24 +60,6 @@ def identity_of(edge: Model, made: dict[str, Any]) -> str:
     # Another version may tokenise, generate or merge otherwise.
     known = {**made, "edge": edge.fingerprint, "dtype": jnp.dtype(edge.decoder.dtype).name, "versions": versions()}
     return digest_of(json.dumps(known | {"tokenizer": edge.encoder.digest}, sort_keys=True))
-
-
-def end_ids(source: str, model: Model) -> tuple[int, ...]:
-    """The tokenizer's end token, and those that the model's own files name, as transformers has it.
-
-    Raises:
-        ModelError: when generation_config.json is damaged.
-    """
-    found = resolve(source)
-    path = found.model / "generation_config.json"
-    try:
-        named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read ({error}); download it again") from error
-    if named is None and found.kind == "hf":
-        named = load_hf_config(found).get("eos_token_id")
-    ids = named if isinstance(named, list) else [named]
-    return tuple(sorted({i for i in (*ids, model.encoder.end) if i is not None}))
 
 
 def digest_of(text: str) -> str:

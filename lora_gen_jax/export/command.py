@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lora_gen_jax.config import ModelConfig
-from lora_gen_jax.errors import ConfigError, OutputError
+from lora_gen_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from lora_gen_jax.adapters.specialization import Specialization
@@ -88,8 +88,12 @@ def _check_flags(flags: Export) -> None:
             "--specialization is missing: name a directory that `lora-gen specialize` wrote (with --base, --edge alone"
             " will do)"
         )
-    if not flags.max_shard_size_gb > 0:
+    if not 0 < flags.max_shard_size_gb < float("inf"):
         raise ConfigError(f"--max-shard-size-gb is {flags.max_shard_size_gb}: use a number above 0")
+    if flags.format != "merged" and flags.max_shard_size_gb != Export.max_shard_size_gb:
+        raise ConfigError(f"--max-shard-size-gb is for --format merged; a {flags.format} adapter is one file")
+    if flags.specialization is None and flags.checkpoint is not None:
+        raise ConfigError("--checkpoint is where a specialisation's pool is: name a --specialization, or leave it out")
 
 
 def _adapter(flags: Export, made: Made) -> tuple[str, str]:
@@ -105,7 +109,6 @@ def _adapter(flags: Export, made: Made) -> tuple[str, str]:
     config = load_config(resolve(source))
     if flags.format == "gguf":
         check_gguf(config)
-    _check_edge(flags, made)
     factors = lora_factors(made.special, made.loaded.variables, made.loaded.config.generator, config.num_layers)
     adapter = ExportedAdapter(source, config, factors, origin_of(made.special))
     if flags.format == "gguf":
@@ -117,10 +120,11 @@ def _adapter(flags: Export, made: Made) -> tuple[str, str]:
 
 def _merged(flags: Export, made: Made | None) -> tuple[str, str]:
     """Writes a whole model; returns what it is, and how it is loaded."""
+    import jax
     import numpy as np
 
     from lora_gen_jax.adapters.merge import merge_donated
-    from lora_gen_jax.adapters.specialization import adapter_of
+    from lora_gen_jax.adapters.specialization_fit import adapter_of
     from lora_gen_jax.decoder.pretrained import load_config
     from lora_gen_jax.export.factors import origin_of
     from lora_gen_jax.export.merged import MergedModel, write_merged
@@ -128,41 +132,27 @@ def _merged(flags: Export, made: Made | None) -> tuple[str, str]:
 
     edge = ModelConfig(str(flags.edge)) if made is None else made.edge
     adapter, origin = None, None
-    if made is not None:
-        # Wrong models and wrong pools are noticed before the weights are read.
-        _check_edge(flags, made)
-        if not flags.base:
-            layers = load_config(edge.source).num_layers
-            adapter = adapter_of(made.special, made.loaded.variables, made.loaded.config.generator, layers)
-            origin = origin_of(made.special)
-    model = load_model(dataclasses.replace(edge, dtype="float32"))
-    if adapter is not None:
-        model = dataclasses.replace(model, params=merge_donated(model.params, adapter))
+    if made is not None and not flags.base:
+        layers = load_config(edge.source).num_layers
+        adapter = adapter_of(made.special, made.loaded.variables, made.loaded.config.generator, layers)
+        origin = origin_of(made.special)
+    # In the host's memory: a whole model in fp32 need not fit an accelerator.
+    with jax.default_device(jax.devices("cpu")[0]):
+        model = load_model(dataclasses.replace(edge, dtype="float32"))
+        if adapter is not None:
+            adapter = jax.device_put(adapter, jax.devices("cpu")[0])
+            model = dataclasses.replace(model, params=merge_donated(model.params, adapter))
     merged, limit = MergedModel(model, edge.source, origin), int(flags.max_shard_size_gb * 1e9)
     _write(flags.out, lambda directory: write_merged(merged, directory, np.dtype(flags.dtype), limit))
     loads = f"transformers.AutoModelForCausalLM.from_pretrained({str(flags.out)!r})"
     return "base model" if flags.base else "merged model", loads
 
 
-def _check_edge(flags: Export, made: Made) -> None:
-    from lora_gen_jax.decoder.pretrained import fingerprint
-    from lora_gen_jax.training.checkpoint import check_models
-
-    expected = made.special.fingerprints
-    found = expected | {"edge": fingerprint(made.edge.source)}
-    check_models(expected, found, f"specialisation {flags.specialization}")
-
-
 def _write(out: Path, fill: Callable[[Path], None]) -> None:
-    from safetensors import SafetensorError
+    from lora_gen_jax.files import complete_directory, writing
 
-    from lora_gen_jax.files import complete_directory
-
-    with complete_directory(out) as directory:
-        try:
-            fill(directory)
-        except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
-            raise OutputError(f"output {out} cannot be written: {error}") from error
+    with complete_directory(out) as directory, writing(out):
+        fill(directory)
 
 
 def _size(size: int) -> str:

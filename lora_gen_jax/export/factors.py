@@ -16,7 +16,8 @@ import numpy as np
 
 from lora_gen_jax.adapters.gated_pool import GatedPool
 from lora_gen_jax.adapters.lora import PromptLoRA
-from lora_gen_jax.adapters.specialization import Specialization, adapter_of
+from lora_gen_jax.adapters.specialization import Specialization
+from lora_gen_jax.adapters.specialization_fit import adapter_of
 from lora_gen_jax.config import GeneratorConfig
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.pretrained import leaves

@@ -13,8 +13,7 @@ from typing import Any
 
 from lora_gen_jax.decoder.pretrained import load_hf_config, resolve
 from lora_gen_jax.decoder.pretrained.save import save_config, save_weights
-from lora_gen_jax.evaluation.subject import end_ids
-from lora_gen_jax.models import Model
+from lora_gen_jax.models import Model, end_ids
 
 # Whatever a tokenizer of transformers may consist of; other files of the original say nothing about these weights.
 _TOKENIZER_FILES = (

@@ -6,9 +6,8 @@ another specialisation by L·E numbers.
 """
 
 import collections
-import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +16,14 @@ from jax.sharding import NamedSharding
 
 from lora_gen_jax.adapters.gated_pool import GatedPool
 from lora_gen_jax.decoder.model import Decoder
-from lora_gen_jax.errors import ConfigError, DataError
-from lora_gen_jax.inference.buckets import check_tokens, pad_rows, power_of_two
+from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.inference.buckets import pad_rows, power_of_two
 from lora_gen_jax.inference.continuous import STOPS, Drawn, Joining, Rows, decode, empty_rows, join, release
 from lora_gen_jax.inference.decode import Generation
 from lora_gen_jax.inference.forward import forward_only
 from lora_gen_jax.inference.placement import mesh_context, mesh_of, padded_rows
 from lora_gen_jax.inference.sampling import Sampling
+from lora_gen_jax.inference.work import FINISH, Progress, Work, check_gates, check_work, expert_count
 from lora_gen_jax.sharding import spec
 
 PREFILL_TOKENS = 2048
@@ -31,49 +31,6 @@ PREFILL_TOKENS = 2048
 # Prompts are read 1, 4, 16, … at a time and padded to 16, 32, 64, … tokens: a program for each.
 _GROUPS = 4
 _SMALLEST_PROMPT = 16
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Work:
-    """One sequence to generate.
-
-    Attributes:
-        ids: token ids of the prompt.
-        max_new_tokens: at most this many new tokens.
-        gates_LE: float32 [L, E], of one specialisation; None for the base model.
-        stop_ids: ids that end it, at most `STOPS`.
-        temperature, top_k, top_p: as in `Sampling`.
-        seed: of the draws; the same as `generate` gives with this seed for a prompt alone.
-    """
-
-    ids: Sequence[int]
-    max_new_tokens: int
-    gates_LE: np.ndarray | None = None
-    stop_ids: Sequence[int] = ()
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-
-Finish = Literal["stop", "length"]
-_FINISH: tuple[Finish | None, ...] = (None, "stop", "length")
-
-
-class Progress(NamedTuple):
-    """What a row gained.
-
-    Attributes:
-        row: of the batch.
-        ids: new ids, without the stop id.
-        logprobs: the model's own log-probability of each.
-        finish: "stop" or "length" when the sequence has ended, and its row is free; else None.
-    """
-
-    row: int
-    ids: list[int]
-    logprobs: list[float]
-    finish: Finish | None
 
 
 class Engine:
@@ -108,29 +65,9 @@ class Engine:
         return self.rows - len(self.free)
 
     def check(self, work: Work) -> None:
-        """Whether a work can be done at all.
-
-        Raises:
-            DataError: for an empty prompt, an id that the model lacks, one too long for the slots, or gates of
-                another shape than the pool takes.
-            ConfigError: for a sampling setting outside its range.
-        """
-        if len(work.ids) == 0:
-            raise DataError("the prompt is empty: give it at least one token")
-        if work.max_new_tokens < 1:
-            raise DataError(f"max_new_tokens={work.max_new_tokens} generates nothing: use at least 1")
-        if len(work.ids) + work.max_new_tokens > self.slots:
-            raise DataError(
-                f"the prompt has {len(work.ids)} tokens and max_new_tokens is {work.max_new_tokens}, the context has"
-                f" room for {self.slots} together: shorten the prompt, or ask for fewer new tokens"
-            )
-        check_tokens(work.ids, self.decoder.config.vocab_size, "the prompt")
-        if len(work.stop_ids) > STOPS:
-            raise DataError(f"{len(work.stop_ids)} stop ids were given, there is room for {STOPS}")
-        if not 0 <= work.seed < 2**32:
-            raise DataError(f"seed={work.seed} must be 0 to 2^32 - 1")
+        """Raises DataError or ConfigError for a work that cannot be done, as `check_work`."""
+        check_work(work, self.decoder, self.slots)
         check_gates(work, self.decoder, self.pool)
-        Sampling(work.temperature, work.top_k, work.top_p).check()
 
     def admit(self, works: Sequence[Work]) -> tuple[list[int], list[Progress]]:
         """Reads the prompts of checked works, at most as many as there are free rows.
@@ -199,7 +136,7 @@ class Engine:
         )
         progress = []
         for row, place in zip(rows, places, strict=True):
-            count, finish = int(emitted_B[place]), _FINISH[int(finish_B[place])]
+            count, finish = int(emitted_B[place]), FINISH[int(finish_B[place])]
             ids, logprobs = id_BN[place, :count].tolist(), logprob_BN[place, :count].tolist()
             progress.append(Progress(row, ids, logprobs, finish))
             if finish is not None:
@@ -280,18 +217,6 @@ class Engine:
             return jax.device_put(x, sharding, may_alias=False)
 
         return jax.tree_util.tree_map_with_path(placed, state)
-
-
-def expert_count(pool: GatedPool | None) -> int:
-    """E; 0 without a pool."""
-    return 0 if pool is None else jax.tree.leaves(pool.pool)[0].shape[-3]
-
-
-def check_gates(work: Work, decoder: Decoder, pool: GatedPool | None) -> None:
-    """Raises DataError for gates of another shape than the pool takes, [L, E]."""
-    shape = (decoder.config.num_layers, expert_count(pool))
-    if work.gates_LE is not None and work.gates_LE.shape != shape:
-        raise DataError(f"gates have the shape {work.gates_LE.shape}, the pool takes {shape} (layers, experts)")
 
 
 def _without_gates(pool: GatedPool) -> GatedPool:

@@ -16,7 +16,8 @@ from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import LoraGenError
 from lora_gen_jax.inference.buckets import bucket
 from lora_gen_jax.inference.decode import Generation
-from lora_gen_jax.inference.engine import Engine, Work, check_gates
+from lora_gen_jax.inference.engine import Engine
+from lora_gen_jax.inference.work import Work, check_gates, check_work
 
 How = Literal["auto", "mixed", "merged"]
 FULL_BATCH = 32
@@ -52,35 +53,46 @@ def answer_all(
     if not works:
         return []
     slots = min(bucket(max(len(work.ids) + work.max_new_tokens for work in works)), decoder.config.max_positions)
-    rows, groups = min(rows, len(works)), by_specialisation(works)
-    mixed = how == "mixed" or (how == "auto" and mixed_is_better([len(group) for group in groups]))
-    # Merged, the rows of a batch have nothing beside the weights.
-    rowwise = works if mixed else [dataclasses.replace(work, gates_LE=None) for work in works]
-    engine = Engine(decoder, params, pool if mixed else None, rows=rows, slots=slots)
-    for i, (work, row) in enumerate(zip(works, rowwise, strict=True)):
+    for i, work in enumerate(works):
         try:
-            engine.check(row)
+            check_work(work, decoder, slots)
             check_gates(work, decoder, pool)
         except LoraGenError as error:
             raise type(error)(f"request {i + 1} of {len(works)}: {error}") from error
+    groups = by_specialisation(works)
+    mixed = how == "mixed" or (how == "auto" and mixed_is_better([len(group) for group in groups]))
+    engine = Engine(decoder, params, pool if mixed else None, rows=min(rows, len(works)), slots=slots)
     found: dict[int, Generation] = {}
-    held = None
-    for group in [range(len(works))] if mixed else groups:
-        gates_LE = works[group[0]].gates_LE
-        if not mixed and gates_LE is None:
-            engine.params = params
-        elif not mixed:
+
+    def note(i: int, generation: Generation) -> None:
+        found[i] = generation
+        if progress is not None:
+            progress(len(found), len(works))
+
+    if mixed:
+        engine.run(works, note)
+    else:
+        _merged(engine, pool, [[(i, works[i]) for i in group] for group in groups], note)
+    return [found[i] for i in range(len(works))]
+
+
+def _merged(
+    engine: Engine, pool: GatedPool | None, groups: Sequence[Sequence[tuple[int, Work]]], note: Callable[..., None]
+) -> None:
+    """One specialisation after another in the engine's weights; `note` is told each work's number and what it gave."""
+    base, held = engine.params, None
+    for group in groups:
+        gates_LE = group[0][1].gates_LE
+        if gates_LE is None:
+            engine.params = base
+        else:
             assert pool is not None
             adapter = pool.replace(scanned={**pool.scanned, "gates": jnp.asarray(gates_LE)[:, None]})
-            engine.params = held = merge(params, adapter) if held is None else merge_over(held, params, adapter)
-
-        def note(place: int, generation: Generation, group: Sequence[int] = group) -> None:
-            found[group[place]] = generation
-            if progress is not None:
-                progress(len(found), len(works))
-
-        engine.run([rowwise[i] for i in group], note)
-    return [found[i] for i in range(len(works))]
+            engine.params = held = merge(base, adapter) if held is None else merge_over(held, base, adapter)
+        numbers = [i for i, _ in group]
+        # The rows have nothing beside the weights.
+        plain = [dataclasses.replace(work, gates_LE=None) for _, work in group]
+        engine.run(plain, lambda place, generation, numbers=numbers: note(numbers[place], generation))
 
 
 def by_specialisation(works: Sequence[Work]) -> list[list[int]]:

@@ -130,7 +130,6 @@ def _api_key(flags: Serve) -> str | None:
 
 
 def _specializer(flags: Serve) -> "Specializer":
-    from lora_gen_jax.sharding import evaluation_mesh
     from lora_gen_jax.specializer import Specializer
     from lora_gen_jax.training.checkpoint import load_checkpoint
     from lora_gen_jax.training.portable import DEFAULT
@@ -142,7 +141,7 @@ def _specializer(flags: Serve) -> "Specializer":
             f"{loaded.path} was trained with {what}: the server mixes specialisations by their gates, which it has none"
             " of. Use `lora-gen export --format merged` and serve the merged model"
         )
-    return Specializer.load(flags.checkpoint, flags.cloud, flags.edge, evaluation_mesh())
+    return Specializer.load(flags.checkpoint, flags.cloud, flags.edge)
 
 
 def read_registry(flags: Serve, specializer: "Specializer") -> "Registry":
@@ -153,7 +152,7 @@ def read_registry(flags: Serve, specializer: "Specializer") -> "Registry":
         OutputError: when the store cannot be written.
     """
     from lora_gen_jax.errors import OutputError
-    from lora_gen_jax.serving.registry import Fit, Registry, read_entries
+    from lora_gen_jax.serving.registry import Registry, Served, read_entries
 
     paths = list(flags.specializations)
     if flags.store is not None:
@@ -162,7 +161,7 @@ def read_registry(flags: Serve, specializer: "Specializer") -> "Registry":
             paths += [flags.store] if any(not p.name.startswith(".") for p in flags.store.iterdir()) else []
         except OSError as error:
             raise OutputError(f"--store {flags.store} cannot be used: {error.strerror}; choose another") from error
-    entries = read_entries(paths, Fit.of(specializer))
+    entries = read_entries(paths, Served.of(specializer))
     if len(entries) > flags.max_specializations:
         raise CheckpointError(
             f"there are {len(entries)} specialisations, --max-specializations is {flags.max_specializations}: raise it"
@@ -200,15 +199,12 @@ def pool_adapter(specializer: "Specializer") -> Any:
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
+    from lora_gen_jax.adapters.specialization_fit import pool_of
     from lora_gen_jax.generator.lora_gen import gated_adapter
     from lora_gen_jax.inference.placement import mesh_of
 
     edge, settings = specializer.pair.edge, specializer.config.generator
-    flat = specializer.loaded.variables["params"]["pool"]
-    pool: dict[str, dict[str, Any]] = {}
-    for name, value in flat.items():
-        site, factor = name.rsplit("_", 1)
-        pool.setdefault(site, {})[factor] = value
     mesh = mesh_of(edge.params)
-    pool = jax.device_put(pool, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    pool = jax.device_put(pool_of(specializer.loaded.variables), everywhere)
     return gated_adapter(jnp.zeros((1, edge.config.num_layers, settings.num_experts)), pool, settings)

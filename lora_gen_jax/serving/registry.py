@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_gen_jax.adapters.specialization import TENSORS, Specialization, load_specialization, pool_fingerprint
+from lora_gen_jax.adapters.specialization import TENSORS, Specialization, load_specialization
+from lora_gen_jax.adapters.specialization_fit import Fit
 from lora_gen_jax.data.encode import Encoder
 from lora_gen_jax.data.prompt_sources import check_name
 from lora_gen_jax.errors import CheckpointError, DataError, LoraGenError, OutputError
@@ -152,28 +153,25 @@ def check_new_name(name: str) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Fit:
-    """What a specialisation must fit to be served.
+class Served:
+    """What a specialisation must be like to be served.
 
     Attributes:
-        fingerprints: of the edge model and the expert pool.
-        layers: of the edge model.
-        num_experts: of the pool.
+        fit: what it is like as one of the generator's.
+        edge: the edge model's fingerprint.
         encoder: of the cloud model, to count a prompt's tokens.
     """
 
-    fingerprints: dict[str, str]
-    layers: int
-    num_experts: int
+    fit: Fit
+    edge: str
     encoder: Encoder
 
     @classmethod
-    def of(cls, specializer: Specializer) -> "Fit":
-        """What a generator's own specialisations fit."""
+    def of(cls, specializer: Specializer) -> "Served":
+        """What a generator's own specialisations are like."""
         pair, config = specializer.pair, specializer.config
-        pool = pool_fingerprint(specializer.loaded.variables)
-        found = {"edge": pair.edge.fingerprint, "pool": pool}
-        return cls(found, pair.edge.config.num_layers, config.generator.num_experts, pair.cloud.encoder)
+        fit = Fit.of(specializer.loaded.variables, config.generator, pair.edge.config.num_layers)
+        return cls(fit, pair.edge.fingerprint, pair.cloud.encoder)
 
     def entry(self, name: str, specialization: Specialization, automatic: bool = False) -> Entry:
         """A specialisation to serve.
@@ -186,20 +184,17 @@ class Fit:
             raise CheckpointError(
                 "it has factors instead of gates (direct generation): use `lora-gen export --format merged`"
             )
-        for part, what in (("edge", "edge model"), ("pool", "expert pool")):
-            if s.fingerprints[part] != self.fingerprints[part]:
-                raise CheckpointError(
-                    f"it was made for another {what} (fingerprint {s.fingerprints[part]}, this server's is"
-                    f" {self.fingerprints[part]}): give the --checkpoint and --edge that it was made with"
-                )
-        gates_LE = s.gates(self.num_experts)
-        if len(gates_LE) != self.layers:
-            raise CheckpointError(f"it is of {len(gates_LE)} layers, the edge model has {self.layers}: give its --edge")
+        if s.fingerprints["edge"] != self.edge:
+            raise CheckpointError(
+                f"it was made for another edge model (fingerprint {s.fingerprints['edge']}, this server's is"
+                f" {self.edge}): give the --checkpoint and --edge that it was made with"
+            )
+        self.fit.check(s)
         tokens = len(self.encoder.prompt(s.prompt))
-        return Entry(name, gates_LE, s.tensors["index"].shape[1], tokens, automatic=automatic)
+        return Entry(name, s.gates(self.fit.experts), s.tensors["index"].shape[1], tokens, automatic=automatic)
 
 
-def read_entries(paths: Iterable[Path], fit: Fit) -> list[Entry]:
+def read_entries(paths: Iterable[Path], served: Served) -> list[Entry]:
     """The specialisations in directories, or in directories of them; each by the name of its own directory.
 
     Raises:
@@ -211,7 +206,7 @@ def read_entries(paths: Iterable[Path], fit: Fit) -> list[Entry]:
         name = directory.resolve().name
         try:
             check_new_name(name)
-            entry = fit.entry(name, load_specialization(directory))
+            entry = served.entry(name, load_specialization(directory))
         except LoraGenError as error:
             raise CheckpointError(f"specialisation {directory} cannot be served: {error}") from error
         if name.lower() in entries:

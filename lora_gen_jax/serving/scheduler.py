@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from lora_gen_jax.errors import LoraGenError
-from lora_gen_jax.inference.engine import Engine, Progress, Work
+from lora_gen_jax.inference.engine import Engine
+from lora_gen_jax.inference.work import Progress, Work
 
 log = logging.getLogger(__name__)
 

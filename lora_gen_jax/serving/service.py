@@ -20,9 +20,10 @@ from lora_gen_jax.data.encode import Encoder
 from lora_gen_jax.data.prompt_sources import prompt_of
 from lora_gen_jax.errors import DataError, LoraGenError
 from lora_gen_jax.inference.buckets import check_tokens
+from lora_gen_jax.models import end_ids
 from lora_gen_jax.serving.errors import ApiError, api_error, invalid
 from lora_gen_jax.serving.metrics import Metrics
-from lora_gen_jax.serving.registry import AUTO, AUTOMATIC, BASE, Entry, Fit, Registry, remove_directory
+from lora_gen_jax.serving.registry import AUTO, AUTOMATIC, BASE, Entry, Registry, Served, remove_directory
 from lora_gen_jax.serving.scheduler import Scheduler
 from lora_gen_jax.serving.schemas import NewSpecialization
 from lora_gen_jax.specializer import Specializer
@@ -74,8 +75,9 @@ class Service:
         self.scheduler, self.specializer, self.registry = scheduler, specializer, registry
         self.limits, self.api_key = limits or Limits(), api_key
         self.encoder: Encoder = specializer.pair.edge.encoder
+        self.stop_ids = end_ids(specializer.config.edge.source, specializer.pair.edge)
         self.metrics = Metrics(scheduler, registry)
-        self.fit = Fit.of(specializer)
+        self.served = Served.of(specializer)
         self.closing = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="specialise")
         self._waiting = 0
@@ -84,10 +86,6 @@ class Service:
     @property
     def healthy(self) -> bool:
         return self.scheduler.alive and not self.closing
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        return () if self.encoder.end is None else (self.encoder.end,)
 
     def entry(self, name: str) -> Entry:
         """A specialisation by name.
@@ -197,7 +195,7 @@ class Service:
 
         def make() -> Entry:
             (specialization,) = self.specializer.specialize([prompt])
-            entry = self.fit.entry(name, specialization, automatic)
+            entry = self.served.entry(name, specialization, automatic)
             if directory is not None:
                 save_specialization(specialization, directory)
             return entry

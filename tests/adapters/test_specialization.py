@@ -17,14 +17,13 @@ from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.adapters.specialization import (
     TENSORS,
     Specialization,
-    adapter_of,
     load_specialization,
-    pool_fingerprint,
     save_specialization,
     save_specializations,
     sparse_tensors,
 )
 from lora_gen_jax.adapters.specialization_check import LARGEST
+from lora_gen_jax.adapters.specialization_fit import adapter_of, pool_fingerprint
 from lora_gen_jax.errors import CheckpointError, OutputError
 from lora_gen_jax.generator.lora_gen import LoRAGen
 from lora_gen_jax.generator.specialize import specialize
@@ -121,7 +120,7 @@ def test_a_specialisation_of_another_pool_is_refused(made):
     pool["up_b"] = pool["up_b"].at[0, 0, 0].add(1e-3)
     other = {**variables, "params": {**variables["params"], "pool": pool}}
     found = pool_fingerprint(other)
-    message = rf"another expert pool \(fingerprint {fingerprints['pool']}, this generator's pool is {found}\)"
+    message = rf"another expert pool \(fingerprint {fingerprints['pool']}, this generator's is {found}\)"
     with pytest.raises(CheckpointError, match=message):
         adapter_of(special, other, settings)
 
@@ -135,7 +134,9 @@ def test_the_pools_fingerprint_depends_on_every_leaf_and_on_nothing_else(made):
         prints.add(pool_fingerprint({"params": {"pool": changed}}))
     assert len(prints) == 1 + len(pool)
     assert pool_fingerprint({"params": {"pool": dict(reversed(pool.items()))}}) == pool_fingerprint(variables)
-    assert pool_fingerprint({"params": {}}) == "none"
+    _, direct, _ = made("direct")
+    other = jax.tree.map(lambda x: x + jnp.float32(1e-3), direct["params"]["direct"])
+    assert pool_fingerprint(direct) != pool_fingerprint({"params": {"direct": other}})
 
 
 def test_a_directory_that_holds_something_is_left_as_it_is(tmp_path):

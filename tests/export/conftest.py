@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from helpers import CLOUD, SETTINGS, generator_variables, prompts_of, random_params, write_tokenizer
 
-from lora_gen_jax.adapters.specialization import Specialization, pool_fingerprint, save_specialization
+from lora_gen_jax.adapters.specialization import Specialization, save_specialization
+from lora_gen_jax.adapters.specialization_fit import pool_fingerprint
 from lora_gen_jax.config import Config, GeneratorConfig, ModelConfig
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.pretrained import fingerprint, load_config

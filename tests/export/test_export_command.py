@@ -14,7 +14,8 @@ import pytest
 from helpers import CLOUD, EDGE, logits, random_params
 
 from lora_gen_jax.adapters.merge import merge
-from lora_gen_jax.adapters.specialization import Specialization, adapter_of, pool_fingerprint, save_specialization
+from lora_gen_jax.adapters.specialization import Specialization, save_specialization
+from lora_gen_jax.adapters.specialization_fit import adapter_of, pool_fingerprint
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.decoder.pretrained import load_config, load_hf_config, load_params, load_tokenizer, resolve, save
 from lora_gen_jax.errors import CheckpointError, ConfigError, ModelError, OutputError

@@ -12,7 +12,7 @@ import pytest
 from helpers import logits
 
 from lora_gen_jax.adapters.merge import merge
-from lora_gen_jax.adapters.specialization import adapter_of
+from lora_gen_jax.adapters.specialization_fit import adapter_of
 from lora_gen_jax.cli import guarded
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.decoder.pretrained import load_params

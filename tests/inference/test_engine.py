@@ -11,9 +11,10 @@ from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.inference.continuous import decode, join
 from lora_gen_jax.inference.decode import generate
-from lora_gen_jax.inference.engine import Engine, Work
+from lora_gen_jax.inference.engine import Engine
 from lora_gen_jax.inference.mixture import answer_all, mixed_is_better
 from lora_gen_jax.inference.sampling import Sampling
+from lora_gen_jax.inference.work import Work
 from lora_gen_jax.sharding import make_mesh, param_shardings
 
 SLOTS = 28

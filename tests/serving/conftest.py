@@ -9,12 +9,12 @@ from helpers import experiment, generator_variables
 from serving_tools import KEY, MAX_NEW_TOKENS, PROMPTS, TEMPLATE, Puppet, serving
 
 from lora_gen_jax.adapters.merge import merge
-from lora_gen_jax.adapters.specialization import adapter_of
+from lora_gen_jax.adapters.specialization_fit import adapter_of
 from lora_gen_jax.generator.cloud import pack_prompts
 from lora_gen_jax.inference.decode import generate
 from lora_gen_jax.models import load_pair, make_generator
 from lora_gen_jax.serving.command import make_scheduler
-from lora_gen_jax.serving.registry import Fit, Registry
+from lora_gen_jax.serving.registry import Registry, Served
 from lora_gen_jax.serving.service import Limits, Service
 from lora_gen_jax.specializer import Specializer
 from lora_gen_jax.training.checkpoint import Loaded, versions
@@ -51,12 +51,12 @@ def made(specializer):
 @pytest.fixture(scope="session")
 def registry_of(specializer, made):
     """A function: a registry that holds `PROMPTS`, of a limit and with a store."""
-    fit = Fit.of(specializer)
+    served = Served.of(specializer)
 
     def build(limit=100, store=None):
         registry = Registry(limit, store)
         for name, specialization in made.items():
-            registry.add(fit.entry(name, specialization))
+            registry.add(served.entry(name, specialization))
         return registry
 
     return build

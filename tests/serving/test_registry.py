@@ -14,7 +14,7 @@ from lora_gen_jax.adapters.specialization import load_specialization, save_speci
 from lora_gen_jax.errors import CheckpointError
 from lora_gen_jax.serving.app import make_app
 from lora_gen_jax.serving.errors import ApiError
-from lora_gen_jax.serving.registry import Entry, Fit, Registry, read_entries
+from lora_gen_jax.serving.registry import Entry, Registry, Served, read_entries
 from lora_gen_jax.serving.service import Limits, Service
 
 
@@ -209,7 +209,7 @@ def test_a_specialisation_that_takes_too_long_is_given_up_and_kept(counting):
 def test_the_store_keeps_what_clients_make(counting, specializer, made, tmp_path):
     store = tmp_path / "store"
     registry = Registry(10, store)
-    registry.add(Fit.of(specializer).entry("given", made["two"]))
+    registry.add(Served.of(specializer).entry("given", made["two"]))
     service = Service(say_at_once(Puppet()), counting, registry)
 
     async def conversation(client):
@@ -222,7 +222,7 @@ def test_the_store_keeps_what_clients_make(counting, specializer, made, tmp_path
 
     talk(service, conversation)
     assert [path.name for path in store.iterdir()] == ["kept"]
-    (entry,) = read_entries([store], Fit.of(specializer))
+    (entry,) = read_entries([store], Served.of(specializer))
     assert (entry.name, entry.prompt_tokens) == ("kept", len(counting.ids(PROMPTS["red"])))
     assert (entry.gates_LE == service.entry("kept").gates_LE).all()
 
@@ -240,36 +240,36 @@ def test_a_store_that_cannot_be_written_fails_the_request_alone(counting, tmp_pa
 
 
 def test_directories_of_specialisations_are_read(specializer, made, tmp_path):
-    fit = Fit.of(specializer)
+    served = Served.of(specializer)
     for name, specialization in made.items():
         save_specialization(specialization, tmp_path / "many" / name)
     (tmp_path / "many" / ".cat.half-written").mkdir()
     save_specialization(made["red"], tmp_path / "single")
-    entries = read_entries([tmp_path / "single", tmp_path / "many"], fit)
+    entries = read_entries([tmp_path / "single", tmp_path / "many"], served)
     assert sorted(entry.name for entry in entries) == ["cat", "red", "single", "two"]
     assert {len(entry.gates_LE) for entry in entries} == {2}
     with pytest.raises(CheckpointError, match="would have the same name"):
-        read_entries([tmp_path / "many", tmp_path / "many" / "red"], fit)
+        read_entries([tmp_path / "many", tmp_path / "many" / "red"], served)
 
 
 def test_a_directory_that_cannot_be_served_is_named(specializer, made, tmp_path):
-    fit, good = Fit.of(specializer), made["red"]
-    for part, words in (("pool", "expert pool"), ("edge", "edge model")):
+    served, good = Served.of(specializer), made["red"]
+    for part, words in (("pool", "made with another expert pool"), ("edge", "made for another edge model")):
         other = dataclasses.replace(good, fingerprints={**good.fingerprints, part: "0" * 16})
         save_specialization(other, tmp_path / part)
-        with pytest.raises(CheckpointError, match=f"{part} cannot be served: it was made for another {words}"):
-            read_entries([tmp_path / part], fit)
+        with pytest.raises(CheckpointError, match=f"{part} cannot be served: .*{words}"):
+            read_entries([tmp_path / part], served)
     save_specialization(good, tmp_path / "auto")
     with pytest.raises(CheckpointError, match=r"auto cannot be served: .*reserved"):
-        read_entries([tmp_path / "auto"], fit)
+        read_entries([tmp_path / "auto"], served)
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "text").mkdir()
     for path, words in (("empty", "holds no"), ("missing", "no directory"), ("notes", "text cannot be served")):
         with pytest.raises(CheckpointError, match=words):
-            read_entries([tmp_path / path], fit)
-    with pytest.raises(CheckpointError, match="of 2 layers, the edge model has 3"):
-        dataclasses.replace(fit, layers=3).entry("x", good)
+            read_entries([tmp_path / path], served)
+    with pytest.raises(CheckpointError, match="of 2 layers, the generator's edge model has 3"):
+        dataclasses.replace(served, fit=dataclasses.replace(served.fit, layers=3)).entry("x", good)
 
 
 def test_a_small_change_of_a_stored_file_is_noticed(specializer, made, tmp_path):
@@ -277,7 +277,7 @@ def test_a_small_change_of_a_stored_file_is_noticed(specializer, made, tmp_path)
     assert load_specialization(tmp_path / "red").prompt == PROMPTS["red"]
     (tmp_path / "red" / "prompt.txt").write_text("say blue")
     with pytest.raises(CheckpointError, match="red cannot be served"):
-        read_entries([tmp_path / "red"], Fit.of(specializer))
+        read_entries([tmp_path / "red"], Served.of(specializer))
 
 
 def test_a_reserved_name_counts(made, specializer):
@@ -290,7 +290,7 @@ def test_a_reserved_name_counts(made, specializer):
         registry.reserve("c")
     registry.release("b")
     registry.reserve("c")
-    entry: Entry = Fit.of(specializer).entry("c", made["red"])
+    entry: Entry = Served.of(specializer).entry("c", made["red"])
     registry.add(entry)
     assert registry.get("c") is entry
     assert registry.get("C") is registry.get("a") is None

@@ -1,0 +1,152 @@
+"""Whether a specialisation fits a generator, and the adapter that both together give.
+
+In: a `Specialization` and a generator's variables and settings. Out: an adapter of one prompt, or an error that says
+what does not fit. Gates mean something beside the pool that they were made for alone.
+"""
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_gen_jax.adapters.lora import PromptLoRA
+from lora_gen_jax.adapters.specialization import Specialization
+from lora_gen_jax.config import GeneratorConfig
+from lora_gen_jax.errors import CheckpointError
+from lora_gen_jax.generator.lora_gen import gated_adapter
+
+_REMEDY = "give the checkpoint that it was made with (--checkpoint)"
+
+
+def pool_fingerprint(variables: Any) -> str:
+    """16 hex digits that identify a generator's expert pool; of direct generation, what makes the factors."""
+    params = variables["params"]
+    made_from = params["pool"] if "pool" in params else params["direct"]
+    digest = hashlib.sha256()
+    for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(made_from), key=lambda item: str(item[0])):
+        digest.update(f"{jax.tree_util.keystr(path)}{leaf.shape}".encode())
+        digest.update(np.asarray(leaf, np.float32).tobytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """What a specialisation must be like to be a generator's; found once for any number of them.
+
+    Attributes:
+        pool: fingerprint.
+        layers: L of the edge model; None where it is not known.
+        experts, active: E and K; 0 for direct generation.
+        factors: {"site.a": (inputs, R), "site.b": (R, outputs)} of direct generation, else empty.
+    """
+
+    pool: str
+    layers: int | None
+    experts: int
+    active: int
+    factors: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, variables: Any, settings: GeneratorConfig, layers: int | None = None) -> "Fit":
+        """What a generator's specialisations are like.
+
+        Args:
+            variables, settings: of the generator.
+            layers: L of the edge model; as the variables say when left out, which a generator with one meta token and
+                one pool for all layers does not.
+        """
+        direct = "pool" not in variables["params"]
+        return cls(
+            pool=pool_fingerprint(variables),
+            layers=layers or _layers(variables, settings),
+            experts=0 if direct else settings.num_experts,
+            active=0 if direct else settings.active_experts,
+            factors=_factors(variables["params"]["direct"]) if direct else {},
+        )
+
+    def check(self, specialization: Specialization) -> None:
+        """Raises CheckpointError unless the specialisation is one of the generator's."""
+        found, expected = self.pool, specialization.fingerprints["pool"]
+        if found != expected:
+            raise CheckpointError(
+                f"the specialisation was made with another expert pool (fingerprint {expected}, this generator's is"
+                f" {found}): {_REMEDY}"
+            )
+        layers = len(next(iter(specialization.tensors.values())))
+        if self.layers is not None and layers != self.layers:
+            raise CheckpointError(
+                f"the specialisation is of {layers} layers, the generator's edge model has {self.layers}: give the"
+                " checkpoint and the edge model that it was made with (--checkpoint, --edge)"
+            )
+        if specialization.direct != bool(self.factors):
+            had, made = ("factors", "gates") if specialization.direct else ("gates", "factors")
+            raise CheckpointError(f"the specialisation holds {had}, the generator makes {made}: {_REMEDY}")
+        if not specialization.direct:
+            specialization.gates(self.experts)
+            gates = specialization.tensors["index"].shape[1]
+            if gates > self.active:
+                raise CheckpointError(
+                    f"the specialisation has {gates} gates a layer, the generator makes {self.active}: {_REMEDY}"
+                )
+            return
+        shapes = {name: value.shape[1:] for name, value in specialization.tensors.items()}
+        for name in sorted(self.factors.keys() | shapes.keys()):
+            if shapes.get(name) != self.factors.get(name):
+                raise CheckpointError(
+                    f"the specialisation's factor {name} has the shape {shapes.get(name)}, the generator makes"
+                    f" {self.factors.get(name)}: {_REMEDY}"
+                )
+
+
+def adapter_of(
+    specialization: Specialization, variables: Any, settings: GeneratorConfig, layers: int | None = None
+) -> Any:
+    """The adapter of one prompt, from a specialisation and the generator that has its pool.
+
+    Args:
+        specialization: gates or factors.
+        variables, settings: of the generator.
+        layers: as of `Fit.of`.
+
+    Raises:
+        CheckpointError: as `Fit.check`.
+    """
+    Fit.of(variables, settings, layers).check(specialization)
+    if specialization.direct:
+        factors: dict[str, dict[str, jax.Array]] = {}
+        for name, value in specialization.tensors.items():
+            site, factor = name.split(".")
+            factors.setdefault(site, {})[factor] = jnp.asarray(value)[:, None]
+        return PromptLoRA(factors, scale=settings.alpha / settings.rank)
+    gates_LE = specialization.gates(settings.num_experts)
+    return gated_adapter(jnp.asarray(gates_LE)[None], pool_of(variables), settings)
+
+
+def pool_of(variables: Any) -> dict[str, dict[str, Any]]:
+    """{site: {"a": [(L,) E, inputs, R], "b": [(L,) E, R, outputs]}} of a generator that has gates."""
+    pool: dict[str, dict[str, Any]] = {}
+    for name, value in sorted(variables["params"]["pool"].items()):
+        site, factor = name.rsplit("_", 1)
+        pool.setdefault(site, {})[factor] = value
+    return pool
+
+
+def _layers(variables: Any, settings: GeneratorConfig) -> int | None:
+    """L, as a generator's parameters have it; None where all layers share them."""
+    if settings.pool == "per_layer" and "pool" in variables["params"]:
+        return len(next(iter(variables["params"]["pool"].values())))
+    return None if settings.shared_meta_token else len(variables["params"]["cloud"]["meta_embedding"])
+
+
+def _factors(head: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of one layer's factors, from the parameters of the head that makes them."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in head:
+        if name.endswith("_a_start"):
+            site, (inputs, rank) = name.removesuffix("_a_start"), head[name].shape
+            shapes[f"{site}.a"] = (inputs, rank)
+            shapes[f"{site}.b"] = (rank, head[f"{site}_b"]["bias"].shape[0] // rank)
+    return shapes

@@ -1,0 +1,97 @@
+"""One sequence to generate in a batch of many, and what becomes of it.
+
+In: what a user asks. Out: a checked `Work`, of which an engine tells `Progress`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from lora_gen_jax.adapters.gated_pool import GatedPool
+from lora_gen_jax.decoder.model import Decoder
+from lora_gen_jax.errors import DataError
+from lora_gen_jax.inference.buckets import check_tokens
+from lora_gen_jax.inference.continuous import STOPS
+from lora_gen_jax.inference.sampling import Sampling
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Work:
+    """One sequence to generate.
+
+    Attributes:
+        ids: token ids of the prompt.
+        max_new_tokens: at most this many new tokens.
+        gates_LE: float32 [L, E], of one specialisation; None for the base model.
+        stop_ids: ids that end it, at most `STOPS`.
+        temperature, top_k, top_p: as in `Sampling`.
+        seed: of the draws; the same as `generate` gives with this seed for a prompt alone.
+    """
+
+    ids: Sequence[int]
+    max_new_tokens: int
+    gates_LE: np.ndarray | None = None
+    stop_ids: Sequence[int] = ()
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+Finish = Literal["stop", "length"]
+FINISH: tuple[Finish | None, ...] = (None, "stop", "length")
+
+
+class Progress(NamedTuple):
+    """What a row gained.
+
+    Attributes:
+        row: of the batch.
+        ids: new ids, without the stop id.
+        logprobs: the model's own log-probability of each.
+        finish: "stop" or "length" when the sequence has ended, and its row is free; else None.
+    """
+
+    row: int
+    ids: list[int]
+    logprobs: list[float]
+    finish: Finish | None
+
+
+def check_work(work: Work, decoder: Decoder, slots: int) -> None:
+    """Whether a work can be done with so many slots.
+
+    Raises:
+        DataError: for an empty prompt, an id that the model lacks, or one too long for the slots.
+        ConfigError: for a sampling setting outside its range.
+    """
+    if len(work.ids) == 0:
+        raise DataError("the prompt is empty: give it at least one token")
+    if work.max_new_tokens < 1:
+        raise DataError(f"max_new_tokens={work.max_new_tokens} generates nothing: use at least 1")
+    if len(work.ids) + work.max_new_tokens > slots:
+        raise DataError(
+            f"the prompt has {len(work.ids)} tokens and max_new_tokens is {work.max_new_tokens}, the context has"
+            f" room for {slots} together: shorten the prompt, or ask for fewer new tokens"
+        )
+    check_tokens(work.ids, decoder.config.vocab_size, "the prompt")
+    if len(work.stop_ids) > STOPS:
+        raise DataError(f"{len(work.stop_ids)} stop ids were given, there is room for {STOPS}")
+    if not 0 <= work.seed < 2**32:
+        raise DataError(f"seed={work.seed} must be 0 to 2^32 - 1")
+    Sampling(work.temperature, work.top_k, work.top_p).check()
+
+
+def expert_count(pool: GatedPool | None) -> int:
+    """E; 0 without a pool."""
+    return 0 if pool is None else jax.tree.leaves(pool.pool)[0].shape[-3]
+
+
+def check_gates(work: Work, decoder: Decoder, pool: GatedPool | None) -> None:
+    """Raises DataError for gates of another shape than the pool takes, [L, E]."""
+    shape = (decoder.config.num_layers, expert_count(pool))
+    if work.gates_LE is not None and work.gates_LE.shape != shape:
+        raise DataError(f"gates have the shape {work.gates_LE.shape}, the pool takes {shape} (layers, experts)")
