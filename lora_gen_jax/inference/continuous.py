@@ -163,7 +163,7 @@ def decode(decoder: Decoder, params: Any, pool: Any, rows: Rows, eager: jax.Arra
         )
         assert isinstance(cache, KVCache)
         logits_BV = logits_at(decoder, params, hidden_B1D[:, 0])
-        id_B, logprob_B = _draw(logits_BV, rows.sampling, rows.key_B, rows.count_B)
+        id_B, logprob_B = _draw(logits_BV, _of_busy(rows.sampling, busy_B), rows.key_B, rows.count_B)
         finish_B = jnp.where(busy_B, _finish(id_B, rows.stop_BX, rows.left_B), 0)
         goes_on_B = busy_B & (finish_B == 0)
         drawn = Drawn(
@@ -188,6 +188,12 @@ def decode(decoder: Decoder, params: Any, pool: Any, rows: Rows, eager: jax.Arra
 @functools.partial(jax.jit, donate_argnums=0)
 def release(rows: Rows, row: jax.Array) -> Rows:
     return rows.replace(position_B=rows.position_B.at[row].set(-1))
+
+
+def _of_busy(sampling: Sampling, busy_B: jax.Array) -> Sampling:
+    """Free rows are greedy: what they last drew with would make all rows pay for sorting."""
+    off = Sampling(jnp.float32(0.0), jnp.int32(0), jnp.float32(1.0))
+    return jax.tree.map(lambda x, y: jnp.where(busy_B, x, y), sampling, off)
 
 
 def _draw(logits_BV: jax.Array, sampling: Sampling, key_B: jax.Array, count_B: jax.Array) -> tuple[Any, jax.Array]:

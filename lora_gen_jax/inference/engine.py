@@ -154,6 +154,7 @@ class Engine:
             length *= 2
         with mesh_context(self.params):
             self.state, _ = decode(self.decoder, self.params, self.pool, self.state, np.bool_(False))
+        self.state = release(self.state, np.int32(0))
 
     def _join(self, works: Sequence[Work], rows: Sequence[int], shape: tuple[int, int]) -> Drawn:
         joining = self._joining(works, rows, shape)

@@ -16,7 +16,7 @@ class Sampling(struct.PyTreeNode):
     """How a token is drawn; filters apply in the order of the fields, as in transformers.
 
     Attributes:
-        temperature: logits are divided by it; 0 takes the most likely token.
+        temperature: logits are divided by it; 0, or less than a millionth, takes the most likely token.
         top_k: only the k most likely tokens remain; 0 keeps all.
         top_p: only the smallest set of most likely tokens whose probability reaches p remains; 1 keeps all.
     """
@@ -62,7 +62,8 @@ def sample(logits_BV: jax.Array, sampling: Sampling, key_B: jax.Array) -> jax.Ar
     """
     rows = logits_BV.shape[:1]
     temperature_B = jnp.broadcast_to(sampling.temperature, rows)
-    greedy_B = temperature_B == 0.0
+    # Divided by less, logits would leave the range of fp32; there is no draw left in them before that.
+    greedy_B = temperature_B < 1e-6
     filtered_B = jnp.broadcast_to((sampling.top_k > 0) | (sampling.top_p < 1.0), rows)
 
     def likeliest() -> jax.Array:

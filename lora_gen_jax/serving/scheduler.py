@@ -7,7 +7,7 @@ device are called from this thread alone.
 import collections
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from lora_gen_jax.errors import LoraGenError
@@ -23,6 +23,10 @@ class QueueFull(LoraGenError):
 
 class Closing(LoraGenError):
     """Nothing more is accepted."""
+
+
+class Failed(LoraGenError):
+    """The programs on the device have failed; nothing more can be generated."""
 
 
 class Tokens(NamedTuple):
@@ -74,8 +78,9 @@ class Scheduler:
 
     def __init__(self, engine: Engine, queue_limit: int):
         self.engine, self.queue_limit = engine, queue_limit
-        self.generated_tokens = self.read_tokens = self.cancelled = 0
+        self.generated_tokens = self.read_tokens = 0
         self._waiting: collections.deque[Ticket] = collections.deque()
+        self._joining: list[Ticket] = []
         self._running: dict[int, Ticket] = {}
         self._cancelling: list[Ticket] = []
         self._changed = threading.Condition()
@@ -109,27 +114,37 @@ class Scheduler:
         return self._thread.is_alive() and not self._failed
 
     def submit(self, work: Work, listener: Listener) -> Ticket:
-        """Accepts a work.
+        """As `submit_all`, of one work."""
+        return self.submit_all([work], [listener])[0]
+
+    def submit_all(self, works: Sequence[Work], listeners: Sequence[Listener]) -> list[Ticket]:
+        """Accepts works, all of them or none.
 
         Args:
-            work: what to generate.
-            listener: called from the scheduler's thread, which it must not hold up.
+            works: what to generate.
+            listeners: one a work; called from the scheduler's thread, which they must not hold up.
 
         Raises:
             DataError, ConfigError: for a work that cannot be done, as `Engine.check`.
-            QueueFull: when too many wait.
-            Closing: after `close`, or when the thread has failed.
+            QueueFull: when there is no room for all of them.
+            Closing: after `close`.
+            Failed: when the programs on the device have failed.
         """
-        self.engine.check(work)
-        ticket = Ticket(self, work, listener)
+        for work in works:
+            self.engine.check(work)
+        tickets = [Ticket(self, work, listener) for work, listener in zip(works, listeners, strict=True)]
         with self._changed:
-            if self._closing or not self.alive:
+            if self._failed:
+                raise Failed("the programs on the device have failed: the server must be started again")
+            if self._closing:
                 raise Closing("the server is shutting down: ask another one, or later")
-            if len(self._waiting) >= self.queue_limit:
-                raise QueueFull(f"{len(self._waiting)} requests wait already: try again later")
-            self._waiting.append(ticket)
+            if len(self._waiting) + len(tickets) > self.queue_limit:
+                raise QueueFull(
+                    f"{len(self._waiting)} sequences wait, there is room for {self.queue_limit}: try again later"
+                )
+            self._waiting.extend(tickets)
             self._changed.notify()
-        return ticket
+        return tickets
 
     def close(self, timeout: float) -> bool:
         """Accepts nothing more and finishes what was accepted.
@@ -163,10 +178,11 @@ class Scheduler:
                 pass
         except BaseException:
             log.exception("the engine failed; all requests end here")
-            self._failed = True
+            with self._changed:
+                self._failed = True
         with self._changed:
-            left = [*self._running.values(), *self._waiting]
-            self._running.clear()
+            left = [*self._running.values(), *self._joining, *self._waiting]
+            self._running, self._joining = {}, []
             self._waiting.clear()
         for ticket in left:
             ticket.tell(Tokens([], [], "failed" if self._failed else "cancelled"))
@@ -182,11 +198,12 @@ class Scheduler:
         for ticket in cancelling:
             self._drop(ticket)
         with self._changed:
-            joining = [self._waiting.popleft() for _ in range(min(len(self.engine.free), len(self._waiting)))]
-        if joining:
-            rows, progress = self.engine.admit([ticket.work for ticket in joining])
-            self._running |= dict(zip(rows, joining, strict=True))
-            self.read_tokens += sum(len(ticket.work.ids) for ticket in joining)
+            self._joining = [self._waiting.popleft() for _ in range(min(len(self.engine.free), len(self._waiting)))]
+        if self._joining:
+            rows, progress = self.engine.admit([ticket.work for ticket in self._joining])
+            self._running |= dict(zip(rows, self._joining, strict=True))
+            self.read_tokens += sum(len(ticket.work.ids) for ticket in self._joining)
+            self._joining = []
             self._tell(progress)
         self._tell(self.engine.step(eager=bool(self._waiting)))
         return True
@@ -207,7 +224,6 @@ class Scheduler:
         else:
             self.engine.cancel(row)
             del self._running[row]
-        self.cancelled += 1
         ticket.tell(Tokens([], [], "cancelled"))
 
     def warm_up(self) -> None:

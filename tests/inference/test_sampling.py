@@ -62,7 +62,7 @@ def test_frequencies_match_numpy(temperature, top_k, top_p):
 
 
 def test_greedy_is_argmax():
-    for settings in (Sampling(), Sampling(0.0, 3, 0.5), Sampling(0.7, 1), Sampling(1.0, 0, 1e-9)):
+    for settings in (Sampling(), Sampling(0.0, 3, 0.5), Sampling(0.7, 1), Sampling(1.0, 0, 1e-9), Sampling(1.5e-38)):
         ids = run(LOGITS_BV, settings.checked(), jax.random.key(0))
         np.testing.assert_array_equal(ids, LOGITS_BV.argmax(1))
         assert ids.dtype == jnp.int32
