@@ -78,9 +78,9 @@ def test_peft_answers_as_ours_beside_the_weights_and_merged(case, tmp_path, fami
     assert_specialised(one, model.merge_and_unload())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_answers_as_ours_with_the_merged_model(case, tmp_path, family):
-    one = case(family)
+@pytest.mark.parametrize(("family", "variant"), CASES)
+def test_transformers_answers_as_ours_with_the_merged_model(case, tmp_path, family, variant):
+    one = case(family, variant)
     export(one, tmp_path / "out", "merged")
     assert_specialised(one, load(tmp_path / "out"))
 
