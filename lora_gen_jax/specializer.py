@@ -6,12 +6,13 @@ In: a checkpoint of method lora_gen, and texts. Out: `Specialization`s, or the c
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_gen_jax.adapters.specialization import Specialization, load_specialization, sparse_tensors
-from lora_gen_jax.adapters.specialization_fit import Fit, pool_fingerprint
+from lora_gen_jax.adapters.specialization_fit import Fit, adapter_of, pool_fingerprint
 from lora_gen_jax.config import Config, ModelConfig
 from lora_gen_jax.data.prompt_sources import check_text
 from lora_gen_jax.decoder.pretrained import fingerprint, load_config, resolve
@@ -63,7 +64,7 @@ class Specializer:
     @classmethod
     def load(
         cls,
-        checkpoint: Path | None,
+        checkpoint: Path | None = None,
         cloud: str | None = None,
         edge: str | None = None,
         mesh: Mesh | None = None,
@@ -137,6 +138,14 @@ class Specializer:
             if progress is not None:
                 progress(len(made), len(prompts))
         return [made[i] for i in range(len(prompts))]
+
+    def adapter(self, specialization: Specialization) -> Any:
+        """The adapter of one prompt, for `merge`, `generate` and `score`.
+
+        Raises:
+            CheckpointError: for a specialisation of another generator.
+        """
+        return adapter_of(specialization, self._variables, self.config.generator, self.layers)
 
     def _numbered_ids(self, prompts: Sequence[str], i: int) -> list[int]:
         try:
