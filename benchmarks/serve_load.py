@@ -5,9 +5,9 @@ In:       the shipped pair and the prompts and queries of the embedded suite; th
 Out:      wrong answers, accepted requests that were lost, latencies, rates, and the server's memory; status 1 if an
           answer is wrong or an accepted request was lost.
 
-Every answer is compared with the offline one: `generate` with merged weights, greedy, one prompt at a time. Of the
-requests 5 % are malformed and must be refused, 5 % are streams that the client leaves after the first event. A request
-is accepted when all of it was sent before the signal, or when the server began to answer it.
+Every answer, its finish reason and its usage are compared with the offline one (`serve_answers.py`). Of the requests
+5 % are malformed and must be refused, 5 % are long streams that the client leaves after the first event, while they are
+generated. A request is accepted when all of it was sent before the signal, or when the server began to answer it.
 """
 
 import argparse
@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from http_connection import Connection
+from serve_answers import MAX_TOKENS, Answer, Answers, offline_answers
 
 ROOT = Path(__file__).parents[1]
-MAX_TOKENS = 16
+LEFT_TOKENS = 256  # of streams that nobody reads to their end
 BAD = [
     b"{",
     b'{"model": "nobody", "prompt": "a"}',
@@ -57,38 +58,10 @@ class Found:
         self.counts[what] = self.counts.get(what, 0) + 1
 
 
-def offline_answers(count: int) -> tuple[dict[str, str], dict[tuple[str, str], tuple[str, int]], float]:
-    """(prompts by name, (text, tokens) by (name, query), seconds): what the server must answer."""
-    from lora_gen_jax import generate, merge
-    from lora_gen_jax.adapters.specialization_fit import adapter_of
-    from lora_gen_jax.data.pocket.suite import GROUPS
-    from lora_gen_jax.data.prompts import evaluation_shots, system_prompt
-    from lora_gen_jax.specializer import Specializer
-
-    tasks = [*GROUPS["pocket_seen"](), *GROUPS["pocket_unseen"](), *GROUPS["pocket_reworded"]()][:count]
-    specializer, answers, prompts = Specializer.load(None), {}, {}
-    edge, loaded = specializer.pair.edge, specializer.loaded
-    began = time.perf_counter()
-    for number, task in enumerate(tasks):
-        name = f"task-{number:03d}"
-        prompts[name] = system_prompt(task.descriptions[0], evaluation_shots(task, 3, 0))
-        # One at a time, as the server makes them: in a batch the last bit may differ.
-        (made,) = specializer.specialize([prompts[name]])
-        adapter = adapter_of(made, loaded.variables, loaded.config.generator)
-        params = merge(edge.params, adapter)
-        for query in {example.query for example in task.test}:
-            ids = edge.encoder.text(query)
-            (found,) = generate(
-                edge.decoder, params, [ids], max_new_tokens=MAX_TOKENS, stop_ids=[edge.encoder.end or 0]
-            )
-            answers[name, query] = edge.encoder.decode(found.ids), len(found.ids)
-    return prompts, answers, time.perf_counter() - began
-
-
 class Load:
     """All clients and what they find."""
 
-    def __init__(self, address: tuple[str, int], answers: dict[tuple[str, str], tuple[str, int]], flags: Any):
+    def __init__(self, address: tuple[str, int], answers: Answers, flags: Any):
         self.address, self.answers, self.flags = address, answers, flags
         self.keys = sorted(answers)
         self.found, self.numbers = Found(), iter(range(flags.requests))
@@ -124,6 +97,11 @@ class Load:
         name, query = self.keys[rng.randrange(len(self.keys))]
         stream = kind in ("stream", "left")
         ask = {"model": name, "prompt": query, "max_tokens": MAX_TOKENS, "temperature": 0, "stream": stream}
+        if stream:
+            ask["stream_options"] = {"include_usage": True}
+        if kind == "left":
+            # The unspecialised model at a high temperature goes on and on.
+            ask |= {"model": "base", "max_tokens": LEFT_TOKENS, "temperature": 2, "n": 2}
         await connection.send("/v1/completions", rng.choice(BAD) if kind == "bad" else json.dumps(ask).encode())
         progress["sent"] = time.monotonic()
         status, fields = await connection.head()
@@ -132,7 +110,10 @@ class Load:
             await connection.body(fields)
             return False
         if kind == "left":
+            first = await anext(connection.chunks())
             connection.close()
+            if status != 200 or not json.loads(first.removeprefix(b"data: ")).get("choices"):
+                self.found.wrong.append(f"status {status}, {first[:200]!r} as the first event of a stream")
             return True
         body = await connection.body(fields)
         if kind == "bad":
@@ -143,14 +124,17 @@ class Load:
         return True
 
     def _compare(self, name: str, query: str, status: int, body: bytes, stream: bool) -> None:
-        expected, tokens = self.answers[name, query]
+        expected = self.answers[name, query]
         if status != 200:
             self.found.wrong.append(f"{name} {query!r}: status {status} {body[:200]!r}")
             return
-        text = "".join(choice["text"] for part in _parts(body, stream) for choice in part["choices"])
-        if text != expected:
-            self.found.wrong.append(f"{name} {query!r}: {text!r}, not {expected!r}")
-        self.found.tokens += tokens
+        parts = _parts(body, stream)
+        choices = [choice for part in parts for choice in part["choices"]]
+        text = "".join(choice["text"] for choice in choices)
+        answer = Answer(text, choices[-1]["finish_reason"] if choices else "", parts[-1].get("usage") or {})
+        if answer != expected:
+            self.found.wrong.append(f"{name} {query!r}: {answer}, not {expected}")
+        self.found.tokens += expected.usage["completion_tokens"]
 
 
 def _parts(body: bytes, stream: bool) -> list[dict[str, Any]]:
@@ -158,7 +142,8 @@ def _parts(body: bytes, stream: bool) -> list[dict[str, Any]]:
         return [json.loads(body)]
     lines = [line.removeprefix("data: ") for line in body.decode().split("\n\n") if line]
     # A stream that was cut short lacks its last line.
-    return [json.loads(line) for line in lines[:-1]] if lines[-1] == "[DONE]" else [{"choices": [{"text": "(cut)"}]}]
+    cut = {"text": "(cut)", "finish_reason": ""}
+    return [json.loads(line) for line in lines[:-1]] if lines[-1:] == ["[DONE]"] else [{"choices": [cut]}]
 
 
 def memory(process: subprocess.Popen) -> float:
@@ -216,9 +201,7 @@ def report(found: Found, until_signal: tuple[int, int, float], status: int) -> N
         print(f"  {line}")
 
 
-def serve_and_ask(
-    flags: Any, prompts: dict[str, str], answers: dict[tuple[str, str], tuple[str, int]], log: Any
-) -> int:
+def serve_and_ask(flags: Any, prompts: dict[str, str], answers: Answers, log: Any) -> int:
     """Runs a server and its clients, and prints what came of it.
 
     Returns:

@@ -48,7 +48,7 @@ class Piece(NamedTuple):
 @dataclass
 class _Sequence:
     text: TextStream
-    ticket: Ticket | None = None
+    ticket: Ticket
     count: int = 0
     finished: bool = False
     tokens: list[Token] = field(default_factory=list)
@@ -82,13 +82,12 @@ class Answering:
         self._encoder, self._with_tokens = encoder, with_tokens
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Tokens] | ApiError] = asyncio.Queue()
-        self._sequences = [_Sequence(TextStream(encoder, stop)) for _ in works]
         try:
-            for index, work in enumerate(works):
-                self._sequences[index].ticket = scheduler.submit(work, self._listener(index))
+            tickets = scheduler.submit_all(works, [self._listener(index) for index in range(len(works))])
         except LoraGenError as error:
-            self.cancel()
             raise api_error(error) from error
+        # What listeners were told meanwhile waits for the event loop.
+        self._sequences = [_Sequence(TextStream(encoder, stop), ticket) for ticket in tickets]
 
     @property
     def generated(self) -> int:
@@ -130,11 +129,10 @@ class Answering:
 
     def cancel(self) -> int:
         """Frees the rows of all unfinished sequences; returns how many there were."""
-        unfinished = [s for s in self._sequences if s.ticket is not None and not s.finished]
+        unfinished = [sequence for sequence in self._sequences if not sequence.finished]
         for sequence in unfinished:
             sequence.finished = True
-            if sequence.ticket is not None:
-                sequence.ticket.cancel()
+            sequence.ticket.cancel()
         return len(unfinished)
 
     def _piece(self, index: int, tokens: Tokens) -> Piece:
@@ -158,7 +156,7 @@ class Answering:
             said.append(sequence.text.finish())
             finish = "stop" if sequence.text.stopped else finish
             sequence.finished = True
-            if tokens.finish is None and sequence.ticket is not None:
+            if tokens.finish is None:
                 sequence.ticket.cancel()
         return Piece(index, "".join(said), self._final_tokens(sequence), finish)
 

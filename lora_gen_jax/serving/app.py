@@ -13,13 +13,16 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from lora_gen_jax.errors import LoraGenError
+from lora_gen_jax.serving.bodies import read_request
 from lora_gen_jax.serving.errors import ApiError, api_error
 from lora_gen_jax.serving.generation import answer, answer_length, check_count, in_time, make_works
 from lora_gen_jax.serving.registry import AUTO, BASE
 from lora_gen_jax.serving.replies import Reply
-from lora_gen_jax.serving.schemas import Chat, Completion, NewSpecialization, as_turns, read_request
+from lora_gen_jax.serving.schemas import Chat, Completion, NewSpecialization, as_turns
 from lora_gen_jax.serving.service import Service
 from lora_gen_jax.serving.web import Measured, check_key, error_response, read_body
+
+_COMPLETION_TOKENS = 16  # of a completion that does not say how many, as OpenAI has it
 
 
 def make_app(service: Service) -> FastAPI:
@@ -62,6 +65,7 @@ def _keyed(service: Service) -> APIRouter:
 def _model_routes(service: Service) -> APIRouter:
     router = _keyed(service)
     started = int(time.time())
+    lasting = [BASE, AUTO] if service.chats else [BASE]
 
     def model(name: str, created: int) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": created, "owned_by": "lora_gen_jax"}
@@ -69,21 +73,21 @@ def _model_routes(service: Service) -> APIRouter:
     @router.get("/models")
     async def models() -> dict[str, Any]:
         named = [model(entry.name, entry.created) for entry in service.registry.entries]
-        return {"object": "list", "data": [model(BASE, started), *named]}
+        return {"object": "list", "data": [*(model(name, started) for name in lasting), *named]}
 
     @router.get("/models/{name}")
     async def one_model(name: str) -> dict[str, Any]:
-        return model(BASE, started) if name == BASE else model(name, service.entry(name).created)
+        return model(name, started if name in lasting else service.entry(name).created)
 
     @router.post("/completions")
     async def completions(request: Request) -> Response:
         asked = read_request(Completion, await read_body(request, service.limits.body_bytes))
         gates_LE = service.gates(asked.model)
         check_count(service, len(asked.prompt) * asked.n, "prompt")
-        prompts = [await service.prompt_ids(prompt) for prompt in asked.prompt]
+        prompts = await service.prompt_ids(asked.prompt)
         works = []
         for ids in prompts:
-            length = answer_length(service, ids, asked.max_tokens, "max_tokens")
+            length = answer_length(service, ids, asked.max_tokens, "max_tokens", _COMPLETION_TOKENS)
             works += make_works(service, asked, ids, gates_LE, length)
         wants = asked.logprobs is not None
         reply = Reply("completion", asked.model, sum(map(len, prompts)), wants)
@@ -92,6 +96,7 @@ def _model_routes(service: Service) -> APIRouter:
     @router.post("/chat/completions")
     async def chat(request: Request) -> Response:
         asked = read_request(Chat, await read_body(request, service.limits.body_bytes))
+        check_count(service, asked.n, "n")
         turns, model = as_turns(asked.messages), asked.model
         if model == AUTO:
             entry, turns = await in_time(service, request, service.automatic(turns))

@@ -82,11 +82,11 @@ def serve_command(flags: Serve) -> None:
         specializer = _specializer(flags)
         registry = read_registry(flags, specializer)
         scheduler = make_scheduler(specializer, flags.rows, flags.context, flags.queue)
-        if flags.warm_up:
-            print("compiling for prompts of every length (--no-warm-up leaves it out) …", file=sys.stderr)
-            scheduler.warm_up()
         limits = Limits(flags.max_new_tokens, flags.max_body_kb * 1024, flags.timeout, flags.queue)
         service = Service(scheduler, specializer, registry, limits, key)
+        if flags.warm_up:  # last: it takes long, and nothing is wrong by now
+            print("compiling for prompts of every length (--no-warm-up leaves it out) …", file=sys.stderr)
+            scheduler.warm_up()
 
         def ready() -> None:
             host, port = listener.getsockname()[:2]
@@ -130,7 +130,9 @@ def _api_key(flags: Serve) -> str | None:
 
 
 def _specializer(flags: Serve) -> "Specializer":
-    from lora_gen_jax.specializer import Specializer
+    from lora_gen_jax.models import load_pair
+    from lora_gen_jax.sharding import evaluation_mesh
+    from lora_gen_jax.specializer import Specializer, relocate
     from lora_gen_jax.training.checkpoint import load_checkpoint
     from lora_gen_jax.training.portable import DEFAULT
 
@@ -141,33 +143,29 @@ def _specializer(flags: Serve) -> "Specializer":
             f"{loaded.path} was trained with {what}: the server mixes specialisations by their gates, which it has none"
             " of. Use `lora-gen export --format merged` and serve the merged model"
         )
-    return Specializer.load(flags.checkpoint, flags.cloud, flags.edge)
+    loaded = dataclasses.replace(loaded, config=relocate(loaded.config, flags.cloud, flags.edge))
+    return Specializer(loaded, load_pair(loaded.config, evaluation_mesh(loaded.config.mesh.fsdp)))
 
 
 def read_registry(flags: Serve, specializer: "Specializer") -> "Registry":
-    """The specialisations that are served from the start.
+    """The specialisations that are served from the start: those given, and those kept, which win over given ones.
 
     Raises:
-        CheckpointError: for a directory that cannot be served, or more of them than --max-specializations.
-        OutputError: when the store cannot be written.
+        CheckpointError: for a directory that cannot be served, or more given ones than --max-specializations.
+        ConfigError, OutputError: when the store is none, or cannot be used.
     """
-    from lora_gen_jax.errors import OutputError
-    from lora_gen_jax.serving.registry import Registry, Served, read_entries
+    from lora_gen_jax.serving.registry import Registry, Served
+    from lora_gen_jax.serving.stored import read_entries, read_store
 
-    paths = list(flags.specializations)
-    if flags.store is not None:
-        try:
-            flags.store.mkdir(parents=True, exist_ok=True)
-            paths += [flags.store] if any(not p.name.startswith(".") for p in flags.store.iterdir()) else []
-        except OSError as error:
-            raise OutputError(f"--store {flags.store} cannot be used: {error.strerror}; choose another") from error
-    entries = read_entries(paths, Served.of(specializer))
-    if len(entries) > flags.max_specializations:
+    served = Served.of(specializer)
+    given = read_entries(flags.specializations, served)
+    if len(given) > flags.max_specializations:
         raise CheckpointError(
-            f"there are {len(entries)} specialisations, --max-specializations is {flags.max_specializations}: raise it"
+            f"{len(given)} specialisations are given, --max-specializations is {flags.max_specializations}: raise it"
         )
     registry = Registry(flags.max_specializations, flags.store)
-    for entry in entries:
+    # Kept ones are clients': they are neither left out nor a reason not to start.
+    for entry in (*given, *(read_store(flags.store, served) if flags.store is not None else ())):
         registry.add(entry)
     return registry
 

@@ -3,11 +3,16 @@
 In: any `LoraGenError`. Out: `ApiError`, with the field it is about and a code for programs.
 """
 
+import logging
+import re
 from typing import Any
 
 from lora_gen_jax.errors import ConfigError, DataError, LoraGenError, ModelError
-from lora_gen_jax.serving.scheduler import Closing, QueueFull
+from lora_gen_jax.serving.scheduler import Closing, Failed, QueueFull
 
+log = logging.getLogger(__name__)
+# "(--checkpoint)", "(generate --input)": remedies for a command line, which a client does not have.
+_FLAGS = re.compile(r" \([^()]*--[^()]*\)")
 _RETRY = {"Retry-After": "1"}
 CLIENT_GONE = 499  # nobody reads it: for the metrics alone
 
@@ -64,6 +69,8 @@ def too_late(seconds: float) -> ApiError:
 def api_error(error: LoraGenError, param: str | None = None) -> ApiError:
     """What the interface says of an error from below: the request's fault (400), a full queue (429), or ours (5xx).
 
+    What is ours is told to the log alone: it may name files of the server.
+
     Args:
         error: from the scheduler, the tokenizer or the generator.
         param: the field that bad input came from.
@@ -74,6 +81,9 @@ def api_error(error: LoraGenError, param: str | None = None) -> ApiError:
         return ApiError(429, str(error), None, "queue_full", _RETRY)
     if isinstance(error, Closing):
         return ApiError(503, str(error), None, "closing", _RETRY)
+    if isinstance(error, Failed):
+        return ApiError(503, str(error), None, "failed")
     if isinstance(error, DataError | ConfigError | ModelError):
-        return invalid(str(error), param)
-    return ApiError(500, str(error), None, "server_error")
+        return invalid(_FLAGS.sub("", str(error)), param)
+    log.error("a request failed: %s", error)
+    return ApiError(500, "an error of the server; its log says more", None, "server_error")

@@ -29,7 +29,7 @@ def check_count(service: Service, count: int, param: str) -> None:
         raise invalid(f"the request asks for {count} answers, the limit is {most}: send several requests", param)
 
 
-def answer_length(service: Service, ids: list[int], asked: int | None, field: str) -> int:
+def answer_length(service: Service, ids: list[int], asked: int | None, field: str, otherwise: int | None = None) -> int:
     """New tokens at most: as the request says, else as many as the limit and the model's context allow.
 
     Args:
@@ -37,18 +37,19 @@ def answer_length(service: Service, ids: list[int], asked: int | None, field: st
         ids: of the prompt.
         asked: by the request.
         field: that says so, or would.
+        otherwise: no more than this where the request says nothing.
 
     Raises:
         ApiError: 400 when it is more than the limit, or more than the context has room for.
     """
     longest, most = service.scheduler.longest, service.limits.max_new_tokens
     if asked is not None and asked > most:
-        raise invalid(f"{field} is {asked}, the limit is {most} (--max-new-tokens): lower it", field)
+        raise invalid(f"{field} is {asked}, the limit is {most}: lower it", field)
     if len(ids) + (asked or 1) > longest:
         more = f" and {field} is {asked}" if asked else ""
-        message = f"the prompt has {len(ids)} tokens{more}, the limit of both is {longest} (--context): shorten it"
+        message = f"the prompt has {len(ids)} tokens{more}, the limit of both is {longest}: shorten it"
         raise invalid(message, None, "context_length_exceeded")
-    return min(most, longest - len(ids)) if asked is None else asked
+    return min(otherwise or most, most, longest - len(ids)) if asked is None else asked
 
 
 def make_works(service: Service, asked: Sampled, ids: list[int], gates_LE: Any, length: int) -> list[Work]:
@@ -61,7 +62,7 @@ def make_works(service: Service, asked: Sampled, ids: list[int], gates_LE: Any, 
             gates_LE=gates_LE,
             stop_ids=service.stop_ids,
             temperature=asked.temperature,
-            top_k=asked.top_k,
+            top_k=max(0, asked.top_k),
             top_p=asked.top_p,
             seed=(seed + choice) % _SEEDS,
         )

@@ -1,23 +1,21 @@
 """The specialisations that a server answers with: by name, at most so many, on disk if a store is named.
 
-In: `Specialization`s, made here or read from directories. Out: `Entry`s, whose gates go into the scheduler's rows. Not
-locked: the event loop alone calls a `Registry`.
+In: `Specialization`s, made here or read from directories (`stored.py`). Out: `Entry`s, whose gates go into the
+scheduler's rows. Not locked: the event loop alone calls a `Registry`.
 """
 
-import shutil
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lora_gen_jax.adapters.specialization import TENSORS, Specialization, load_specialization
+from lora_gen_jax.adapters.specialization import Specialization
 from lora_gen_jax.adapters.specialization_fit import Fit
 from lora_gen_jax.data.encode import Encoder
 from lora_gen_jax.data.prompt_sources import check_name
-from lora_gen_jax.errors import CheckpointError, DataError, LoraGenError, OutputError
+from lora_gen_jax.errors import CheckpointError, DataError
 from lora_gen_jax.serving.errors import ApiError, invalid
 from lora_gen_jax.specializer import Specializer
 
@@ -64,7 +62,7 @@ class Registry:
     """Named specialisations.
 
     Args:
-        limit: at most this many, those under way counted.
+        limit: at most this many, those under way counted; `add` alone may pass it, with what a store holds already.
         store: directory that named ones are kept in, below their names; None: they end with the server.
     """
 
@@ -110,7 +108,7 @@ class Registry:
             if oldest is None:
                 raise ApiError(
                     429,
-                    f"there are {self.limit} specialisations, the limit (--max-specializations): delete one",
+                    f"there are {self.limit} specialisations, the limit: delete one",
                     None,
                     "too_many_specializations",
                 )
@@ -122,7 +120,7 @@ class Registry:
         self._reserved.discard(name.lower())
 
     def add(self, entry: Entry) -> None:
-        """An entry whose name was reserved."""
+        """An entry whose name was reserved; or one read at the start, in the place of any other of its name."""
         self._reserved.discard(entry.name.lower())
         self._entries[entry.name.lower()] = entry
 
@@ -192,53 +190,3 @@ class Served:
         self.fit.check(s)
         tokens = len(self.encoder.prompt(s.prompt))
         return Entry(name, s.gates(self.fit.experts), s.tensors["index"].shape[1], tokens, automatic=automatic)
-
-
-def read_entries(paths: Iterable[Path], served: Served) -> list[Entry]:
-    """The specialisations in directories, or in directories of them; each by the name of its own directory.
-
-    Raises:
-        CheckpointError: naming the directory that is none, is damaged, does not fit the generator, or has a name that
-            is taken or cannot be one.
-    """
-    entries: dict[str, tuple[Path, Entry]] = {}
-    for directory in (found for path in paths for found in _directories(path)):
-        name = directory.resolve().name
-        try:
-            check_new_name(name)
-            entry = served.entry(name, load_specialization(directory))
-        except LoraGenError as error:
-            raise CheckpointError(f"specialisation {directory} cannot be served: {error}") from error
-        if name.lower() in entries:
-            other = entries[name.lower()][0]
-            raise CheckpointError(f"{directory} and {other} would have the same name: rename one of them")
-        entries[name.lower()] = directory, entry
-    return [entry for _, entry in entries.values()]
-
-
-def _directories(path: Path) -> list[Path]:
-    if (path / TENSORS).is_file():
-        return [path]
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is no directory: give specialisations that `lora-gen specialize` wrote")
-    # Those with a dot are being written, or were when a server was killed.
-    found = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
-    if not found:
-        raise CheckpointError(f"{path} holds no specialisation: give directories that `lora-gen specialize` wrote")
-    return found
-
-
-def remove_directory(directory: Path) -> None:
-    """Removes a stored specialisation; no half of it is ever read again.
-
-    Raises:
-        OutputError: when it cannot be removed.
-    """
-    hidden = directory.with_name(f".{directory.name}.removed-{time.monotonic_ns()}")
-    try:
-        directory.rename(hidden)
-        shutil.rmtree(hidden)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise OutputError(f"{directory} cannot be removed: {error.strerror}") from error

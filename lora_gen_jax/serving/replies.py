@@ -100,7 +100,10 @@ class Reply:
                 "top_logprobs": None,
                 "text_offset": [token.offset for token in tokens],
             }
-        content = [
-            {"token": t.text, "logprob": t.logprob, "bytes": list(t.text.encode()), "top_logprobs": []} for t in tokens
-        ]
+        content = [{"token": t.text, "logprob": t.logprob, "bytes": _bytes(t.text), "top_logprobs": []} for t in tokens]
         return {"content": content, "refusal": None}
+
+
+def _bytes(text: str) -> list[int] | None:
+    """A token's bytes; None where it is a part of a character, whose own bytes its text does not tell."""
+    return None if "\ufffd" in text else list(text.encode())

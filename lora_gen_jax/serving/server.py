@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -20,10 +21,15 @@ from lora_gen_jax.serving.app import make_app
 from lora_gen_jax.serving.service import Service
 
 log = logging.getLogger(__name__)
-# After a signal, open connections are read for this long: what clients had sent by then is answered.
+# After a signal, open connections are read for this long, or half the time to end: what clients had sent by then is
+# answered.
 _LINGER_SECONDS = 0.3
+_POLL_SECONDS = 0.02
+# A connection that is to be closed waits until its client has read everything; one that reads nothing is cut off.
+_UNREAD_SECONDS = 5.0
+_MOST_CONNECTIONS = 1024
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# What is left of the time to end for rows whose clients were cut off: they stop at the next step.
+# Beyond the time to end, for requests that were cut off, and for their rows: they stop at the next step.
 _LEAST_SECONDS = 1.0
 
 
@@ -57,12 +63,20 @@ class Server(uvicorn.Server):
         service: that is told when the end begins.
         config: uvicorn's.
         ready: called when requests can come.
+        shutdown_timeout: seconds from the signal to the end, at most.
+
+    Attributes:
+        ending: when the end began, of `time.monotonic`; None before.
+        unanswered: requests whose answers were cut off at the end.
     """
 
-    def __init__(self, service: Service, config: uvicorn.Config, ready: Callable[[], None]):
+    def __init__(self, service: Service, config: uvicorn.Config, ready: Callable[[], None], shutdown_timeout: float):
         super().__init__(config)
-        self.service, self.ready = service, ready
+        self.service, self.ready, self.shutdown_timeout = service, ready, shutdown_timeout
         self.ending: float | None = None
+        self.unanswered = 0
+        # Bytes that wait for the client of a closing connection, and since when they are as many.
+        self._unread: dict[Any, tuple[int, float]] = {}
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -91,13 +105,57 @@ class Server(uvicorn.Server):
             raise _unusable("the address", error) from error
         self.ready()
 
+    async def on_tick(self, counter: int) -> bool:
+        """Cuts off, about once a second, who does not read."""
+        if counter % 10 == 0:
+            self._cut_off()
+        return await super().on_tick(counter)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accepts no more connections, reads what open ones have sent, and waits for their answers."""
+        """Accepts no more connections, reads what open ones have sent, and waits until it is answered and read."""
         self.ending = time.monotonic()
-        for server in self.servers:
-            server.close()
-        await asyncio.sleep(_LINGER_SECONDS)
-        await super().shutdown(sockets)
+        end = self.ending + self.shutdown_timeout
+        for listening in (*self.servers, *(sockets or ())):
+            listening.close()
+        await asyncio.sleep(min(_LINGER_SECONDS, self.shutdown_timeout / 2))
+        connections, tasks = self.server_state.connections, self.server_state.tasks
+        for connection in list(connections):
+            connection.shutdown()  # now, or after its answer
+        while tasks and self._has_time(end):
+            await asyncio.sleep(_POLL_SECONDS)
+        self.unanswered = len(tasks)
+        if tasks:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(list(tasks), timeout=_LEAST_SECONDS)  # they free their rows
+        while connections and self._has_time(end):
+            self._cut_off()
+            await asyncio.sleep(_POLL_SECONDS)
+        for connection in list(connections):
+            _abort(connection)
+
+    def _has_time(self, end: float) -> bool:
+        return time.monotonic() < end and not self.force_exit
+
+    def _cut_off(self) -> None:
+        """Ends connections that are to be closed, but whose clients do not read what was written."""
+        now, before = time.monotonic(), self._unread
+        self._unread = {}
+        for connection in list(self.server_state.connections):
+            transport = connection.transport
+            if not transport.is_closing():
+                continue
+            size = transport.get_write_buffer_size()
+            known = before.get(connection)
+            since = known[1] if known is not None and known[0] == size else now
+            self._unread[connection] = size, since
+            if now - since >= _UNREAD_SECONDS:
+                _abort(connection)
+
+
+def _abort(connection: Any) -> None:
+    """Closes a connection whatever it has still to send."""
+    connection.transport.abort()
 
 
 def run_server(service: Service, listener: socket.socket, shutdown_timeout: float, ready: Callable[[], None]) -> int:
@@ -110,7 +168,7 @@ def run_server(service: Service, listener: socket.socket, shutdown_timeout: floa
         ready: called when requests can come.
 
     Returns:
-        0 when every accepted request was answered, else 1.
+        0 when every accepted request was answered, whether its client read the answer or not; else 1.
     """
     config = uvicorn.Config(
         make_app(service),
@@ -119,17 +177,18 @@ def run_server(service: Service, listener: socket.socket, shutdown_timeout: floa
         lifespan="off",
         ws="none",
         server_header=False,
+        http="h11",  # whatever is installed beside it: `Server` ends its connections itself
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=max(1, round(shutdown_timeout)),
+        limit_concurrency=_MOST_CONNECTIONS,
     )
-    server = Server(service, config, ready)
+    server = Server(service, config, ready, shutdown_timeout)
     server.run(sockets=[listener])
     service.closing = True
     service.close()
     used = 0.0 if server.ending is None else time.monotonic() - server.ending
     # Connections have all ended: what still runs answers nobody.
     finished = service.scheduler.close(max(_LEAST_SECONDS, shutdown_timeout - used))
-    finished = finished and not server.force_exit and used < shutdown_timeout
+    finished = finished and not server.force_exit and not server.unanswered
     if not finished:
         print("stopped before every accepted request was answered (--shutdown-timeout)", file=sys.stderr)
     return 0 if finished else 1

@@ -7,7 +7,7 @@ cloud model in one thread of its own, one after the other, so that the loop stay
 import asyncio
 import hashlib
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -23,9 +23,10 @@ from lora_gen_jax.inference.buckets import check_tokens
 from lora_gen_jax.models import end_ids
 from lora_gen_jax.serving.errors import ApiError, api_error, invalid
 from lora_gen_jax.serving.metrics import Metrics
-from lora_gen_jax.serving.registry import AUTO, AUTOMATIC, BASE, Entry, Registry, Served, remove_directory
+from lora_gen_jax.serving.registry import AUTO, AUTOMATIC, BASE, Entry, Registry, Served
 from lora_gen_jax.serving.scheduler import Scheduler
 from lora_gen_jax.serving.schemas import NewSpecialization
+from lora_gen_jax.serving.stored import remove_directory
 from lora_gen_jax.specializer import Specializer
 
 Result = TypeVar("Result")
@@ -82,6 +83,12 @@ class Service:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="specialise")
         self._waiting = 0
         self._automatic: dict[str, asyncio.Task[Entry]] = {}
+        self._removing: set[str] = set()
+
+    @property
+    def chats(self) -> bool:
+        """Whether the edge model has a chat template."""
+        return bool(self.encoder.tokenizer.chat_template)
 
     @property
     def healthy(self) -> bool:
@@ -94,7 +101,7 @@ class Service:
             ApiError: 404.
         """
         found = self.registry.get(name)
-        if found is None:
+        if found is None or name in self._removing:
             known = "GET /v1/models lists what there is, POST /v1/specializations makes more"
             raise ApiError(404, f"there is no specialisation {name[:80]!r}: {known}", "model", "model_not_found")
         return found
@@ -109,17 +116,21 @@ class Service:
             raise invalid("model auto needs a system message: use /v1/chat/completions", "model")
         return None if model == BASE else self.entry(model).gates_LE
 
-    async def prompt_ids(self, prompt: str | list[int]) -> list[int]:
-        """Token ids of one prompt of a completion.
+    async def prompt_ids(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        """Token ids of a completion's prompts.
 
         Raises:
             ApiError: 400 for an empty text or ids that the edge model lacks.
         """
-        try:
+
+        def ids(prompt: str | list[int]) -> list[int]:
             if isinstance(prompt, str):
-                return await _tokenized(lambda: self.encoder.text(prompt), len(prompt))
+                return self.encoder.text(prompt)
             check_tokens(prompt, self.encoder.vocab_size, "prompt")
             return prompt
+
+        try:
+            return await _tokenized(lambda: [ids(prompt) for prompt in prompts], sum(map(len, prompts)))
         except LoraGenError as error:
             raise api_error(error, "prompt") from error
 
@@ -178,7 +189,7 @@ class Service:
         try:
             prompt = prompt_of(request.row)
         except DataError as error:
-            raise invalid(str(error)) from error
+            raise api_error(error) from error
         name = request.name if request.name is not None else f"specialization-{secrets.token_hex(6)}"
         # Shielded: a specialisation that was begun is finished and kept, whether its client waits or not.
         task = asyncio.ensure_future(self._make(name, prompt))
@@ -219,11 +230,15 @@ class Service:
         Raises:
             ApiError: 404.
         """
-        entry = self.entry(name)
-        self.registry.remove(name)
-        directory = self.registry.directory(name)
-        if directory is not None and not entry.automatic:
-            await asyncio.to_thread(remove_directory, directory)
+        directory = None if self.entry(name).automatic else self.registry.directory(name)
+        self._removing.add(name)
+        try:
+            if directory is not None:
+                await asyncio.to_thread(remove_directory, directory)
+            # Last: until then the name is taken, so that nobody puts another one in the directory's place.
+            self.registry.remove(name)
+        finally:
+            self._removing.discard(name)
 
     def close(self) -> None:
         """Ends the thread, after what it does now."""

@@ -95,7 +95,8 @@ class Events(Response):
 
     Args:
         events: dictionaries; an `ApiError` that it raises becomes the last event.
-        deadline: of the event loop's clock; a client that has not read everything soon after it is cut off.
+        deadline: of the event loop's clock. A client that has not read everything soon after it gets no more; its
+            connection is cut off if it reads nothing of what was written (`server.py`).
         on_leave: called when the client leaves.
         on_end: called once, however it ends.
     """

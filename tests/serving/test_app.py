@@ -2,10 +2,14 @@
 
 import json
 import math
+from typing import Any
 
 import openai
 import pytest
 from serving_tools import KEY, MAX_NEW_TOKENS, PROMPTS
+
+from lora_gen_jax.serving.answers import Token
+from lora_gen_jax.serving.replies import Choice, Reply
 
 GREEDY = {"temperature": 0, "max_tokens": 10}
 QUESTION = "what color is the sun ?"
@@ -77,6 +81,13 @@ def test_log_probabilities_are_the_models_own(client, offline, specializer):
     assert complete(client, model="two")["choices"][0]["logprobs"] is None
 
 
+def test_part_of_a_character_has_no_bytes_of_its_own():
+    tokens = [Token(" owl", -0.5, 0), Token("\ufffd", -0.5, 4)]
+    answer = Reply("chat", "red", 1, logprobs=True).whole([Choice(["…"], tokens, "stop")], 2)
+    told = answer["choices"][0]["logprobs"]["content"]
+    assert [token["bytes"] for token in told] == [[32, 111, 119, 108], None]
+
+
 def test_a_stop_string_ends_an_answer_before_it(client, offline, specializer):
     text = specializer.pair.edge.encoder.decode(offline("red", QUESTION, 10).ids)
     stop = next(word for word in text.split() if not text.startswith(word))
@@ -123,12 +134,13 @@ def test_a_chat_reads_the_template(client, offline, specializer):
 
 def test_models_and_specialisations_are_listed(client, service):
     ids = [model["id"] for model in client.get("/v1/models").json()["data"]]
-    assert ids[0] == "base"
+    assert ids[:2] == ["base", "auto"]
     assert set(PROMPTS) < set(ids)
     assert client.get("/v1/models/two").json()["object"] == "model"
     assert client.get("/v1/models/base").json()["id"] == "base"
-    for path in ("/v1/models/none", "/v1/specializations/none", "/v1/specializations/base", "/v1/models/auto"):
-        assert client.get(path).status_code == 404
+    assert client.get("/v1/models/auto").json()["id"] == "auto"
+    for path in ("models/none", "specializations/none", "specializations/base", "specializations/auto"):
+        assert client.get(f"/v1/{path}").status_code == 404
     found = client.get("/v1/specializations/red").json()
     assert (found["layers"], found["gates"], found["object"]) == (2, 2, "specialization")
     listed = client.get("/v1/specializations").json()["data"]
@@ -139,7 +151,8 @@ def test_what_changes_nothing_is_accepted(client):
     plain = complete(client)["choices"]
     neutral = {"presence_penalty": 0, "frequency_penalty": 0.0, "best_of": 1, "echo": False, "suffix": None}
     ignored = {"user": "somebody", "metadata": {"a": "b"}, "store": True, "logit_bias": {}, "stop": None, "n": None}
-    assert complete(client, **neutral, **ignored)["choices"] == plain
+    more = {"reasoning_effort": "low", "top_k": -1, "stream_options": {"include_usage": None}}
+    assert complete(client, **neutral, **ignored, **more)["choices"] == plain
 
 
 def test_metrics_count_what_happens(client, service):
@@ -201,6 +214,18 @@ def test_a_changed_model_name_is_all_that_a_chat_needs(ask, offline, specializer
     base = ask.chat.completions.create(**{**settings, "model": "base"})
     assert base.usage.prompt_tokens == len(encoder.chat(messages))
     ask.delete(f"/specializations/{whole.model}", cast_to=object)
+
+
+def test_an_answers_message_can_be_sent_back(ask, specializer):
+    messages: list[Any] = [{"role": "user", "content": "name a cat"}]
+    settings: Any = {"model": "cat", "max_tokens": 6, "temperature": 0}
+    said = ask.chat.completions.create(messages=messages, **settings).choices[0].message
+    other = {**said.model_dump(), "tool_calls": [], "annotations": []}
+    for message in (said, said.model_dump(), other):
+        turns = [*messages, message, {"role": "user", "content": "a dog"}]
+        second = ask.chat.completions.create(messages=turns, **settings)
+        plain = [*messages, {"role": "assistant", "content": said.content}, turns[-1]]
+        assert second.usage.prompt_tokens == len(specializer.pair.edge.encoder.chat(plain))
 
 
 def test_openais_client_lists_models(ask):

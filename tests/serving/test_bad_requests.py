@@ -4,7 +4,12 @@ import json
 
 import httpx
 import pytest
+from pydantic import ValidationError
 from serving_tools import KEY
+
+from lora_gen_jax.serving.bodies import read_request
+from lora_gen_jax.serving.errors import ApiError
+from lora_gen_jax.serving.schemas import Chat, Completion, Message, NewSpecialization
 
 QUESTION = "what color is the sun ?"
 
@@ -23,7 +28,7 @@ BAD = [
     ({"prompt": [True]}, 400, "prompt", "list"),
     ({"prompt": [10**30]}, 400, "prompt", "embedding"),
     ({"prompt": [-1]}, 400, "prompt", "embedding"),
-    ({"prompt": "cat " * 95}, 400, None, "limit of both is 96"),
+    ({"prompt": "cat " * 96}, 400, None, "limit of both is 96"),
     ({"prompt": ["cat"] * 33}, 400, "prompt", "limit is 32"),
     ({"max_tokens": 0}, 400, "max_tokens", "greater"),
     ({"max_tokens": 25}, 400, "max_tokens", "limit is 24"),
@@ -35,7 +40,7 @@ BAD = [
     ({"temperature": 2.1}, 400, "temperature", "less"),
     ({"temperature": "hot"}, 400, "temperature", "number"),
     ({"top_p": 0}, 400, "top_p", "greater"),
-    ({"top_k": -1}, 400, "top_k", "greater"),
+    ({"top_k": -2}, 400, "top_k", "greater"),
     ({"top_k": 2**40}, 400, "top_k", "less"),
     ({"n": 9}, 400, "n", "less"),
     ({"seed": 2**70}, 400, "seed", "less"),
@@ -51,6 +56,7 @@ BAD = [
     ({"logit_bias": {"5": 1}}, 400, "logit_bias", "not supported"),
     ({"tempurature": 0.5}, 400, "tempurature", "did you mean temperature?"),
     ({"surprise": None}, 400, "surprise", "unknown field"),
+    ({"s" * 5000: 1}, 400, "s" * 100, "unknown field"),
 ]
 
 
@@ -76,6 +82,10 @@ BODIES = [
     b'{"model": "red", "prompt": "\\ud800"}',
     b'{"model": "red\\udfff", "prompt": "sun"}',
     b'{"model": "red", "prompt": "\xff"}',
+    b'{"model": "red", "prompt": "\xed\xa0\x80"}',
+    '{"model": "red", "prompt": "sun"}'.encode("utf-16"),
+    '{"model": "red", "prompt": "\\ud800"}'.encode("utf-16-le"),
+    '{"model": "red", "prompt": "\ud800"}'.encode("utf-16-be", "surrogatepass"),
     b"[" * 9000,
     b'{"model": "red", "prompt": ' + b"[" * 4000 + b"]" * 4000 + b"}",
 ]
@@ -103,6 +113,10 @@ CHATS = [
     ({"messages": None}, "messages"),
     ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role"),
     ({"messages": [{"role": "user"}]}, "messages.0.content"),
+    ({"messages": [3]}, "messages.0"),
+    ({"messages": [{"role": "user", "content": "a", "surprise": None}]}, "messages.0.surprise"),
+    ({"messages": [{"role": "user", "content": "a", "refusal": "no"}]}, "messages.0.refusal"),
+    ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]}, "messages.0.tool_calls"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
     ({"messages": [{"role": "assistant", "content": "a"}]}, "messages"),
     ({"tools": [{"type": "function"}]}, "tools"),
@@ -119,6 +133,31 @@ def test_a_bad_chat_is_named(client, fields, param):
     answer = client.post("/v1/chat/completions", json=request)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (Chat, {"messages": [0] * 300_000}),
+        (Chat, {"messages": [{"role": "user", "content": "a"}] * 5000}),
+        (NewSpecialization, {"messages": [{}] * 300_000}),
+        (NewSpecialization, {"shots": [0] * 300_000}),
+        (NewSpecialization, {str(number): 0 for number in range(100_000)}),
+    ],
+    ids=["numbers", "messages", "objects", "shots", "names"],
+)
+def test_of_many_mistakes_the_first_is_looked_at_alone(kind, fields):
+    with pytest.raises(ApiError) as raised:
+        read_request(kind, json.dumps({"model": "red", **fields} if kind is Chat else fields).encode())
+    found = raised.value.__context__
+    if isinstance(found, ValidationError):  # a list of hundreds of thousands takes seconds
+        assert found.error_count() <= len(Message.model_fields)
+    assert raised.value.status == 400
+
+
+def test_a_byte_order_mark_is_no_mistake():
+    body = json.dumps({"model": "red", "prompt": QUESTION}).encode("utf-8-sig")
+    assert read_request(Completion, body).prompt == [QUESTION]
 
 
 def test_a_key_is_needed(url, client):

@@ -6,14 +6,16 @@ import os
 import signal
 import socket
 import threading
+import time
 
 import httpx
 import pytest
-from serving_tools import Puppet, serving, wait_until
+from serving_tools import Puppet, say_at_once, serving, wait_until
 
 from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.serving import server, web
 from lora_gen_jax.serving.app import make_app
-from lora_gen_jax.serving.scheduler import Closing, QueueFull
+from lora_gen_jax.serving.scheduler import Closing, Failed, QueueFull
 from lora_gen_jax.serving.server import bind, run_server
 from lora_gen_jax.serving.service import Limits, Service
 
@@ -36,15 +38,39 @@ def post(service, fields, path="/v1/completions"):
 
 
 @pytest.mark.parametrize(
-    ("refusal", "status", "code"), [(QueueFull("7 wait"), 429, "queue_full"), (Closing("closing"), 503, "closing")]
+    ("refusal", "status", "code", "retry"),
+    [
+        (QueueFull("7 wait"), 429, "queue_full", "1"),
+        (Closing("closing"), 503, "closing", "1"),
+        (Failed("failed"), 503, "failed", None),
+    ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_is_accepted_as_a_whole_or_not_at_all(build, puppet, refusal, status, code, stream):
-    puppet.refuse_after, puppet.refusal = 2, refusal
-    answer = post(build(puppet), {**ASK, "stream": stream})
+def test_a_request_that_the_scheduler_refuses_is_an_error(build, puppet, refusal, status, code, retry, stream):
+    puppet.refusal = refusal
+    service = build(puppet)
+    answer = post(service, {**ASK, "stream": stream})
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
-    assert answer.headers["retry-after"] == "1"
-    assert puppet.cancelled == [0, 1]
+    assert answer.headers.get("retry-after") == retry
+    assert puppet.works == puppet.cancelled == []
+    assert b"lora_gen_cancelled_total 0.0" in service.metrics.text()
+
+
+def test_a_request_that_the_queue_can_never_hold_is_an_error_of_the_client(build, puppet):
+    service = build(puppet, sequences=2)
+    assert post(service, ASK).status_code == 400
+    chat = {"model": "red", "messages": [{"role": "user", "content": "sun"}], "n": 3}
+    answer = post(service, chat, "/v1/chat/completions")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
+
+
+def test_the_default_length_is_at_most_what_is_allowed(build, puppet):
+    say_at_once(puppet)
+    for limits, expected in (({}, 16), ({"max_new_tokens": 5}, 5)):
+        assert post(build(puppet, **limits), {"model": "red", "prompt": "sun", "top_k": -1}).status_code == 200
+        assert (puppet.works[-1].max_new_tokens, puppet.works[-1].top_k) == (expected, 0)
+    assert post(build(puppet), {"model": "red", "prompt": [8] * 90}).status_code == 200
+    assert puppet.works[-1].max_new_tokens == puppet.longest - 90
 
 
 def test_an_answer_that_takes_too_long_is_given_up(build, puppet):
@@ -146,6 +172,70 @@ def test_the_event_loop_is_free_while_others_wait(build, puppet):
         assert httpx.get(url + "/health").status_code == 200
 
 
+def end_after(service, listener, seconds, conversation):
+    """The exit status of a server that a conversation in another thread ends."""
+    thread = threading.Thread(target=conversation)
+    before = signal.getsignal(signal.SIGTERM)
+    status = run_server(service, listener, seconds, thread.start)
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) is before
+    return status
+
+
+def test_a_short_time_to_end_is_enough_where_nothing_is_asked(build, puppet):
+    puppet.close = lambda timeout: True
+    listener = bind("127.0.0.1", 0)
+    assert end_after(build(puppet), listener, 0.2, lambda: os.kill(os.getpid(), signal.SIGTERM)) == 0
+
+
+def test_too_many_connections_are_refused(build, puppet, monkeypatch):
+    monkeypatch.setattr(server, "_MOST_CONNECTIONS", 2)
+    puppet.close = lambda timeout: True
+    listener, statuses = bind("127.0.0.1", 0), []
+
+    def talk():
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/health"
+        statuses.append(httpx.get(url).status_code)
+        with socket.create_connection(listener.getsockname()):
+            statuses.append(httpx.get(url).status_code)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert end_after(build(puppet), listener, 2.0, talk) == 0
+    assert statuses == [200, 503]
+
+
+@pytest.mark.parametrize("leaves_unread", ["an answer", "a stream"])
+def test_a_client_that_does_not_read_holds_nothing_up(build, puppet, monkeypatch, leaves_unread):
+    monkeypatch.setattr(server, "_UNREAD_SECONDS", 0.2)
+    monkeypatch.setattr(web, "_READING_SECONDS", 0.0)
+    puppet.close = lambda timeout: True
+    stream = leaves_unread == "a stream"
+    service = build(puppet, timeout=1.0 if stream else 60.0)
+    listener = bind("127.0.0.1", 0)
+    # Small: what a test says is more than both sides' systems keep.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    ends = []
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+
+    def talk():
+        client.connect(listener.getsockname())
+        body = json.dumps({**ASK, "prompt": "sun", "stream": stream}).encode()
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        wait_until(lambda: len(puppet.works) == 1)
+        puppet.say(0, [8] * 40_000, "stop")
+        if stream:  # it is cut off while the server runs
+            wait_until(lambda: b'status="504"} 1.0' in service.metrics.text())
+        else:
+            wait_until(lambda: b'status="200"} 1.0' in service.metrics.text())
+        ends.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with client:
+        assert end_after(service, listener, 30.0, talk) == 0
+        assert time.monotonic() - ends[0] < 5
+
+
 @pytest.mark.parametrize("answered", [True, False])
 def test_a_signal_waits_for_answers_but_not_for_ever(build, puppet, answered):
     service, statuses = build(puppet), []
@@ -166,17 +256,14 @@ def test_a_signal_waits_for_answers_but_not_for_ever(build, puppet, answered):
         for index in range(3 if answered else 2):
             puppet.say(index, [8], "stop")
 
-    threads = [threading.Thread(target=ask), threading.Thread(target=end)]
-    before = signal.getsignal(signal.SIGTERM)
+    def talk():
+        asking = threading.Thread(target=ask)
+        asking.start()
+        end()
+        asking.join()
 
-    def start():
-        for thread in threads:
-            thread.start()
-
-    status = run_server(service, listener, 1.0, start)
-    for thread in threads:
-        thread.join()
-    assert signal.getsignal(signal.SIGTERM) is before
+    # Cut off, it is an error however the seconds are rounded.
+    status = end_after(service, listener, 1.0 if answered else 0.4, talk)
     assert status == (0 if answered else 1)
     assert puppet.cancelled == ([] if answered else [2])
     # Cut off after the time to end: no answer, or an error of the server.

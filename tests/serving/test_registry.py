@@ -1,21 +1,22 @@
 """Specialisations while a server runs: made once, named, bounded, kept on disk, and found again."""
 
 import asyncio
-import dataclasses
 import json
 import threading
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
 import pytest
-from serving_tools import PROMPTS, Puppet
+from serving_tools import PROMPTS, Puppet, say_at_once
 
-from lora_gen_jax.adapters.specialization import load_specialization, save_specialization
-from lora_gen_jax.errors import CheckpointError
+from lora_gen_jax.adapters.specialization import load_specialization
+from lora_gen_jax.errors import OutputError
 from lora_gen_jax.serving.app import make_app
 from lora_gen_jax.serving.errors import ApiError
-from lora_gen_jax.serving.registry import Entry, Registry, Served, read_entries
+from lora_gen_jax.serving.registry import Entry, Registry, Served
 from lora_gen_jax.serving.service import Limits, Service
+from lora_gen_jax.serving.stored import read_entries, remove_directory
 
 
 class Counting:
@@ -67,19 +68,6 @@ def messages(system, user="name a cat"):
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
-def say_at_once(puppet, ids=(8, 9)):
-    """Every work ends with these ids as soon as it is submitted."""
-    submit = puppet.submit
-
-    def answering(work, listener):
-        ticket = submit(work, listener)
-        puppet.say(len(puppet.works) - 1, list(ids), "stop")
-        return ticket
-
-    puppet.submit = answering
-    return puppet
-
-
 def test_a_prompt_a_conversation_and_shots_become_specialisations(counting, made):
     service = Service(Puppet(), counting, Registry(10))
     shots = [{"input": "what is the sun ?", "output": "red"}]
@@ -109,6 +97,8 @@ def test_bad_prompts_and_names_are_errors(counting):
         ({"prompt": "cat " * 400}, 400, "tokens, the limit is"),
         ({"prompt": 3}, 400, "string"),
         ({"messages": messages("say red")}, 400, "without an answer"),
+        ({"shots": [3]}, 400, "shot 1"),
+        ({"shots": "a"}, 400, "shots: give a list"),
         ({"shots": [{"input": "a"}]}, 400, "output"),
         ({"prompt": "a", "name": "../up"}, 400, "letters"),
         ({"prompt": "a", "name": "a/b"}, 400, "letters"),
@@ -125,7 +115,9 @@ def test_bad_prompts_and_names_are_errors(counting):
         for fields, status, words in cases:
             answer = await make(client, **fields)
             assert answer.status_code == status, fields
-            assert words in answer.json()["error"]["message"], fields
+            message = answer.json()["error"]["message"]
+            assert words in message, fields
+            assert "--" not in message  # a flag, which a client does not have
         assert (await client.get("/v1/specializations")).json()["data"] == []
         # Nothing of what failed holds a name.
         assert (await make(client, name="x", prompt="cat " * 400)).status_code == 400
@@ -234,50 +226,68 @@ def test_a_store_that_cannot_be_written_fails_the_request_alone(counting, tmp_pa
     async def conversation(client):
         failed = await make(client, name="x", prompt="say red")
         assert (failed.status_code, failed.json()["error"]["type"]) == (500, "server_error")
+        assert str(tmp_path) not in failed.text
+        assert "--out" not in failed.text
         assert (await client.get("/v1/specializations")).json()["data"] == []
 
     talk(service, conversation)
 
 
-def test_directories_of_specialisations_are_read(specializer, made, tmp_path):
-    served = Served.of(specializer)
-    for name, specialization in made.items():
-        save_specialization(specialization, tmp_path / "many" / name)
-    (tmp_path / "many" / ".cat.half-written").mkdir()
-    save_specialization(made["red"], tmp_path / "single")
-    entries = read_entries([tmp_path / "single", tmp_path / "many"], served)
-    assert sorted(entry.name for entry in entries) == ["cat", "red", "single", "two"]
-    assert {len(entry.gates_LE) for entry in entries} == {2}
-    with pytest.raises(CheckpointError, match="would have the same name"):
-        read_entries([tmp_path / "many", tmp_path / "many" / "red"], served)
+def test_a_name_is_taken_until_its_removal_is_done(counting, tmp_path, monkeypatch):
+    registry, removing, go = Registry(10, tmp_path / "store"), threading.Event(), threading.Event()
+    service = Service(Puppet(), counting, registry)
+
+    def slowly(directory):
+        removing.set()
+        assert go.wait(20)
+        remove_directory(directory)
+
+    monkeypatch.setattr("lora_gen_jax.serving.service.remove_directory", slowly)
+
+    async def conversation(client):
+        assert (await make(client, name="a", prompt="say red")).status_code == 200
+        removal = asyncio.ensure_future(client.delete("/v1/specializations/a"))
+        assert await asyncio.to_thread(removing.wait, 20)
+        assert (await make(client, name="a", prompt="say blue")).status_code == 409
+        assert (await client.delete("/v1/specializations/a")).status_code == 404
+        go.set()
+        assert (await removal).status_code == 200
+        assert (await make(client, name="a", prompt="say blue")).status_code == 200
+
+    talk(service, conversation)
+    assert load_specialization(tmp_path / "store" / "a").prompt == "say blue"
 
 
-def test_a_directory_that_cannot_be_served_is_named(specializer, made, tmp_path):
-    served, good = Served.of(specializer), made["red"]
-    for part, words in (("pool", "made with another expert pool"), ("edge", "made for another edge model")):
-        other = dataclasses.replace(good, fingerprints={**good.fingerprints, part: "0" * 16})
-        save_specialization(other, tmp_path / part)
-        with pytest.raises(CheckpointError, match=f"{part} cannot be served: .*{words}"):
-            read_entries([tmp_path / part], served)
-    save_specialization(good, tmp_path / "auto")
-    with pytest.raises(CheckpointError, match=r"auto cannot be served: .*reserved"):
-        read_entries([tmp_path / "auto"], served)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "text").mkdir()
-    for path, words in (("empty", "holds no"), ("missing", "no directory"), ("notes", "text cannot be served")):
-        with pytest.raises(CheckpointError, match=words):
-            read_entries([tmp_path / path], served)
-    with pytest.raises(CheckpointError, match="of 2 layers, the generator's edge model has 3"):
-        dataclasses.replace(served, fit=dataclasses.replace(served.fit, layers=3)).entry("x", good)
+def test_what_cannot_be_removed_is_kept(counting, tmp_path, monkeypatch):
+    service = Service(Puppet(), counting, Registry(10, tmp_path / "store"))
+
+    def failing(directory):
+        raise OutputError(f"{directory} cannot be removed")
+
+    monkeypatch.setattr("lora_gen_jax.serving.service.remove_directory", failing)
+
+    async def conversation(client):
+        assert (await make(client, name="a", prompt="say red")).status_code == 200
+        failed = await client.delete("/v1/specializations/a")
+        assert failed.status_code == 500
+        assert str(tmp_path) not in failed.text
+        assert (await client.get("/v1/specializations/a")).status_code == 200
+
+    talk(service, conversation)
 
 
-def test_a_small_change_of_a_stored_file_is_noticed(specializer, made, tmp_path):
-    save_specialization(made["red"], tmp_path / "red")
-    assert load_specialization(tmp_path / "red").prompt == PROMPTS["red"]
-    (tmp_path / "red" / "prompt.txt").write_text("say blue")
-    with pytest.raises(CheckpointError, match="red cannot be served"):
-        read_entries([tmp_path / "red"], Served.of(specializer))
+def test_long_texts_do_not_hold_the_event_loop_up(counting, monkeypatch):
+    service, threads = Service(Puppet(), counting, Registry(10)), []
+
+    def note(text):
+        threads.append(threading.current_thread() is threading.main_thread())
+        return [8]
+
+    monkeypatch.setattr(service, "encoder", SimpleNamespace(text=note, vocab_size=64))
+    for prompts in (["cat"] * 3, ["cat " * 1000] * 5):
+        assert asyncio.run(service.prompt_ids(prompts)) == [[8]] * len(prompts)
+    service.close()
+    assert threads == [True] * 3 + [False] * 5
 
 
 def test_a_reserved_name_counts(made, specializer):

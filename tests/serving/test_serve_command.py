@@ -1,5 +1,6 @@
 """The flags of ``serve``: mistakes are told before anything is loaded, and the start fills the registry."""
 
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -8,7 +9,9 @@ import pytest
 
 from lora_gen_jax.adapters.specialization import save_specialization
 from lora_gen_jax.errors import CheckpointError, ConfigError, DataError, OutputError
-from lora_gen_jax.serving.command import Serve, _api_key, read_registry, serve_command
+from lora_gen_jax.serving.command import Serve, _api_key, _specializer, read_registry, serve_command
+from lora_gen_jax.serving.errors import ApiError
+from lora_gen_jax.training import checkpoint
 
 
 @pytest.mark.parametrize(
@@ -55,6 +58,13 @@ def test_a_generator_without_gates_is_not_served(generator_directory, tmp_path):
         serve_command(Serve(checkpoint=tmp_path / "direct", port=0))
 
 
+def test_the_generator_is_read_once(generator_directory, monkeypatch):
+    read, load = [], checkpoint.load_portable
+    monkeypatch.setattr(checkpoint, "load_portable", lambda path: read.append(path) or load(path))
+    _specializer(Serve(checkpoint=generator_directory))
+    assert read == [generator_directory]
+
+
 def test_the_registry_holds_what_flags_and_store_name(specializer, made, tmp_path):
     save_specialization(made["red"], tmp_path / "given")
     store = tmp_path / "new" / "store"
@@ -64,8 +74,19 @@ def test_the_registry_holds_what_flags_and_store_name(specializer, made, tmp_pat
     registry = read_registry(flags, specializer)
     assert [entry.name for entry in registry.entries] == ["given", "kept"]
     assert registry.directory("kept") == store / "kept"
-    with pytest.raises(CheckpointError, match="--max-specializations is 1"):
-        read_registry(Serve(specializations=(tmp_path / "given",), store=store, max_specializations=1), specializer)
+    # Where both have a name, the store's is the newer one; and what is kept is served whatever the limit.
+    save_specialization(made["two"], store / "given")
+    full = read_registry(dataclasses.replace(flags, max_specializations=1), specializer)
+    assert [entry.name for entry in full.entries] == ["given", "kept"]
+    assert (full.entries[0].gates_LE == full.entries[1].gates_LE).all()
+    with pytest.raises(ApiError, match="the limit"):
+        full.reserve("more")
+    save_specialization(made["red"], tmp_path / "other")
+    two = Serve(specializations=(tmp_path / "given", tmp_path / "other"), max_specializations=1)
+    with pytest.raises(CheckpointError, match="2 specialisations are given, --max-specializations is 1"):
+        read_registry(two, specializer)
+    with pytest.raises(ConfigError, match="name the directory around it"):
+        read_registry(Serve(store=store / "kept"), specializer)
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="--store"):
         read_registry(Serve(store=tmp_path / "file"), specializer)
