@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from lora_gen_jax.inference.engine import Work
+from lora_gen_jax.inference.work import Work
 from lora_gen_jax.serving.answers import Answering
 from lora_gen_jax.serving.errors import invalid, too_late
 from lora_gen_jax.serving.replies import Choice, Reply
