@@ -61,7 +61,9 @@ def answer_all(
             raise type(error)(f"request {i + 1} of {len(works)}: {error}") from error
     groups = by_specialisation(works)
     mixed = how == "mixed" or (how == "auto" and mixed_is_better([len(group) for group in groups]))
-    engine = Engine(decoder, params, pool if mixed else None, rows=min(rows, len(works)), slots=slots)
+    # Free rows are computed, too: merged, no more are needed than the largest group has.
+    most = len(works) if mixed else max(map(len, groups))
+    engine = Engine(decoder, params, pool if mixed else None, rows=min(rows, most), slots=slots)
     found: dict[int, Generation] = {}
 
     def note(i: int, generation: Generation) -> None:
