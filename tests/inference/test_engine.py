@@ -115,7 +115,7 @@ def test_a_cancelled_row_is_free_and_leaves_nothing_behind(llama):
     assert_same(run(engine, works), [offline(llama, adapter, work) for work in works])
 
 
-@pytest.mark.parametrize("how", ["mixed", "merged", "auto"])
+@pytest.mark.parametrize("how", ["mixed", "merged"])
 def test_many_queries_are_answered_alike_mixed_and_merged(llama, how):
     adapter = make_gates(llama.decoder.config, prompts=5)
     works, seen = make_works(llama.decoder.config, adapter, 12), []
