@@ -90,7 +90,7 @@ def generate_command(flags: Generate) -> None:
 def _answer_one(flags: Generate, directory: Path) -> None:
     """Merges the specialisation into the edge model and streams its answer."""
     from lora_gen_jax.adapters.merge import merge_donated
-    from lora_gen_jax.adapters.specialization_fit import adapter_of
+    from lora_gen_jax.adapters.specialization_fit import fitted_adapter
     from lora_gen_jax.data.text_stream import TextStream
     from lora_gen_jax.files import text_argument
     from lora_gen_jax.inference.decode import stream
@@ -106,7 +106,7 @@ def _answer_one(flags: Generate, directory: Path) -> None:
     params = edge.params
     if not flags.base:
         # The base is not needed any more.
-        adapter = adapter_of(specialization, loaded.variables, config.generator, edge.config.num_layers)
+        adapter = fitted_adapter(specialization, loaded.variables, config.generator)
         params = merge_donated(params, adapter)
     tokens = stream(
         edge.decoder,
@@ -125,7 +125,7 @@ def _answer_one(flags: Generate, directory: Path) -> None:
 
 def _answer_requests(flags: Generate, path: Path) -> None:
     """Answers a file of requests, all of them or none."""
-    from lora_gen_jax.adapters.specialization_fit import adapter_of
+    from lora_gen_jax.adapters.specialization_fit import fitted_adapter
     from lora_gen_jax.inference.mixture import answer_all
     from lora_gen_jax.models import load_model
     from lora_gen_jax.sharding import evaluation_mesh
@@ -145,7 +145,7 @@ def _answer_requests(flags: Generate, path: Path) -> None:
             " --input, or export it"
         )
     edge = load_model(config.edge, evaluation_mesh(config.mesh.fsdp))
-    adapter = adapter_of(first, loaded.variables, config.generator, edge.config.num_layers)
+    adapter = fitted_adapter(first, loaded.variables, config.generator)
     gates = {place: one.gates(config.generator.num_experts) for place, one in found.items()}
     asked = [(row["input"], None if place is None else gates[place]) for row, place in zip(rows, places, strict=True)]
     works = _works(flags, edge, config.edge.source, asked)
@@ -198,6 +198,7 @@ def _read_requests(flags: Generate, path: Path) -> tuple[list[dict[str, Any]], l
 
 
 def _place(flags: Generate, row: dict[str, Any]) -> Path | None:
+    from lora_gen_jax.adapters.specialization import TENSORS
     from lora_gen_jax.data.prompt_sources import text_field
 
     text_field(row, "input")
@@ -208,7 +209,7 @@ def _place(flags: Generate, row: dict[str, Any]) -> Path | None:
         raise DataError("a field holds half of a surrogate pair, which is no text: save the file as UTF-8")
     named, folder = row.get("specialization"), flags.specialization
     if named is None:
-        return folder if folder is not None and (folder / "specialization.safetensors").is_file() else None
+        return folder if folder is not None and (folder / TENSORS).is_file() else None
     if not isinstance(named, str) or not named:
         raise DataError(f'"specialization" must be a directory or a name, found {named!r}')
     for place in ([] if folder is None else [folder / named]) + [Path(named)]:

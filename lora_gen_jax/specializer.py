@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lora_gen_jax.adapters.gated_pool import GatedPool
 from lora_gen_jax.adapters.specialization import Specialization, load_specialization, sparse_tensors
-from lora_gen_jax.adapters.specialization_fit import Fit, adapter_of, pool_fingerprint
+from lora_gen_jax.adapters.specialization_fit import Fit, fitted_adapter, pool_fingerprint, pool_of
 from lora_gen_jax.config import Config, ModelConfig
 from lora_gen_jax.data.prompt_sources import check_text
 from lora_gen_jax.decoder.pretrained import fingerprint, load_config, resolve
 from lora_gen_jax.errors import CheckpointError, DataError
 from lora_gen_jax.files import is_directory
+from lora_gen_jax.generator.lora_gen import gated_adapter
 from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.inference.buckets import bucket, power_of_two
 from lora_gen_jax.inference.placement import mesh_of
@@ -39,6 +42,7 @@ class Specializer:
         config: of the run.
         pair: the models.
         limit: longest prompt in tokens of the cloud model.
+        fit: what its specialisations are like.
 
     Raises:
         CheckpointError: for a checkpoint of another method, or of other models.
@@ -56,7 +60,8 @@ class Specializer:
         self._variables = jax.device_put(
             loaded.variables, None if mesh is None else NamedSharding(mesh, PartitionSpec())
         )
-        self._fingerprints = {**loaded.fingerprints, "pool": pool_fingerprint(loaded.variables)}
+        self.fit = Fit.of(loaded.variables, self.config.generator, self.layers)
+        self._fingerprints = {**loaded.fingerprints, "pool": self.fit.pool}
         shipped = any(loaded.path.absolute() == path.absolute() for path in SHIPPED.values())
         self._checkpoint = None if shipped else str(loaded.path.absolute())
         self._versions = versions()
@@ -83,7 +88,18 @@ class Specializer:
             CheckpointError: when there is no checkpoint, or it is damaged, of another method or of other models.
             ModelError: when a model cannot be read.
         """
-        loaded = load_checkpoint(checkpoint or DEFAULT)
+        return cls.of(load_checkpoint(checkpoint or DEFAULT), cloud, edge, mesh, edge_weights)
+
+    @classmethod
+    def of(
+        cls,
+        loaded: Loaded,
+        cloud: str | None = None,
+        edge: str | None = None,
+        mesh: Mesh | None = None,
+        edge_weights: bool = True,
+    ) -> "Specializer":
+        """As `load`, of a checkpoint that was read already."""
         _check_makes_gates(loaded)  # before any model is read
         loaded = dataclasses.replace(loaded, config=relocate(loaded.config, cloud, edge))
         mesh = evaluation_mesh(loaded.config.mesh.fsdp) if mesh is None else mesh
@@ -145,7 +161,14 @@ class Specializer:
         Raises:
             CheckpointError: for a specialisation of another generator.
         """
-        return adapter_of(specialization, self._variables, self.config.generator, self.layers)
+        self.fit.check(specialization)
+        return fitted_adapter(specialization, self._variables, self.config.generator)
+
+    def pool(self) -> GatedPool:
+        """The expert pool as an adapter whose gates are zero, for an `Engine`; not of direct generation."""
+        settings = self.config.generator
+        zeros_PLE = jnp.zeros((1, self.layers, settings.num_experts))
+        return gated_adapter(zeros_PLE, pool_of(self._variables), settings)
 
     def _numbered_ids(self, prompts: Sequence[str], i: int) -> list[int]:
         try:

@@ -115,6 +115,11 @@ def adapter_of(
         CheckpointError: as `Fit.check`.
     """
     Fit.of(variables, settings, layers).check(specialization)
+    return fitted_adapter(specialization, variables, settings)
+
+
+def fitted_adapter(specialization: Specialization, variables: Any, settings: GeneratorConfig) -> Any:
+    """As `adapter_of`, of a specialisation that was checked already: the pool is not read again."""
     if specialization.direct:
         factors: dict[str, dict[str, jax.Array]] = {}
         for name, value in specialization.tensors.items():

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lora_gen_jax.adapters.merge import merge_donated
-from lora_gen_jax.adapters.specialization_fit import adapter_of
+from lora_gen_jax.adapters.specialization_fit import fitted_adapter
 from lora_gen_jax.baselines.method import Prompt, Specialised
 from lora_gen_jax.config import Config, EvalConfig, ModelConfig
 from lora_gen_jax.errors import ConfigError
@@ -142,7 +142,7 @@ def _with_specialization(settings: Settings) -> Subject:
     special, loaded, _ = read_specialization(directory, checkpoint, settings.model)
     config = _relocated(loaded.config, settings)
     edge = load_model(config.edge, evaluation_mesh(config.mesh.fsdp))
-    adapter = adapter_of(special, loaded.variables, config.generator, edge.config.num_layers)
+    adapter = fitted_adapter(special, loaded.variables, config.generator)
     made = {"method": "specialization", **special.fingerprints, "gates": content_of(special.tensors)}
     made["prompt"] = digest_of(special.prompt)
     # The base is not needed any more.

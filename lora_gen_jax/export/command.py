@@ -124,8 +124,7 @@ def _merged(flags: Export, made: Made | None) -> tuple[str, str]:
     import numpy as np
 
     from lora_gen_jax.adapters.merge import merge_donated
-    from lora_gen_jax.adapters.specialization_fit import adapter_of
-    from lora_gen_jax.decoder.pretrained import load_config
+    from lora_gen_jax.adapters.specialization_fit import fitted_adapter
     from lora_gen_jax.export.factors import origin_of
     from lora_gen_jax.export.merged import MergedModel, write_merged
     from lora_gen_jax.models import load_model
@@ -133,8 +132,7 @@ def _merged(flags: Export, made: Made | None) -> tuple[str, str]:
     edge = ModelConfig(str(flags.edge)) if made is None else made.edge
     adapter, origin = None, None
     if made is not None and not flags.base:
-        layers = load_config(edge.source).num_layers
-        adapter = adapter_of(made.special, made.loaded.variables, made.loaded.config.generator, layers)
+        adapter = fitted_adapter(made.special, made.loaded.variables, made.loaded.config.generator)
         origin = origin_of(made.special)
     # In the host's memory: a whole model in fp32 need not fit an accelerator.
     with jax.default_device(jax.devices("cpu")[0]):

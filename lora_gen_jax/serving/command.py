@@ -8,7 +8,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_gen_jax.errors import CheckpointError, ConfigError
 
@@ -130,9 +130,7 @@ def _api_key(flags: Serve) -> str | None:
 
 
 def _specializer(flags: Serve) -> "Specializer":
-    from lora_gen_jax.models import load_pair
-    from lora_gen_jax.sharding import evaluation_mesh
-    from lora_gen_jax.specializer import Specializer, relocate
+    from lora_gen_jax.specializer import Specializer
     from lora_gen_jax.training.checkpoint import load_checkpoint
     from lora_gen_jax.training.portable import DEFAULT
 
@@ -143,8 +141,7 @@ def _specializer(flags: Serve) -> "Specializer":
             f"{loaded.path} was trained with {what}: the server mixes specialisations by their gates, which it has none"
             " of. Use `lora-gen export --format merged` and serve the merged model"
         )
-    loaded = dataclasses.replace(loaded, config=relocate(loaded.config, flags.cloud, flags.edge))
-    return Specializer(loaded, load_pair(loaded.config, evaluation_mesh(loaded.config.mesh.fsdp)))
+    return Specializer.of(loaded, flags.cloud, flags.edge)
 
 
 def read_registry(flags: Serve, specializer: "Specializer") -> "Registry":
@@ -187,22 +184,5 @@ def make_scheduler(specializer: "Specializer", rows: int, context: int | None, q
 
     edge = specializer.pair.edge
     slots = min(edge.config.max_positions, _MOST_CONTEXT) if context is None else context
-    engine = Engine(edge.decoder, edge.params, pool_adapter(specializer), rows=rows, slots=slots)
+    engine = Engine(edge.decoder, edge.params, specializer.pool(), rows=rows, slots=slots)
     return Scheduler(engine, queue)
-
-
-def pool_adapter(specializer: "Specializer") -> Any:
-    """A generator's expert pool as an adapter, on the devices of the edge model; its gates are zero."""
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    from lora_gen_jax.adapters.specialization_fit import pool_of
-    from lora_gen_jax.generator.lora_gen import gated_adapter
-    from lora_gen_jax.inference.placement import mesh_of
-
-    edge, settings = specializer.pair.edge, specializer.config.generator
-    mesh = mesh_of(edge.params)
-    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    pool = jax.device_put(pool_of(specializer.loaded.variables), everywhere)
-    return gated_adapter(jnp.zeros((1, edge.config.num_layers, settings.num_experts)), pool, settings)

@@ -167,9 +167,8 @@ class Served:
     @classmethod
     def of(cls, specializer: Specializer) -> "Served":
         """What a generator's own specialisations are like."""
-        pair, config = specializer.pair, specializer.config
-        fit = Fit.of(specializer.loaded.variables, config.generator, pair.edge.config.num_layers)
-        return cls(fit, pair.edge.fingerprint, pair.cloud.encoder)
+        pair = specializer.pair
+        return cls(specializer.fit, pair.edge.fingerprint, pair.cloud.encoder)
 
     def entry(self, name: str, specialization: Specialization, automatic: bool = False) -> Entry:
         """A specialisation to serve.

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from lora_gen_jax.errors import LoraGenError, OutputError
-from lora_gen_jax.files import complete_directory, write_json
+from lora_gen_jax.errors import LoraGenError
+from lora_gen_jax.files import complete_directory, write_json, write_text
 from lora_gen_jax.methods import METHODS
 from lora_gen_jax.tables import latency, sheet
 from lora_gen_jax.tables.cost_layout import all_tables, foot
@@ -69,12 +69,7 @@ def write(directory: Path, results: dict[str, Any], costs: dict[str, Any]) -> li
     sheets = all_tables(results, costs, {name: method.traits for name, method in METHODS.items()})
     values = {"tables": [sheet.to_json(one) for one in sheets], "results": results, "costs": costs}
     write_json(directory / VALUES, values)
-    path, temporary = directory / MARKDOWN, directory / f".{MARKDOWN}.tmp"
-    try:
-        temporary.write_text(sheet.to_markdown(sheets, foot(results, costs)), encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}; choose another --out") from error
+    write_text(directory / MARKDOWN, sheet.to_markdown(sheets, foot(results, costs)), "choose another --out")
     return sheets
 
 

@@ -14,6 +14,7 @@ from typing import Annotated
 import tyro
 
 from lora_gen_jax.errors import DataError, OutputError
+from lora_gen_jax.files import write_text
 
 PAGE = "report.html"
 
@@ -72,13 +73,8 @@ def write_report(directories: Sequence[Path], out: Path | None = None, tasks: Se
     lead = [f'<p class="note">From {names}. Made by <code>lora-gen report</code>; figures are measured where no'
             " other source is named.</p>"]  # fmt: skip
     text = page("LoRA-Gen report", lead, made)
-    path, temporary = out / PAGE, out / f".{PAGE}.tmp"
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}; choose another --out") from error
-    return path
+    write_text(out / PAGE, text, "choose another --out")
+    return out / PAGE
 
 
 def _check_tasks(tasks: Sequence[str], results: Sequence[dict]) -> None:
