@@ -251,6 +251,7 @@ class EvalConfig:
         methods: base, icl, lora, lora_moe, mixlora, lorahub, autocompressor, lora_gen, and shuffled: LoRA-Gen with the
             prompt of another task.
         shots: shots in the system prompt: read by the cloud, and by the edge for icl.
+        split: documents that are scored: test, or validation (held out of training too) for choosing settings.
         limit: documents a task, the first ones; left out, all.
         seed: of the choice of shots.
         batch_tokens: tokens of one scoring batch.
@@ -261,6 +262,7 @@ class EvalConfig:
     tasks: tuple[str, ...] = ()
     methods: tuple[str, ...] = ("base", "icl", "lora_gen")
     shots: int = 5
+    split: Literal["test", "validation"] = "test"
     limit: int | None = None
     seed: int = 0
     batch_tokens: int = 8192

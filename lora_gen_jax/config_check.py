@@ -188,6 +188,10 @@ def _run_rules(config: Config) -> list[tuple[bool, str]]:
         ),
         (e.limit is None or e.limit > 0, f"eval.limit is {e.limit}; at least 1"),
         (
+            e.split == "test" or not any(name.startswith("lm_eval/") for name in e.tasks),
+            "eval.split is validation, but lm_eval/ tasks have a split of their own: leave them out of eval.tasks",
+        ),
+        (
             not config.data.edge_reads_prompt or all(METHODS[m].may_read_prompt for m in trained(config)),
             f"data.edge_reads_prompt is for the methods {', '.join(BEHIND_PROMPT)}; the others' edge model need not"
             " read the prompt: leave it out, or the others (method, compare)",

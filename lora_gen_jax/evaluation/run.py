@@ -80,7 +80,7 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path, shots: Sequence
                 add(results, harness.harness_scores(config, pair, checkpoints, foreign, journal), seen)
             by_shots[str(number)] = results["methods"]
             if jax.process_index() == 0:
-                print_table(results, seen, f"{number} shots")
+                print_table(results, seen, f"{number} shots, {config.eval.split} rows")
         results["checkpoints"] = {method: describe(loaded) for method, loaded in checkpoints.items()}
         if len(by_shots) > 1:
             results["by_shots"] = by_shots
@@ -133,6 +133,8 @@ def gates_json(gates: dict[str, np.ndarray]) -> dict[str, Any]:
 def evaluated_tasks(config: Config) -> list[Task]:
     """The tasks of eval.tasks but lm-eval's, or all eight reasoning tasks; each has documents that can be scored.
 
+    With `eval.split` "validation" those documents are the validation rows, in the place of the test rows.
+
     Raises:
         DataError: for an unknown task or one that cannot be scored.
     """
@@ -142,6 +144,8 @@ def evaluated_tasks(config: Config) -> list[Task]:
     # A user's files may hold more tasks than are named; a group's name stands for its tasks.
     groups = [[found[name]] if name in found else suite.find(name) for name in names]
     chosen = list({task.name: task for group in groups for task in group}.values())
+    if config.eval.split == "validation":
+        chosen = [dataclasses.replace(task, test=task.validation, validation=task.test) for task in chosen]
     for task in chosen:
         scored_documents(task, config.eval)
     return chosen

@@ -129,7 +129,7 @@ def scored_documents(task: Task, settings: EvalConfig) -> list[Example]:
     """
     documents = list(task.test[: settings.limit])
     if not documents:
-        raise DataError(f"task {task.name} has no test documents: give it a test split")
+        raise DataError(f"task {task.name} has no {settings.split} documents: give it a {settings.split} split")
     for document in documents:
         if bool(document.options) != bool(documents[0].options):
             raise DataError(

