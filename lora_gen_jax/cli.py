@@ -24,6 +24,7 @@ from lora_gen_jax.evaluation.report.command import Report, report_command
 from lora_gen_jax.evaluation.side_by_side import SideBySide, side_by_side_command
 from lora_gen_jax.export.command import Export, export_command
 from lora_gen_jax.generate_command import Generate, generate_command
+from lora_gen_jax.instructions.command import Instructions, instructions_command
 from lora_gen_jax.serving.command import Serve, serve_command
 
 
@@ -211,6 +212,7 @@ COMMANDS = {
     "generate": (Generate, generate_command, "answer an input with a specialised model"),
     "serve": (Serve, serve_command, "answer over HTTP, as OpenAI's interface, for many specialisations at once"),
     "export": (Export, export_command, "write a specialisation for peft, transformers or llama.cpp"),
+    "instructions": (Instructions, instructions_command, "turn instruction data into tasks, by any language model"),
     "pack": (Pack, pack_command, "write a trained generator as two small files"),
     "lm_eval": (None, lm_eval_command, "evaluate with lm-evaluation-harness"),
     "agent": (None, agent_main, "train and score on tool calls, as the paper's agent table"),

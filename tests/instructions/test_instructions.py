@@ -1,0 +1,336 @@
+"""The command: rows to a task file, replies that do not serve, and works that were stopped."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from conftest import COLOUR, COUNT, ROWS, THINGS, asked, completion, failure, right
+from helpers import experiment, write_rows
+
+from lora_gen_jax.cli import main
+from lora_gen_jax.data.records import load_records
+from lora_gen_jax.instructions.prompt import TEMPLATE
+from lora_gen_jax.models import load_pair
+from lora_gen_jax.training.prepare import make_sampler, training_tasks
+
+
+@pytest.fixture
+def arguments(tmp_path, fake):
+    """Of the command, on ROWS."""
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
+    out = str(tmp_path / "tasks.jsonl")
+    return ["instructions", str(rows), "--endpoint", fake.url, "--model", "tiny", "--out", out]
+
+
+def written(tmp_path, name="tasks.jsonl"):
+    return [json.loads(line) for line in (tmp_path / name).read_text(encoding="utf-8").splitlines()]
+
+
+def refused(capsys, args):
+    """What the command says on standard error when it ends with status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(args)
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def names(tmp_path):
+    return sorted(path.name for path in tmp_path.iterdir())
+
+
+def test_rows_with_the_same_abstract_instruction_are_one_task(tmp_path, fake, arguments, capsys):
+    main(arguments)
+    rows = written(tmp_path)
+    assert [row["input"] for row in rows] == [*THINGS, "red green blue"]
+    assert [row["output"] for row in rows] == [row["output"] for row in ROWS]
+    assert [row["system"] for row in rows] == [COLOUR] * 6 + [COUNT]
+    assert len({row["task"] for row in rows[:6]}) == 1
+    assert rows[0]["task"].startswith("name-the-colour-of-the-thing-")
+    assert names(tmp_path) == ["rows.jsonl", "tasks.jsonl"]
+    assert "7 rows of 2 tasks, 1 of them with a single row" in capsys.readouterr().err
+    assert len(fake.bodies) == 7
+    assert fake.paths[0] == "/v1/chat/completions"
+    assert fake.bodies[0]["temperature"] == 0
+    assert fake.bodies[0]["response_format"] == {"type": "json_object"}
+
+
+def test_groups_are_drawn_from_the_written_file(tmp_path, fake, arguments):
+    main(arguments)
+    (tmp_path / "in").mkdir()
+    config = experiment(tmp_path / "in", tmp_path / "run")
+    data = dataclasses.replace(config.data, files=(tmp_path / "tasks.jsonl",), min_shots=0)
+    config = dataclasses.replace(config, data=data)
+    tasks = training_tasks(config)
+    assert {task.descriptions for task in tasks} == {(COLOUR,), (COUNT,)}
+    sampler = make_sampler(config, load_pair(config), tasks, "train")
+    rng = np.random.default_rng(0)
+    groups = [sampler.draw(rng) for _ in range(60)]
+    shots = {text: {len(group.shots) for group in groups if group.description == text} for text in (COLOUR, COUNT)}
+    assert shots == {COLOUR: {0, 1, 2}, COUNT: {0}}
+    assert all(group.queries for group in groups)
+
+
+def test_replies_in_a_fence_or_after_thoughts_are_read(tmp_path, fake, arguments):
+    def answer(body, number):
+        text = json.dumps(right(asked(body)[0]), indent=1)
+        return completion(
+            f"<think>{{a}} or {{}}?</think>\nHere {{it}} is:\n```json\n{text}\n```\nDone."
+            if number % 2
+            else f"```\n{text}```"
+        )
+
+    fake.answer = answer
+    main(arguments)
+    assert [row["system"] for row in written(tmp_path)] == [COLOUR] * 6 + [COUNT]
+    assert len(fake.bodies) == 7
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        ("I cannot.", "the reply is not a JSON object"),
+        ('{"abstract": "Name it.", "query": ', "the reply is not a JSON object"),
+        ("", "the reply is not a JSON object"),
+        ({"abstract": " ", "query": "sun"}, '"abstract" must be a text'),
+        ({"abstract": "Name it.", "query": ["sun"]}, '"query" must be a text'),
+        ({"abstract": "Name it.", "query": "\ud800"}, "half of a surrogate pair"),
+        ({"abstract": "Say: Sun, colour!", "query": "that"}, '"abstract" contains the row\'s output'),
+        ({"abstract": "Name the colour of the SUN.", "query": "sun"}, '"abstract" contains the whole "query"'),
+        ({"abstract": "Name it.", "query": "sun colour"}, '"query" contains the row\'s output'),
+        ({"abstract": "n" * 601, "query": "sun"}, '"abstract" has 601 characters'),
+        ({"abstract": "Name it.", "query": "q" * 400}, '"query" is much longer'),
+    ],
+)
+def test_a_reply_that_does_not_serve_is_asked_for_again_with_what_is_wrong(tmp_path, fake, arguments, reply, reason):
+    fake.answer = lambda body, number: completion(reply) if number == 1 else None
+    main([*arguments, "--limit", "1"])
+    assert len(fake.bodies) == 2
+    first, given, correction = fake.bodies[1]["messages"]
+    assert [first] == fake.bodies[0]["messages"]
+    text = reply.strip() if isinstance(reply, str) else json.dumps(reply)
+    assert given == {"role": "assistant", "content": text or "{}"}
+    assert reason in correction["content"]
+    assert [row["input"] for row in written(tmp_path)] == ["sun"]
+    assert names(tmp_path) == ["rows.jsonl", "tasks.jsonl"]
+
+
+def test_a_row_whose_replies_never_serve_is_set_aside_with_the_reason(tmp_path, fake, arguments, capsys):
+    bad = '{"abstract": "", "query": "moon"}'
+    fake.answer = lambda body, number: completion(bad) if "moon" in asked(body)[0]["instruction"] else None
+    write_rows(tmp_path / "rows.jsonl", [*ROWS, {"instruction": "Name nothing.", "output": " ", "split": "train"}])
+    main([*arguments, "--attempts", "2"])
+    assert [row["input"] for row in written(tmp_path)] == ["sun", *THINGS[2:], "red green blue"]
+    moon, empty = written(tmp_path, "tasks.rejected.jsonl")
+    assert moon == ROWS[1] | {"reason": '"abstract" must be a text that is not empty', "reply": bad}
+    assert (empty["reason"], empty["split"]) == ('"output" is empty', "train")
+    assert len(fake.bodies) == 8
+    assert "2 rows were set aside in" in capsys.readouterr().err
+
+
+def test_where_no_row_comes_out_there_is_no_task_file(tmp_path, fake, arguments, capsys):
+    fake.answer = lambda body, number: completion("no")
+    assert "none of the 7 rows came out" in refused(capsys, arguments)
+    assert names(tmp_path) == ["rows.jsonl", "tasks.partial.jsonl", "tasks.rejected.jsonl"]
+
+
+def test_several_rows_of_a_request_are_answered_together_and_only_wrong_ones_again(tmp_path, fake, arguments):
+    def answer(body, number):
+        rows = [{"row": row["row"], **right(row)} for row in asked(body) if "row" in row]
+        if len(body["messages"]) > 1:
+            assert "row 2: it is missing" in body["messages"][-1]["content"]
+            rows = rows[1:2]
+        elif rows and rows[1]["query"] == "moon":
+            rows = [rows[2], rows[0]]
+        return completion({"rows": rows} if rows else right(asked(body)[0]))
+
+    fake.answer = answer
+    main([*arguments, "--rows-per-request", "3"])
+    assert [row["input"] for row in written(tmp_path)] == [*THINGS, "red green blue"]
+    assert len(fake.bodies) == 4
+
+
+def test_requests_run_side_by_side_and_the_file_keeps_the_order_of_the_rows(tmp_path, fake, arguments):
+    together = threading.Barrier(3, timeout=20)
+
+    def answer(body, number):
+        if number > 1:
+            together.wait()  # six requests, three at a time: fewer would never pass
+            time.sleep(0.02 * (number % 3))
+
+    fake.answer = answer
+    main([*arguments, "--concurrency", "3"])
+    assert [row["input"] for row in written(tmp_path)] == [*THINGS, "red green blue"]
+    assert fake.rows_asked() == sorted(row["instruction"] for row in ROWS)
+
+
+def test_a_killed_command_goes_on_without_asking_for_a_finished_row_again(tmp_path, fake, arguments, capsys):
+    hold = threading.Event()
+    fake.answer = lambda body, number: hold.wait(60) and None if number == 4 else None
+    command = [*arguments, "--concurrency", "1"]
+    code = f"from lora_gen_jax.cli import main; main({command!r})"
+    partial = tmp_path / "tasks.partial.jsonl"
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        deadline = time.monotonic() + 600
+        while len(fake.bodies) < 4 and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.02)
+        process.kill()
+    hold.set()
+    assert len(partial.read_text().splitlines()) == 4
+    with partial.open("a") as file:
+        file.write('{"row": 3, "abstr')
+    fake.bodies.clear()
+    assert "another --model" in refused(capsys, [*command, "--model", "large"])
+    assert "another rows" in refused(capsys, [*command, "--limit", "6"])
+    (tmp_path / "mine.txt").write_text("{rows} {form}")
+    assert "another prompt (--template)" in refused(capsys, [*command, "--template", str(tmp_path / "mine.txt")])
+    assert partial.read_text().endswith('{"row": 3, "abstr')
+    assert not fake.bodies
+    main(command)
+    assert fake.rows_asked() == sorted(row["instruction"] for row in ROWS[3:])
+    assert [row["input"] for row in written(tmp_path)] == [*THINGS, "red green blue"]
+    assert not partial.exists()
+
+
+def test_ctrl_c_keeps_what_is_finished(tmp_path, fake, arguments):
+    hold = threading.Event()
+
+    def answer(body, number):
+        if number == 5:
+            # As a terminal does it.
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        if number >= 5:
+            hold.wait(60)
+
+    fake.answer = answer
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--concurrency", "1"])
+    assert ended.value.code == 130
+    finished = [json.loads(line)["row"] for line in (tmp_path / "tasks.partial.jsonl").read_text().splitlines()[1:]]
+    assert finished == [0, 1, 2, 3]
+    fake.answer = lambda body, number: None
+    fake.bodies.clear()
+    main(arguments)
+    hold.set()
+    assert fake.rows_asked() == sorted(row["instruction"] for row in ROWS[4:])
+    assert [row["input"] for row in written(tmp_path)] == [*THINGS, "red green blue"]
+
+
+def test_a_file_that_is_no_partial_one_is_left_as_it_is(tmp_path, fake, arguments, capsys):
+    for text in ("mine", "mine\nand more"):
+        (tmp_path / "tasks.partial.jsonl").write_text(text)
+        assert "is no file of finished rows" in refused(capsys, arguments)
+        assert (tmp_path / "tasks.partial.jsonl").read_text() == text
+    assert not fake.bodies
+
+
+def test_a_damaged_line_of_the_partial_file_is_named(tmp_path, fake, arguments, capsys):
+    fake.answer = lambda body, number: failure(401) if number == 4 else None
+    refused(capsys, [*arguments, "--concurrency", "1"])
+    partial = tmp_path / "tasks.partial.jsonl"
+    lines = partial.read_text().splitlines()
+    partial.write_text("\n".join([*lines[:2], '{"row": 99}', *lines[3:]]) + "\n")
+    assert "tasks.partial.jsonl:3: damaged" in refused(capsys, arguments)
+
+
+def test_a_dry_run_prints_the_first_request_and_sends_none(tmp_path, fake, arguments, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    main([*arguments, "--dry-run"])
+    text = capsys.readouterr().out
+    shown = json.loads(text)
+    assert shown["url"] == f"{fake.url}/v1/chat/completions"
+    assert asked(shown["body"]) == [ROWS[0]]
+    assert "secret" not in text
+    assert not fake.bodies
+    assert names(tmp_path) == ["rows.jsonl"]
+
+
+def test_a_template_of_the_users_own_is_filled_once(tmp_path, fake, arguments, capsys):
+    mine = tmp_path / "mine.txt"
+    mine.write_text("Split {this} up. {form}\n{rows}\n")
+    row = {"instruction": "Repeat {form} and {rows}.", "input": "now", "output": "x"}
+    write_rows(tmp_path / "rows.jsonl", [row])
+    main([*arguments, "--template", str(mine)])
+    text = fake.bodies[0]["messages"][0]["content"]
+    assert text.startswith('Split {this} up. Reply with one JSON object and nothing else: {"abstract"')
+    assert asked(fake.bodies[0]) == [row]
+    mine.write_text("Split up: {rows}")
+    assert "has no {form}" in refused(capsys, [*arguments[:-1], str(tmp_path / "o.jsonl"), "--template", str(mine)])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"system": "a", "input": "b", "output": "c"}, "need no abstracting: give the file to --data.files"),
+        ({"instruction": "a"}, 'rows.jsonl:2: the field "output" is missing'),
+        ({"prompt": "a"}, 'the field "instruction" is missing'),
+        ({"instruction": "a", "input": 3, "output": "c"}, '"input" must be text, found int'),
+        ({"instruction": "a", "output": "\udfff"}, '"output" holds half of a surrogate pair'),
+        ({"instruction": "a", "output": "c", "split": "dev"}, "\"split\" is 'dev'"),
+    ],
+)
+def test_rows_of_another_form_are_named_before_anything_is_asked(tmp_path, fake, arguments, capsys, row, message):
+    write_rows(tmp_path / "rows.jsonl", [ROWS[0], row])
+    assert message in refused(capsys, arguments)
+    assert not fake.bodies
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rows-per-request", "0"], "--rows-per-request is 0"),
+        (["--timeout", "0"], "--timeout 0"),
+        (["--endpoint", "localhost:8000"], "--endpoint is 'localhost:8000'"),
+        (["--endpoint", "http://me:key@host/v1"], "holds a user or password"),
+        (["--api-key-env", "NO_SUCH_KEY"], "names NO_SUCH_KEY, which is not set"),
+        (["--out", "tasks.json"], "name a .jsonl file"),
+        (["--model", " "], "--model is empty"),
+    ],
+)
+def test_flags_that_cannot_work_are_named(fake, arguments, capsys, flags, message):
+    assert message in refused(capsys, [*arguments, *flags])
+
+
+def test_outputs_are_never_written_over(tmp_path, fake, arguments, capsys):
+    for name in ("tasks.jsonl", "tasks.rejected.jsonl"):
+        (tmp_path / name).write_text("mine")
+        assert f"{name} exists already" in refused(capsys, arguments)
+        assert (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).unlink()
+    assert not fake.bodies
+
+
+def test_splits_are_kept_and_set_aside_rows_can_be_given_again(tmp_path, fake, arguments):
+    rows = [row | {"split": split} for row, split in zip(ROWS, ["train"] * 4 + ["test"] * 3, strict=True)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    fake.answer = lambda body, number: completion("no") if "bird" in asked(body)[0]["instruction"] else None
+    main(arguments)
+    colour, count = load_records(tmp_path / "tasks.jsonl")
+    assert (len(colour.train), len(colour.test), len(count.test)) == (4, 1, 1)
+    fake.answer = lambda body, number: None
+    again = [arguments[0], str(tmp_path / "tasks.rejected.jsonl"), *arguments[2:-1], str(tmp_path / "more.jsonl")]
+    main(again)
+    (bird,) = written(tmp_path, "more.jsonl")
+    assert bird == {"task": colour.name, "system": "name the colour of the thing", "input": "bird"} | {
+        "output": "bird colour",
+        "split": "test",
+    }
+
+
+def test_the_built_in_prompt_has_both_placeholders_and_its_examples_would_pass():
+    assert TEMPLATE.count("{rows}") == TEMPLATE.count("{form}") == 1
+    from lora_gen_jax.instructions.replies import read_reply
+    from lora_gen_jax.instructions.rows import Source
+
+    lines = TEMPLATE.splitlines()
+    places = [i for i, line in enumerate(lines) if line.startswith("-> ")]
+    assert len(places) == 4
+    for i in places:
+        _, problems = read_reply(lines[i], {1: Source(**json.loads(lines[i - 1]))}, many=False)
+        assert not problems
