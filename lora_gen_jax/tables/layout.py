@@ -1,7 +1,8 @@
 """The paper's tables of accuracy: 2, 3, 4, 5, 6, 7, 8 and 9.
 
 In: results as `tables.results` gathers them, and costs as latency.json holds them (or nothing). Out: a `Sheet` a table,
-or None where nothing of it was run. Accuracies are means over seeds with the standard error of that mean.
+or None where nothing of it was run. Accuracies are means over seeds with the standard error of that mean; of a single
+seed with the one over documents.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 from lora_gen_jax.evaluation.report.style import title_of
 from lora_gen_jax.methods import METHODS
+from lora_gen_jax.tables.results import error_of
 from lora_gen_jax.tables.sheet import Cell, Figure, Sheet, over_seeds, percent
 from lora_gen_jax.tables.spec import UNTRAINED_METHODS, is_method_row
 
@@ -18,6 +20,7 @@ Costs = Mapping[str, Any]
 WIDEST = 10
 GROUPS = ("seen", "unseen")
 POOLED = "seen and unseen: all queries together; AVE and HAR: mean and harmonic mean over tasks"
+ERRORS = "±: over seeds; of a single seed, over documents"
 
 
 def scores(results: Results, row: str, shots: str | None = None) -> list[dict[str, Any]]:
@@ -28,12 +31,20 @@ def scores(results: Results, row: str, shots: str | None = None) -> list[dict[st
 
 def group(results: Results, row: str, title: str, shots: str | None = None) -> Figure | None:
     """Pooled accuracy on the seen or the unseen tasks, in percent."""
-    return percent(one["groups"].get(title, {}).get("accuracy") for one in scores(results, row, shots))
+    groups = [one["groups"].get(title, {}) for one in scores(results, row, shots)]
+    return percent((one.get("accuracy") for one in groups), (one.get("stderr") for one in groups))
+
+
+def on_task(results: Results, row: str, task: str) -> Figure | None:
+    """Accuracy on one task, in percent."""
+    found = [one["tasks"][task] for one in scores(results, row)]
+    return percent((one["acc"] for one in found), (one.get("stderr") for one in found))
 
 
 def mean(results: Results, row: str, name: str, shots: str | None = None) -> Figure | None:
     """ "ave", "har", "ave_seen" or "ave_unseen", in percent."""
-    return percent(one[name] for one in scores(results, row, shots))
+    found = scores(results, row, shots)
+    return percent((one[name] for one in found), (error_of(results, one, name) for one in found))
 
 
 def context(results: Results, row: str, shots: str | None = None, title: str | None = None) -> Figure | None:
@@ -111,7 +122,7 @@ def table_2(results: Results, costs: Costs) -> Sheet | None:
     def cells(row: str) -> list[Cell]:
         found: list[Cell] = []
         if wide:
-            found += [percent(one["tasks"][task]["acc"] for one in scores(results, row)) for task in tasks]
+            found += [on_task(results, row, task) for task in tasks]
         found += [group(results, row, title) for title in GROUPS]
         found += [mean(results, row, name) for name in ("ave_seen", "ave_unseen", "ave", "har")]
         return [*found, context(results, row), *latency(costs, row)]
@@ -121,7 +132,7 @@ def table_2(results: Results, costs: Costs) -> Sheet | None:
     averages = tuple(f"AVE {title}\nof {count}" for title, count in zip(GROUPS, counts, strict=True))
     columns = ("method", *each, *GROUPS, *averages, "AVE", "HAR", "context\ntokens", "latency\nms", "of LoRA's")
     title = f"accuracy in % ± standard error, {results['shots']} shots"
-    return Sheet(2, title, columns, over(results, rows, cells), (POOLED,))
+    return Sheet(2, title, columns, over(results, rows, cells), (POOLED, ERRORS))
 
 
 def table_3(results: Results) -> Sheet | None:

@@ -1,7 +1,7 @@
 """Printing and writing the tables, with what they cost to answer.
 
-In: `Tables` and their jobs. Out: tables on standard output, tables.json and tables.md. They are written before costs
-are measured, which may fail, and again after.
+In: `Tables` and their jobs. Out: tables on standard output, tables.json, tables.md and figures. They are written before
+costs are measured, which may fail, and again after.
 """
 
 import sys
@@ -15,7 +15,7 @@ from rich.console import Console
 from lora_gen_jax.errors import LoraGenError
 from lora_gen_jax.files import complete_directory, write_json, write_text
 from lora_gen_jax.methods import METHODS
-from lora_gen_jax.tables import latency, sheet
+from lora_gen_jax.tables import figures, latency, sheet
 from lora_gen_jax.tables.cost_layout import all_tables, foot
 from lora_gen_jax.tables.jobs import Job
 from lora_gen_jax.tables.pool import say
@@ -61,7 +61,7 @@ def write_tables(tables: Tables, jobs: Sequence[Job], out: Path | None) -> bool:
 
 
 def write(directory: Path, results: dict[str, Any], costs: dict[str, Any]) -> list[Sheet]:
-    """Writes both files, each replaced at once, and returns the tables.
+    """Writes both files and the figures, each replaced at once, and returns the tables.
 
     Raises:
         OutputError: when one cannot be written.
@@ -70,6 +70,7 @@ def write(directory: Path, results: dict[str, Any], costs: dict[str, Any]) -> li
     values = {"tables": [sheet.to_json(one) for one in sheets], "results": results, "costs": costs}
     write_json(directory / VALUES, values)
     write_text(directory / MARKDOWN, sheet.to_markdown(sheets, foot(results, costs)), "choose another --out")
+    figures.draw(directory, results, costs)
     return sheets
 
 

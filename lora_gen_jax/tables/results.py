@@ -6,7 +6,8 @@ In: jobs. Out: {"settings": {run: config}, "runs": {method row: {seed: {shots: s
 texts, as in JSON.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_gen_jax.config_file import to_json
@@ -55,3 +56,27 @@ def note(places: list[dict[str, Any]], name: str, value: Any, run: str) -> None:
         places.append({name: value, "runs": [run]})
     elif run not in same[0]["runs"]:
         same[0]["runs"].append(run)
+
+
+def error_of(found: Mapping[str, Any], scores: Mapping[str, Any], name: str) -> float | None:
+    """Standard error over documents of one seed's "ave", "har", "ave_seen" or "ave_unseen".
+
+    Of a mean over n tasks with errors s it is sqrt(Σ s²) / n; of the harmonic mean h of accuracies a, to first order,
+    h² / n · sqrt(Σ (s / a²)²). None where a task's error is not known, or an accuracy of the harmonic mean is 0.
+
+    Args:
+        found: as `gather` gives it.
+        scores: of a row, by task under "tasks".
+        name: of the mean.
+    """
+    kinds = {"ave_seen": True, "ave_unseen": False}
+    tasks = [one for task, one in scores["tasks"].items() if name not in kinds or found["seen"][task] is kinds[name]]
+    errors = [one.get("stderr") for one in tasks]
+    if not tasks or None in errors:
+        return None
+    if name != "har":
+        return math.hypot(*errors) / len(tasks)
+    accuracies = [one["acc"] for one in tasks]
+    if not all(accuracies):
+        return None
+    return scores["har"] ** 2 / len(tasks) * math.hypot(*(s / a**2 for s, a in zip(errors, accuracies, strict=True)))

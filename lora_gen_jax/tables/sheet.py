@@ -20,7 +20,7 @@ class Figure:
 
     Attributes:
         mean: over the seeds.
-        error: standard error of that mean; None where there is one value, or none is meant.
+        error: standard error of that mean, or of the one value; None where it is not known, or none is meant.
         n: values.
         digits: that are shown behind the point.
         unit: shown behind the number, as "×".
@@ -73,9 +73,12 @@ def over_seeds(values: Iterable[float | None], scale: float = 1.0, digits: int =
     return Figure(statistics.fmean(there), error, len(there), digits, unit)
 
 
-def percent(values: Iterable[float | None]) -> Figure | None:
-    """Shares in percent."""
-    return over_seeds(values, 100)
+def percent(values: Iterable[float | None], errors: Iterable[float | None] = ()) -> Figure | None:
+    """Shares in percent; where there is one alone, with the standard error that it has by itself, over documents."""
+    found, alone = over_seeds(values, 100), next(iter(errors), None)
+    if found is None or found.n > 1 or alone is None:
+        return found
+    return dataclasses.replace(found, error=100 * alone)
 
 
 def shown(cell: Cell) -> str:

@@ -5,7 +5,7 @@ import math
 import pytest
 from table_results import by_seed, cells, costs, generator, results, scored
 
-from lora_gen_jax.tables import layout
+from lora_gen_jax.tables import figures, layout
 from lora_gen_jax.tables.sheet import Figure, Sheet, over_seeds, shown, to_json, to_markdown
 
 ACCURACY = (0.5, 0.6, 0.8)
@@ -48,6 +48,50 @@ def test_main_table_has_a_column_for_each_of_few_tasks():
     icl = cells(sheet, "in-context learning")
     assert (icl["context\ntokens"], icl["latency\nms"], icl["of LoRA's"]) == ("70.0", "4.00", "2.00×")
     assert list(sheet.columns[1:4]) == ["a\nseen", "b\nseen", "c\nunseen"]
+
+
+def test_a_single_seed_has_the_error_over_its_documents():
+    found = results(lora=by_seed(0.5))
+    one = found["runs"]["lora"]["0"]["5"]
+    for (task, error), accuracy in zip({"a": 0.03, "b": 0.04, "c": 0.12}.items(), (0.2, 0.4, 0.5), strict=True):
+        one["tasks"][task] |= {"acc": accuracy, "stderr": error}
+    one["groups"]["seen"]["stderr"] = 0.025
+    # 1 / HAR is (5 + 2.5 + 2) / 3; its error is that of the inverses, s / a².
+    one["har"] = 3 / 9.5
+    lora = cells(layout.table_2(found, {}), "LoRA")
+    assert (lora["a\nseen"], lora["c\nunseen"]) == ("20.0 ± 3.0", "50.0 ± 12.0")
+    assert lora["seen"] == "51.0 ± 2.5"
+    assert lora["unseen"] == "40.0"
+    assert lora["AVE"] == "50.0 ± 4.3"  # √(3² + 4² + 12²) / 3
+    assert lora["AVE seen\nof 2"] == "52.0 ± 2.5"
+    inverses = [0.03 / 0.2**2, 0.04 / 0.4**2, 0.12 / 0.5**2]
+    expected = math.sqrt(sum(x**2 for x in inverses)) / 3 * (3 / 9.5) ** 2
+    assert lora["HAR"] == f"31.6 ± {100 * expected:.1f}"
+    one["tasks"]["b"]["acc"] = 0.0
+    assert cells(layout.table_2(found, {}), "LoRA")["HAR"] == "31.6"
+
+
+def test_figures_have_the_methods_whose_latency_is_known(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(figures, "draw_means", lambda scores, path: drawn.update({path.name: scores}))
+    monkeypatch.setattr(figures, "draw_tasks", lambda scores, tasks, path: drawn.update({path.name: scores}))
+    found = results(
+        base=by_seed(0.1), icl=by_seed(*ACCURACY), lora=by_seed(0.5), lora_gen=by_seed(0.7), cv_0=by_seed(1)
+    )
+    figures.draw(tmp_path, found, costs(base=1.0, icl=4.0, lora_gen=1.5))
+    assert list(drawn) == ["accuracy.png", "accuracy_tasks.png"]
+    methods = drawn["accuracy.png"].methods
+    assert list(methods) == ["base", "icl", "lora_gen"]
+    assert [list(of) for of in methods.values()] == [[0], [5], [5]]
+    assert methods["icl"][5]["tasks"]["a"] == pytest.approx({"acc": 19 / 30, "stderr": 0.0881917, "latency_ms": 4.0})
+    monkeypatch.undo()
+    assert figures.draw(tmp_path, found, {}) == []
+    assert [path.name for path in figures.draw(tmp_path, found, costs(icl=4.0))] == [
+        "accuracy.png",
+        "accuracy_tasks.png",
+    ]
+    monkeypatch.setattr(figures, "MOST_TASKS", 2)
+    assert [path.name for path in figures.draw(tmp_path, found, costs(icl=4.0))] == ["accuracy.png"]
 
 
 def test_main_table_of_many_tasks_has_the_means_alone(monkeypatch):
