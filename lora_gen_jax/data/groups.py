@@ -72,11 +72,16 @@ class GroupSampler:
                 )
         if not self.tasks:
             raise DataError(f"no task has {split} examples: name tasks that do, or give files with data.files")
-        weights = source_weights(config.source_weights, {task.source for task in self.tasks})
         sizes: dict[str, int] = {}
         for task in self.tasks:
             sizes[task.source] = sizes.get(task.source, 0) + len(getattr(task, split))
+        weights = source_weights(config.source_weights, {task.source for task in tasks})
         chance = np.array([weights[t.source] * len(getattr(t, split)) / sizes[t.source] for t in self.tasks])
+        if not chance.any():
+            raise ConfigError(
+                f"data.source_weights gives every source with {split} examples the weight 0: leave one positive"
+                + (", or set train.validation_batches to 0" if split == "validation" else "")
+            )
         self.cumulative = np.cumsum(chance / chance.sum())
 
     def draw(self, rng: np.random.Generator) -> Group:

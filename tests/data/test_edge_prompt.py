@@ -85,6 +85,21 @@ def draw(encoder):
     return drawn
 
 
+def test_a_weight_may_name_a_source_without_validation_rows(encoder):
+    rows = [Example(str(i), f"{thing}:", f" {color}") for i, (thing, color) in enumerate(_THINGS)]
+    tasks = [Task("a", ("Say it.",), rows, (), rows[:2], source="a"), Task("b", ("Say it.",), rows, (), source="b")]
+
+    def sampler(split, *weights):
+        return GroupSampler(tasks, encoder, encoder, dataclasses.replace(DATA, source_weights=weights), 4, split)
+
+    assert sampler("validation", "b=0.2").cumulative.tolist() == [1.0]
+    np.testing.assert_allclose(sampler("train", "b=3").cumulative, [0.25, 1.0])
+    with pytest.raises(ConfigError, match=r"every source with validation examples.* or set train.validation_batches"):
+        sampler("validation", "a=0")
+    with pytest.raises(ConfigError, match="names 'c'; the sources are a, b"):
+        sampler("validation", "c=1")
+
+
 _THINGS = [("lemon", "yellow"), ("crow", "black"), ("milk", "white"), ("grass", "green"), ("sky", "blue")] + [
     (f"ball {i}", "red") for i in range(6)
 ]
