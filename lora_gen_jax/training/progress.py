@@ -13,7 +13,23 @@ from typing import Any
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
+
+
+def summary_writer(directory: Path, purge_step: int) -> Any:
+    """A TensorBoard writer whose events from `purge_step` on replace older ones.
+
+    tensorboardX imports torch wherever it is installed, which takes seconds and hundreds of megabytes for nothing that
+    is used here: it is kept from doing so.
+    """
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter(str(directory), purge_step=purge_step)
 
 
 class Recorder:
@@ -30,7 +46,7 @@ class Recorder:
         if not quiet:
             self._drop_repeated(start)
             self.file = self.path.open("a", encoding="utf-8")
-            self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
+            self.board = summary_writer(directory / "tensorboard", start + 1)
         self.console = Console(file=sys.stderr, quiet=quiet)
         columns = (
             BarColumn(bar_width=12),
