@@ -1,12 +1,17 @@
 """Strictness for every test: dtype and rank promotion are errors, warnings are errors, several CPU devices."""
 
 import os
+from pathlib import Path
 
 # Before JAX starts: four devices, so that sharding is tested as it runs on several chips.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What one file's tests compile, other files, other processes and the next run read from disk (`pytest --cache-clear`
+# removes it): the same tests again take a quarter of the time.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "d" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
 import pytest

@@ -73,6 +73,8 @@ def known_flags(name):
     own = {
         "train.py": set(),
         "eval.py": set(names(EvalFlags)),
+        "train": set(),
+        "eval": set(names(EvalFlags)),
         "bench": set(),
         "agent": set(names(AgentFlags)),
         "compile": set(names(CompileFlags)),

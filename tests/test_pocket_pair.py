@@ -76,10 +76,10 @@ def test_the_shipped_generator_answers_unseen_tasks_without_the_prompt(pair):
     assert accuracy(pair, unseen, "shuffled", checkpoints) < 0.1
 
 
-def test_specialize_and_generate_need_no_checkpoint(tmp_path, capsys):
+def test_specialize_and_generate_need_no_training(tmp_path, capsys):
     """From a sentence to an answer on the command line, with the shipped generator."""
     prompt = "Say the animal's sound, put it in double quotes and end with a full stop."
-    main(["specialize", "--prompt", prompt, "--out", str(tmp_path / "special")])
+    main(["specialize", "--checkpoint", "quickstart", "--prompt", prompt, "--out", str(tmp_path / "special")])
     assert json.loads((tmp_path / "special" / "specialization.json").read_text())["checkpoint"] is None
     capsys.readouterr()
     main(["generate", "--specialization", str(tmp_path / "special"), "--input", "owl:"])

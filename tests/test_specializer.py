@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from lora_gen_jax.generator import specialize as specializing
 from lora_gen_jax.sharding import make_mesh
 from lora_gen_jax.specializer import Specializer, find_generator, read_specialization, relocate
 from lora_gen_jax.training.checkpoint import load_checkpoint, versions
-from lora_gen_jax.training.portable import DEFAULT, SHIPPED
+from lora_gen_jax.training.portable import SHIPPED
 
 PROMPT = "say the color of the sun\n\nwhat kind is the star ?\nred"
 
@@ -179,10 +180,10 @@ def test_another_method_and_other_models_are_refused(specializer, monkeypatch):
         Specializer(other, specializer.pair)
 
 
-def test_the_shipped_generator_is_taken_where_none_is_named_and_found_again():
+def test_a_shipped_generator_is_found_again_by_its_pool():
     from lora_gen_jax.models import load_pair
 
-    loaded = load_checkpoint(DEFAULT)
+    loaded = load_checkpoint(Path("quickstart"))
     shipped = Specializer(loaded, load_pair(loaded.config))
     (made,) = shipped.specialize(["Give the animal's young, in brackets."])
     assert made.checkpoint is None
@@ -204,7 +205,7 @@ def test_a_specialisation_is_read_with_its_generator(specializer, tmp_path):
     with pytest.raises(CheckpointError, match="another expert pool"):
         read_specialization(tmp_path / "s", trained().directory / "checkpoints" / "12", None)
     with pytest.raises(CheckpointError, match="another expert pool"):
-        read_specialization(tmp_path / "s", DEFAULT, None)
+        read_specialization(tmp_path / "s", SHIPPED["quickstart"], None)
     with pytest.raises(CheckpointError, match=r"s was made for another edge model .*\(--edge\)"):
         read_specialization(tmp_path / "s", None, str(write_model(tmp_path / "other", seed=9)))
     save_specialization(dataclasses.replace(made, checkpoint="gone"), tmp_path / "lost")

@@ -176,7 +176,7 @@ def test_what_is_refused_before_anything_is_trained(setting, tmp_path, monkeypat
         with pytest.raises(error, match=message):
             agent_main([*map(str, [*elsewhere, *more])])
     without = [a for a in elsewhere if a not in ("--untrained-checkpoint", str(trained().directory))]
-    with pytest.raises(CheckpointError, match="no generator is shipped for these models"):
+    with pytest.raises(CheckpointError, match="no generator that never saw tools is shipped for these models"):
         agent_main(without)
 
 

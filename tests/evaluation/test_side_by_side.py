@@ -15,7 +15,7 @@ from lora_gen_jax.evaluation.side_by_side_cases import Case, built_in_cases
 from lora_gen_jax.evaluation.side_by_side_table import shown_answer
 from lora_gen_jax.models import load_model
 from lora_gen_jax.training.checkpoint import load_checkpoint
-from lora_gen_jax.training.portable import DEFAULT
+from lora_gen_jax.training.portable import SHIPPED
 
 
 @pytest.fixture(autouse=True)
@@ -26,10 +26,10 @@ def _quick(monkeypatch):
 def test_the_shipped_generator_plays_a_role(tmp_path, capsys):
     """The command, with the built-in role given as a user's prompt."""
     out, prompt = tmp_path / "found.json", tmp_path / "prompt.txt"
-    role = built_in_cases(load_checkpoint(DEFAULT).config)[1]
+    role = built_in_cases(load_checkpoint(SHIPPED["quickstart"]).config)[1]
     prompt.write_text(role.prompt)
     flags = ["--input", role.input, "--max-new-tokens", "8", "--json", str(out)]
-    main(["side_by_side", "--prompt", f"@{prompt}", *flags])
+    main(["side_by_side", "--checkpoint", "quickstart", "--prompt", f"@{prompt}", *flags])
     found = json.loads(out.read_text())
     (case,) = found["cases"]
     assert found["checkpoint"]["step"] == 1500
@@ -57,7 +57,7 @@ def test_the_shipped_generator_plays_a_role(tmp_path, capsys):
 
 
 def test_the_pocket_pair_gets_prompts_of_its_own_kind():
-    tools, role = built_in_cases(load_checkpoint(DEFAULT).config)
+    tools, role = built_in_cases(load_checkpoint(SHIPPED["quickstart"]).config)
     assert tools.input.startswith(MARKER)
     assert "> " in tools.prompt
     assert "None of these calls tools" in tools.remark
@@ -101,7 +101,7 @@ def test_answers_that_end_at_once_or_at_the_limit_are_marked():
 )
 def test_bad_flags_are_refused(flags, error, words):
     with pytest.raises(error, match=words):
-        side_by_side_command(SideBySide(**{"checkpoint": DEFAULT, **flags}))
+        side_by_side_command(SideBySide(**{"checkpoint": SHIPPED["quickstart"], **flags}))
 
 
 def test_a_json_file_that_cannot_be_written_is_noticed_first(tmp_path):
@@ -110,7 +110,7 @@ def test_a_json_file_that_cannot_be_written_is_noticed_first(tmp_path):
 
 
 def test_a_method_without_a_prompt_is_refused(monkeypatch):
-    loaded = load_checkpoint(DEFAULT)
+    loaded = load_checkpoint(SHIPPED["quickstart"])
     other = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, method="lora"))
     monkeypatch.setattr("lora_gen_jax.training.checkpoint.load_checkpoint", lambda path: other)
     with pytest.raises(CheckpointError, match="not lora_gen"):

@@ -19,11 +19,11 @@ ROOT = Path(__file__).parents[2]
 
 
 class Jobs:
-    """Starts jobs on the tiny experiment below `root`; what one compiles, the next reads from disk."""
+    """Starts jobs on the tiny experiment below `root`."""
 
     def __init__(self, root: Path):
         self.root, self.running = root, []
-        (root / "cache").mkdir(parents=True)
+        root.mkdir(parents=True)
 
     def config(self, name: str, **train: Any) -> Path:
         """A config file of a run in a directory of that name."""
@@ -34,8 +34,6 @@ class Jobs:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "JAX_COMPILATION_CACHE_DIR": str(self.root / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_DEFAULT_MATMUL_PRECISION": "highest",
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import color_rows, experiment, trained, write_model, write_rows
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
 
 from lora_gen_jax.config import ModelConfig
@@ -43,16 +42,6 @@ def replace(config, section, **fields):
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     return tmp_path_factory.mktemp("experiment")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_once(tmp_path_factory):
-    """Several runs here are the same programs: what one compiled, the next reads from disk."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
