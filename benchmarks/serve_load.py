@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from http_connection import Connection
-from serve_answers import MAX_TOKENS, Answer, Answers, offline_answers
+from serve_answers import GENERATOR, MAX_TOKENS, Answer, Answers, offline_answers
 
 ROOT = Path(__file__).parents[1]
 LEFT_TOKENS = 256  # of streams that nobody reads to their end
@@ -207,7 +207,8 @@ def serve_and_ask(flags: Any, prompts: dict[str, str], answers: Answers, log: An
     Returns:
         0 where nothing is wrong or lost.
     """
-    command = [sys.executable, "-m", "lora_gen_jax", "serve", "--port", "0", "--queue", str(4 * flags.clients)]
+    command = [sys.executable, "-m", "lora_gen_jax", "serve", "--checkpoint", GENERATOR, "--port", "0"]
+    command += ["--queue", str(4 * flags.clients)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True, env=dict(os.environ))
     try:
         assert process.stdout is not None

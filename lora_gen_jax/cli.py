@@ -39,7 +39,7 @@ class EvalFlags:
     tasks: str | None = None
     """Names of tasks, separated by commas."""
     methods: str | None = None
-    """base, icl, lora, lora_gen, shuffled, separated by commas."""
+    """base, icl, lora_gen, shuffled, lora, … (as eval.methods), separated by commas."""
     limit: int | None = None
     """Score the first N documents of each task."""
     shots: str | None = None
@@ -208,6 +208,8 @@ def compile_main(arguments: list[str]) -> None:
 
 
 COMMANDS = {
+    "train": (None, train_main, "train.py: train a generator, or another method, from a config file"),
+    "eval": (None, eval_main, "eval.py: score methods on tasks"),
     "specialize": (Specialize, specialize_command, "turn a system prompt into a specialisation"),
     "generate": (Generate, generate_command, "answer an input with a specialised model"),
     "serve": (Serve, serve_command, "answer over HTTP, as OpenAI's interface, for many specialisations at once"),

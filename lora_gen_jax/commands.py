@@ -43,7 +43,7 @@ class Specialize:
     (the line's number if not)."""
     checkpoint: Path | None = None
     """A run's work directory (its newest checkpoint is taken), one checkpoints/<step> directory, or a generator that
-    `pack` wrote; left out, the generator that is shipped with the package."""
+    `pack` wrote; left out, the one that is shipped for the pocket pair, whose name is `quickstart`."""
     cloud: str | None = None
     """Where the cloud model is, if not where it was when the generator was trained."""
     edge: str | None = None

@@ -78,6 +78,10 @@ class GeneratorConfig:
         balance_coefficient: weight of the balance loss of methods lora_moe and mixlora.
         router_width: hidden width of the router; left out, the cloud model's width.
         batch_norm: BatchNorm over the router's logits; off only for ablation.
+        batch_norm_by_layer: each layer's logits have statistics of their own, over prompts alone, instead of one for
+            all layers: gates then differ between prompts in every layer, however much the layers differ.
+        meta_init: what meta embeddings start as: small noise, or that around the embedding of a line break, where a
+            language model gathers what its text asks for.
         shared_meta_token: one meta embedding for all layers instead of one each.
         cloud_rank: rank of the LoRA on the cloud model's q and v; 0 leaves the cloud model as it is.
         cloud_alpha: α of that LoRA.
@@ -100,6 +104,8 @@ class GeneratorConfig:
     balance_coefficient: float = 0.01
     router_width: int | None = None
     batch_norm: bool = True
+    batch_norm_by_layer: bool = False
+    meta_init: Literal["normal", "newline"] = "normal"
     shared_meta_token: bool = False
     cloud_rank: int = 16
     cloud_alpha: float = 16.0

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def build(config: Config, pair: "Pair") -> LoRAGen:
     """The generator of a config."""
-    cloud = pair.cloud.decoder
+    cloud, newline = pair.cloud.decoder, config.generator.meta_init == "newline"
     return LoRAGen(
         cloud.config,
         pair.edge.config,
@@ -25,6 +25,7 @@ def build(config: Config, pair: "Pair") -> LoRAGen:
         remat=cloud.remat,
         unroll=cloud.unroll,
         attention=cloud.attention,
+        meta_start=pair.cloud.encoder.line_break if newline else None,
     )
 
 

@@ -66,6 +66,11 @@ class Encoder:
             raise DataError("a text is empty: there is nothing to read")
         return self.text(text.rstrip() + "\n\n")
 
+    @cached_property
+    def line_break(self) -> int:
+        """Id of the token that every prompt ends with."""
+        return self.prompt("A")[-1]
+
     def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids of a context and of what follows it; trailing spaces of the context count as part of the latter.
 

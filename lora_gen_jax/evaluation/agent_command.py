@@ -38,7 +38,7 @@ class AgentFlags:
     methods: tuple[str, ...] = tuple(METHODS)
     """Rows of the table."""
     untrained_checkpoint: Path | None = None
-    """A generator that never saw tools; left out, the one that is shipped with the package."""
+    """A generator that never saw tools; left out, the one that is shipped for the pocket pair."""
     bfcl: tuple[Path, ...] = ()
     """Score function calls instead: Berkeley's files bfcl_*.jsonl, or a directory of them. Nothing is trained."""
     checkpoint: Path | None = None

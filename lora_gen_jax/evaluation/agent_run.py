@@ -44,7 +44,7 @@ from lora_gen_jax.models import Pair, load_pair
 from lora_gen_jax.sharding import evaluation_mesh
 from lora_gen_jax.training.checkpoint import Loaded, check_method, check_models, load_checkpoint, versions
 from lora_gen_jax.training.loop import train
-from lora_gen_jax.training.portable import DEFAULT
+from lora_gen_jax.training.portable import SHIPPED
 from lora_gen_jax.training.prepare import prepare_directory, training_tasks
 
 TRAINED = ("lora_with_tools", "lora", "lora_gen")
@@ -147,11 +147,11 @@ def untrained_generator(pair: Pair, named: Path | None) -> Loaded:
     Raises:
         CheckpointError: when it is of other models, or of another method.
     """
-    loaded = load_checkpoint(named or DEFAULT)
+    loaded = load_checkpoint(named or SHIPPED["quickstart"])
     check_method(loaded, "lora_gen")
     if named is None and loaded.fingerprints != pair.fingerprints:
         raise CheckpointError(
-            "no generator is shipped for these models: name one that never saw tools with --untrained-checkpoint, or"
+            "no generator that never saw tools is shipped for these models: name one with --untrained-checkpoint, or"
             " leave lora_gen_untrained out of --methods"
         )
     check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")

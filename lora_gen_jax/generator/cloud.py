@@ -83,6 +83,7 @@ class CloudEncoder(nn.Module):
         num_meta: L, the edge model's layers.
         settings: `lora_gen_jax.config.GeneratorConfig`.
         dtype, remat, unroll, attention: of the cloud's forward pass, as in `Decoder`.
+        meta_start: the token whose embedding meta embeddings start around; None for small noise alone.
     """
 
     config: DecoderConfig
@@ -92,13 +93,21 @@ class CloudEncoder(nn.Module):
     remat: str = "none"
     unroll: int = 1
     attention: str = "auto"
+    meta_start: int | None = None
 
     @nn.compact
     def __call__(self, frozen: Any, prompts: PackedPrompts, train: bool = False) -> jax.Array:
         """Meta tokens [P, L, C] in fp32. With `train` and dropout it needs the rng "dropout"."""
         c, s = self.config, self.settings
         count = 1 if s.shared_meta_token else self.num_meta
-        meta_LC = self.param("meta_embedding", nn.initializers.normal(0.02), (count, c.width))
+
+        def start(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+            noise = nn.initializers.normal(0.02)(key, shape)
+            if self.meta_start is None:
+                return noise
+            return noise + frozen["embed"]["embedding"][self.meta_start].astype(noise.dtype)[None]
+
+        meta_LC = self.param("meta_embedding", start, (count, c.width))
         decoder = Decoder(c, self.dtype, self.remat, self.unroll, self.attention, parent=None)
         x_BTC: Any = decoder.apply({"params": frozen}, prompts.tokens_BT, method="embed")
         # The learned embeddings are of the size of the model's own inputs, whatever those are scaled by.

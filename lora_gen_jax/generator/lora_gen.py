@@ -84,6 +84,7 @@ class LoRAGen(TrainedModule):
         cloud, edge: of the two models.
         settings: `lora_gen_jax.config.GeneratorConfig`.
         dtype, remat, unroll, attention: of the cloud's forward pass, as in `Decoder`.
+        meta_start: as `CloudEncoder.meta_start`.
     """
 
     cloud: DecoderConfig
@@ -93,6 +94,7 @@ class LoRAGen(TrainedModule):
     remat: str = "none"
     unroll: int = 1
     attention: str = "auto"
+    meta_start: int | None = None
 
     reader = "cloud"
 
@@ -107,6 +109,7 @@ class LoRAGen(TrainedModule):
             self.remat,
             self.unroll,
             self.attention,
+            self.meta_start,
             name="cloud",
         )
         meta_PLC = encoder(frozen, prompts, train)
@@ -120,6 +123,7 @@ class LoRAGen(TrainedModule):
             routing=s.routing,
             temperature=s.gumbel_temperature,
             batch_norm=s.batch_norm,
+            by_layer=s.batch_norm_by_layer,
             name="router",
         )
         gates_PLE = router(meta_PLC, train)

@@ -4,6 +4,7 @@ In: meta tokens [B, L, C], one per edge layer. Out: gates [B, L, E], of which K 
 The functions are plain and need no Flax; `Router` adds the parameters and the running statistics.
 """
 
+import math
 from typing import Literal
 
 import flax.linen as nn
@@ -106,6 +107,7 @@ class Router(nn.Module):
         routing: "keep_top_k", or "gumbel" for the paper's ablation: a soft mixture of all experts.
         temperature: of Gumbel routing.
         batch_norm: off only for ablation.
+        by_layer: BatchNorm's statistics, scale and bias are each layer's own.
     """
 
     num_experts: int
@@ -114,6 +116,7 @@ class Router(nn.Module):
     routing: Routing = "keep_top_k"
     temperature: float = 1.0
     batch_norm: bool = True
+    by_layer: bool = False
 
     @nn.compact
     def __call__(self, meta_BLC: jax.Array, train: bool = False) -> jax.Array:
@@ -123,7 +126,10 @@ class Router(nn.Module):
         f2 = self.param("f2", init, (self.width, self.num_experts))
         logits_BLE = jax.nn.silu(meta_BLC.astype(jnp.float32) @ f1) @ f2
         if self.batch_norm:
-            logits_BLE = BatchNorm(name="norm")(logits_BLE, train)
+            # A layer's expert is a feature of its own, or an expert is one for all layers.
+            features = (-1, math.prod(logits_BLE.shape[1:])) if self.by_layer else (-1, self.num_experts)
+            normed = BatchNorm(name="norm")(logits_BLE.reshape(features), train)
+            logits_BLE = normed.reshape(logits_BLE.shape)
         if self.routing == "gumbel":
             key = self.make_rng("gumbel") if train else None
             return gumbel_softmax(logits_BLE, key, self.temperature)

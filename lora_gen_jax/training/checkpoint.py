@@ -154,18 +154,21 @@ def step_directory(path: Path) -> Path:
         if steps:
             return max(steps, key=lambda p: int(p.name))
     raise CheckpointError(
-        f"{path} holds no checkpoint: give a run's work directory or one of its checkpoints/<step> directories"
+        f"{path} holds no checkpoint: give a run's work directory, one of its checkpoints/<step> directories, what"
+        f" `pack` wrote, or the name of a shipped generator ({', '.join(SHIPPED)})"
     )
 
 
 def load_checkpoint(path: Path) -> Loaded:
     """The generator of a run's newest checkpoint, of one step's directory, or of a portable directory.
 
-    No optimiser state is read.
+    The name of a shipped one will do where there is no such directory. No optimiser state is read.
 
     Raises:
         CheckpointError: when there is none or it is damaged.
     """
+    if not path.exists():
+        path = SHIPPED.get(str(path), path)
     if (path / TENSORS).is_file():
         return Loaded(**load_portable(path))
     directory = step_directory(path).absolute()

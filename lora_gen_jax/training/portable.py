@@ -21,7 +21,7 @@ from lora_gen_jax.files import complete_directory
 
 TENSORS, READABLE = "generator.safetensors", "generator.json"
 _PACKAGE = Path(__file__).parents[1]
-# By the name of the config that a generator belongs to.
+# By the name of the config that a generator belongs to; ``--checkpoint`` takes the names, too.
 SHIPPED = {"quickstart": _PACKAGE / "pocket" / "generator"}
 # Where no checkpoint is named.
 DEFAULT = SHIPPED["quickstart"]

@@ -54,6 +54,15 @@ def encoder(frozen):
     return module, generator_variables(module, frozen, prompts_of([4], 1, 16))
 
 
+def test_meta_embeddings_start_around_the_embedding_of_a_token(frozen):
+    prompts = prompts_of([4], 1, 16)
+    started = CloudEncoder(CLOUD, L, SETTINGS, meta_start=7).init(jax.random.key(0), frozen, prompts)
+    noise = CloudEncoder(CLOUD, L, SETTINGS).init(jax.random.key(0), frozen, prompts)
+    gap = started["params"]["meta_embedding"] - noise["params"]["meta_embedding"]
+    np.testing.assert_allclose(gap, np.tile(frozen["embed"]["embedding"][7], (L, 1)), atol=1e-6)
+    assert np.std(noise["params"]["meta_embedding"]) == pytest.approx(0.02, rel=0.3)
+
+
 def meta_tokens(encoder, frozen, prompts):
     module, variables = encoder
     return np.asarray(jax.jit(module.apply)(variables, frozen, prompts))

@@ -23,10 +23,10 @@ def _meta(seed=0, shape=(B, L, C)):
 def _variables(router, meta, seed=0):
     """Parameters with a BatchNorm that scales and shifts."""
     variables = router.init(jax.random.key(seed), meta)
-    rng = np.random.default_rng(seed)
+    rng, features = np.random.default_rng(seed), variables["params"]["norm"]["scale"].size
     norm = {
-        "scale": jnp.asarray(1 + rng.random(E), jnp.float32),
-        "bias": jnp.asarray(rng.standard_normal(E), jnp.float32),
+        "scale": jnp.asarray(1 + rng.random(features), jnp.float32),
+        "bias": jnp.asarray(rng.standard_normal(features), jnp.float32),
     }
     return {**variables, "params": {**variables["params"], "norm": norm}}
 
@@ -116,6 +116,22 @@ def test_a_row_of_a_single_prompt_does_not_depend_on_its_neighbours_at_inference
     together = router.apply(variables, meta)
     alone = jnp.concatenate([router.apply(variables, meta[b : b + 1]) for b in range(B)])
     np.testing.assert_allclose(together, alone, atol=1e-6)
+
+
+def test_statistics_by_layer_are_those_of_a_router_that_sees_that_layer_alone():
+    """Equal f1 and f2: in each layer the gates are those of a batch that has no other layer."""
+    router, meta = Router(num_experts=E, top_k=2, width=H, by_layer=True), 3 * _meta()
+    variables = _variables(router, meta)
+    norm = variables["params"]["norm"]
+    assert norm["scale"].shape == (L * E,)
+    gates, updates = router.apply(variables, meta, True, mutable=["batch_stats"])
+    trained = {**variables, **updates}
+    for layer in range(L):
+        own = {name: values.reshape(L, E)[layer] for name, values in norm.items()}
+        expected, _ = _plain_gates({**variables["params"], "norm": own}, meta[:, layer : layer + 1], 2)
+        np.testing.assert_allclose(gates[:, layer : layer + 1], expected, atol=1e-5)
+    np.testing.assert_allclose(router.apply(trained, meta), gates, atol=1e-5)
+    np.testing.assert_allclose(router.apply(trained, meta[:1]), gates[:1], atol=1e-5)
 
 
 def test_router_without_batch_norm_takes_the_softmax_of_the_logits():
