@@ -12,8 +12,14 @@ from lora_gen_jax.tables.paper import KNOWLEDGE, variants
 from lora_gen_jax.tables.spec import Change, Tables, reads_prompt
 
 # As in the paper, the edge model of these methods reads the prompt with its shots before the queries, for which it has
-# as much room as the others (data.edge_length); the model has 8192 positions.
-READS_PROMPT = reads_prompt(prompt=320, queries=256, positions=8192)
+# as much room as the others, in half as many rows of twice the length; the model has 8192 positions.
+READS_PROMPT = {
+    **reads_prompt(prompt=280, queries=320, positions=8192),
+    "prompts_per_step": 8,
+    "prompts_per_row": 2,
+    "queries_per_prompt": 16,
+    "response_slots": 128,
+}
 # A short run wants a higher rate than the papers' epochs: one for all methods.
 RUNS: dict[str, Change] = {
     "lora": {"method": "lora", "generator": {"alpha": 16.0}, "data": READS_PROMPT},
