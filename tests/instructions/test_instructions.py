@@ -198,6 +198,15 @@ def test_a_killed_command_goes_on_without_asking_for_a_finished_row_again(tmp_pa
     assert not partial.exists()
 
 
+@pytest.fixture
+def _interruptible():
+    """Ctrl-C as a terminal's programs have it; one that was started in the background is left with none."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_ctrl_c_keeps_what_is_finished(tmp_path, fake, arguments):
     hold = threading.Event()
 
