@@ -94,7 +94,7 @@ class TorchLoRAGen(nn.Module):
         self.meta_embedding = nn.Parameter(torch.zeros(layers, width))
         self.f1, self.f2 = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, s.num_experts, bias=False)
         # Running statistics cost the same as this project's; theirs are debiased, which no training step reads.
-        self.norm = nn.BatchNorm1d(s.num_experts)
+        self.norm = nn.BatchNorm1d(s.num_experts * (layers if s.batch_norm_by_layer else 1))
         for layer in self.cloud.layers:
             for site in CLOUD_SITES:
                 _wrap(layer.self_attn, site, lambda base: LoRALinear(base, s.cloud_rank, s.cloud_alpha / s.cloud_rank))
@@ -128,7 +128,8 @@ class TorchLoRAGen(nn.Module):
     def route(self, meta_PLC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gates [P, L, E], the experts they choose [P, L, K] and these experts' gates."""
         logits_PLE = self.f2(F.silu(self.f1(meta_PLC)))
-        probabilities = self.norm(logits_PLE.flatten(0, 1)).view_as(logits_PLE).softmax(-1)
+        features = logits_PLE.flatten(1) if self.settings.batch_norm_by_layer else logits_PLE.flatten(0, 1)
+        probabilities = self.norm(features).view_as(logits_PLE).softmax(-1)
         weight, index = probabilities.topk(self.settings.top_k, dim=-1)
         if self.settings.top_k > 1:
             weight = weight / weight.sum(-1, keepdim=True)

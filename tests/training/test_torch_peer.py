@@ -40,7 +40,10 @@ def peer():
 
 @pytest.fixture(scope="module")
 def setting(request, tmp_path_factory):
-    """(config, pair, variables with B away from zero, batches), of two models of other depths or one that is both."""
+    """(config, pair, variables with B away from zero, batches).
+
+    Of two models of other depths, or of one that is both and BatchNorm by layer.
+    """
     root = tmp_path_factory.mktemp("torch_peer")
     config = experiment(root, root / "run", steps=5, warmup_steps=2, clip_norm=0.5, weight_decay=0.1)
     if request.param == "two models":
@@ -48,6 +51,7 @@ def setting(request, tmp_path_factory):
         config = dataclasses.replace(config, cloud=cloud)
     # A balance loss that counts.
     settings = dataclasses.replace(config.generator, dropout=0.0, cv_coefficient=0.3)
+    settings = dataclasses.replace(settings, batch_norm_by_layer=request.param == "one model")
     config = dataclasses.replace(config, generator=settings)
     pair = load_pair(config)
     sampler = make_sampler(config, pair, training_tasks(config), "train")
