@@ -4,7 +4,6 @@ In: meta tokens [B, L, C], one per edge layer. Out: gates [B, L, E], of which K 
 The functions are plain and need no Flax; `Router` adds the parameters and the running statistics.
 """
 
-import math
 from typing import Literal
 
 import flax.linen as nn
@@ -126,10 +125,9 @@ class Router(nn.Module):
         f2 = self.param("f2", init, (self.width, self.num_experts))
         logits_BLE = jax.nn.silu(meta_BLC.astype(jnp.float32) @ f1) @ f2
         if self.batch_norm:
-            # A layer's expert is a feature of its own, or an expert is one for all layers.
-            features = (-1, math.prod(logits_BLE.shape[1:])) if self.by_layer else (-1, self.num_experts)
-            normed = BatchNorm(name="norm")(logits_BLE.reshape(features), train)
-            logits_BLE = normed.reshape(logits_BLE.shape)
+            # By layer, a layer's expert is a feature of its own.
+            features = logits_BLE.reshape(logits_BLE.shape[0], -1) if self.by_layer else logits_BLE
+            logits_BLE = BatchNorm(name="norm")(features, train).reshape(logits_BLE.shape)
         if self.routing == "gumbel":
             key = self.make_rng("gumbel") if train else None
             return gumbel_softmax(logits_BLE, key, self.temperature)

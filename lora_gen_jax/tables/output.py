@@ -54,6 +54,7 @@ def write_tables(tables: Tables, jobs: Sequence[Job], out: Path | None) -> bool:
         # What was measured until then counts.
         costs, failure = latency.kept_costs(tables, rows), error
     show(write(out or tables.directory, results, costs), foot(results, costs))
+    figures.draw(out or tables.directory, results, costs)
     if failure is not None:
         say(f"costs cannot be measured: {failure}")
     say(f"tables: {(out or tables.directory) / MARKDOWN}")
@@ -61,7 +62,7 @@ def write_tables(tables: Tables, jobs: Sequence[Job], out: Path | None) -> bool:
 
 
 def write(directory: Path, results: dict[str, Any], costs: dict[str, Any]) -> list[Sheet]:
-    """Writes both files and the figures, each replaced at once, and returns the tables.
+    """Writes both files, each replaced at once, and returns the tables.
 
     Raises:
         OutputError: when one cannot be written.
@@ -70,7 +71,6 @@ def write(directory: Path, results: dict[str, Any], costs: dict[str, Any]) -> li
     values = {"tables": [sheet.to_json(one) for one in sheets], "results": results, "costs": costs}
     write_json(directory / VALUES, values)
     write_text(directory / MARKDOWN, sheet.to_markdown(sheets, foot(results, costs)), "choose another --out")
-    figures.draw(directory, results, costs)
     return sheets
 
 
