@@ -16,7 +16,7 @@ from lora_gen_jax.data.gpt4tools import generated_records, load_gpt4tools, train
 from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.tasks import Task, stable_hash
 from lora_gen_jax.errors import ConfigError, OutputError
-from lora_gen_jax.evaluation.agent_run import score_agents
+from lora_gen_jax.evaluation.agent_run import TRAINED, score_agents
 from lora_gen_jax.evaluation.agent_table import METHODS
 from lora_gen_jax.evaluation.function_call_run import score_function_calls
 
@@ -42,7 +42,7 @@ class AgentFlags:
     bfcl: tuple[Path, ...] = ()
     """Score function calls instead: Berkeley's files bfcl_*.jsonl, or a directory of them. Nothing is trained."""
     checkpoint: Path | None = None
-    """With --bfcl: the generator that is scored; left out, the one that this command trained in the work directory."""
+    """The generator that is scored; left out, the one that this command trains, or trained, in the work directory."""
     limit: int | None = None
     """Score the first N test rows of each tool set, or of each file."""
     out: Path | None = None
@@ -67,7 +67,8 @@ def agent_main(arguments: list[str]) -> None:
         score_function_calls(config, flags.bfcl, flags.checkpoint, flags.limit, flags.out)
         return
     tasks = scored_tasks(config, flags, seen)
-    score_agents(with_training_rows(config, flags), tasks, flags.methods, flags.untrained_checkpoint, flags.out)
+    config = with_training_rows(config, flags)
+    score_agents(config, tasks, flags.methods, flags.untrained_checkpoint, flags.out, flags.checkpoint)
 
 
 def divided(arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
@@ -118,7 +119,8 @@ def with_training_rows(config: Config, flags: AgentFlags) -> Config:
         DataError: for rows that are malformed, or more rows than a tool set has different requests for.
         OutputError: when the work directory cannot be written.
     """
-    if not any(name in flags.methods for name in ("lora", "lora_with_tools", "lora_gen")):
+    given = ("lora_gen",) if flags.checkpoint else ()
+    if not any(name in flags.methods and name not in given for name in TRAINED):
         return config
     text = training_records(flags.train_rows) if flags.train_rows else generated_records(flags.rows_per_toolset)
     # Named by its content, so that a run that was trained on other rows is not taken for this one.

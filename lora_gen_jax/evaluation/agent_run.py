@@ -52,7 +52,12 @@ TRAINED = ("lora_with_tools", "lora", "lora_gen")
 
 
 def score_agents(
-    config: Config, tasks: Sequence[Task], methods: Sequence[str], untrained: Path | None, out: Path | None
+    config: Config,
+    tasks: Sequence[Task],
+    methods: Sequence[str],
+    untrained: Path | None,
+    out: Path | None,
+    checkpoint: Path | None = None,
 ) -> dict[str, Any]:
     """Trains what has no run yet, scores the methods and writes agent.json; returns what it holds.
 
@@ -62,6 +67,7 @@ def score_agents(
         methods: keys of `METHODS`.
         untrained: a generator that never saw tools; the shipped one when None.
         out: directory for agent.json; the work directory when None.
+        checkpoint: the generator of lora_gen; when None the one that is trained in the work directory.
 
     Raises:
         LoraGenError: for an unknown method, rows that cannot be scored or do not fit, a generator of other models, or
@@ -79,7 +85,9 @@ def score_agents(
     limit = output_limit(pair.edge, tasks)
     check_lengths(pair, tasks, limit, config.eval.prompt_limit, any(METHODS[m].reads_prompt for m in methods))
     loaded = {"lora_gen_untrained": untrained_generator(pair, untrained)} if "lora_gen_untrained" in methods else {}
-    for name, variant in variants(config, pair, methods).items():
+    if "lora_gen" in methods and checkpoint is not None:
+        loaded["lora_gen"] = generator_for(pair, load_checkpoint(checkpoint))
+    for name, variant in variants(config, pair, [m for m in methods if m not in loaded]).items():
         train_missing(name, variant)
         loaded[name] = load_checkpoint(variant.directory)
         check_models(loaded[name].fingerprints, pair.fingerprints, f"checkpoint {loaded[name].path}")
@@ -148,12 +156,21 @@ def untrained_generator(pair: Pair, named: Path | None) -> Loaded:
         CheckpointError: when it is of other models, or of another method.
     """
     loaded = load_checkpoint(named or SHIPPED["quickstart"])
-    check_method(loaded, "lora_gen")
     if named is None and loaded.fingerprints != pair.fingerprints:
         raise CheckpointError(
             "no generator that never saw tools is shipped for these models: name one with --untrained-checkpoint, or"
             " leave lora_gen_untrained out of --methods"
         )
+    return generator_for(pair, loaded)
+
+
+def generator_for(pair: Pair, loaded: Loaded) -> Loaded:
+    """The checkpoint, when it is a generator for these models.
+
+    Raises:
+        CheckpointError: when it is of other models, or of another method.
+    """
+    check_method(loaded, "lora_gen")
     check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")
     return loaded
 

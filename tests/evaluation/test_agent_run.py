@@ -146,6 +146,19 @@ def test_a_second_run_trains_and_writes_nothing_anew(report, setting, monkeypatc
     kept.write_text(text)
 
 
+def test_a_generator_that_is_given_is_scored_and_nothing_is_trained(report, setting, monkeypatch, tmp_path):
+    def fail(*args, **kwargs):
+        raise AssertionError("trained")
+
+    monkeypatch.setattr(agent_run, "train", fail)
+    elsewhere = [*setting[0], "--workdir", str(tmp_path / "new"), "--methods", "base_with_tools", "lora_gen"]
+    agent_main([*elsewhere, "--checkpoint", str(trained().directory)])
+    found = json.loads((tmp_path / "new" / "agent.json").read_text())
+    assert found["outputs"] == {name: report["outputs"][name] for name in ("base_with_tools", "lora_gen")}
+    assert str(trained().directory) in found["checkpoints"]["lora_gen"]["path"]
+    assert not list((tmp_path / "new").glob("rows-*"))
+
+
 def test_what_is_refused_before_anything_is_trained(setting, tmp_path, monkeypatch):
     arguments, _ = setting
 
