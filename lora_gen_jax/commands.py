@@ -25,7 +25,7 @@ class Specialize:
     The prompt is a description, a few solved examples, a tool list, a role, or any mix of them; give one of --prompt,
     --chat, --shots and --prompts. The result is a small directory that `generate` uses. Examples:
 
-    lora-gen specialize --prompt "Give the animal's young, in brackets." --out special
+    lora-gen specialize --checkpoint quickstart --prompt "Give the animal's young, in brackets." --out special
 
     lora-gen specialize --prompts many.jsonl --out specials
     """
@@ -43,7 +43,8 @@ class Specialize:
     (the line's number if not)."""
     checkpoint: Path | None = None
     """A run's work directory (its newest checkpoint is taken), one checkpoints/<step> directory, or a generator that
-    `pack` wrote; left out, the one that is shipped for the pocket pair, whose name is `quickstart`."""
+    `pack` wrote; left out, the one that is shipped for SmolLM2-135M (`smollm2_135m`); `quickstart`
+    is the name of the one for the pocket pair."""
     cloud: str | None = None
     """Where the cloud model is, if not where it was when the generator was trained."""
     edge: str | None = None
@@ -93,7 +94,7 @@ def specialize_command(flags: Specialize) -> None:
     single = _single_prompt(flags) if many is None else ""
     check_output(flags.out)
     if flags.checkpoint is None:
-        print("no --checkpoint: the shipped generator for the pocket pair is used", file=sys.stderr)
+        print("no --checkpoint: the shipped generator for SmolLM2-135M is used", file=sys.stderr)
 
     from lora_gen_jax.adapters.specialization import save_specialization
     from lora_gen_jax.specializer import Specializer

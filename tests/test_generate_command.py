@@ -25,7 +25,17 @@ def specials(tmp_path_factory):
     """Three specialisations of the shipped pocket pair, in one directory."""
     root = tmp_path_factory.mktemp("specials")
     write_rows(root / "prompts.jsonl", PROMPTS)
-    main(["specialize", "--prompts", str(root / "prompts.jsonl"), "--out", str(root / "all")])
+    main(
+        [
+            "specialize",
+            "--checkpoint",
+            "quickstart",
+            "--prompts",
+            str(root / "prompts.jsonl"),
+            "--out",
+            str(root / "all"),
+        ]
+    )
     return root / "all"
 
 

@@ -22,14 +22,14 @@ class SideBySide:
 
     Left out, the prompts are a tool request and a role-play. Examples:
 
-    lora-gen side_by_side
+    lora-gen side_by_side --checkpoint quickstart
 
-    lora-gen side_by_side --checkpoint runs/smollm2_135m --prompt @prompt.txt --input "Where do owls live?"
+    lora-gen side_by_side --prompt @prompt.txt --input "Where do owls live?"
     """
 
     checkpoint: Path | None = None
     """A run's work directory, one checkpoints/<step> directory, or a generator that `pack` wrote; left out, the
-    generator that is shipped with the package."""
+    generator that is shipped for SmolLM2-135M."""
     prompt: str | None = None
     """The system prompt, or @FILE to read it from a file."""
     input: str | None = None

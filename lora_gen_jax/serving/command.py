@@ -25,14 +25,15 @@ _MOST_CONTEXT = 2048
 class Serve:
     """Answers over HTTP, as OpenAI's interface, with many specialisations of one edge model at the same time.
 
-    Without flags the shipped generator for the pocket pair is served. Example:
+    Without --checkpoint the shipped generator for SmolLM2-135M is served. Example:
 
     lora-gen serve --specializations special --port 8000
     """
 
     checkpoint: Path | None = None
     """A run's work directory (its newest checkpoint is taken), one checkpoints/<step> directory, or a generator that
-    `pack` wrote; left out, the one that is shipped for the pocket pair, whose name is `quickstart`."""
+    `pack` wrote; left out, the one that is shipped for SmolLM2-135M (`smollm2_135m`); `quickstart`
+    is the name of the one for the pocket pair."""
     cloud: str | None = None
     """Where the cloud model is, if not where it was when the generator was trained."""
     edge: str | None = None
@@ -77,7 +78,7 @@ def serve_command(flags: Serve) -> None:
     from lora_gen_jax.serving.service import Limits, Service
 
     if flags.checkpoint is None:
-        print("no --checkpoint: the shipped generator for the pocket pair is used", file=sys.stderr)
+        print("no --checkpoint: the shipped generator for SmolLM2-135M is used", file=sys.stderr)
     with bind(flags.host, flags.port) as listener:
         specializer = _specializer(flags)
         registry = read_registry(flags, specializer)

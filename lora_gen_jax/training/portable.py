@@ -22,9 +22,12 @@ from lora_gen_jax.files import complete_directory
 TENSORS, READABLE = "generator.safetensors", "generator.json"
 _PACKAGE = Path(__file__).parents[1]
 # By the name of the config that a generator belongs to; ``--checkpoint`` takes the names, too.
-SHIPPED = {"quickstart": _PACKAGE / "pocket" / "generator"}
+SHIPPED = {
+    "quickstart": _PACKAGE / "pocket" / "generator",
+    "smollm2_135m": _PACKAGE / "smollm2" / "generator",
+}
 # Where no checkpoint is named.
-DEFAULT = SHIPPED["quickstart"]
+DEFAULT = SHIPPED["smollm2_135m"]
 
 
 def save_portable(loaded: Any, directory: Path, dtype: Any) -> None:
