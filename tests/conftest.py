@@ -20,6 +20,10 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The exact matmul: parity with other libraries is judged in fp32.
 jax.config.update("jax_default_matmul_precision", "highest")
+# Compiling is most of what tests take, and XLA's costliest passes a third of that. Processes that tests start keep them,
+# as users have them; `JAX_DISABLE_MOST_OPTIMIZATIONS=0 python -m pytest` keeps them everywhere.
+if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True, scope="module")
