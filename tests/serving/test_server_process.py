@@ -20,7 +20,8 @@ KEY = "a-key"
 def server(tmp_path_factory):
     """(process, address) of a server that a test ends."""
     store = tmp_path_factory.mktemp("store")
-    flags = ["--port", "0", "--store", str(store), "--rows", "4", "--shutdown-timeout", "60", "--no-warm-up"]
+    flags = ["--checkpoint", "quickstart", "--port", "0", "--store", str(store), "--rows", "4"]
+    flags += ["--shutdown-timeout", "60", "--no-warm-up"]
     environment = {**os.environ, "LORA_GEN_API_KEY": KEY, "XLA_FLAGS": ""}
     process = subprocess.Popen(
         [sys.executable, "-m", "lora_gen_jax", "serve", *flags],
