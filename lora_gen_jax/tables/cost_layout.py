@@ -128,14 +128,17 @@ def all_tables(results: Results, costs: Costs, traits: Mapping[str, Traits]) -> 
 
 
 def foot(results: Results, costs: Costs) -> list[str]:
-    """Seeds, steps, machines and versions: a line each; what ran elsewhere is named."""
+    """Seeds, documents, steps, machines and versions: a line each; what ran elsewhere is named."""
     steps: dict[int, list[str]] = {}
     for run, seeds in results["facts"].items():
         for one in seeds.values():
             if one.get("steps") and run not in steps.setdefault(one["steps"], []):
                 steps[one["steps"]].append(run)
     seeds = results["seeds"]
-    lines = [f"mean ± standard error over {len(seeds)} seed{'s' * (len(seeds) > 1)}: {', '.join(seeds)}"]
+    over = f"over {len(seeds)} seeds: {', '.join(seeds)}" if len(seeds) > 1 else f"over documents, seed {seeds[0]}"
+    lines = [f"mean ± standard error {over}"]
+    limits = [(results["settings"][run]["eval"]["limit"], [run]) for run in results["facts"]]
+    lines += places([(f"the first {limit} documents of a task" if limit else "", runs) for limit, runs in limits])
     lines += [f"{count} steps: {', '.join(runs)}" for count, runs in sorted(steps.items())]
     machines = [(place["machine"], place["runs"]) for place in results["machines"]]
     versions = [(place["versions"], place["runs"]) for place in results["versions"]]

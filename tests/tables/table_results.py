@@ -32,7 +32,7 @@ def generator(run="lora_gen", **changes):
     method = run if run in METHODS else "lora" if run.startswith("lora_r") or run == "lora_alone" else "lora_gen"
     reads = run in ("lora", "lora_moe", "mixlora") or run.startswith("lora_r")
     settings = {"num_experts": 16, "cv_coefficient": 0.01, **changes}
-    return {"method": method, "data": {"edge_reads_prompt": reads}, "generator": settings}
+    return {"method": method, "data": {"edge_reads_prompt": reads}, "generator": settings, "eval": {"limit": None}}
 
 
 def results(**runs):

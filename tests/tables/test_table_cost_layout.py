@@ -88,6 +88,18 @@ def test_foot_says_what_was_run_where():
     assert foot(found, here) == lines
 
 
+def test_foot_says_over_what_an_error_is_and_which_documents_were_scored():
+    found = results(icl=by_seed(0.5), lora=by_seed(0.5))
+    found["seeds"], found["settings"]["base"] = ["1"], {"eval": {"limit": 40}}
+    found["facts"] = {"base": {"1": {"steps": 0}}, "lora": {"1": {"steps": 7}}}
+    found["settings"]["lora"]["eval"]["limit"] = 40
+    assert foot(found, {})[:3] == [
+        "mean ± standard error over documents, seed 1",
+        "the first 40 documents of a task",
+        "7 steps: lora",
+    ]
+
+
 def test_foot_names_what_ran_elsewhere():
     found = results(lora=by_seed(0.5), lora_gen=by_seed(0.5))
     other = {"device": "H200", "cpus": 16, "system": "Linux"}
