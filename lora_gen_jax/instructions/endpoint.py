@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
-from lora_gen_jax.errors import LoraGenError
+from lora_gen_jax.errors import EndpointError, LoraGenError
 from lora_gen_jax.instructions.prompt import Message
 from lora_gen_jax.instructions.settings import Settings
 
@@ -24,10 +24,6 @@ log = logging.getLogger(__name__)
 _PASSING = (408, 409, 425, 429)
 _FIRST_PAUSE, _LONGEST_PAUSE, _LONGEST_ASKED = 1.0, 60.0, 600.0  # seconds
 _SHOWN = 300  # characters of an endpoint's own message that an error repeats
-
-
-class EndpointError(LoraGenError):
-    """The endpoint cannot be reached, refuses requests, or answers with something that is no chat completion."""
 
 
 class RequestRefused(LoraGenError):
