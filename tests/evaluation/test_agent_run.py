@@ -13,7 +13,7 @@ from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.tasks import Example, Task
 from lora_gen_jax.errors import CheckpointError, ConfigError, DataError, OutputError
 from lora_gen_jax.evaluation import agent_run, agent_scoring, answers, request_runner
-from lora_gen_jax.evaluation.agent_command import AgentFlags, agent_main, divided, scored_tasks
+from lora_gen_jax.evaluation.agent_command import AgentFlags, agent_main, divided, scored_tasks, with_training_rows
 from lora_gen_jax.evaluation.agent_scoring import Method, Writer, as_read, blank_line, context_ids
 from lora_gen_jax.evaluation.agent_table import METHODS
 from lora_gen_jax.evaluation.request_cache import RequestCache
@@ -223,6 +223,14 @@ def test_which_rows_are_seen(tmp_path):
 
 def chosen(config):
     return [(task.seen, len(task.test)) for task in scored_tasks(config, AgentFlags(), False)]
+
+
+def test_training_rows_replace_the_configs_tasks_and_their_weights(tmp_path):
+    file = write_rows(tmp_path / "sun", rows("sun"))
+    data = DataConfig(tasks=("pocket", "boolq"), source_weights=("boolq=2",))
+    config = dataclasses.replace(trained(), data=data, workdir=tmp_path / "run")
+    found = with_training_rows(config, AgentFlags(train_rows=(file,))).data
+    assert (found.tasks, found.source_weights, len(found.files)) == ((), (), 1)
 
 
 def test_what_an_agent_loop_reads():
