@@ -133,4 +133,5 @@ def with_training_rows(config: Config, flags: AgentFlags) -> Config:
             temporary.replace(path)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}; choose another --workdir") from error
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, tasks=(), source_weights=(), files=(path,)))
+    data = dataclasses.replace(config.data, tasks=(), source_weights=(), files=(path,))
+    return dataclasses.replace(config, data=data)
