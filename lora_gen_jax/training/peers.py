@@ -3,13 +3,16 @@
 In: a started `jax.distributed`. Out: nothing while all goes well; when a process is lost, every other one prints which,
 at which step, and how to go on, and ends with status 1.
 
-JAX alone notices after a missed heartbeat and ends the process from C++ with a stack trace; it stays behind this as
-the second net. Here each process holds a TCP connection to process 0, which the kernel closes when either ends, however
-it ends; a host that vanishes without a word is noticed by the kernel's keep-alive packets.
+JAX alone notices after a missed heartbeat, or at once where process 0 is gone, and aborts from C++ with a stack trace;
+it stays behind this as the second net, and `linger_on_abort` lets this one speak first. Here each process holds a TCP
+connection to process 0, which the kernel closes when either ends, however it ends; a host that vanishes without a word
+is noticed by the kernel's keep-alive packets.
 """
 
+import ctypes
 import os
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -37,6 +40,7 @@ class Peers:
         self.step, self.checkpoints, self.ending = 0, None, False
         self.sockets: dict[int, socket.socket] = {}
         self.lock = threading.Lock()
+        linger_on_abort()
         if process:
             port, token = client.blocking_key_value_get(KEY, CONNECT_SECONDS * 1000).split()
             link = socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS)
@@ -129,6 +133,19 @@ class Peers:
                 link.sendall(f"{text}\n".encode())
             except OSError:
                 continue
+
+
+def linger_on_abort() -> None:
+    """From now on a thread that calls abort() ends the process six seconds later; the other threads run meanwhile.
+
+    When process 0 is gone, its service and the connection here close in the same instant: without this, whether a user
+    reads the message or JAX's stack trace is a race. The handler of SIGABRT is the C library's `sleep`, with the
+    signal's number, 6, for seconds: it may run in a handler, needs no interpreter, and then abort() takes its course.
+    """
+    if os.name == "posix" and signal.SIGABRT == 6:
+        library = ctypes.CDLL(None)
+        library.signal.argtypes, library.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+        library.signal(signal.SIGABRT, ctypes.cast(library.sleep, ctypes.c_void_p))
 
 
 def _listener() -> socket.socket:
