@@ -207,14 +207,14 @@ def print_table(results: dict[str, Any], seen: dict[str, bool | None], title: st
     table.add_column("method")
     for task in tasks if wide else ():
         table.add_column(f"{task}\n{TITLES[seen[task]]}", justify="right")
-    for kind in (True, False):
-        table.add_column(f"AVE of {sum(seen[t] is kind for t in tasks)}\n{TITLES[kind]} tasks", justify="right")
+    for mean, kind in (("AVE", True), ("AVE", False), ("HAR", False)):
+        table.add_column(f"{mean}\n{sum(seen[t] is kind for t in tasks)} {TITLES[kind]}", justify="right")
     for text in ("AVE", "HAR", "context\ntokens", "latency\nms"):
         table.add_column(text, justify="right")
     for method, result in results["methods"].items():
         scored = [result["tasks"][task] for task in tasks]
         cells = [share_of(r) for r in scored] if wide else []
-        means = (result["ave_seen"], result["ave_unseen"], result["ave"], result["har"])
+        means = (result[name] for name in ("ave_seen", "ave_unseen", "har_unseen", "ave", "har"))
         cells += ["–" if mean is None else f"{100 * mean:.1f}" for mean in means]
         cells += [mean_of([r[column] for r in scored]) for column in ("context_tokens", "latency_ms")]
         table.add_row(method, *cells)

@@ -156,15 +156,13 @@ def task_prompt(task: Task, settings: EvalConfig) -> Prompt | None:
 
 
 def summary(tasks: dict[str, dict], seen: Mapping[str, bool | None]) -> dict[str, float | None]:
-    """AVE (mean of `acc`) and HAR (their harmonic mean) over all tasks, and the means over seen and unseen ones."""
+    """AVE (mean of `acc`) and HAR (their harmonic mean) over all tasks, over the seen and over the unseen ones.
 
-    def mean(names: list[str]) -> float | None:
-        return float(np.mean([tasks[name]["acc"] for name in names])) if names else None
-
-    acc = [result["acc"] for result in tasks.values()]
-    return {
-        "ave": mean(list(tasks)),
-        "har": statistics.harmonic_mean(acc) if acc else None,
-        "ave_seen": mean([name for name in tasks if seen[name] is True]),
-        "ave_unseen": mean([name for name in tasks if seen[name] is False]),
-    }
+    Under "ave", "har", "ave_seen", "har_seen", "ave_unseen" and "har_unseen"; None where there are no such tasks.
+    """
+    found: dict[str, float | None] = {}
+    for end, kinds in (("", (True, False, None)), ("_seen", (True,)), ("_unseen", (False,))):
+        acc = [result["acc"] for name, result in tasks.items() if seen[name] in kinds]
+        found[f"ave{end}"] = float(np.mean(acc)) if acc else None
+        found[f"har{end}"] = statistics.harmonic_mean(acc) if acc else None
+    return found

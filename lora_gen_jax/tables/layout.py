@@ -42,9 +42,9 @@ def on_task(results: Results, row: str, task: str) -> Figure | None:
 
 
 def mean(results: Results, row: str, name: str, shots: str | None = None) -> Figure | None:
-    """ "ave", "har", "ave_seen" or "ave_unseen", in percent."""
+    """ "ave" or "har", or these with "_seen" or "_unseen" behind, in percent."""
     found = scores(results, row, shots)
-    return percent((one[name] for one in found), (error_of(results, one, name) for one in found))
+    return percent((one.get(name) for one in found), (error_of(results, one, name) for one in found))
 
 
 def context(results: Results, row: str, shots: str | None = None, title: str | None = None) -> Figure | None:
@@ -124,12 +124,13 @@ def table_2(results: Results, costs: Costs) -> Sheet | None:
         if wide:
             found += [on_task(results, row, task) for task in tasks]
         found += [group(results, row, title) for title in GROUPS]
-        found += [mean(results, row, name) for name in ("ave_seen", "ave_unseen", "ave", "har")]
+        found += [mean(results, row, name) for name in ("ave_seen", "ave_unseen", "har_unseen", "ave", "har")]
         return [*found, context(results, row), *latency(costs, row)]
 
     each = tuple(f"{task}\n{group_of(results, task)}" for task in tasks) if wide else ()
     counts = [sum(group_of(results, task) == title for task in tasks) for title in GROUPS]
     averages = tuple(f"AVE {title}\nof {count}" for title, count in zip(GROUPS, counts, strict=True))
+    averages += (f"HAR unseen\nof {counts[1]}",)
     columns = ("method", *each, *GROUPS, *averages, "AVE", "HAR", "context\ntokens", "latency\nms", "of LoRA's")
     title = f"accuracy in % ± standard error, {results['shots']} shots"
     return Sheet(2, title, columns, over(results, rows, cells), (POOLED, ERRORS))

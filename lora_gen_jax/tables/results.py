@@ -7,10 +7,12 @@ texts, as in JSON.
 """
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_gen_jax.config_file import to_json
+from lora_gen_jax.evaluation.task import summary
 from lora_gen_jax.tables.jobs import Job, finished
 from lora_gen_jax.tables.spec import AGENT, UNTRAINED
 
@@ -46,7 +48,8 @@ def add(found: dict[str, Any], job: Job, result: dict[str, Any]) -> None:
     for number, methods in result["shots"].items():
         for method, scores in methods.items():
             row = method if job.run == UNTRAINED else job.run
-            found["runs"].setdefault(row, {}).setdefault(seed, {})[number] = scores
+            means = summary(scores["tasks"], result["seen"])  # an older result lacks some
+            found["runs"].setdefault(row, {}).setdefault(seed, {})[number] = means | scores
 
 
 def note(places: list[dict[str, Any]], name: str, value: Any, run: str) -> None:
@@ -59,7 +62,7 @@ def note(places: list[dict[str, Any]], name: str, value: Any, run: str) -> None:
 
 
 def error_of(found: Mapping[str, Any], scores: Mapping[str, Any], name: str) -> float | None:
-    """Standard error over documents of one seed's "ave", "har", "ave_seen" or "ave_unseen".
+    """Standard error over documents of one seed's "ave" or "har", or of these with "_seen" or "_unseen" behind.
 
     Of a mean over n tasks with errors s it is sqrt(Σ s²) / n; of the harmonic mean h of accuracies a, to first order,
     h² / n · sqrt(Σ (s / a²)²). None where a task's error is not known, or an accuracy of the harmonic mean is 0.
@@ -69,14 +72,19 @@ def error_of(found: Mapping[str, Any], scores: Mapping[str, Any], name: str) -> 
         scores: of a row, by task under "tasks".
         name: of the mean.
     """
-    kinds = {"ave_seen": True, "ave_unseen": False}
-    tasks = [one for task, one in scores["tasks"].items() if name not in kinds or found["seen"][task] is kinds[name]]
+    which, _, kind = name.partition("_")
+    kinds = {"seen": True, "unseen": False}
+    tasks = [one for task, one in scores["tasks"].items() if not kind or found["seen"][task] is kinds[kind]]
     errors = [one.get("stderr") for one in tasks]
     if not tasks or None in errors:
         return None
-    if name != "har":
+    if which != "har":
         return math.hypot(*errors) / len(tasks)
     accuracies = [one["acc"] for one in tasks]
     if not all(accuracies):
         return None
-    return scores["har"] ** 2 / len(tasks) * math.hypot(*(s / a**2 for s, a in zip(errors, accuracies, strict=True)))
+    return (
+        statistics.harmonic_mean(accuracies) ** 2
+        / len(tasks)
+        * math.hypot(*(s / a**2 for s, a in zip(errors, accuracies, strict=True)))
+    )

@@ -170,7 +170,12 @@ def test_ave_and_har_by_hand():
     assert got["ave"] == pytest.approx(1.75 / 3)
     assert got["har"] == pytest.approx(3 / (2 + 4 + 1))
     assert (got["ave_seen"], got["ave_unseen"]) == (0.375, 1.0)
-    assert summary({"a": {"acc": 0.0}}, {"a": True}) == {"ave": 0.0, "har": 0.0, "ave_seen": 0.0, "ave_unseen": None}
+    assert got["har_seen"] == pytest.approx(2 / (2 + 4))
+    assert got["har_unseen"] == 1.0
+    alone = summary({"a": {"acc": 0.0}, "b": {"acc": 0.5}}, {"a": True, "b": None})
+    assert alone == {
+        "ave": 0.25, "har": 0.0, "ave_seen": 0.0, "har_seen": 0.0, "ave_unseen": None, "har_unseen": None
+    }  # fmt: skip
 
 
 def test_evaluate_writes_the_layout_and_the_specialised_model_has_learnt_its_tasks(tmp_path):
@@ -187,14 +192,15 @@ def test_evaluate_writes_the_layout_and_the_specialised_model_has_learnt_its_tas
     assert {"config", "versions", "machine", "methods"} <= set(results)
     assert list(results["methods"]) == ["base", "icl", "lora_gen"]
     for method in results["methods"].values():
-        assert set(method) == {"tasks", "ave", "har", "ave_seen", "ave_unseen", "prompted"}
+        means = {f"{mean}{end}" for mean in ("ave", "har") for end in ("", "_seen", "_unseen")}
+        assert set(method) == {"tasks", "prompted"} | means
         assert list(method["tasks"]) == ["warm", "count"]
         for task in method["tasks"].values():
             assert set(task) == {"acc", "acc_norm", "stderr", "n", "context_tokens", "latency_ms"}
         accuracies = [task["acc"] for task in method["tasks"].values()]
         assert method["ave"] == pytest.approx(np.mean(accuracies))
         assert method["ave_seen"] == method["ave"]
-        assert method["ave_unseen"] is None
+        assert method["ave_unseen"] is method["har_unseen"] is None
     # The same weights answer either task, each after its own prompt was read once.
     assert results["methods"]["lora_gen"]["ave"] == 1.0
     base, icl, ours = (results["methods"][m]["tasks"]["warm"]["context_tokens"] for m in ("base", "icl", "lora_gen"))

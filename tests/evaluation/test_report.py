@@ -68,7 +68,7 @@ def result(acc, latency, tasks=("boolq", "piqa"), context=20.0):
         | {"latency_ms": latency}
         for i, task in enumerate(tasks)
     }
-    return {"tasks": scored, "ave": acc + 0.05, "har": acc, "ave_seen": acc, "ave_unseen": acc + 0.1}
+    return {"tasks": scored, "ave": acc + 0.05, "har": acc, "ave_seen": acc, "ave_unseen": acc + 0.1, "har_unseen": acc}
 
 
 def results(shots, methods, **extra):
@@ -237,9 +237,11 @@ def test_whether_a_method_read_the_prompt_is_what_the_file_says(tmp_path):
         "lora": [1, 5],
         "mixlora": [0],
     }
-    rows = {(row[0], row[1]): row for row in score_table(scores).rows}
-    assert rows["LoRA", "5"][7] == "1.0×"
-    assert rows["MixLoRA, no prompt", "0"][7] == "–"
+    table = score_table(scores)
+    rows = {(row[0], row[1]): dict(zip(table.headings, row, strict=True)) for row in table.rows}
+    assert rows["LoRA", "5"]["compression"] == "1.0×"
+    assert rows["LoRA", "5"]["HAR of unseen tasks, %"] == "50.0"
+    assert rows["MixLoRA, no prompt", "0"]["compression"] == "–"
 
 
 def test_by_shots_makes_a_line(tmp_path):

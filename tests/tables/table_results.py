@@ -20,6 +20,7 @@ def scored(accuracy, tokens=10.0, seen_tokens=None):
         "har": accuracy - 0.02,
         "ave_seen": accuracy + 0.02,
         "ave_unseen": accuracy - 0.2,
+        "har_unseen": accuracy - 0.3,
     }
 
 

@@ -182,6 +182,16 @@ def test_results_of_an_older_version_noted_less(tables):
         assert missing([job]) == []
 
 
+def test_means_that_an_older_version_did_not_write_are_those_of_its_tasks(tables):
+    job = make_jobs(tables)[2]
+    scores = {"tasks": {"a": {"acc": 0.2}, "b": {"acc": 0.4}, "c": {"acc": 0.8}}, "ave_unseen": 0.61}
+    seen = {"a": True, "b": False, "c": False}
+    done(job, shots={str(n): dict.fromkeys(job.methods(n), scores) for n in job.shots}, seen=seen)
+    found = gather([job])["runs"][job.run]["0"]["5"]
+    assert found["har_unseen"] == pytest.approx(2 / (1 / 0.4 + 1 / 0.8))
+    assert found["ave_unseen"] == 0.61
+
+
 def test_a_begun_run_of_other_settings_names_the_field(tables):
     job = make_jobs(tables)[2]
     job.config.directory.mkdir(parents=True)

@@ -44,6 +44,7 @@ def test_main_table_has_a_column_for_each_of_few_tasks():
     assert lora["unseen"] == "53.3 ± 8.8"
     assert lora["AVE seen\nof 2"] == "65.3 ± 8.8"
     assert lora["AVE unseen\nof 1"] == "43.3 ± 8.8"
+    assert lora["HAR unseen\nof 1"] == "33.3 ± 8.8"
     assert cells(sheet, "LoRA-Gen")["AVE"] == "70.0 ± 0.0"
     icl = cells(sheet, "in-context learning")
     assert (icl["context\ntokens"], icl["latency\nms"], icl["of LoRA's"]) == ("70.0", "4.00", "2.00×")
@@ -57,7 +58,7 @@ def test_a_single_seed_has_the_error_over_its_documents():
         one["tasks"][task] |= {"acc": accuracy, "stderr": error}
     one["groups"]["seen"]["stderr"] = 0.025
     # 1 / HAR is (5 + 2.5 + 2) / 3; its error is that of the inverses, s / a².
-    one["har"] = 3 / 9.5
+    one |= {"har": 3 / 9.5, "har_unseen": 0.5}
     lora = cells(layout.table_2(found, {}), "LoRA")
     assert (lora["a\nseen"], lora["c\nunseen"]) == ("20.0 ± 3.0", "50.0 ± 12.0")
     assert lora["seen"] == "51.0 ± 2.5"
@@ -67,6 +68,7 @@ def test_a_single_seed_has_the_error_over_its_documents():
     inverses = [0.03 / 0.2**2, 0.04 / 0.4**2, 0.12 / 0.5**2]
     expected = math.sqrt(sum(x**2 for x in inverses)) / 3 * (3 / 9.5) ** 2
     assert lora["HAR"] == f"31.6 ± {100 * expected:.1f}"
+    assert lora["HAR unseen\nof 1"] == "50.0 ± 12.0"  # of one task, its own
     one["tasks"]["b"]["acc"] = 0.0
     assert cells(layout.table_2(found, {}), "LoRA")["HAR"] == "31.6"
 

@@ -56,6 +56,7 @@ def score_table(scores: Scores) -> Table:
             rows.append([title_of(method, result), *_score_cells(point, result, full)])
     headings = [
         "method", "shots", "AVE, %", "HAR, %", "AVE of seen tasks, %", "AVE of unseen tasks, %",
+        "HAR of unseen tasks, %",
         "edge context, tokens", "compression", "latency, ms", "speed-up",
     ]  # fmt: skip
     caption = (
@@ -72,6 +73,7 @@ def _score_cells(point: Point, result: Mapping[str, Any], full: Point | None) ->
         percent(result.get("har")),
         percent(result.get("ave_seen")),
         percent(result.get("ave_unseen")),
+        percent(result.get("har_unseen")),
         number(point.context),
         ratio(full.context, point.context) if full and full is not point else NONE,
         number(point.latency_ms, 2),
