@@ -73,6 +73,19 @@ def test_a_run_goes_on_from_step_3_with_other_devices(alone, spread, jobs, befor
     assert "resuming at step 3" in jobs.said(config)
 
 
+@pytest.mark.parametrize("mesh", sorted(MESHES))
+def test_on_the_same_devices_a_run_goes_on_bit_for_bit(spread, jobs, mesh):
+    """With weights and activations split over devices, too."""
+    config = jobs.config(f"{mesh}_again")
+    shutil.copytree(spread[mesh], config.with_suffix(""))
+    shutil.rmtree(config.with_suffix("") / "checkpoints" / "6")
+    again = jobs.finish(config, *MESHES[mesh], devices=8)
+    assert "resuming at step 3" in jobs.said(config)
+    jax.tree.map(np.testing.assert_array_equal, saved(again), saved(spread[mesh]))
+    for name in ("loss", "grad_norm", "validation_loss"):
+        assert metrics(again, name) == metrics(spread[mesh], name)
+
+
 def test_a_process_needs_the_rows_of_its_own_devices_wherever_they_are(tmp_path, monkeypatch):
     """A mesh of a TPU pod follows its wires, not the numbers of the processes."""
     config = experiment(tmp_path, tmp_path / "run")
