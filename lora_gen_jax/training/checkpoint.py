@@ -78,6 +78,9 @@ class Checkpoints:
         )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preserve,
+            # Beside the policy this has a step's validation loss written, so that the best is known after resuming.
+            best_fn=lambda metrics: metrics["validation_loss"],
+            best_mode="min",
             cleanup_tmp_directories=True,
             # Which step is the newest is process 0's word: on a network's file system others may see it later.
             single_host_load_and_broadcast=True,

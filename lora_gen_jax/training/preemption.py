@@ -4,6 +4,7 @@ In: signals. Out: after the step in which one came, the number of the signal. Se
 when only one of them got the signal.
 """
 
+import ctypes
 import os
 import signal
 import threading
@@ -14,6 +15,8 @@ import jax
 from jax.experimental import multihost_utils
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# JAX's handler of SIGTERM, a C function that it installs once, while no run is under way; None until then.
+_jax_handler: int | None = None
 
 
 class StopSignals:
@@ -32,6 +35,8 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS[1:] if self.together else SIGNALS:
                 self.handlers[number] = signal.signal(number, self._note)
+            if self.together:
+                _listen(True)
         return self
 
     def __exit__(
@@ -39,8 +44,8 @@ class StopSignals:
     ) -> None:
         self._restore()
         if self.together and threading.current_thread() is threading.main_thread():
-            # JAX would go on noting SIGTERM, and nobody asks any more.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            # JAX would go on noting SIGTERM, and nobody asks any more until the next run.
+            _listen(False)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
@@ -68,3 +73,15 @@ class StopSignals:
             stop = multihost_utils.reached_preemption_sync_point(step)
             return (self.received or signal.SIGTERM) if stop else None
         return self.received
+
+
+def _listen(to_jax: bool) -> None:
+    """Whether SIGTERM goes to JAX, or ends the process as it would without it. Python does not know C's handlers."""
+    global _jax_handler
+    library = ctypes.CDLL(None)
+    library.signal.argtypes, library.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    if not to_jax:
+        _jax_handler = library.signal(signal.SIGTERM, int(signal.SIG_DFL))
+    elif _jax_handler is not None:
+        library.signal(signal.SIGTERM, _jax_handler)
+        _jax_handler = None

@@ -321,9 +321,18 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 def test_newest_checkpoints_and_the_best_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
     state = TrainState(jnp.asarray(0), {"w": jnp.ones(2)}, {"s": jnp.ones(2)}, {"m": jnp.ones(2)})
+
     # Validation losses; None where the step was not validated. The best is step 2.
-    for step, validated in ((1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, None)):
-        checkpoints.save(state.replace(step=jnp.asarray(step)), {"at": step}, {"fingerprints": {}}, validated)
-    checkpoints.close()
-    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
-    assert kept == [2, 4, 5]
+    def save(*validations):
+        for step, validated in validations:
+            checkpoints.save(state.replace(step=jnp.asarray(step)), {"at": step}, {"fingerprints": {}}, validated)
+        checkpoints.close()
+        return sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+
+    assert save((1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, None)) == [2, 4, 5]
+    # The next process knows it, too, until there is a better one.
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    assert checkpoints.latest == 5
+    assert save((6, 1.5), (7, None), (8, None)) == [2, 7, 8]
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    assert save((9, 0.5), (10, None), (11, None), (12, None)) == [9, 11, 12]

@@ -1,0 +1,69 @@
+"""Two processes that are told to stop: in their first training, in one after it, and between the two."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from jobs import free_port
+
+RUNS = """
+import os, signal, sys, time
+import jax
+from lora_gen_jax.training.preemption import StopSignals
+
+port, process, told_in, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
+
+def tell():
+    if process == 1:
+        os.kill(os.getpid(), number)
+
+for run in (1, 2):
+    with StopSignals() as signals:
+        assert signals.before(0) is None
+        for step in range(1, 16):
+            if told_in == run and step == 3:
+                tell()
+            time.sleep(0.1)
+            if stop := signals.after(step):
+                print("stopped in run", run, "at", step, "by", stop, flush=True)
+                jax.distributed.shutdown()
+                sys.exit()
+        print("ended", run, flush=True)
+tell()
+time.sleep(3 - 2 * process)
+os._exit(0)
+"""
+
+
+def told(told_in, number):
+    port = str(free_port())
+    commands = [[sys.executable, "-c", RUNS, port, str(i), str(told_in), str(int(number))] for i in range(2)]
+    started = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
+    try:
+        return [(process.communicate(timeout=120)[0].splitlines(), process.returncode) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    ("run", "number"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGINT)], ids=["first", "second", "ctrl_c"]
+)
+def test_both_stop_after_the_same_step_in_every_training_of_a_process(run, number):
+    (one, first), (two, second) = told(run, number)
+    assert (first, second) == (0, 0)
+    assert one[:-1] == two[:-1] == ["ended 1"][: run - 1]
+    stop, by = one[-1].split(" by ")
+    assert stop.startswith(f"stopped in run {run} at ")
+    assert 3 <= int(stop.split()[-1]) < 16
+    assert two[-1] == f"{stop} by {int(number)}"
+    assert by == str(int(signal.SIGTERM))
+
+
+def test_after_training_sigterm_ends_a_process():
+    (_, _), (two, second) = told(3, signal.SIGTERM)
+    assert two == ["ended 1", "ended 2"]
+    assert second == -signal.SIGTERM
