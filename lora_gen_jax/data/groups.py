@@ -149,26 +149,47 @@ class GroupSampler:
         """The group with its last shot dropped, and more of them until the prompt fits a row; None without shots."""
         return self._fit(dataclasses.replace(group, shots=group.shots[:-1])) if group.shots else None
 
-    def rows(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups in an order in which consecutive ones fit a row together, shots dropped where they must be.
+    def block(self, seed: Sequence[int], prompts: Sequence[int]) -> list[Group]:
+        """The prompts of these numbers, drawn and in the order of `rows`.
+
+        Where long ones meet that fit no row together even without shots, the one that is longest then is drawn anew.
 
         Raises:
-            DataError: when prompts without shots do not fit.
+            DataError: when nothing fits after many tries.
+        """
+        groups = [self.draw(np.random.default_rng([*seed, prompt])) for prompt in prompts]
+        for again in range(1, 101):
+            if (packed := self.rows(groups)) is not None:
+                return packed
+            place = max(range(len(groups)), key=lambda i: len(self._shortest(groups[i]).prompt))
+            groups[place] = self.draw(np.random.default_rng([*seed, prompts[place], again]))
+        raise DataError(
+            f"{self.config.prompts_per_row} prompts without shots do not fit data.cloud_length ="
+            f" {self.config.cloud_length}: raise it, or lower data.prompts_per_row"
+        )
+
+    def rows(self, groups: Sequence[Group]) -> list[Group] | None:
+        """The groups in an order in which consecutive ones fit a row together, shots dropped where they must be.
+
+        None when prompts as short as they can be do not fit.
         """
         M = self.config.prompts_per_row
         limit = self.config.cloud_length - M * self.num_meta
         rows = _balance(groups, M)
         for row in rows:
             while sum(len(group.prompt) for group in row) > limit:
-                longest = max((g for g in row if g.shots), key=lambda g: len(g.prompt), default=None)
-                shorter = None if longest is None else self.shorten(longest)
-                if longest is None or shorter is None:
-                    raise DataError(
-                        f"{M} prompts without shots do not fit data.cloud_length = {self.config.cloud_length}:"
-                        " raise it, or lower data.prompts_per_row"
-                    )
-                row[row.index(longest)] = shorter
+                for place in sorted(range(M), key=lambda i: len(row[i].prompt), reverse=True):
+                    if (shorter := self.shorten(row[place])) is not None:
+                        row[place] = shorter
+                        break
+                else:
+                    return None
         return [group for row in rows for group in row]
+
+    def _shortest(self, group: Group) -> Group:
+        while (shorter := self.shorten(group)) is not None:
+            group = shorter
+        return group
 
 
 def source_weights(pairs: Sequence[str], sources: set[str]) -> Mapping[str, float]:

@@ -108,7 +108,7 @@ def build_batch(sampler: GroupSampler, seed: tuple[int, ...], shard: Shard) -> B
     wanted, groups = range(total) if shard.rows is None else shard.rows, []
     for block in sorted({row // size for row in wanted}):
         prompts = range(block * size * M, (block + 1) * size * M)
-        packed = sampler.rows([sampler.draw(np.random.default_rng([*seed, prompt])) for prompt in prompts])
+        packed = sampler.block(seed, prompts)
         for row in wanted:
             if row // size == block:
                 groups += packed[(row % size) * M : (row % size + 1) * M]

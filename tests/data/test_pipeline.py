@@ -1,5 +1,6 @@
 """Batches do not depend on who builds them: one process or several, a thread or worker processes, from any place."""
 
+import copy
 import dataclasses
 import functools
 
@@ -9,7 +10,7 @@ import pytest
 from helpers import experiment
 
 from lora_gen_jax.data.pipeline import Shard, TrainingBatches, build_batch, validation_batches
-from lora_gen_jax.errors import CheckpointError
+from lora_gen_jax.errors import CheckpointError, DataError
 from lora_gen_jax.models import load_pair
 from lora_gen_jax.training.prepare import make_sampler, training_tasks
 
@@ -65,6 +66,54 @@ def test_shots_are_dropped_in_the_narrow_rows(sampler_of):
     assert kept < drawn
     kept, drawn = shots("wide")
     assert kept == drawn
+
+
+def long_and_short(sampler, share):
+    """The sampler with a long description for that share of its tasks, and no shots."""
+    changed = copy.copy(sampler)
+    changed.config = dataclasses.replace(sampler.config, min_shots=0, max_shots=0)
+    long = "red " * 30
+    changed.tasks = [
+        dataclasses.replace(task, descriptions=(long if i < share * len(sampler.tasks) else "red",))
+        for i, task in enumerate(sampler.tasks)
+    ]
+    return changed
+
+
+def test_long_prompts_that_meet_in_a_row_are_drawn_anew(sampler_of):
+    """Two of them fit no row; each fits beside a short one."""
+    sampler = long_and_short(sampler_of("train", "narrow"), 0.5)
+    lengths = []
+    for step in range(10):
+        groups = sampler.block((0, step), range(16))
+        for row in range(8):
+            one, two = (len(group.prompt) for group in groups[2 * row : 2 * row + 2])
+            assert one + two <= ROOM["narrow"] - 2 * sampler.num_meta
+            lengths += [one, two]
+        assert [g.prompt for g in sampler.block((0, step), range(16))] == [g.prompt for g in groups]
+    # They are not left out for that.
+    assert 0.2 < np.mean(np.array(lengths) > 20) <= 0.5
+    same(build_batch(sampler, (0, 0), Shard()), joined([build_batch(sampler, (0, 0), part(i, 4)) for i in range(4)]))
+
+
+def test_prompts_that_are_all_too_long_name_the_fields(sampler_of):
+    with pytest.raises(DataError, match=r"2 prompts without shots do not fit data\.cloud_length = 46"):
+        build_batch(long_and_short(sampler_of("train", "narrow"), 1.0), (0, 0), Shard())
+
+
+def test_a_prompt_that_is_its_last_shot_is_left_alone(sampler_of):
+    """Without a description its first shot is all that it has; other prompts of the row give way."""
+    sampler = sampler_of("train", "narrow")
+    groups = [sampler.draw(np.random.default_rng([0, 0, i])) for i in range(2)]
+    shot = dataclasses.replace(groups[0].shots[0], query="red " * 24)
+    alone = sampler._fit(dataclasses.replace(groups[0], description="", shots=(shot,)))
+    other = next(g for i in range(99) if len((g := sampler.draw(np.random.default_rng([1, i]))).shots) > 1)
+    assert len(alone.prompt) > len(other.prompt)
+    sampler = copy.copy(sampler)
+    room = len(alone.prompt) + len(other.prompt) - 1 + 2 * sampler.num_meta
+    sampler.config = dataclasses.replace(sampler.config, cloud_length=room)
+    one, two = sorted(sampler.rows([alone, other]), key=lambda g: g.description)
+    assert (one.shots, len(two.shots) < len(other.shots)) == ((shot,), True)
 
 
 def test_rows_that_do_not_lie_side_by_side_are_those_of_the_whole_batch(sampler_of):
