@@ -174,6 +174,7 @@ def _run_rules(config: Config) -> list[tuple[bool, str]]:
             f"workdir is {config.directory}, a bucket's address: name a directory on a file system that all processes"
             " share (docs/pods.md)",
         ),
+        (0 <= t.seed < 2**31, f"train.seed is {t.seed}; it must lie between 0 and 2**31 - 1"),
         (t.learning_rate > 0, f"train.learning_rate is {t.learning_rate}; it must be positive"),
         (0 <= t.beta1 < 1, f"train.beta1 is {t.beta1}; it must lie in [0, 1)"),
         (0 <= t.beta2 < 1, f"train.beta2 is {t.beta2}; it must lie in [0, 1)"),

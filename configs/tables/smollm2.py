@@ -8,6 +8,7 @@ import dataclasses
 from pathlib import Path
 
 from lora_gen_jax.config_file import read_config
+from lora_gen_jax.data.reasoning import SEEN_TASKS
 from lora_gen_jax.tables.paper import KNOWLEDGE, variants
 from lora_gen_jax.tables.spec import Change, Tables, reads_prompt
 
@@ -31,7 +32,12 @@ RUNS: dict[str, Change] = {
     },
     "mixlora": {"method": "mixlora", "generator": {"alpha": 32.0}, "data": READS_PROMPT},
     # One module for each of the five seen tasks.
-    "lorahub": {"method": "lorahub", "generator": {"alpha": 16.0}, "hub": {"modules": 5}},
+    "lorahub": {
+        "method": "lorahub",
+        "generator": {"alpha": 16.0},
+        "hub": {"modules": 5},
+        "data": {"tasks": SEEN_TASKS, "source_weights": ()},
+    },
     "autocompressor": {
         "method": "autocompressor",
         "generator": {"alpha": 16.0},

@@ -196,14 +196,23 @@ def found_weights(hub: HubConfig, pair: "Pair", loaded: "Loaded") -> Callable[[P
     return lambda prompt: search(losses(prompt), loaded.config.hub.modules, hub)
 
 
+def check(config: Config) -> None:
+    """What the search after training needs.
+
+    Raises:
+        ConfigError: as `check_budget` and `require_nevergrad`.
+    """
+    check_budget(config.hub, config.hub.modules)
+    require_nevergrad()
+
+
 def build(config: Config, pair: "Pair") -> LoRAModules:
     """The modules of a config.
 
     Raises:
-        ConfigError: as `check_budget`.
+        ConfigError: as `check`.
     """
-    check_budget(config.hub, config.hub.modules)
-    require_nevergrad()
+    check(config)
     return LoRAModules(pair.edge.config, config.generator, config.hub.modules)
 
 
@@ -233,6 +242,7 @@ METHOD = Method(
     depends_on_prompt=True,
     needs_shots=True,
     token_macs=lambda edge, config: lora_macs(edge, config.generator),
+    check=check,
     choose_tasks=choose_tasks,
     packages=("nevergrad", "scipy"),
 )

@@ -89,6 +89,7 @@ class Method:
         needs_shots: it cannot be had from a prompt's text alone.
         token_macs: multiply-adds of the adapter's side path for one token, over all layers, where that is all that a
             method adds.
+        check: what training needs and the config and the machine may lack: raises ConfigError.
         choose_tasks: which of the tasks that a config names the method is trained on; left out, all.
         soft_tokens: how many stand before every query, by the config of the run.
         packages: beside those of every run, whose versions decide what `specialise` gives.
@@ -104,6 +105,7 @@ class Method:
     depends_on_prompt: bool = False
     needs_shots: bool = False
     token_macs: Callable[[DecoderConfig, Config], int] | None = None
+    check: Callable[[Config], None] = lambda config: None
     choose_tasks: Callable[[Config, list[Task]], list[Task]] | None = None
     soft_tokens: Callable[[Config], int] = lambda config: 0
     packages: tuple[str, ...] = ()

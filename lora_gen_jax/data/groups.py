@@ -15,7 +15,7 @@ from lora_gen_jax.data.edge_prompt import beside
 from lora_gen_jax.data.encode import Encoder
 from lora_gen_jax.data.prompts import sample_shots, system_prompt
 from lora_gen_jax.data.tasks import Example, Task
-from lora_gen_jax.errors import ConfigError, DataError
+from lora_gen_jax.errors import ConfigError, DataError, ModelError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,7 @@ class GroupSampler:
     Raises:
         DataError: when no task has an example of the split that fits `query_length`.
         ConfigError: for a weight that is malformed or of an unknown source, or a knowledge task that is not there.
+        ModelError: for conversations, where the edge model's tokenizer has no chat template.
     """
 
     def __init__(
@@ -64,18 +65,18 @@ class GroupSampler:
         self.num_meta, self.split = num_meta, split
         self.tasks = [task for task in tasks if getattr(task, split)]
         self.numbers = [number for number, task in enumerate(tasks) if getattr(task, split)]
-        known = {task.name for task in tasks} | {task.source for task in tasks}
-        for name in config.knowledge_tasks:
-            if name not in known:
-                raise ConfigError(
-                    f"data.knowledge_tasks names {name!r}, which is neither a task trained on nor a source"
-                )
+        weights = named_tasks(config, tasks)
         if not self.tasks:
             raise DataError(f"no task has {split} examples: name tasks that do, or give files with data.files")
+        chat = next((task for task in self.tasks if task.chat), None)
+        if chat is not None and not edge.tokenizer.chat_template:
+            raise ModelError(
+                f"the task {chat.name!r} has messages, and the edge model's tokenizer no chat template: give such rows"
+                ' as "system", "input", "output", or take another edge model'
+            )
         sizes: dict[str, int] = {}
         for task in self.tasks:
             sizes[task.source] = sizes.get(task.source, 0) + len(getattr(task, split))
-        weights = source_weights(config.source_weights, {task.source for task in tasks})
         chance = np.array([weights[t.source] * len(getattr(t, split)) / sizes[t.source] for t in self.tasks])
         if not chance.any():
             raise ConfigError(
@@ -99,7 +100,7 @@ class GroupSampler:
                 continue
             description = task.descriptions[rng.integers(len(task.descriptions))]
             count = int(rng.integers(self.config.min_shots, self.config.max_shots + 1))
-            shots = sample_shots(task, count, rng, [example.id for example in examples])
+            shots = sample_shots(task, count, rng, examples)
             knowledge = not {task.name, task.source}.isdisjoint(self.config.knowledge_tasks)
             group = Group(description, tuple(shots), [], queries, task=self.numbers[place], knowledge=knowledge)
             group = self._fit(group)
@@ -190,6 +191,29 @@ class GroupSampler:
         while (shorter := self.shorten(group)) is not None:
             group = shorter
         return group
+
+
+def named_tasks(config: DataConfig, tasks: Sequence[Task]) -> Mapping[str, float]:
+    """Weight of every source of the tasks.
+
+    Raises:
+        ConfigError: for a weight that is malformed or of an unknown source, or a knowledge task that is not there.
+    """
+    sources = {task.source for task in tasks}
+    for name in config.knowledge_tasks:
+        if name not in sources | {task.name for task in tasks}:
+            raise ConfigError(f"data.knowledge_tasks names {name!r}, which is neither a task trained on nor a source")
+    return source_weights(config.source_weights, sources)
+
+
+def narrowed(config: DataConfig, tasks: Sequence[Task]) -> DataConfig:
+    """The config without names of other tasks and sources than these."""
+    sources, names = {task.source for task in tasks}, {task.name for task in tasks}
+    return dataclasses.replace(
+        config,
+        source_weights=tuple(pair for pair in config.source_weights if pair.partition("=")[0] in sources),
+        knowledge_tasks=tuple(name for name in config.knowledge_tasks if name in sources | names),
+    )
 
 
 def source_weights(pairs: Sequence[str], sources: set[str]) -> Mapping[str, float]:

@@ -16,19 +16,17 @@ from lora_gen_jax.errors import DataError
 
 
 def sample_shots(
-    task: Task, k: int, rng: np.random.Generator, exclude_ids: Collection[str] = ()
+    task: Task, k: int, rng: np.random.Generator, exclude: Collection[Example] = ()
 ) -> tuple[Example, ...]:
     """`k` training examples of `task`, drawn evenly without replacement; fewer where the task has no more.
 
-    Never one whose id is in `exclude_ids` (the queries this prompt will be asked) nor one with the same normalised
-    query as such an example. Raises DataError for a negative `k`.
+    Never one with the same normalised query as an example in `exclude` (those that this prompt will be asked). Raises
+    DataError for a negative `k`.
     """
     _check_count(k)
     blocked: set[int] = set()
-    for example_id in exclude_ids:
-        key = task.key_by_id.get(example_id)
-        if key is not None:
-            blocked.update(task.train_rows_by_key.get(key, ()))
+    for example in exclude:
+        blocked.update(task.train_rows_by_key.get(example.query_key, ()))
     # The first k unblocked rows of a random order; as many blocked ones at most can stand before them.
     count = min(len(task.train), k + len(blocked))
     drawn = rng.choice(len(task.train), size=count, replace=False) if count else ()

@@ -70,6 +70,7 @@ def _collect(path: Path, groups: dict[tuple[str, ...], _Group]) -> None:
     ids: set[str] = set()
 
     def add(index: int, row: Row) -> None:
+        row = {name: value for name, value in row.items() if value is not None}  # null: as if it were not there
         example_id = f"{path.stem}-{index}"
         if "id" in row:
             example_id = f"{path.stem}/{row['id']}"

@@ -58,11 +58,6 @@ class Task:
     seen: bool = True
 
     @cached_property
-    def key_by_id(self) -> dict[str, str]:
-        """The normalised query of every example of the task, by the example's id."""
-        return {e.id: e.query_key for split in (self.train, self.validation, self.test) for e in split}
-
-    @cached_property
     def train_rows_by_key(self) -> dict[str, list[int]]:
         """The positions in `train` of every normalised query."""
         rows: dict[str, list[int]] = {}

@@ -98,6 +98,7 @@ def check_comparison(config: Config) -> None:
     check_shots(config.compare, [config.eval.shots])
     for method in trained(config):
         made = check(variant(config, method))
+        COMPARED[method].check(made)
         if COMPARED[method].choose_tasks is not None:
             training_tasks(made)
 

@@ -15,11 +15,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import difference, from_json, to_json
-from lora_gen_jax.data.groups import GroupSampler
+from lora_gen_jax.data.groups import GroupSampler, named_tasks, narrowed
 from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.pipeline import Shard
 from lora_gen_jax.data.tasks import Task
-from lora_gen_jax.errors import CheckpointError, ConfigError
+from lora_gen_jax.errors import CheckpointError, ConfigError, OutputError
 from lora_gen_jax.methods import trained_method
 from lora_gen_jax.models import Pair
 from lora_gen_jax.sharding import spec
@@ -90,15 +90,20 @@ def training_tasks(config: Config) -> list[Task]:
     """
     d, choose = config.data, trained_method(config.method).choose_tasks
     tasks = list(load_tasks(d.tasks, d.dir, d.tfds_dir, d.files).values())
-    return tasks if choose is None else choose(config, tasks)
+    if choose is None:
+        return tasks
+    named_tasks(d, tasks)  # what is wrong with the names of all tasks would not be noticed among fewer
+    return choose(config, tasks)
 
 
 def make_sampler(config: Config, pair: Pair, tasks: list[Task], split: str) -> GroupSampler | None:
     """Groups of one split; None where no task has validation examples."""
     if split == "validation" and (config.train.validation_batches == 0 or not any(t.validation for t in tasks)):
         return None
-    layers = pair.edge.config.num_layers
-    return GroupSampler(tasks, pair.cloud.encoder, pair.edge.encoder, config.data, layers, split)
+    data, layers = config.data, pair.edge.config.num_layers
+    if trained_method(config.method).choose_tasks is not None:
+        data = narrowed(data, tasks)
+    return GroupSampler(tasks, pair.cloud.encoder, pair.edge.encoder, data, layers, split)
 
 
 def prepare_directory(config: Config) -> None:
@@ -107,14 +112,20 @@ def prepare_directory(config: Config) -> None:
     Raises:
         CheckpointError: when the directory belongs to a run with another config.
         ConfigError: when the processes do not share the directory.
+        OutputError: when it cannot be written.
     """
     directory, new = config.directory, to_json(config)
     path = directory / "config.json"
     if jax.process_index() == 0 and not path.exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            raise OutputError(
+                f"workdir {directory} cannot be written ({error.strerror}): name another with --workdir"
+            ) from error
     if jax.process_count() > 1:
         distributed.barrier("config.json")
         if not path.exists():

@@ -46,7 +46,7 @@ class Recorder:
         if not quiet:
             self._drop_repeated(start)
             self.file = self.path.open("a", encoding="utf-8")
-            self.board = summary_writer(directory / "tensorboard", start + 1)
+            self.board = summary_writer(directory / "tensorboard", start + 1 if start else 0)
         self.console = Console(file=sys.stderr, quiet=quiet)
         columns = (
             BarColumn(bar_width=12),
@@ -97,7 +97,7 @@ class Recorder:
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= start:
+                if start and json.loads(line)["step"] <= start:
                     kept.append(line + "\n")
             except (ValueError, KeyError):  # the line that a kill cut short
                 continue

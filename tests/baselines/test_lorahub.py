@@ -25,6 +25,7 @@ from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.models import load_pair
 from lora_gen_jax.sharding import make_mesh
 from lora_gen_jax.training.checkpoint import Loaded
+from lora_gen_jax.training.prepare import make_sampler, training_tasks
 
 SITES = ("q", "v", "gate", "up", "down")
 N, SCALE = 4, SETTINGS.alpha / SETTINGS.rank
@@ -126,6 +127,23 @@ def test_tasks_without_training_rows_are_no_modules():
     assert choose_tasks(with_seed(0), tasks) == [tasks[0], *tasks[2:]]
     with pytest.raises(ConfigError, match=r"hub\.modules is 4, but only 3 tasks have training rows"):
         choose_tasks(with_seed(0, 4), tasks)
+
+
+def test_names_of_tasks_that_are_no_modules_are_fine_and_unknown_ones_not(tmp_path):
+    config = experiment(tmp_path, tmp_path / "run")
+    others = tmp_path / "others.jsonl"
+    others.write_text((tmp_path / "rows.jsonl").read_text().replace('"warm"', '"hot"').replace('"count"', '"number"'))
+    names = {"source_weights": ("rows=1", "others=2"), "knowledge_tasks": ("warm", "hot", "others")}
+    data = dataclasses.replace(config.data, files=(*config.data.files, others), **names)
+    config = dataclasses.replace(config, method="lorahub", hub=HubConfig(modules=1), data=data)
+    (task,) = training_tasks(config)
+    sampler = make_sampler(config, load_pair(config), [task], "train")
+    group = sampler.draw(np.random.default_rng(0))
+    assert (group.task, group.knowledge) == (0, task.name in ("warm", "hot") or task.source == "others")
+    for field, message in (("source_weights", "names 'other'"), ("knowledge_tasks", "names 'other=1'")):
+        wrong = dataclasses.replace(data, **{field: ("other=1",)})
+        with pytest.raises(ConfigError, match=rf"data\.{field} {message}"):
+            training_tasks(dataclasses.replace(config, data=wrong))
 
 
 TARGET = np.array([0.5, -1.0, 0.0])

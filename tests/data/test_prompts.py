@@ -27,7 +27,7 @@ def _task(train: list[str], test: list[str] | None = None) -> Task:
 def test_sampled_shots_never_hold_a_query(queries: list[str], k: int, seed: int, data: st.DataObject) -> None:
     task = _task(queries)
     asked = data.draw(st.lists(st.sampled_from(task.train), max_size=4))
-    shots = sample_shots(task, k, np.random.default_rng(seed), {e.id for e in asked})
+    shots = sample_shots(task, k, np.random.default_rng(seed), asked)
     forbidden = {normalise(e.query) for e in asked}
     assert not forbidden & {normalise(shot.query) for shot in shots}
     assert len({shot.id for shot in shots}) == len(shots)
@@ -51,12 +51,20 @@ def test_evaluation_shots_never_hold_a_scored_query(train: list[str], test: list
     assert [normalise(shot.query) for shot in evaluation_shots(turned, k, seed)] == keys
 
 
+def test_rows_of_the_same_id_are_told_apart() -> None:
+    """rows.json and rows.jsonl number theirs alike, and may be one task."""
+    rows = tuple(Example(f"t{i % 4}", f"q{i}", "r") for i in range(8))
+    task, rng = Task("toy", ("Do it.",), rows, (), source="toy"), np.random.default_rng(0)
+    for _ in range(50):
+        assert rows[1] not in sample_shots(task, 7, rng, [rows[1]])
+
+
 def test_sampling_is_even() -> None:
     task = _task([f"q{i}" for i in range(6)])
     rng = np.random.default_rng(3)
     counts = np.zeros(6)
     for _ in range(3000):
-        for shot in sample_shots(task, 2, rng, {"t0"}):
+        for shot in sample_shots(task, 2, rng, task.train[:1]):
             counts[int(shot.id[1:])] += 1
     assert counts[0] == 0
     # Each of the five is drawn with chance 2/5: 1200 times, standard deviation 27.

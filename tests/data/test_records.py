@@ -1,5 +1,6 @@
 """The user's own files: every accepted form, grouping, splits, and every error with its file and line."""
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -139,6 +140,25 @@ def test_fifty_thousand_distinct_instructions(tmp_path: Path) -> None:
 
 
 _GOOD = json.dumps(_plain("fine"))
+
+
+def test_null_is_as_good_as_leaving_a_field_out(tmp_path: Path) -> None:
+    """Tables that hold rows of several forms are written with nulls in the columns that a row has not."""
+    names = ("id", "task", "split", "messages", "instruction", "system", "input", "output", "options", "gold", "answer")
+    rows = [
+        _plain("chat", "cat"),
+        {"system": "Translate to English.", "input": "chien", "options": ["a", "b"], "gold": 0},
+        {"instruction": "Say hello.", "output": "Hello."},
+        {"messages": _turns("Hi", "Hello")},
+    ]
+
+    def loaded(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "mine.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return [dataclasses.asdict(task) for task in load_records(path)]
+
+    assert loaded("nulls", [dict.fromkeys(names) | row for row in rows]) == loaded("plain", rows)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from helpers import color_rows, experiment, trained, write_model, write_rows
 from jax.sharding import AxisType
 
 from lora_gen_jax.config import ModelConfig
-from lora_gen_jax.errors import CheckpointError, ConfigError, DataError, ModelError
+from lora_gen_jax.errors import CheckpointError, ConfigError, DataError, ModelError, OutputError
 from lora_gen_jax.models import load_pair
 from lora_gen_jax.sharding import MESH_AXES
 from lora_gen_jax.training import loop
@@ -236,6 +236,23 @@ def test_bad_input_is_refused_before_anything_is_written(root, tmp_path, change,
     with pytest.raises(error, match=message):
         train(config)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_conversations_need_a_chat_template(root, tmp_path):
+    turns = [{"role": "user", "content": "what kind is the sun ?"}, {"role": "assistant", "content": "red"}]
+    rows = write_rows(tmp_path / "mine.jsonl", [*color_rows(), *[{"task": "talk", "messages": turns}] * 3])
+    config = replace(experiment(root, tmp_path / "run"), "data", files=(rows,))
+    with pytest.raises(ModelError, match="'talk' has messages, and the edge model's tokenizer no chat template"):
+        train(config)
+    assert not config.directory.exists()
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_work_directory_that_cannot_be_made_is_named(root, tmp_path, place):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match=rf"workdir .*{place} cannot be written .*name another with --workdir"):
+        train(experiment(root, tmp_path / place))
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_malformed_row_is_named_by_file_and_line(root, tmp_path):
