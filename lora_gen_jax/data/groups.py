@@ -5,6 +5,7 @@ order in which consecutive ones fit a row together.
 """
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from lora_gen_jax.data.encode import Encoder
 from lora_gen_jax.data.prompts import sample_shots, system_prompt
 from lora_gen_jax.data.tasks import Example, Task
 from lora_gen_jax.errors import ConfigError, DataError, ModelError
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +68,10 @@ class GroupSampler:
         self.num_meta, self.split = num_meta, split
         self.tasks = [task for task in tasks if getattr(task, split)]
         self.numbers = [number for number, task in enumerate(tasks) if getattr(task, split)]
-        weights = named_tasks(config, tasks)
+        self.names, self.warned = [task.name for task in tasks], set[str]()
         if not self.tasks:
             raise DataError(f"no task has {split} examples: name tasks that do, or give files with data.files")
+        weights = named_tasks(config, tasks)
         chat = next((task for task in self.tasks if task.chat), None)
         if chat is not None and not edge.tokenizer.chat_template:
             raise ModelError(
@@ -162,7 +166,9 @@ class GroupSampler:
         for again in range(1, 101):
             if (packed := self.rows(groups)) is not None:
                 return packed
-            place = max(range(len(groups)), key=lambda i: len(self._shortest(groups[i]).prompt))
+            lengths = [len(self._shortest(group).prompt) for group in groups]
+            place = int(np.argmax(lengths))
+            self._warn(groups[place], sum(sorted(lengths)[: self.config.prompts_per_row - 1]) + lengths[place])
             groups[place] = self.draw(np.random.default_rng([*seed, prompts[place], again]))
         raise DataError(
             f"{self.config.prompts_per_row} prompts without shots do not fit data.cloud_length ="
@@ -186,6 +192,17 @@ class GroupSampler:
                 else:
                     return None
         return [group for row in rows for group in row]
+
+    def _warn(self, group: Group, tokens: int) -> None:
+        """Says once a task that its prompt is too long even beside the shortest others of its block."""
+        M, name = self.config.prompts_per_row, self.names[group.task]
+        if tokens > self.config.cloud_length - M * self.num_meta and name not in self.warned:
+            self.warned.add(name)
+            log.warning(
+                "%s: a prompt is too long to share a row with %d others, and others are trained on in its place: raise"
+                " data.cloud_length (%d), or lower data.prompts_per_row (%d)",
+                *(name, M - 1, self.config.cloud_length, M),
+            )
 
     def _shortest(self, group: Group) -> Group:
         while (shorter := self.shorten(group)) is not None:

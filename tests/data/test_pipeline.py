@@ -96,6 +96,18 @@ def test_long_prompts_that_meet_in_a_row_are_drawn_anew(sampler_of):
     same(build_batch(sampler, (0, 0), Shard()), joined([build_batch(sampler, (0, 0), part(i, 4)) for i in range(4)]))
 
 
+def test_a_task_that_fits_beside_no_other_is_named_once(sampler_of, caplog):
+    """The long one has 30 tokens, the room is for one short one more than that, less one."""
+    sampler = long_and_short(sampler_of("train", "narrow"), 0.5)
+    short, long = sorted({len(g.prompt) for g in (sampler.draw(np.random.default_rng([0, i])) for i in range(20))})
+    for room, named in ((long + short, 0), (long + short - 1, 1)):
+        sampler.config = dataclasses.replace(sampler.config, cloud_length=room + 2 * sampler.num_meta)
+        for step in range(3):
+            groups = sampler.block((0, step), range(16))
+        assert sum("too long to share a row with 1 others" in text for text in caplog.messages) == named
+        assert any(len(group.prompt) == long for group in groups) == (named == 0)
+
+
 def test_prompts_that_are_all_too_long_name_the_fields(sampler_of):
     with pytest.raises(DataError, match=r"2 prompts without shots do not fit data\.cloud_length = 46"):
         build_batch(long_and_short(sampler_of("train", "narrow"), 1.0), (0, 0), Shard())

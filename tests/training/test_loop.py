@@ -20,6 +20,7 @@ from lora_gen_jax.sharding import MESH_AXES
 from lora_gen_jax.training import loop
 from lora_gen_jax.training.checkpoint import Checkpoints, load_checkpoint, step_directory
 from lora_gen_jax.training.loop import TrainingDivergedError, train
+from lora_gen_jax.training.progress import Recorder
 from lora_gen_jax.training.step import TrainState
 
 
@@ -222,7 +223,7 @@ def test_four_devices_train_as_one_does(whole, root, monkeypatch):
         ),
         (lambda c: replace(c, "data", files=()), DataError, "no task has train examples"),
         (lambda c: replace(c, "edge", source="no/such/model"), ModelError, "no/such/model"),
-        (lambda c: replace(c, "data", cloud_length=12), DataError, r"do not fit data\.cloud_length = 12: raise it"),
+        (lambda c: replace(c, "data", cloud_length=9), DataError, r"do not fit data\.cloud_length = 9: raise it"),
         (lambda c: replace(c, "data", source_weights=("row=2",)), ConfigError, "source_weights names 'row'"),
         (lambda c: replace(c, "data", cloud_length=400), ConfigError, r"data\.cloud_length.*160"),
         (lambda c: replace(c, "data", edge_length=400, query_length=200), ConfigError, r"data\.query_length.*160"),
@@ -353,3 +354,12 @@ def test_newest_checkpoints_and_the_best_are_kept(tmp_path):
     assert save((6, 1.5), (7, None), (8, None)) == [2, 7, 8]
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
     assert save((9, 0.5), (10, None), (11, None), (12, None)) == [9, 11, 12]
+
+
+def test_a_run_that_begins_again_without_a_checkpoint_notes_every_step_once(tmp_path):
+    for start, steps in ((0, (0, 1, 2)), (0, (0, 1, 2, 3)), (2, (3,))):
+        with Recorder(tmp_path, start, 5) as recorder:
+            for step in steps:
+                recorder.record(step, {"validation_loss": float(step)})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
