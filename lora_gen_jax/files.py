@@ -18,11 +18,13 @@ from lora_gen_jax.errors import DataError, OutputError
 
 
 def check_output(path: Path) -> None:
-    """An output directory must not exist, or be empty.
+    """An output directory must not exist, or be an empty one that can be replaced by the complete one.
 
     Raises:
-        OutputError: when it holds something or is a file.
+        OutputError: when it holds something or is a file, a link, a mount point or the current directory.
     """
+    if path.is_symlink() or (path.is_dir() and (path.is_mount() or path.samefile(Path.cwd()))):
+        raise OutputError(f"output {path} cannot be replaced: name a new directory, below it for example")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise OutputError(f"output {path} exists already: choose another --out, or remove it first")
 
@@ -43,17 +45,16 @@ def complete_directory(path: Path) -> Iterator[Path]:
         OutputError: when `path` holds something, or cannot be written.
     """
     check_output(path)
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         os.chmod(temporary, 0o755)  # mkdtemp's 0700 would outlive the rename
-    except OSError as error:
-        raise OutputError(f"output {path} cannot be written: {error.strerror}") from error
     try:
         yield temporary
-        if path.exists():
-            path.rmdir()
-        temporary.rename(path)
+        with writing(path):
+            if path.exists():
+                path.rmdir()
+            temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -69,7 +70,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
-        raise OutputError(f"output {path} cannot be written: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"output {path} cannot be written: {reason}") from error
 
 
 def write_text(path: Path, text: str, remedy: str = "choose another place") -> None:

@@ -72,6 +72,9 @@ class FixedShots(ContextSampler):
         pool = list(self.fewshot_docs())
         order = Random(self.seed).sample(range(len(pool)), min(n + 1, len(pool)))
         shots = [pool[i] for i in order if pool[i] != eval_doc]
+        if len(shots) < n:  # the document stands among them more than once
+            rest = sorted(set(range(len(pool))) - set(order))
+            shots += [pool[i] for i in Random(self.seed).sample(rest, len(rest)) if pool[i] != eval_doc]
         if len(shots) < n:
             raise DataError(f"a task has {len(pool)} documents for shots, too few for {n}: lower --num_fewshot")
         return shots[:n]

@@ -32,7 +32,7 @@ from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.subject import content_of, digest_of
 from lora_gen_jax.evaluation.systems import check_methods, check_shots, gates_of, load_checkpoints, make_systems
 from lora_gen_jax.evaluation.task import System, evaluate_task, scored_documents, summary
-from lora_gen_jax.files import check_output, complete_directory, write_json
+from lora_gen_jax.files import check_output, complete_directory, write_json, writing
 from lora_gen_jax.models import Pair, load_pair
 from lora_gen_jax.sharding import evaluation_mesh
 from lora_gen_jax.training.checkpoint import Loaded, versions
@@ -86,7 +86,7 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path, shots: Sequence
             results["by_shots"] = by_shots
         gates = gates_of(config, pair, checkpoints["lora_gen"], tasks) if "lora_gen" in checkpoints else None
         if jax.process_index() == 0:
-            with complete_directory(out) as temporary:
+            with complete_directory(out) as temporary, writing(out):
                 write_json(temporary / "results.json", results)
                 if gates:
                     (temporary / "gates.json").write_text(json.dumps(gates_json(gates)) + "\n", encoding="utf-8")

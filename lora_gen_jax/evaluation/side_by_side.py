@@ -173,12 +173,24 @@ class Sides:
         return Comparison(case, left, right, len(ids), 1000 * reading, 1000 * merging)
 
     def contexts(self, case: Case) -> tuple[list[int], list[int]]:
-        """Ids of prompt and input together, and of the input alone."""
+        """Ids of prompt and input together, and of the input alone.
+
+        Raises:
+            DataError, ModelError: where `chat` is set and there is no template, or it refuses these turns.
+        """
         encoder = self.pair.edge.encoder
         if not self.chat:
             return encoder.text(f"{case.prompt.rstrip()}\n\n{case.input}"), encoder.text(case.input)
+        import jinja2
+
         user = {"role": "user", "content": case.input}
-        return encoder.chat([{"role": "system", "content": case.prompt}, user]), encoder.chat([user])
+        try:
+            return encoder.chat([{"role": "system", "content": case.prompt}, user]), encoder.chat([user])
+        except jinja2.TemplateError as error:
+            raise DataError(
+                f"the edge model's chat template cannot say this ({error}): leave --chat out, for models that know no"
+                " system turn"
+            ) from error
 
     def answers(self, sides: Sequence[tuple[Any, list[int]]]) -> list[Side]:
         """Answers of several (weights, context); they take turns, so that a slow moment of the machine hits all."""
@@ -204,7 +216,8 @@ class Sides:
     def decode(self, how: str, params: Any, ids: list[int]) -> Any:
         """`generate` or `stream` for one context."""
         from lora_gen_jax.inference import decode
+        from lora_gen_jax.models import end_ids
 
         edge = self.pair.edge
-        stop = [] if edge.encoder.end is None else [edge.encoder.end]
+        stop = end_ids(self.loaded.config.edge.source, edge)
         return getattr(decode, how)(edge.decoder, params, [ids], max_new_tokens=self.max_new_tokens, stop_ids=stop)

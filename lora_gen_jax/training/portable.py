@@ -17,7 +17,7 @@ import safetensors.numpy
 
 from lora_gen_jax.config_file import from_json, to_json
 from lora_gen_jax.errors import CheckpointError
-from lora_gen_jax.files import complete_directory
+from lora_gen_jax.files import complete_directory, writing
 
 TENSORS, READABLE = "generator.safetensors", "generator.json"
 _PACKAGE = Path(__file__).parents[1]
@@ -54,7 +54,7 @@ def save_portable(loaded: Any, directory: Path, dtype: Any) -> None:
         "fingerprints": loaded.fingerprints,
         "versions": loaded.versions,
     }
-    with complete_directory(directory) as temporary:
+    with complete_directory(directory) as temporary, writing(directory):
         (temporary / TENSORS).write_bytes(safetensors.numpy.save(tensors))
         (temporary / READABLE).write_text(json.dumps(readable, indent=2) + "\n", encoding="utf-8")
 

@@ -280,6 +280,24 @@ def test_tokenizer_directory_is_complete_or_absent(tmp_path, monkeypatch):
     assert [path.name for path in out.parent.iterdir()] == ["tokenizer"]
 
 
+def test_a_tokenizer_that_cannot_be_written_or_lacks_a_part(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LORA_GEN_CACHE", str(tmp_path / "file" / "cache"))
+    tensors = hf_directory(tmp_path / "hf", "llama")
+    to_gguf(tmp_path / "model.gguf", "llama", tensors, extra=vocabulary())
+    with pytest.raises(ModelError, match=r"model\.gguf cannot be written to .*set LORA_GEN_CACHE to a directory"):
+        pretrained.load_tokenizer(tmp_path / "model.gguf")
+
+    def without_merges(writer):
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("smollm")
+        writer.add_token_list(BYTES)
+
+    to_gguf(tmp_path / "less.gguf", "llama", tensors, extra=without_merges)
+    with pytest.raises(ModelError, match=r"less\.gguf lacks the field tokenizer\.ggml\.merges"):
+        pretrained.load_tokenizer(tmp_path / "less.gguf")
+
+
 @pytest.mark.parametrize(("kind", "pre"), [("llama", "default"), ("gpt2", "tekken")])
 def test_other_tokenizers_are_refused_unless_beside_the_file(tmp_path, monkeypatch, kind, pre):
     monkeypatch.setenv("LORA_GEN_CACHE", str(tmp_path / "cache"))

@@ -133,6 +133,21 @@ def test_fixed_shots_are_the_same_for_all_documents(monkeypatch):
         sampler.sample(10)
 
 
+def test_a_document_that_stands_twice_among_the_shots_is_replaced():
+    rows = [{"x": i // 2} for i in range(10)]
+    sampler = FixedShots(rows, rnd=0)
+    usual = sampler.sample(3)
+    for row in rows:
+        shots = sampler.sample(3, eval_doc=row)
+        assert len(shots) == 3
+        assert row not in shots
+        kept = [one for one in usual if one != row]
+        assert shots[: len(kept)] == kept
+    assert len(sampler.sample(8, eval_doc=rows[0])) == 8
+    with pytest.raises(DataError, match="10 documents for shots, too few for 9"):
+        sampler.sample(9, eval_doc=rows[0])
+
+
 @pytest.fixture
 def registry(monkeypatch):
     """Models that read prompts from tasks change how lm-eval draws shots; not for the tests that follow."""

@@ -104,6 +104,14 @@ def test_bad_flags_are_refused(flags, error, words):
         side_by_side_command(SideBySide(**{"checkpoint": SHIPPED["quickstart"], **flags}))
 
 
+def test_a_template_without_a_system_turn_is_named(monkeypatch):
+    sides = side_by_side.Sides(load_checkpoint(SHIPPED["quickstart"]), 8, chat=True)
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    monkeypatch.setattr(sides.pair.edge.encoder.tokenizer, "chat_template", template)
+    with pytest.raises(DataError, match=r"\(System role not supported\): leave --chat out"):
+        sides.contexts(Case("x", "Say it.", "owl"))
+
+
 def test_a_json_file_that_cannot_be_written_is_noticed_first(tmp_path):
     with pytest.raises(OutputError, match="--json"):
         side_by_side_command(SideBySide(json=tmp_path / "no" / "such.json"))

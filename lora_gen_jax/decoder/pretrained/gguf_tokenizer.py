@@ -66,6 +66,9 @@ def _build(file: GGUFFile) -> Tokenizer:
             f"{', '.join(_PRE_TOKENIZERS)} can. Put the model's tokenizer.json and tokenizer_config.json beside the "
             "file"
         )
+    missing = [name for name in ("tokens", "merges") if f"tokenizer.ggml.{name}" not in file.metadata]
+    if missing:
+        raise ModelError(f"{file.path} lacks the field tokenizer.ggml.{missing[0]}; download it again")
     tokens: list[str] = file.metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in file.metadata["tokenizer.ggml.merges"]]
     vocabulary = {token: i for i, token in enumerate(tokens)}

@@ -26,7 +26,13 @@ def load_tokenizer(source: str | os.PathLike[str] | Source) -> "PreTrainedTokeni
     found = resolve(source)
     directory = found.tokenizer
     if found.kind == "gguf" and not (directory / "tokenizer.json").is_file():
-        gguf_tokenizer(found.model, directory)
+        try:
+            gguf_tokenizer(found.model, directory)
+        except OSError as error:
+            raise ModelError(
+                f"the tokenizer of {found.model} cannot be written to {directory} ({error}); set LORA_GEN_CACHE to a"
+                " directory that can be written"
+            ) from error
     has_json = (directory / "tokenizer.json").is_file()
     if not has_json and not any((directory / name).is_file() for name in ("vocab.json", "tokenizer.model")):
         raise ModelError(f"{directory} holds no tokenizer; put the model's tokenizer.json and its config there")

@@ -1,0 +1,50 @@
+"""Output directories: complete or not at all, never in the place of what they cannot replace, and errors in words."""
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from lora_gen_jax.errors import OutputError
+from lora_gen_jax.files import complete_directory
+
+
+def fill(path):
+    with complete_directory(path) as temporary:
+        (temporary / "made").write_text("x")
+    return sorted(p.name for p in path.iterdir())
+
+
+def test_a_new_and_an_empty_directory_are_filled_at_once(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert fill(tmp_path / "empty") == fill(tmp_path / "far" / "new") == ["made"]
+    with pytest.raises(OutputError, match="exists already"):
+        fill(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "here", "dot"])
+def test_what_cannot_be_replaced_is_refused_before_any_work(tmp_path, monkeypatch, kind):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path / "there")
+    path = {"here": tmp_path / "there", "dot": Path()}.get(kind, tmp_path / kind)
+    with pytest.raises(OutputError, match="cannot be replaced: name a new directory"), complete_directory(path):
+        pytest.fail("the work began")
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_a_mount_point_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path)
+    with pytest.raises(OutputError, match="cannot be replaced"):
+        fill(tmp_path)
+
+
+def test_what_fails_at_the_end_says_so_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(self, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OutputError, match="out cannot be written: No space left on device"):
+        fill(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
