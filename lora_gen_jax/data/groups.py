@@ -134,12 +134,11 @@ class GroupSampler:
         return examples, queries
 
     def _fit(self, group: Group) -> Group | None:
-        limit = self.config.cloud_length - self.config.prompts_per_row * self.num_meta
         if not (group.description.strip() or group.shots):
             return None
         text = system_prompt(group.description, group.shots)
         group = dataclasses.replace(group, prompt=self.cloud.prompt(text))
-        fits = len(group.prompt) <= limit
+        fits = len(group.prompt) <= self._limit
         if fits and self.config.edge_reads_prompt:
             # Queries give way before shots do, all but the first.
             prefix = self.edge.prompt(text)
@@ -163,13 +162,16 @@ class GroupSampler:
             DataError: when nothing fits after many tries.
         """
         groups = [self.draw(np.random.default_rng([*seed, prompt])) for prompt in prompts]
+        shortest: list[int] = []
         for again in range(1, 101):
             if (packed := self.rows(groups)) is not None:
                 return packed
-            lengths = [len(self._shortest(group).prompt) for group in groups]
-            place = int(np.argmax(lengths))
-            self._warn(groups[place], sum(sorted(lengths)[: self.config.prompts_per_row - 1]) + lengths[place])
+            shortest = shortest or [self._shortest(group) for group in groups]
+            place = int(np.argmax(shortest))
+            if sum(sorted(shortest)[: self.config.prompts_per_row - 1]) + shortest[place] > self._limit:
+                self._warn(groups[place])
             groups[place] = self.draw(np.random.default_rng([*seed, prompts[place], again]))
+            shortest[place] = self._shortest(groups[place])
         raise DataError(
             f"{self.config.prompts_per_row} prompts without shots do not fit data.cloud_length ="
             f" {self.config.cloud_length}: raise it, or lower data.prompts_per_row"
@@ -181,10 +183,9 @@ class GroupSampler:
         None when prompts as short as they can be do not fit.
         """
         M = self.config.prompts_per_row
-        limit = self.config.cloud_length - M * self.num_meta
         rows = _balance(groups, M)
         for row in rows:
-            while sum(len(group.prompt) for group in row) > limit:
+            while sum(len(group.prompt) for group in row) > self._limit:
                 for place in sorted(range(M), key=lambda i: len(row[i].prompt), reverse=True):
                     if (shorter := self.shorten(row[place])) is not None:
                         row[place] = shorter
@@ -193,10 +194,15 @@ class GroupSampler:
                     return None
         return [group for row in rows for group in row]
 
-    def _warn(self, group: Group, tokens: int) -> None:
+    @property
+    def _limit(self) -> int:
+        """Tokens that the prompts of a row may have together."""
+        return self.config.cloud_length - self.config.prompts_per_row * self.num_meta
+
+    def _warn(self, group: Group) -> None:
         """Says once a task that its prompt is too long even beside the shortest others of its block."""
         M, name = self.config.prompts_per_row, self.names[group.task]
-        if tokens > self.config.cloud_length - M * self.num_meta and name not in self.warned:
+        if name not in self.warned:
             self.warned.add(name)
             log.warning(
                 "%s: a prompt is too long to share a row with %d others, and others are trained on in its place: raise"
@@ -204,10 +210,11 @@ class GroupSampler:
                 *(name, M - 1, self.config.cloud_length, M),
             )
 
-    def _shortest(self, group: Group) -> Group:
+    def _shortest(self, group: Group) -> int:
+        """Tokens of the prompt with as few shots as it can have."""
         while (shorter := self.shorten(group)) is not None:
             group = shorter
-        return group
+        return len(group.prompt)
 
 
 def named_tasks(config: DataConfig, tasks: Sequence[Task]) -> Mapping[str, float]:

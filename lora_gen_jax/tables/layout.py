@@ -44,7 +44,7 @@ def on_task(results: Results, row: str, task: str) -> Figure | None:
 def mean(results: Results, row: str, name: str, shots: str | None = None) -> Figure | None:
     """ "ave" or "har", or these with "_seen" or "_unseen" behind, in percent."""
     found = scores(results, row, shots)
-    return percent((one.get(name) for one in found), (error_of(results, one, name) for one in found))
+    return percent((one[name] for one in found), (error_of(results, one, name) for one in found))
 
 
 def context(results: Results, row: str, shots: str | None = None, title: str | None = None) -> Figure | None:

@@ -7,7 +7,6 @@ texts, as in JSON.
 """
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -83,8 +82,4 @@ def error_of(found: Mapping[str, Any], scores: Mapping[str, Any], name: str) -> 
     accuracies = [one["acc"] for one in tasks]
     if not all(accuracies):
         return None
-    return (
-        statistics.harmonic_mean(accuracies) ** 2
-        / len(tasks)
-        * math.hypot(*(s / a**2 for s, a in zip(errors, accuracies, strict=True)))
-    )
+    return scores[name] ** 2 / len(tasks) * math.hypot(*(s / a**2 for s, a in zip(errors, accuracies, strict=True)))

@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lora_gen_jax.training.c_signals import set_c_handler
+
 KEY = "lora_gen_jax/peers"
 CONNECT_SECONDS = 60
 # What one process finds wrong, all others mostly find too, and say it better.
@@ -143,9 +145,7 @@ def linger_on_abort() -> None:
     signal's number, 6, for seconds: it may run in a handler, needs no interpreter, and then abort() takes its course.
     """
     if os.name == "posix" and signal.SIGABRT == 6:
-        library = ctypes.CDLL(None)
-        library.signal.argtypes, library.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
-        library.signal(signal.SIGABRT, ctypes.cast(library.sleep, ctypes.c_void_p))
+        set_c_handler(signal.SIGABRT, ctypes.cast(ctypes.CDLL(None).sleep, ctypes.c_void_p).value)
 
 
 def _listener() -> socket.socket:

@@ -4,7 +4,6 @@ In: signals. Out: after the step in which one came, the number of the signal. Se
 when only one of them got the signal.
 """
 
-import ctypes
 import os
 import signal
 import threading
@@ -14,8 +13,10 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from lora_gen_jax.training.c_signals import set_c_handler
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# JAX's handler of SIGTERM, a C function that it installs once, while no run is under way; None until then.
+# JAX's handler of SIGTERM, a C function that it installs once; None until the first run of this process is over.
 _jax_handler: int | None = None
 
 
@@ -35,17 +36,18 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS[1:] if self.together else SIGNALS:
                 self.handlers[number] = signal.signal(number, self._note)
-            if self.together:
-                _listen(True)
+            if self.together and _jax_handler is not None:
+                set_c_handler(signal.SIGTERM, _jax_handler)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        global _jax_handler
         self._restore()
         if self.together and threading.current_thread() is threading.main_thread():
             # JAX would go on noting SIGTERM, and nobody asks any more until the next run.
-            _listen(False)
+            _jax_handler = set_c_handler(signal.SIGTERM, None)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
@@ -73,15 +75,3 @@ class StopSignals:
             stop = multihost_utils.reached_preemption_sync_point(step)
             return (self.received or signal.SIGTERM) if stop else None
         return self.received
-
-
-def _listen(to_jax: bool) -> None:
-    """Whether SIGTERM goes to JAX, or ends the process as it would without it. Python does not know C's handlers."""
-    global _jax_handler
-    library = ctypes.CDLL(None)
-    library.signal.argtypes, library.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
-    if not to_jax:
-        _jax_handler = library.signal(signal.SIGTERM, int(signal.SIG_DFL))
-    elif _jax_handler is not None:
-        library.signal(signal.SIGTERM, _jax_handler)
-        _jax_handler = None

@@ -20,6 +20,7 @@ from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.pipeline import Shard
 from lora_gen_jax.data.tasks import Task
 from lora_gen_jax.errors import CheckpointError, ConfigError, OutputError
+from lora_gen_jax.files import write_text
 from lora_gen_jax.methods import trained_method
 from lora_gen_jax.models import Pair
 from lora_gen_jax.sharding import spec
@@ -117,15 +118,12 @@ def prepare_directory(config: Config) -> None:
     directory, new = config.directory, to_json(config)
     path = directory / "config.json"
     if jax.process_index() == 0 and not path.exists():
+        remedy = "name another with --workdir"
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
-            temporary.replace(path)
         except OSError as error:
-            raise OutputError(
-                f"workdir {directory} cannot be written ({error.strerror}): name another with --workdir"
-            ) from error
+            raise OutputError(f"workdir {directory} cannot be written ({error.strerror}): {remedy}") from error
+        write_text(path, json.dumps(new, indent=2) + "\n", remedy)
     if jax.process_count() > 1:
         distributed.barrier("config.json")
         if not path.exists():
