@@ -115,7 +115,7 @@ def _answer_one(flags: Generate, directory: Path) -> None:
         max_new_tokens=flags.max_new_tokens,
         stop_ids=end_ids(config.edge.source, edge),
         sampling=Sampling(flags.temperature, flags.top_k, flags.top_p),
-        seed=flags.seed,
+        seed=flags.seed % 2**32,
     )
     shown = TextStream(edge.encoder)
     for (token,) in tokens:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from lora_gen_jax.data.jsonl import map_rows, read_rows, read_text
 from lora_gen_jax.data.load import load_tasks
-from lora_gen_jax.data.reasoning import REASONING_TASKS, has_folder
+from lora_gen_jax.data.reasoning import REASONING_TASKS, folder_of
 from lora_gen_jax.data.tasks import normalise
 from lora_gen_jax.errors import DataError, LoraGenError
 
@@ -182,7 +182,7 @@ def scored_questions(directory: Path | None) -> set[str]:
     """The normalised questions that the reasoning tasks of a directory score and validate on."""
     if directory is None:
         return set()
-    names = [name for name in REASONING_TASKS if has_folder(directory, name)]
+    names = [name for name in REASONING_TASKS if folder_of(directory, name)]
     rows = [row for task in load_tasks(names, directory).values() for row in (*task.test, *task.validation)]
     bare = (row.query.rpartition("Question:")[2].removesuffix("Answer:") for row in rows)
     return {normalise(text) for text in (*(row.query for row in rows), *bare)}

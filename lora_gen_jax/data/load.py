@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lora_gen_jax.data.pocket import suite
-from lora_gen_jax.data.reasoning import REASONING_TASKS, has_folder, load_reasoning
+from lora_gen_jax.data.reasoning import REASONING_TASKS, folder_of, load_reasoning
 from lora_gen_jax.data.records import load_records
 from lora_gen_jax.data.tasks import Task
 from lora_gen_jax.errors import DataError
@@ -41,7 +41,7 @@ def load_tasks(
     elif not Path(directory).is_dir():
         raise DataError(f"the data directory {directory} does not exist; set --data.dir to the directory of the tasks")
     elif tfds_dir is not None:
-        from_files = [name for name in reasoning if has_folder(directory, name)]
+        from_files = [name for name in reasoning if folder_of(directory, name)]
     loaded = load_reasoning(directory, from_files) if directory is not None else {}
     others = [name for name in reasoning if name not in from_files]
     if others:

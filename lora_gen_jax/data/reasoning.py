@@ -82,9 +82,10 @@ def load_reasoning(directory: str | Path, names: Iterable[str], *, reserve: int 
     return {name: assemble(name, read, where=str(root), reserve=reserve) for name in names}
 
 
-def has_folder(directory: str | Path, name: str) -> bool:
-    """Whether `directory` holds a folder of the reasoning task `name`."""
-    return _folder(Path(directory), name) is not None
+def folder_of(directory: str | Path, name: str) -> Path | None:
+    """The folder of the reasoning task `name` in `directory`; None where there is none."""
+    candidates = (Path(directory) / folder for folder in (name, *FILES[name].folders))
+    return next((folder for folder in candidates if folder.is_dir()), None)
 
 
 def assemble(name: str, read: ReadSplit, *, where: str, reserve: int = DEFAULT_RESERVE) -> Task:
@@ -143,14 +144,9 @@ def _sibling_keys(name: str, read: ReadSplit) -> set[str]:
     return {e.query_key for split in ("validation", "test") for e in read(sibling, split) or []}
 
 
-def _folder(root: Path, name: str) -> Path | None:
-    candidates = (root / folder for folder in (name, *FILES[name].folders))
-    return next((folder for folder in candidates if folder.is_dir()), None)
-
-
 def _find(root: Path, name: str, split: str) -> Path | None:
     """A split's file: directly in the task's folder, else anywhere below it (`Data/Main/train.jsonl`)."""
-    folder = _folder(root, name)
+    folder = folder_of(root, name)
     if folder is None:
         return None
     for pattern in FILES[name].names(split):

@@ -64,6 +64,10 @@ def agent_main(arguments: list[str]) -> None:
         raise ConfigError(f"--limit is {flags.limit}; at least 1")
     config = config_from_args(PROGRAM, rest)
     if flags.bfcl:
+        shared = ("bfcl", "checkpoint", "limit", "out")
+        fields = [field for field in dataclasses.fields(flags) if field.name not in shared]
+        if given := [field.name for field in fields if getattr(flags, field.name) != field.default]:
+            raise ConfigError(f"--{given[0].replace('_', '-')} is not used with --bfcl: leave one of them out")
         score_function_calls(config, flags.bfcl, flags.checkpoint, flags.limit, flags.out)
         return
     tasks = scored_tasks(config, flags, seen)

@@ -15,6 +15,7 @@ from lora_gen_jax.evaluation.request_runner import Runner
 from lora_gen_jax.evaluation.timing import best_of
 from lora_gen_jax.inference.buckets import power_of_two
 from lora_gen_jax.inference.decode import generate
+from lora_gen_jax.inference.prefix import prefix_length
 from lora_gen_jax.models import Model
 
 # Answers that are timed, one at a time, and how often; the best time of each counts, then the median.
@@ -37,12 +38,16 @@ def exact_matches(runner: Runner, documents: Sequence[Example], contexts: Sequen
     Generation ends with the end token, or with a blank line, where a model that reads shots would write the next one.
     """
     edge, end = runner.subject.edge, break_of(documents)
-    limit = max(len(answer_ids(edge, document)) for document in documents) + 2
-    made = runner.tokens([tuple(context) for context in contexts], limit, stops(edge, documents))
+    made = runner.tokens([tuple(c) for c in contexts], answer_limit(edge, documents), stops(edge, documents))
     return [
         trimmed(edge.encoder.decode(ids), end) == document.response.strip()
         for ids, document in zip(made, documents, strict=True)
     ]
+
+
+def answer_limit(edge: Model, documents: Sequence[Example]) -> int:
+    """Most new tokens: those of the longest gold answer, what ends it, and one more."""
+    return max(len(answer_ids(edge, document)) for document in documents) + 2
 
 
 def answer_ids(edge: Model, document: Example) -> list[int]:
@@ -75,7 +80,8 @@ def answer_latency(model: Model, documents: Sequence[Example], contexts: list[li
     """Milliseconds from a document's context to its whole answer; nothing is shared with other documents."""
     times = []
     for document, context in zip(documents[:LATENCY_DOCUMENTS], contexts, strict=False):
-        limit = power_of_two(len(answer_ids(model, document)) + 2)
+        room = model.config.max_positions - prefix_length(model.soft) - len(context)
+        limit = min(power_of_two(len(answer_ids(model, document)) + 2), room)
         run = functools.partial(
             generate,
             model.decoder,

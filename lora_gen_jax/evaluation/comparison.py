@@ -59,17 +59,16 @@ def compare(config: Config) -> dict[str, Any]:
     systems = make_systems(config, config.compare, pair, checkpoints, tasks)
     with unfinished(config.directory, "compare") as journal:
         results = score_systems(config, pair, systems, tasks, journal)
-    say(f"scored {len(systems)} methods on {len(tasks)} tasks in {time.monotonic() - began:.0f} s")
-    report = report_of(results, tasks)
-    gates = None
-    if "lora_gen" in checkpoints:
-        gates = gates_of(config, pair, checkpoints["lora_gen"], tasks)
+        say(f"scored {len(systems)} methods on {len(tasks)} tasks in {time.monotonic() - began:.0f} s")
+        report = report_of(results, tasks)
+        gates = gates_of(config, pair, checkpoints["lora_gen"], tasks) if "lora_gen" in checkpoints else None
+        if jax.process_index() == 0:
+            results["checkpoints"] = {method: describe(loaded) for method, loaded in checkpoints.items()}
+            write_json(config.directory / "results.json", results)
+            write_json(config.directory / "report.json", report)
+            if gates:
+                write_json(config.directory / "gates.json", gates_json(gates))
     if jax.process_index() == 0:
-        results["checkpoints"] = {method: describe(loaded) for method, loaded in checkpoints.items()}
-        write_json(config.directory / "results.json", results)
-        write_json(config.directory / "report.json", report)
-        if gates:
-            write_json(config.directory / "gates.json", gates_json(gates))
         draw_report(report, gates, config.directory / "report.png")
         print_report(report, gates)
         write_report([config.directory])

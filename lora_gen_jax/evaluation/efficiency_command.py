@@ -16,6 +16,7 @@ from lora_gen_jax.errors import CheckpointError, ConfigError
 from lora_gen_jax.evaluation import efficiency, transformers_peer
 from lora_gen_jax.evaluation.efficiency_methods import (
     METHODS,
+    Ready,
     Setup,
     Workload,
     workload_of_sizes,
@@ -28,6 +29,9 @@ from lora_gen_jax.files import check_output, complete_directory, text_argument, 
 from lora_gen_jax.generator.cloud import pack_prompts
 from lora_gen_jax.models import Pair, load_pair, make_generator
 from lora_gen_jax.training.checkpoint import check_method, check_models, find_checkpoint, versions
+
+# What the report compares; a method beside these that cannot run with the config is left out.
+NEEDED = ("base", "icl", "icl_kept_prefix", "lora_gen")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +142,7 @@ def measured(setup: Setup, flags: EfficiencyFlags, batch_sizes: list[int]) -> di
     pair, work = setup.pair, setup.work
     edge = pair.edge
     efficiency.say("making the methods ready")
-    ready = {name: make(setup) for name, make in METHODS.items()}
+    ready, left_out = made_ready(setup)
     systems: dict[str, efficiency.System] = {
         name: efficiency.OurSystem(edge.decoder, one, work.new_tokens) for name, one in ready.items()
     }
@@ -162,6 +166,7 @@ def measured(setup: Setup, flags: EfficiencyFlags, batch_sizes: list[int]) -> di
         "machine": machine(),
         "setting": setting(flags, work, batch_sizes),
         "methods": methods,
+        "left_out": left_out,
         "transformers": {"skipped": skipped} if skipped else described(peers, times, work),
         "specialising": efficiency.specialising_cost(setup),
         "kept_prefix": {
@@ -171,6 +176,24 @@ def measured(setup: Setup, flags: EfficiencyFlags, batch_sizes: list[int]) -> di
             "positions": edge.config.max_positions,
         },
     }
+
+
+def made_ready(setup: Setup) -> tuple[dict[str, Ready], dict[str, str]]:
+    """Every method ready to answer, and those that are left out with the reason.
+
+    Raises:
+        ConfigError: for one of `NEEDED` that cannot be made.
+    """
+    ready: dict[str, Ready] = {}
+    left_out: dict[str, str] = {}
+    for name, make in METHODS.items():
+        try:
+            ready[name] = make(setup)
+        except ConfigError as error:
+            if name in NEEDED:
+                raise
+            left_out[name] = str(error)
+    return ready, left_out
 
 
 def make_peers(setup: Setup, flags: EfficiencyFlags) -> tuple[dict[str, efficiency.TorchSystem], str | None]:

@@ -217,6 +217,7 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
     lines.append(f"Specialising takes {si(cloud)}B for the cloud's pass and at most {si(merging)}B for merging.")
     for pair, (same, count) in results["same_answer"].items():
         lines.append(f"Greedy tokens {pair}: {same} of {count}")
+    lines += [f"Without {name}: {reason}" for name, reason in results["left_out"].items()]
     if "skipped" in results["transformers"]:
         lines.append(f"Without transformers' times: {results['transformers']['skipped']}")
     lines.append(f"Generator: {results['generator']}.")

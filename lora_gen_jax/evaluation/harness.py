@@ -63,7 +63,8 @@ def harness_scores(
     """{method: {task: result}}; finished requests are kept in `journal`.
 
     Raises:
-        DataError: for a task without a figure between 0 and 1 that is better when higher.
+        DataError: for a task whose prompt cannot be told from its queries, or one without a figure between 0 and 1
+            that is better when higher.
     """
     from lm_eval.evaluator import simple_evaluate
 
@@ -73,12 +74,13 @@ def harness_scores(
     use_fixed_shots()
     manager = _manager(names, _metadata(config))
     # A name may stand for several tasks.
-    tasks = {name: list(manager.load([name.removeprefix(PREFIX)])["tasks"]) for name in names}
+    tasks = {task: one for name in names for task, one in manager.load([name.removeprefix(PREFIX)])["tasks"].items()}
+    unprompted = [task for task, one in tasks.items() if not (config.eval.shots or one.config.description)]
     scored: dict[str, dict[str, dict]] = {}
     for method in config.eval.methods:
         subject = _subject(method, config, pair, checkpoints)
-        model: Any = LoraGenLM.of(subject, journal, config.eval.batch_tokens)  # pyright: ignore
-        for task in dict.fromkeys(task for found in tasks.values() for task in found):
+        model: Any = LoraGenLM.of(subject, journal, config.eval.batch_tokens, unprompted)  # pyright: ignore
+        for task in tasks:
             found: Any = simple_evaluate(
                 model,
                 tasks=[task],

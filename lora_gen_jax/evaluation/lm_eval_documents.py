@@ -18,7 +18,7 @@ from lora_gen_jax.errors import ConfigError
 # Definitions that lm-eval finds with --include_path.
 TASKS = Path(__file__).parent / "lm_eval_tasks"
 # How many shots a task has at most.
-SHOTS = 32
+SHOTS = 256
 
 
 def documents(

@@ -8,7 +8,7 @@ begin with (a few-shot block) once for all of them. Importing this module makes 
 import copy
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,19 +55,26 @@ class LoraGenLM(TemplateLM):
         self._set_up(settings, load_subject(settings), None)
 
     @classmethod
-    def of(cls, subject: Subject, journal: RequestCache, batch_tokens: int) -> "LoraGenLM":
-        """A model that a program has loaded already; finished requests are kept in `journal`.
+    def of(
+        cls, subject: Subject, journal: RequestCache, batch_tokens: int, unprompted: Collection[str] = ()
+    ) -> "LoraGenLM":
+        """A model that a program has loaded already.
 
-        Tasks without description and shots are then answered by the subject as it is.
+        Args:
+            subject, batch_tokens: these.
+            journal: where finished requests are kept.
+            unprompted: names of tasks without description and shots, which the subject answers as it is.
         """
         made = cls.__new__(cls)
         made._set_up(Settings(batch_tokens=batch_tokens), subject, journal)
+        made.unprompted = frozenset(unprompted)
         return made
 
     def _set_up(self, settings: Settings, subject: Subject, journal: RequestCache | None) -> None:
         super().__init__()
         self.settings, self.subject, self.journal = settings, subject, journal
         self.contexts: set[tuple[int, Ids]] = set()
+        self.unprompted = frozenset[str]()
         self.tokenizer: Any = self.subject.edge.encoder.tokenizer
         if (self.settings.max_length or 0) > (most := self.subject.edge.config.max_positions):
             raise ConfigError(f"max_length={self.settings.max_length} exceeds the model's {most} positions: lower it")
@@ -165,10 +172,10 @@ class LoraGenLM(TemplateLM):
         for task, members in tasks.items():
             contexts = [requests[i].args[0] for i in members]
             parts = split_contexts(contexts)
-            if parts is None and self.journal is None:
+            if parts is None and task not in self.unprompted:
                 raise DataError(
-                    f"the contexts of task {task} do not begin with a prompt of their own: give --num_fewshot K, a task"
-                    " with a description, or more than one document"
+                    f"the contexts of task {task} do not begin with a prompt that can be cut off: give it a description"
+                    " or shots (--num_fewshot K) with a blank line behind each, and more than one document (--limit)"
                 )
             for i, context in zip(members, contexts, strict=True):
                 prompt, query = ("", context) if parts is None else parts[context]

@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from lora_gen_jax.data.pocket import suite
 from lora_gen_jax.data.reasoning import REASONING_TASKS
 from lora_gen_jax.data.tasks import Task
 from lora_gen_jax.evaluation import harness
+from lora_gen_jax.evaluation.lengths import check_lengths
 from lora_gen_jax.evaluation.published import MACHINE, REASONING
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.subject import content_of, digest_of
@@ -35,6 +36,7 @@ from lora_gen_jax.evaluation.task import System, evaluate_task, scored_documents
 from lora_gen_jax.files import check_output, complete_directory, write_json, writing
 from lora_gen_jax.models import Pair, load_pair
 from lora_gen_jax.sharding import evaluation_mesh
+from lora_gen_jax.training import distributed
 from lora_gen_jax.training.checkpoint import Loaded, versions
 
 TITLES = {True: "seen", False: "unseen", None: "lm-eval"}
@@ -60,6 +62,9 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path, shots: Sequence
             anything is scored.
     """
     check_output(out)
+    if jax.process_count() > 1:
+        # The first may have written it before another looks.
+        distributed.barrier("output")
     check_methods(config.eval.methods, "eval.methods")
     check_shots(config.eval.methods, shots or [config.eval.shots])
     foreign = [name for name in config.eval.tasks if name.startswith(harness.PREFIX)]
@@ -77,7 +82,7 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path, shots: Sequence
             results = score_systems(config, pair, systems, tasks, journal)
             seen: dict[str, bool | None] = {task.name: task.seen for task in tasks}
             if foreign:
-                add(results, harness.harness_scores(config, pair, checkpoints, foreign, journal), seen)
+                add(results, harness.harness_scores(config, pair, checkpoints, foreign, journal), seen, systems)
             by_shots[str(number)] = results["methods"]
             if jax.process_index() == 0:
                 print_table(results, seen, f"{number} shots, {config.eval.split} rows")
@@ -93,11 +98,16 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path, shots: Sequence
     return results
 
 
-def add(results: dict[str, Any], more: dict[str, dict[str, dict]], seen: dict[str, bool | None]) -> None:
+def add(
+    results: dict[str, Any],
+    more: dict[str, dict[str, dict]],
+    seen: dict[str, bool | None],
+    systems: Mapping[str, System],
+) -> None:
     """Adds results of lm-eval's tasks to those of our own; most of them count neither as seen nor as unseen."""
     for method, tasks in more.items():
         seen |= {task: harness.seen_of(task) for task in tasks}
-        before = results["methods"].get(method, {"tasks": {}})
+        before = results["methods"].get(method, {"tasks": {}, "prompted": systems[method].prompted})
         scored = before["tasks"] | tasks
         results["methods"][method] = {**before, "tasks": scored, **summary(scored, seen)}
 
@@ -154,7 +164,11 @@ def evaluated_tasks(config: Config) -> list[Task]:
 def score_systems(
     config: Config, pair: Pair, systems: dict[str, System], tasks: list[Task], journal: RequestCache | None = None
 ) -> dict[str, Any]:
-    """Results of every system on every task, as results.json holds them; finished requests are kept in `journal`."""
+    """Results of every system on every task, as results.json holds them; finished requests are kept in `journal`.
+
+    Raises:
+        DataError: as `check_lengths`, before anything is scored.
+    """
     results: dict[str, Any] = {
         "config": to_json(config),
         "versions": versions(),
@@ -162,6 +176,7 @@ def score_systems(
         "methods": {},
     }
     console = Console(file=sys.stderr)
+    check_lengths(pair, systems, tasks, config.eval)
     for method, system in systems.items() if tasks else ():
         scored = {}
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -98,9 +98,8 @@ def score_options(edge: Model, runner: Runner, asked: Asked, settings: EvalConfi
     # Options that stand in the context make one context each.
     contexts = [context for pair in pairs for context in dict.fromkeys(context for context, _ in pair)]
     model = runner.subject.model
-    return result | figures(
-        runner.subject.soft_tokens, contexts, choices.latency(model, pairs, settings) if settings.latency else None
-    )
+    latency_ms = choices.latency(model, pairs, settings) if settings.latency else None
+    return result | figures(runner.subject, contexts, latency_ms)
 
 
 def score_answers(edge: Model, runner: Runner, asked: Asked, settings: EvalConfig) -> dict:
@@ -110,13 +109,14 @@ def score_answers(edge: Model, runner: Runner, asked: Asked, settings: EvalConfi
     result = exact_match(answers.exact_matches(runner, documents, contexts))
     model = runner.subject.model
     latency_ms = answers.answer_latency(model, documents, contexts) if settings.latency else None
-    return result | figures(runner.subject.soft_tokens, contexts, latency_ms)
+    return result | figures(runner.subject, contexts, latency_ms)
 
 
-def figures(soft_tokens: int, contexts: Sequence[Sequence[int]], latency_ms: float | None) -> dict[str, float | None]:
+def figures(subject: Subject, contexts: Sequence[Sequence[int]], latency_ms: float | None) -> dict[str, float | None]:
     """Mean tokens of the edge's context, soft ones included, and latency; None where it was not measured."""
+    most = subject.edge.config.max_positions
     return {
-        "context_tokens": round(soft_tokens + statistics.fmean(map(len, contexts)), 1),
+        "context_tokens": round(statistics.fmean(min(subject.soft_tokens + len(one), most) for one in contexts), 1),
         "latency_ms": None if latency_ms is None else round(latency_ms, 2),
     }
 

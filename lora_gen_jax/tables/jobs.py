@@ -14,6 +14,7 @@ from typing import Any
 
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import difference, from_json, to_json
+from lora_gen_jax.data.reasoning import REASONING_TASKS, folder_of
 from lora_gen_jax.errors import CheckpointError, ConfigError, DataError
 from lora_gen_jax.files import write_json
 from lora_gen_jax.tables.spec import AGENT, MANY_SHOTS, UNTRAINED, UNTRAINED_METHODS, Tables, config_of
@@ -185,7 +186,13 @@ def inputs_of(job: Job) -> dict[str, Any]:
     """
     if job.run == AGENT:
         return {"agent_rows": job.agent_rows}
-    return {"data.files": {str(path): content_digest(path) for path in job.config.data.files}}
+    data, scored = job.config.data, job.config.eval.tasks or REASONING_TASKS
+    names = scored if job.run == UNTRAINED else (*data.tasks, *scored)
+    found = {name: folder_of(data.dir, name) for name in sorted(set(names) & set(REASONING_TASKS)) if data.dir}
+    return {
+        "data.files": {str(path): content_digest(path) for path in data.files},
+        "data.dir": {name: content_digest(folder, nested=True) for name, folder in found.items() if folder},
+    }
 
 
 def as_now(settings: dict[str, Any]) -> dict[str, Any]:
@@ -219,17 +226,19 @@ def write_result(job: Job, values: dict[str, Any]) -> None:
     write_json(job.result, {"run": job.run, "seed": job.seed, **made_with, **values})
 
 
-def content_digest(path: Path) -> str:
-    """16 hex digits of what a JSONL file holds, or all of them in a directory.
+def content_digest(path: Path, nested: bool = False) -> str:
+    """16 hex digits of what a JSONL file holds, or all of them in a directory; nested, all files below it.
 
     Raises:
         DataError: when it cannot be read.
     """
     try:
-        files = sorted(p for p in path.iterdir() if p.suffix in (".jsonl", ".json")) if path.is_dir() else [path]
+        inside = path.rglob("*") if nested else path.glob("*.json*")
+        wanted = (p for p in inside if p.is_file() and (nested or p.suffix in (".jsonl", ".json")))
+        files = sorted(wanted) if path.is_dir() else [path]
         known = [(file.name, _digest(file, file.stat().st_mtime_ns, file.stat().st_size)) for file in files]
     except OSError as error:
-        raise DataError(f"{error.filename} cannot be read: {error.strerror} (data.files)") from error
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
     return known[0][1] if known and not path.is_dir() else hashlib.sha256(repr(known).encode()).hexdigest()[:16]
 
 

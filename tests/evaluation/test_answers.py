@@ -11,12 +11,13 @@ from lora_gen_jax.data.prompts import evaluation_shots
 from lora_gen_jax.data.tasks import Example, Task
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.evaluation import answers, request_runner
+from lora_gen_jax.evaluation.lengths import check_lengths
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.request_runner import Runner
 from lora_gen_jax.evaluation.subject import Subject
 from lora_gen_jax.evaluation.task import System, evaluate_task, exact_match
 from lora_gen_jax.inference.decode import Generation
-from lora_gen_jax.models import load_model
+from lora_gen_jax.models import Pair, load_model
 
 SETTINGS = EvalConfig(shots=5)
 
@@ -118,3 +119,28 @@ def test_chats_without_options_are_refused(edge):
     task = Task("talk", ("be kind",), (), [Example("a", "hello", "hello")], chat=True, source="x")
     with pytest.raises(DataError, match="task talk: free-form chats cannot be scored"):
         evaluate_task(edge, task, System(lambda task: Specialised(edge.params)), SETTINGS)
+
+
+def test_a_document_that_leaves_just_enough_room_is_timed_too(edge):
+    """Up to the next power of two of new tokens would not fit behind it."""
+    document = Example("long", "sun " * 400, " " + "moon " * 30)
+    (context,) = answers.contexts(edge, [document], "", ())
+    room = edge.config.max_positions - answers.answer_limit(edge, [document])
+    context = (context * 9)[:room]
+    assert answers.answer_latency(edge, [document], [context]) > 0
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_documents_and_prompts_that_do_not_fit_are_named_before_anything_is_scored(edge, reads):
+    shots = tuple(Example(f"s{k}", f"{k} sun " + "warm " * 20, " sea") for k in range(30))
+    long = Example("long", "sun " * edge.config.max_positions, " sea")
+    task = Task(
+        "mine", ("Say sea.",), shots, (Example("short", "moon", " sea"), *(() if reads else (long,))), source="mine"
+    )
+    systems = {"icl" if reads else "base": System(lambda task: Specialised(edge.params), reads)}
+    pair = Pair(edge, edge)
+    message = "document short: for method icl" if reads else "document long: for method base"
+    with pytest.raises(DataError, match=rf"task mine, {message} it is \d+ edge tokens, \d+ fit"):
+        check_lengths(pair, systems, [task], EvalConfig(shots=30))
+    with pytest.raises(DataError, match=r"task mine: its prompt with 30 shots is \d+ cloud tokens, 64 fit"):
+        check_lengths(pair, {"lora_gen": systems.popitem()[1]}, [task], EvalConfig(shots=30, prompt_limit=64))

@@ -218,6 +218,10 @@ def test_eval_runs_tasks_of_lm_eval_beside_our_own(directory, tmp_path, registry
             assert result["ave_unseen"] is None
     tokens = {m: r["tasks"]["lm_eval/lora_gen_arc_easy"]["context_tokens"] for m, r in results["methods"].items()}
     assert tokens["icl"] > tokens["base"] == tokens["lora_gen"]
+    # Scored with its shots in the edge's context, every method would be in-context learning.
+    alone = dataclasses.replace(settings, tasks=("lm_eval/lora_gen_arc_easy",), limit=1)
+    with pytest.raises(DataError, match=r"give it a description or shots .* more than one document"):
+        evaluate(dataclasses.replace(config, eval=alone), trained().directory, tmp_path / "alone", [1])
     unknown = dataclasses.replace(settings, tasks=("lm_eval/nothing",))
     with pytest.raises(ConfigError, match="lm-eval knows no task 'nothing'"):
         evaluate(dataclasses.replace(config, eval=unknown), None, tmp_path / "none")

@@ -254,6 +254,25 @@ def test_by_shots_makes_a_line(tmp_path):
     assert points[0].stderr == pytest.approx(math.sqrt(2) * 0.03 / 2)
 
 
+def test_validation_and_test_rows_stand_in_tables_of_their_own(tmp_path):
+    for split in ("validation", "test"):
+        found = results(5, METHODS)
+        found["config"]["eval"]["split"] = split
+        write(tmp_path / split, results=found)
+    assert [len(scores.files) for scores in gather(find([tmp_path]).files["results.json"])] == [1, 1]
+
+
+def test_a_mean_has_no_error_where_a_task_has_none(tmp_path):
+    found = result(0.35, 10.0)
+    found["tasks"]["piqa"]["stderr"] = None
+    assert mean_point(found, ["boolq", "piqa"], 0).stderr is None
+    write(tmp_path, results=results(5, {"base": found, "icl": METHODS["icl"]}))
+    text = write_report([tmp_path]).read_text()
+    assert "35.0 ± 3.0" in text
+    assert "45.0 ±" not in text
+    assert "40.0 ±" not in text
+
+
 def test_effective_number_of_experts():
     even, single = np.full((3, 4), 0.25), np.eye(4)[[2, 2, 2]]
     assert gates.effective(gates.share_of([even])) == pytest.approx(4)

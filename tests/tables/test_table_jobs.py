@@ -148,6 +148,31 @@ def test_results_depend_on_the_content_of_the_users_files(tables, tmp_path):
         missing([base])
 
 
+def test_other_data_of_a_reasoning_task_is_noticed(tables, tmp_path):
+    data, _ = tmp_path / "data", (tmp_path / "data" / "piqa" / "nested").mkdir(parents=True)
+    rows = data / "piqa" / "nested" / "dev.jsonl"
+    rows.write_text("1\n")
+
+    def jobs(directory):
+        base = dataclasses.replace(
+            tables.base,
+            data=dataclasses.replace(tables.base.data, dir=directory),
+            eval=dataclasses.replace(tables.base.eval, tasks=("piqa",)),
+        )
+        return {job.name: job for job in make_jobs(dataclasses.replace(tables, base=base))}
+
+    base, lora = jobs(data)["base/1"], jobs(data)["lora/1"]
+    done(base)
+    done(lora)
+    data.rename(tmp_path / "moved")
+    moved = jobs(tmp_path / "moved")
+    assert missing([moved["base/1"], moved["lora/1"]]) == []
+    (tmp_path / "moved" / "piqa" / "nested" / "dev.jsonl").write_text("2\n")
+    assert missing([moved["base/1"]]) == [moved["base/1"]]
+    with pytest.raises(CheckpointError, match=r"data\.dir: .*piqa"):
+        missing([moved["lora/1"]])
+
+
 def test_a_directory_of_files_is_its_content(tables, tmp_path):
     folder = tmp_path / "rows"
     folder.mkdir()

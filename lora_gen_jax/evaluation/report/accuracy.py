@@ -75,7 +75,7 @@ def draw_lines(axes: Any, lines: Lines) -> None:
         axes.errorbar(
             [point.latency_ms for point in points],
             [100 * point.accuracy for point in points],
-            yerr=[100 * point.stderr for point in points],
+            yerr=[100 * (point.stderr or 0) for point in points],
             marker="o",
             markersize=7,
             capsize=3,
@@ -101,8 +101,8 @@ def draw_lines(axes: Any, lines: Lines) -> None:
 
 def limits(axes: Any, points: Sequence[Point]) -> None:
     """Latency from 0; accuracy around what is there, at least ten points high, so that noise does not look large."""
-    low = min(100 * (point.accuracy - point.stderr) for point in points)
-    high = max(100 * (point.accuracy + point.stderr) for point in points)
+    low = min(100 * (point.accuracy - (point.stderr or 0)) for point in points)
+    high = max(100 * (point.accuracy + (point.stderr or 0)) for point in points)
     room = max(0.12 * (high - low), (10 - (high - low)) / 2, 2)
     edge = 0.06 * (high - low + 2 * room)
     axes.set_ylim(max(low - room, -edge), min(high + room, 100 + edge))
@@ -136,7 +136,7 @@ def draw_comparison(axes: Any, report: Mapping[str, Mapping[str, Any]]) -> None:
             axes.errorbar(
                 point.latency_ms,
                 100 * point.accuracy,
-                yerr=100 * point.stderr,
+                yerr=100 * (point.stderr or 0),
                 marker="o",
                 markersize=10 if group == "seen" else 7,
                 color=color_of(method),

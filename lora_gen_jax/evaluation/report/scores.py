@@ -19,14 +19,16 @@ class Point:
 
     Attributes:
         shots: in the prompt; 0 for methods without one.
-        accuracy, stderr: in [0, 1]; of a mean over tasks, sqrt(sum of squared errors) / tasks.
+        accuracy: in [0, 1].
+        stderr: its error; of a mean over tasks, sqrt(sum of squared errors) / tasks. None where it is not known, or
+            not that of each task.
         latency_ms: of one answer; None where it was not measured.
         context: tokens that the edge model reads; None as well.
     """
 
     shots: int
     accuracy: float
-    stderr: float
+    stderr: float | None
     latency_ms: float | None
     context: float | None
 
@@ -75,7 +77,8 @@ def gather(files: Sequence[File]) -> list[Scores]:
             config = file.values.get("config") or {}
             settings = config.get("eval") or {}
             edge = config.get("edge") or {}
-            kept = (edge.get("source"), edge.get("dtype"), settings.get("limit"), settings.get("seed"))
+            scored = (settings.get(name) for name in ("limit", "seed"))
+            kept = (edge.get("source"), edge.get("dtype"), settings.get("split", "test"), *scored)
             key = (tuple(sorted(names)), *kept)
             _add(made, key, file, names, by_shots)
         except (StopIteration, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -120,11 +123,11 @@ def shots_of(results: dict[str, Any]) -> dict[int, dict[str, Any]]:
 def mean_point(result: dict[str, Any], tasks: Sequence[str], shots: int) -> Point:
     """AVE over tasks as a point."""
     points = [task_point(result, name, shots) for name in tasks]
-    n = len(points)
+    n, errors = len(points), [point.stderr for point in points if point.stderr is not None]
     return Point(
         shots,
         sum(point.accuracy for point in points) / n,
-        math.sqrt(sum(point.stderr**2 for point in points)) / n,
+        math.hypot(*errors) / n if len(errors) == n else None,
         _mean([point.latency_ms for point in points]),
         _mean([point.context for point in points]),
     )
@@ -133,7 +136,7 @@ def mean_point(result: dict[str, Any], tasks: Sequence[str], shots: int) -> Poin
 def task_point(result: dict[str, Any], task: str, shots: int) -> Point:
     """One task as a point."""
     row = result["tasks"][task]
-    return Point(shots, row["acc"], row.get("stderr") or 0.0, row.get("latency_ms"), row.get("context_tokens"))
+    return Point(shots, row["acc"], row.get("stderr"), row.get("latency_ms"), row.get("context_tokens"))
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
