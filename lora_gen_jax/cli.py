@@ -81,16 +81,8 @@ def train_main(args: Sequence[str] | None = None) -> None:
         config = config_from_args("train.py", arguments)
         from lora_gen_jax.training import distributed
 
-        try:
-            distributed.start(config.distributed)
+        with distributed.job(config.distributed):
             trained_and_compared(config)
-            distributed.stop()
-        except Stopped:
-            distributed.stop()
-            raise
-        except BaseException:
-            distributed.stop(failed=True)
-            raise
         distributed.say(f"done: {config.directory}")
 
     guarded(run)
@@ -122,10 +114,12 @@ def eval_main(args: Sequence[str] | None = None) -> None:
     def run() -> None:
         config, flags, shots = eval_config(arguments)
         from lora_gen_jax.evaluation.run import evaluate
+        from lora_gen_jax.training import distributed
 
-        out = flags.out or next_directory(config.directory, "eval")
-        evaluate(config, flags.checkpoint, out, shots)
-        print(f"results: {out / 'results.json'}", file=sys.stderr)
+        with distributed.job(config.distributed):
+            out = flags.out or next_directory(config.directory, "eval")
+            evaluate(config, flags.checkpoint, out, shots)
+        distributed.say(f"results: {out / 'results.json'}")
 
     guarded(run)
 
@@ -141,6 +135,8 @@ def eval_config(arguments: list[str]) -> tuple[Config, EvalFlags, list[int]]:
     for name in ("tasks", "methods"):
         if (text := getattr(flags, name)) is not None:
             updates[name] = tuple(part.strip() for part in text.split(",") if part.strip())
+            if not updates[name]:
+                raise ConfigError(f"eval.{name} is {text!r}: give names separated by commas, or leave it out")
     if flags.limit is not None:
         updates["limit"] = flags.limit
     shots = [config.eval.shots]

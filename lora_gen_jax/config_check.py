@@ -3,7 +3,15 @@
 In: a config. Out: the same, or an error that names the field and the remedy, before anything is loaded or written.
 """
 
+import dataclasses
 import itertools
+import math
+import re
+import types
+from collections.abc import Iterator
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lora_gen_jax.adapters.protocol import SITES
 from lora_gen_jax.config import Config, DataConfig, DistributedConfig, GeneratorConfig
@@ -45,6 +53,8 @@ def check(config: Config) -> Config:
     Raises:
         ConfigError: naming the field and the remedy.
     """
+    for message in wrong_values(config):
+        raise ConfigError(message)
     trained_method(config.method)
     for field in POSITIVE:
         part, name = field.split(".")
@@ -63,6 +73,53 @@ def check(config: Config) -> Config:
     return config
 
 
+def wrong_values(part: Any, prefix: str = "") -> Iterator[str]:
+    """What is said of each field whose value is not of the field's type, or not finite: config files are not checked.
+
+    Args:
+        part: a config dataclass, and those inside it.
+        prefix: before its fields' names.
+    """
+    for name, hint in get_type_hints(type(part)).items():
+        value = getattr(part, name)
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            if isinstance(value, hint):
+                yield from wrong_values(value, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name} is {value!r}; write {hint.__name__}(…)"
+        elif not fits(value, hint):
+            yield f"{prefix}{name} is {value!r}; it must be {wanted(hint)}"
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type as configs name them; an integer counts as a float, a list as a tuple."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in inner
+    if origin in (Union, types.UnionType):
+        return any(fits(value, one) for one in inner)
+    if origin is tuple:
+        # Of as many as one likes, all of one type.
+        return isinstance(value, tuple | list) and all(fits(one, inner[0]) for one in value)
+    if hint in (int, float):
+        number = isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+        return number and math.isfinite(value)
+    return isinstance(value, hint)
+
+
+def wanted(hint: Any) -> str:
+    """A field's type in words."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, inner))
+    if origin in (Union, types.UnionType):
+        return " or ".join(wanted(one) for one in inner)
+    if origin is tuple:
+        return f"a tuple, each entry {wanted(inner[0])}"
+    named = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a text", Path: "a Path"}
+    return named.get(hint, "None")
+
+
 def trained(config: Config) -> list[str]:
     """The methods that a run trains: its own, and those it is compared with."""
     compared = [name for name in config.compare if name in METHODS and METHODS[name].build is not None]
@@ -79,6 +136,8 @@ def _generator_rules(g: GeneratorConfig) -> list[tuple[bool, str]]:
         (0 <= g.dropout < 1, f"generator.dropout is {g.dropout}; it must lie in [0, 1)"),
         (g.cloud_rank >= 0, f"generator.cloud_rank is {g.cloud_rank}; it must be 0 or more"),
         (g.cv_coefficient >= 0, f"generator.cv_coefficient is {g.cv_coefficient}; it must be 0 or more"),
+        (g.alpha > 0, f"generator.alpha is {g.alpha}; it must be positive: it scales what an expert adds"),
+        (g.cloud_alpha > 0, f"generator.cloud_alpha is {g.cloud_alpha}; it must be positive"),
         (
             g.balance_coefficient >= 0,
             f"generator.balance_coefficient is {g.balance_coefficient}; it must be 0 or more",
@@ -134,7 +193,12 @@ def _data_rules(d: DataConfig) -> list[tuple[bool, str]]:
 
 def _method_rules(config: Config) -> list[tuple[bool, str]]:
     h, d, compresses = config.hub, config.data, config.method == "autocompressor"
+    g, own = config.generator, config.method == "lora_gen"
     return [
+        (
+            d.prompts_per_step > 1 or not (own and g.batch_norm and g.batch_norm_by_layer),
+            "data.prompts_per_step is 1: generator.batch_norm_by_layer needs statistics over several prompts; raise it",
+        ),
         (0 <= config.lora_moe.margin <= 1, f"lora_moe.margin is {config.lora_moe.margin}; it must lie in [0, 1]"),
         (h.bound > 0, f"hub.bound is {h.bound}; it must be positive"),
         (h.penalty >= 0, f"hub.penalty is {h.penalty}; it must be 0 or more"),
@@ -170,7 +234,7 @@ def _run_rules(config: Config) -> list[tuple[bool, str]]:
     t, e = config.train, config.eval
     return [
         (
-            not str(config.directory).startswith("gs:"),
+            re.match(r"[a-z0-9]{2,}:/", str(config.directory)) is None,
             f"workdir is {config.directory}, a bucket's address: name a directory on a file system that all processes"
             " share (docs/pods.md)",
         ),

@@ -319,6 +319,7 @@ def test_eval_writes_results_and_its_flags_override_the_config(capsys, tmp_path)
             " lora_gen, shuffled",
         ),
         (["--methods", ""], "eval.methods"),
+        (["--tasks", " ,"], "eval.tasks is ' ,': give names"),
         (["--tasks", "wam"], "unknown task 'wam'; did you mean 'warm'"),
         (["--limit", "0"], "eval.limit is 0"),
         (["--shots", "-1"], "eval.shots is -1"),

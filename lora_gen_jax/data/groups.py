@@ -6,6 +6,7 @@ order in which consecutive ones fit a row together.
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -253,7 +254,7 @@ def source_weights(pairs: Sequence[str], sources: set[str]) -> Mapping[str, floa
             weight = float(value)
         except ValueError:
             weight = -1.0
-        if weight < 0:
+        if not 0 <= weight < math.inf:
             raise ConfigError(f"data.source_weights has {pair!r}; write name=weight with a weight of 0 or more")
         if name not in sources:
             raise ConfigError(f"data.source_weights names {name!r}; the sources are {', '.join(sorted(sources))}")

@@ -8,7 +8,8 @@ and may carry "task" (its name), "split" ("train" | "validation" | "test"), "id"
 with "gold" (an index) or "answer" (an option's text, letter or index). Other fields are ignored.
 
 Rows of one file with the same system text are one task, so that shots and queries share a prompt. Rows with the same
-"task" are one task too, whatever their file; their different system texts are wordings of its description.
+"task" are one task too, whatever their file in a directory; their different system texts are wordings of its
+description.
 """
 
 import hashlib

@@ -7,6 +7,8 @@ config, the fingerprints of the frozen models and versions.
 
 import dataclasses
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import orbax.checkpoint as ocp
 
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import from_json, to_json
-from lora_gen_jax.errors import CheckpointError
+from lora_gen_jax.errors import CheckpointError, OutputError
 from lora_gen_jax.training.portable import SHIPPED, TENSORS, load_portable
 from lora_gen_jax.training.step import TrainState
 
@@ -89,7 +91,11 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(self.directory, options=options, item_names=ITEMS)
 
     def save(self, state: TrainState, data_state: Any, metadata: dict[str, Any], validation_loss: float | None) -> None:
-        """Starts writing; training goes on meanwhile. A checkpoint appears under its step only when complete."""
+        """Starts writing; training goes on meanwhile. A checkpoint appears under its step only when complete.
+
+        Raises:
+            OutputError: when this one, or the one before, cannot be written.
+        """
         items = ocp.args.Composite(
             generator=ocp.args.StandardSave(state.variables),
             optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "step": state.step}),
@@ -97,7 +103,24 @@ class Checkpoints:
             metadata=ocp.args.JsonSave(metadata),
         )
         metrics = None if validation_loss is None else {"validation_loss": validation_loss}
-        self.manager.save(int(state.step), args=items, metrics=metrics)
+        with self._writing():
+            self.manager.save(int(state.step), args=items, metrics=metrics)
+
+    def check(self) -> None:
+        """Raises OutputError where writing in the background has failed."""
+        with self._writing():
+            self.manager.check_for_errors()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # a full disk is a ValueError of the library that writes arrays
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise OutputError(
+                f"a checkpoint in {self.directory} cannot be written: {reason}. Mend that (is the disk full?): the same"
+                " command goes on from the newest checkpoint that is complete"
+            ) from error
 
     @property
     def latest(self) -> int | None:
@@ -105,10 +128,25 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def fingerprints(self) -> dict[str, str]:
-        """Of the models that the newest checkpoint was trained on."""
+        """Of the models that the newest checkpoint was trained on.
+
+        Raises:
+            CheckpointError: when the checkpoint cannot be read.
+        """
         items = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-        found: Any = self.manager.restore(self.latest, args=items)
-        return found.metadata["fingerprints"]
+        with self._reading(self.latest):
+            found: Any = self.manager.restore(self.latest, args=items)
+            return found.metadata["fingerprints"]
+
+    @contextmanager
+    def _reading(self, step: int | None) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, KeyError, OSError, TypeError) as error:
+            raise CheckpointError(
+                f"checkpoint {self.manager.directory / str(step)} cannot be restored: {error}. Delete that step's"
+                " directory to go on from the one before"
+            ) from error
 
     def restore(self, state: TrainState) -> tuple[TrainState, Any]:
         """The newest state, in the shapes, types and shardings of `state`, and the data iterator's place.
@@ -123,13 +161,8 @@ class Checkpoints:
             optimizer=ocp.args.StandardRestore({"opt_state": like.opt_state, "step": like.step}),
             data=ocp.args.JsonRestore(),
         )
-        try:
+        with self._reading(step):
             found: Any = self.manager.restore(step, args=items)
-        except (ValueError, KeyError, OSError) as error:
-            raise CheckpointError(
-                f"checkpoint {self.manager.directory / str(step)} cannot be restored: {error}. Delete that step's"
-                " directory to go on from the one before"
-            ) from error
         restored = TrainState(
             found.optimizer["step"],
             found.generator["params"],
@@ -139,9 +172,16 @@ class Checkpoints:
         return restored, found.data
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
-        self.manager.wait_until_finished()
-        self.manager.close()
+        """Waits until everything is on disk.
+
+        Raises:
+            OutputError: when it cannot be written.
+        """
+        with self._writing():
+            try:
+                self.manager.wait_until_finished()
+            finally:
+                self.manager.close()
 
 
 def step_directory(path: Path) -> Path:

@@ -9,6 +9,8 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -17,7 +19,7 @@ from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 
 from lora_gen_jax.config import DistributedConfig
-from lora_gen_jax.errors import LoraGenError
+from lora_gen_jax.errors import LoraGenError, Stopped
 from lora_gen_jax.training.peers import Peers
 
 log = logging.getLogger(__name__)
@@ -56,6 +58,25 @@ def start(config: DistributedConfig) -> None:
             " the same distributed.coordinator and distributed.processes, and let them reach each other's ports"
         ) from error
     _peers = _connect(config.heartbeat_seconds)
+
+
+@contextmanager
+def job(config: DistributedConfig) -> Iterator[None]:
+    """A block that all processes do together: joined before it, left after it, as `start` and `stop`.
+
+    Raises:
+        LoraGenError: as `start`.
+    """
+    try:
+        start(config)
+        yield
+        stop()
+    except Stopped:
+        stop()
+        raise
+    except BaseException:
+        stop(failed=True)
+        raise
 
 
 def _connect(seconds: int) -> Peers | None:

@@ -33,6 +33,7 @@ from lora_gen_jax.training.prepare import (
     place,
     prepare_directory,
     shard_of,
+    sole_run,
     training_tasks,
 )
 from lora_gen_jax.training.progress import Recorder
@@ -90,12 +91,16 @@ def train(config: Config) -> TrainState:
     prepare_directory(config)
     batches = TrainingBatches(sampler, config.train.seed, config.train.steps, shard)
     # Modules find the mesh in the context, and say there how activations are split.
-    with jax.set_mesh(mesh), closing(batches):
+    with jax.set_mesh(mesh), closing(batches), sole_run(config.directory):
         try:
             run = set_up(config, pair, mesh, batches, place(first, mesh))
             run.held_out = [place(batch, mesh) for batch in fixed]
-            with closing(run.checkpoints):
-                return loop(run)
+            # Signals are noted until the last checkpoint is on disk.
+            with StopSignals() as signals, closing(run.checkpoints):
+                loop(run, signals)
+            if config.compare and signals.received is not None and not signals.together:
+                raise Stopped(signals.received, config.train.steps)
+            return run.state
         except jax.errors.JaxRuntimeError:
             distributed.await_verdict()
             raise
@@ -131,7 +136,7 @@ def set_up(config: Config, pair: Pair, mesh: Mesh, batches: TrainingBatches, exa
     )
 
 
-def loop(run: Run) -> TrainState:
+def loop(run: Run, signals: StopSignals) -> None:
     """Steps until the last, or a signal; metrics of a step are fetched while the next one runs.
 
     Raises:
@@ -140,7 +145,7 @@ def loop(run: Run) -> TrainState:
     config, t = run.config, run.config.train
     start, frozen = int(run.state.step), run.pair.frozen
     # A trace that a failing step leaves open is closed, and so written, by the stack.
-    with Recorder(config.directory, start, t.steps) as recorder, ExitStack() as trace, StopSignals() as signals:
+    with Recorder(config.directory, start, t.steps) as recorder, ExitStack() as trace:
         announce(run, recorder, start)
         if (early := signals.before(start)) is not None:
             raise Stopped(early, start)
@@ -158,7 +163,8 @@ def loop(run: Run) -> TrainState:
                 pending.finish(recorder)
             pending = _Pending(step, metrics, _tokens(batch, config.data.prompts_per_step))
             last = step == t.steps
-            stop = None if last else signals.after(step)
+            # After the last step there may be methods to compare with.
+            stop = None if last and not config.compare else signals.after(step)
             if t.profile and step == min(start + 8, t.steps):
                 jax.block_until_ready(metrics)
                 trace.close()
@@ -173,7 +179,7 @@ def loop(run: Run) -> TrainState:
                     run.save(step, validated)
             if stop is not None:
                 raise Stopped(stop, step)
-    return run.state
+            run.checkpoints.check()
 
 
 def announce(run: Run, recorder: Recorder, start: int) -> None:

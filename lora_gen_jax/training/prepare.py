@@ -5,9 +5,14 @@ error before anything is written.
 """
 
 import ctypes
+import importlib
 import json
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -25,6 +30,10 @@ from lora_gen_jax.methods import trained_method
 from lora_gen_jax.models import Pair
 from lora_gen_jax.sharding import spec
 from lora_gen_jax.training import distributed
+
+log = logging.getLogger(__name__)
+# Not on Windows.
+fcntl: ModuleType | None = importlib.import_module("fcntl") if sys.platform != "win32" else None
 
 
 def keep_freed_memory() -> None:
@@ -131,12 +140,41 @@ def prepare_directory(config: Config) -> None:
     _compare(path, new)
 
 
+@contextmanager
+def sole_run(directory: Path) -> Iterator[None]:
+    """A block in which no other training may write to a work directory; process 0 holds a lock on a file in it.
+
+    The lock ends with its process, however that ends. File systems that know no locks are taken as they are.
+
+    Raises:
+        OutputError: when another run holds it.
+    """
+    with ExitStack() as stack:
+        if jax.process_index() == 0 and fcntl is not None:
+            file = stack.enter_context((directory / ".lock").open("a"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise OutputError(
+                    f"another training is writing to {directory}: wait until it ends, or name another --workdir"
+                ) from error
+            except OSError as error:
+                log.warning("%s cannot be locked (%s): start no second run there", directory, error.strerror)
+        yield
+
+
 SHARED = "set --workdir to a directory that all processes share"
 
 
 def _compare(path: Path, new: dict[str, Any]) -> None:
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}, the config of the run, cannot be read: {error}. Delete that file, and go on with the same config"
+        ) from error
     # Fields that were added since that run was started count as their defaults.
-    old = to_json(from_json(json.loads(path.read_text(encoding="utf-8"))))
+    old = to_json(from_json(saved))
     lines = difference(old, new)
     if lines:
         raise CheckpointError(

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import signal
 from types import SimpleNamespace
 
 import jax
@@ -12,14 +14,17 @@ import numpy as np
 import pytest
 from helpers import color_rows, experiment, trained, write_model, write_rows
 from jax.sharding import AxisType
+from orbax.checkpoint import CheckpointManager
 
 from lora_gen_jax.config import ModelConfig
-from lora_gen_jax.errors import CheckpointError, ConfigError, DataError, ModelError, OutputError
+from lora_gen_jax.errors import CheckpointError, ConfigError, DataError, ModelError, OutputError, Stopped
 from lora_gen_jax.models import load_pair
 from lora_gen_jax.sharding import MESH_AXES
 from lora_gen_jax.training import loop
 from lora_gen_jax.training.checkpoint import Checkpoints, load_checkpoint, step_directory
 from lora_gen_jax.training.loop import TrainingDivergedError, train
+from lora_gen_jax.training.preemption import StopSignals
+from lora_gen_jax.training.prepare import sole_run
 from lora_gen_jax.training.progress import Recorder
 from lora_gen_jax.training.step import TrainState
 
@@ -256,6 +261,60 @@ def test_a_work_directory_that_cannot_be_made_is_named(root, tmp_path, place):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_second_run_in_a_directory_is_refused(root, tmp_path):
+    """Each would take the other's unfinished checkpoints for its own old ones."""
+    config = experiment(root, tmp_path)
+    with sole_run(tmp_path), pytest.raises(OutputError, match=rf"another training is writing to {tmp_path}: wait"):
+        train(config)
+    assert not (tmp_path / "checkpoints").exists()
+    with sole_run(tmp_path):
+        pass
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_waits_for_it(root, tmp_path, monkeypatch):
+    close = Checkpoints.close
+
+    def told_to_stop(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        close(self)
+
+    monkeypatch.setattr(Checkpoints, "close", told_to_stop)
+    before = signal.getsignal(signal.SIGTERM)
+    config = replace(experiment(root, tmp_path / "alone"), "train", steps=2, warmup_steps=1, validate_every=1)
+    train(config)
+    assert steps_on_disk(config)[-1] == 2
+    assert signal.getsignal(signal.SIGTERM) == before
+    # What it is compared with is not begun any more.
+    compared = dataclasses.replace(config, compare=("base", "lora_gen"), workdir=tmp_path / "compared")
+    with pytest.raises(Stopped) as stopped:
+        train(compared)
+    assert stopped.value.signal == signal.SIGTERM
+    assert steps_on_disk(compared)[-1] == 2
+
+
+def test_a_full_disk_is_named(root, tmp_path, monkeypatch):
+    def full(self, *args, **kwargs):
+        raise ValueError("RESOURCE_EXHAUSTED: no space left on device")
+
+    monkeypatch.setattr(CheckpointManager, "save", full)
+    with pytest.raises(OutputError, match=r"a checkpoint in .* cannot be written: RESOURCE_EXH.* the same command"):
+        train(experiment(root, tmp_path))
+
+
+def test_what_is_damaged_in_a_work_directory_is_named(root, tmp_path, whole):
+    shutil.copytree(whole[0].directory, tmp_path / "run")
+    config = dataclasses.replace(whole[0], workdir=tmp_path / "run")
+    newest = step_directory(config.directory)
+    for file in (newest / "metadata").rglob("*"):
+        if file.is_file():
+            file.write_text("{")
+    with pytest.raises(CheckpointError, match=rf"checkpoint .*{newest.name} cannot be restored: .* Delete that step's"):
+        train(config)
+    (config.directory / "config.json").write_text('{"name": ')
+    with pytest.raises(CheckpointError, match=r"config\.json, the config of the run, cannot be read: .* Delete that"):
+        train(config)
+
+
 def test_a_malformed_row_is_named_by_file_and_line(root, tmp_path):
     rows = write_rows(tmp_path / "mine.jsonl", color_rows()[:3])
     rows.write_text(rows.read_text() + '{"system": "x", "input": "y"\n')
@@ -279,14 +338,14 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused_and_a_smaller_one_is_f
 def test_profiling_traces_steps_5_to_8_or_the_last_of_a_shorter_run(tmp_path, monkeypatch, steps, traced):
     """The loop alone, with steps that compute nothing."""
     run, calls = profiled_run(tmp_path, monkeypatch, steps, fails_at=None)
-    loop.loop(run)
+    loop.loop(run, StopSignals())
     assert calls == [("start", traced[0]), ("stop", traced[1])]
 
 
 def test_a_step_that_fails_leaves_no_trace_open(tmp_path, monkeypatch):
     run, calls = profiled_run(tmp_path, monkeypatch, 12, fails_at=6)
     with pytest.raises(FloatingPointError):
-        loop.loop(run)
+        loop.loop(run, StopSignals())
     assert calls == [("start", 5), ("stop", 5)]
 
 
@@ -305,7 +364,7 @@ def profiled_run(tmp_path, monkeypatch, steps, fails_at):
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(("stop", len(done))))
     monkeypatch.setattr(loop, "_tokens", lambda batch, prompts: 1)
     state = TrainState(jnp.zeros((), jnp.int32), {}, {}, {})
-    quiet = SimpleNamespace(save=lambda *args: None, directory=tmp_path)
+    quiet = SimpleNamespace(save=lambda *args: None, check=lambda: None, directory=tmp_path)
     pair = SimpleNamespace(frozen=None, fingerprints={})
     fields = {"config": config, "pair": pair, "mesh": None, "state": state, "train_step": step, "validate": None}
     run = loop.Run(**fields, batches=_Endless(), held_out=[], checkpoints=quiet)
