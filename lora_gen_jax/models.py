@@ -23,7 +23,7 @@ from lora_gen_jax.decoder.pretrained import (
     load_tokenizer,
     resolve,
 )
-from lora_gen_jax.errors import ModelError
+from lora_gen_jax.errors import ConfigError, ModelError
 from lora_gen_jax.inference.prefix import Prefix
 from lora_gen_jax.methods import trained_method
 from lora_gen_jax.sharding import param_shardings
@@ -76,7 +76,16 @@ def make_decoder(settings: ModelConfig, config: DecoderConfig, platform: str) ->
 
     "auto" computes in float32 on a CPU, where XLA runs bfloat16 slower, and in bfloat16 elsewhere; its attention is the
     flash kernel on a TPU.
+
+    Raises:
+        ConfigError: for a kernel that the platform lacks.
     """
+    needed = {"splash": "tpu", "cudnn": "gpu"}.get(settings.attention, platform)
+    if platform != needed:
+        raise ConfigError(
+            f"attention of {settings.source} is {settings.attention!r}, which needs a {needed.upper()}, and this is a"
+            f" {platform.upper()}: leave cloud.attention and edge.attention at auto"
+        )
     automatic: Any = jnp.float32 if platform == "cpu" else jnp.bfloat16
     dtype = automatic if settings.dtype == "auto" else jnp.dtype(settings.dtype).type
     kernel = "splash" if settings.attention == "auto" and platform == "tpu" else settings.attention

@@ -135,8 +135,11 @@ class Specializer:
             a specialisation for each prompt, in their order.
 
         Raises:
-            DataError: as `ids`, before anything is computed; with several prompts it says which.
+            DataError: for a text in the place of the list, or as `ids`, before anything is computed; with several
+                prompts it says which.
         """
+        if isinstance(prompts, str):
+            raise DataError("prompts is one text, of which every letter would be a prompt: give a list of texts")
         rows = [self._numbered_ids(prompts, i) for i in range(len(prompts))]
         made: dict[int, Specialization] = {}
         for chunk, size in self._chunks([len(row) for row in rows], batch):

@@ -23,21 +23,37 @@ GROUP_OF_SITE = {site: "attention" if site in ("q", "k", "v", "o") else "ffn" fo
 
 
 def changed_sites(params: Any, adapter: Mergeable) -> list[str]:
-    """The linear layers that the adapter changes."""
+    """The linear layers that the adapter changes.
+
+    Raises:
+        ConfigError: when it has another number of layers, or other shapes, than the weights, or changes none of them.
+    """
     leaves, structure = jax.tree.flatten(adapter)
-    changed = _changed_sites(structure, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves))
-    return [site for site in changed if site in params["layers"][GROUP_OF_SITE[site]]]
+    deltas = _deltas(structure, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves))
+    sites = [site for site in deltas if site in params["layers"][GROUP_OF_SITE[site]]]
+    layers = {x.shape[0] for x in jax.tree.leaves(adapter.scanned)}
+    for site, kernel in kernels_of(params, sites).items():
+        if layers != {kernel.shape[0]} or deltas[site] != kernel.shape[1:]:
+            raise ConfigError(
+                f"the adapter changes {site} in {'/'.join(map(str, sorted(layers)))} layers by ΔW of"
+                f" {deltas[site]}, and the weights are {kernel.shape[0]} layers of {kernel.shape[1:]}: it was made for"
+                " another model"
+            )
+    if layers and not sites:
+        raise ConfigError(f"the adapter changes none of the linear layers {', '.join(SITES)} of these weights")
+    return sites
 
 
 @functools.lru_cache(maxsize=64)
-def _changed_sites(structure: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> list[str]:
+def _deltas(structure: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> dict[str, tuple[int, ...]]:
+    """The shape of one layer's ΔW for every site that has one."""
     adapter = jax.tree.unflatten(structure, shapes)
 
     def deltas(adapter: Mergeable) -> dict[str, jax.Array | None]:
         first = adapter.replace(scanned=jax.tree.map(lambda x: x[0], adapter.scanned))
         return {site: first.weight_delta(site) for site in SITES}
 
-    return [site for site, delta in jax.eval_shape(deltas, adapter).items() if delta is not None]
+    return {site: delta.shape for site, delta in jax.eval_shape(deltas, adapter).items() if delta is not None}
 
 
 def kernels_of(params: Any, sites: Sequence[str]) -> Kernels:
@@ -99,7 +115,7 @@ def merge(params: Any, adapter: Mergeable) -> Any:
     `params` stays valid; weights that do not change are shared with it.
 
     Raises:
-        ConfigError: when the adapter holds several prompts.
+        ConfigError: when the adapter holds several prompts, or was made for another model.
     """
     return _merged(_keeping, params, adapter, 1.0)
 

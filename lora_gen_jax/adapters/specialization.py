@@ -86,13 +86,13 @@ def sparse_tensors(generated: Generated, settings: GeneratorConfig, prompt: int 
     return {"index": index.astype(np.uint8 if gates_LE.shape[1] <= 256 else np.uint16), "weight": weight}
 
 
-def save_specialization(specialization: Specialization, directory: Path) -> None:
+def save_specialization(specialization: Specialization, directory: str | Path) -> None:
     """Writes the directory, complete or not at all.
 
     Raises:
         OutputError: when it exists and is not empty, or cannot be written.
     """
-    with complete_directory(directory) as temporary, writing(directory):
+    with complete_directory(Path(directory)) as temporary, writing(Path(directory)):
         _write(specialization, temporary)
 
 
@@ -108,12 +108,13 @@ def save_specializations(named: Iterable[tuple[str, Specialization]], directory:
             _write(specialization, temporary / name)
 
 
-def load_specialization(directory: Path) -> Specialization:
+def load_specialization(directory: str | Path) -> Specialization:
     """Reads a specialisation directory, and checks all that can be said of it without its generator.
 
     Raises:
         CheckpointError: when it is none, or damaged; the message says what is wrong.
     """
+    directory = Path(directory)
     try:
         if not (directory / TENSORS).is_file():
             raise CheckpointError(

@@ -113,7 +113,8 @@ class GroupSampler:
                 return group
         raise DataError(
             f"no query with its prompt fits: raise data.query_length ({self.config.query_length}),"
-            f" data.edge_length ({self.config.edge_length}), data.cloud_length ({self.config.cloud_length})"
+            f" data.edge_length ({self.config.edge_length}), data.response_slots ({self.config.response_slots}),"
+            f" data.cloud_length ({self.config.cloud_length})"
             + (f" or data.edge_prompt_length ({self.config.edge_prompt_length})" * (self.config.edge_prompt_length > 0))
         )
 

@@ -202,7 +202,7 @@ def step_directory(path: Path) -> Path:
     )
 
 
-def load_checkpoint(path: Path) -> Loaded:
+def load_checkpoint(path: str | Path) -> Loaded:
     """The generator of a run's newest checkpoint, of one step's directory, or of a portable directory.
 
     The name of a shipped one will do where there is no such directory. No optimiser state is read.
@@ -210,6 +210,7 @@ def load_checkpoint(path: Path) -> Loaded:
     Raises:
         CheckpointError: when there is none or it is damaged.
     """
+    path = Path(path)
     if not path.exists():
         path = SHIPPED.get(str(path), path)
     if (path / TENSORS).is_file():

@@ -309,3 +309,25 @@ def test_all_experts_side_by_side_and_the_chosen_ones_say_the_same(monkeypatch):
             said[few] = one.delta("up", x_BTD, None)
         np.testing.assert_allclose(said[0], said[4], atol=TOLERANCE)
         assert np.abs(said[0]).max() > 0.1
+
+
+def other_layers(adapter, count):
+    return adapter.replace(scanned=jax.tree.map(lambda x: jnp.resize(x, (count, *x.shape[1:])), adapter.scanned))
+
+
+@pytest.mark.parametrize("count", [1, EDGE.num_layers - 1, 2 * EDGE.num_layers])
+@pytest.mark.parametrize("make", [lora, lambda c: gated_pool(c).select(0)], ids=["lora", "pool"])
+def test_an_adapter_of_another_depth_is_refused(make, count):
+    """Indices beyond the end would read its last layer, and a single layer would do for all."""
+    params = random_params(EDGE)
+    with pytest.raises(ConfigError, match=rf"in {count} layers by .* made for another model"):
+        merge(params, other_layers(make(EDGE), count))
+
+
+def test_an_adapter_of_another_width_or_of_other_layers_is_refused():
+    params, adapter = random_params(EDGE), lora(EDGE)
+    narrow = {site: {**pair, "a": pair["a"][:, :1]} for site, pair in adapter.scanned.items()}
+    with pytest.raises(ConfigError, match=r"ΔW of \(1, .* made for another model"):
+        merge(params, adapter.replace(scanned=narrow))
+    with pytest.raises(ConfigError, match="changes none of the linear layers q, k, v"):
+        merge(params, adapter.replace(scanned={"up_proj": adapter.scanned["up"]}))

@@ -230,11 +230,24 @@ def test_four_devices_train_as_one_does(whole, root, monkeypatch):
         (lambda c: replace(c, "edge", source="no/such/model"), ModelError, "no/such/model"),
         (lambda c: replace(c, "data", cloud_length=9), DataError, r"do not fit data\.cloud_length = 9: raise it"),
         (lambda c: replace(c, "data", source_weights=("row=2",)), ConfigError, "source_weights names 'row'"),
+        (
+            lambda c: replace(c, "data", source_weights=("rows=nan",)),
+            ConfigError,
+            "source_weights has 'rows=nan'; write",
+        ),
+        (
+            lambda c: replace(c, "edge", attention="cudnn"),
+            ConfigError,
+            r"is 'cudnn', which needs a GPU, and this is a CPU",
+        ),
         (lambda c: replace(c, "data", cloud_length=400), ConfigError, r"data\.cloud_length.*160"),
         (lambda c: replace(c, "data", edge_length=400, query_length=200), ConfigError, r"data\.query_length.*160"),
         (lambda c: replace(c, "data", prompts_per_step=6), ConfigError, r"data\.prompts_per_step.*4 devices"),
     ],
-    ids=["dir", "file", "task", "no-data", "model", "room", "weights", "cloud-positions", "edge-positions", "devices"],
+    ids=[
+        *("dir", "file", "task", "no-data", "model", "room", "weights", "nan", "attention"),
+        *("cloud-positions", "edge-positions", "devices"),
+    ],
 )
 def test_bad_input_is_refused_before_anything_is_written(root, tmp_path, change, error, message):
     experiment(root, root / "unused")
