@@ -13,6 +13,7 @@ from flax import struct
 
 from lora_gen_jax.adapters.lora import dropout, group_rows, matmul_trained, require_prompt, require_single
 from lora_gen_jax.adapters.protocol import AdapterBase
+from lora_gen_jax.errors import ConfigError
 
 FEW_TOKENS = 32
 """Below this many tokens a prompt, copying its experts together costs more than computing all (SmolLM2, two cores)."""
@@ -41,12 +42,26 @@ class GatedPool(AdapterBase):
     def pool(self) -> Any:
         return (self.shared or self.scanned)["pool"]
 
+    def gated(self, site: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(A [E, D, R], B [E, R, F], gates [P, E]) of one layer.
+
+        Raises:
+            ConfigError: when the gates are of another number of experts: an index beyond the last would read the last.
+        """
+        a, b, gates_PE = self.pool[site]["a"], self.pool[site]["b"], self.scanned["gates"]
+        if gates_PE.shape[1] != a.shape[0]:
+            raise ConfigError(
+                f"the gates are of {gates_PE.shape[1]} experts and the pool has {a.shape[0]}: they belong to another"
+                " generator"
+            )
+        return a, b, gates_PE
+
     def delta(self, site: str, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array | None:
         """(α/r)·Σ_e G_pe·B_e·A_e·dropout(x) for the prompt p of each row, [B, T, outputs]."""
         if site not in self.pool:
             return None
         # What is gathered or mixed per prompt is cast after it: gradients are summed over prompts in fp32.
-        a, b, gates_PE = self.pool[site]["a"], self.pool[site]["b"], self.scanned["gates"]
+        a, b, gates_PE = self.gated(site)
         x_PSD = group_rows(dropout(x_BTD, self.dropout_rate, key), gates_PE.shape[0])
         if self._side_by_side(x_PSD.shape[0], x_PSD.shape[1], gates_PE.shape[1]):
             y_PSF = self._all_experts(x_PSD, gates_PE, a, b)
@@ -88,9 +103,8 @@ class GatedPool(AdapterBase):
         """ΔW of one layer in fp32, [inputs, outputs]; for a single prompt."""
         if site not in self.pool:
             return None
-        gates_PE = self.scanned["gates"].astype(jnp.float32)
+        a, b, gates_PE = (x.astype(jnp.float32) for x in self.gated(site))
         require_single(gates_PE.shape[0])
-        a, b = (self.pool[site][name].astype(jnp.float32) for name in ("a", "b"))
         if self.mix == "factors":
             return mixed_factors(gates_PE[0], a, b, self.scale)
         weight_K, index_K = jax.lax.top_k(gates_PE[0], self.top_k)

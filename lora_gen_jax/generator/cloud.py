@@ -49,8 +49,11 @@ def pack_prompts(prompts: list[list[int]], num_meta: int, rows: int, length: int
     """NumPy arrays for prompts given as token ids; consecutive prompts share a row.
 
     Raises:
-        DataError: when a prompt is empty, or the prompts of a row and their meta slots exceed `length`.
+        DataError: when prompts do not divide among rows, one is empty, or the prompts of a row and their meta slots
+            exceed `length`.
     """
+    if rows < 1 or not prompts or len(prompts) % rows:
+        raise DataError(f"{len(prompts)} prompts cannot be shared evenly by {rows} rows")
     per_row = len(prompts) // rows
     shape = (rows, length)
     tokens, positions = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
@@ -60,7 +63,7 @@ def pack_prompts(prompts: list[list[int]], num_meta: int, rows: int, length: int
         row, place = divmod(i, per_row)
         start = int(np.sum(positions[row] >= 0))
         middle, end = start + len(prompt), start + len(prompt) + num_meta
-        if not prompt:
+        if len(prompt) == 0:
             raise DataError("a prompt is empty: give the task a description or shots")
         if end > length:
             raise DataError(

@@ -4,11 +4,13 @@ In: meta tokens [B, L, C], one per edge layer. Out: gates [B, L, E], of which K 
 The functions are plain and need no Flax; `Router` adds the parameters and the running statistics.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from lora_gen_jax.errors import ConfigError
 
 Routing = Literal["keep_top_k", "gumbel"]
 
@@ -119,7 +121,20 @@ class Router(nn.Module):
 
     @nn.compact
     def __call__(self, meta_BLC: jax.Array, train: bool = False) -> jax.Array:
-        """[B, L, C] -> gates [B, L, E] in fp32. With `train` and Gumbel routing it needs the rng "gumbel"."""
+        """[B, L, C] -> gates [B, L, E] in fp32. With `train` and Gumbel routing it needs the rng "gumbel".
+
+        Raises:
+            ConfigError: for attributes out of range.
+        """
+        if self.routing not in get_args(Routing):
+            raise ConfigError(
+                f"a router's routing is {self.routing!r}; it must be one of {', '.join(get_args(Routing))}"
+            )
+        if not 1 <= self.top_k <= self.num_experts or self.temperature <= 0:
+            raise ConfigError(
+                f"a router has top_k = {self.top_k} of num_experts = {self.num_experts} and temperature ="
+                f" {self.temperature}: top_k must lie between 1 and num_experts, temperature be positive"
+            )
         init = nn.initializers.lecun_normal()
         f1 = self.param("f1", init, (meta_BLC.shape[-1], self.width))
         f2 = self.param("f2", init, (self.width, self.num_experts))

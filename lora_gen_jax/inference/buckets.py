@@ -56,11 +56,14 @@ def check_tokens(ids: Sequence[int], vocab_size: int, what: str) -> None:
         what: where the ids come from, for the message.
 
     Raises:
-        DataError: for an id that is negative or not below `vocab_size`.
+        DataError: for an id that is no whole number, negative or not below `vocab_size`.
     """
     if len(ids) == 0:
         return
-    for bad in (min(ids), max(ids)):
+    known = np.asarray(ids)
+    if known.dtype.kind not in "iu":
+        raise DataError(f"{what} holds something else than whole numbers: give token ids")
+    for bad in (int(known.min()), int(known.max())):
         if not 0 <= bad < vocab_size:
             raise DataError(
                 f"{what} holds token id {bad}, but the model's embedding has ids 0 to {vocab_size - 1}: "

@@ -331,3 +331,11 @@ def test_an_adapter_of_another_width_or_of_other_layers_is_refused():
         merge(params, adapter.replace(scanned=narrow))
     with pytest.raises(ConfigError, match="changes none of the linear layers q, k, v"):
         merge(params, adapter.replace(scanned={"up_proj": adapter.scanned["up"]}))
+
+
+@pytest.mark.parametrize("experts", [E - 1, 2 * E])
+def test_gates_of_another_number_of_experts_are_refused(experts):
+    adapter = gated_pool(EDGE).select(0)
+    gates = jnp.resize(adapter.scanned["gates"], (EDGE.num_layers, 1, experts))
+    with pytest.raises(ConfigError, match=f"gates are of {experts} experts and the pool has {E}"):
+        merge(random_params(EDGE), adapter.replace(scanned={"gates": gates}))

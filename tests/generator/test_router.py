@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.generator.router import BatchNorm, Router, cv_squared, gate_entropy, gumbel_softmax, keep_top_k
 
 B, L, C, H, E = 3, 2, 5, 4, 4
@@ -291,3 +292,18 @@ def test_gumbel_noise_follows_the_softmaxs_distribution():
     expected = np.exp([0, 1, -1]) / np.sum(np.exp([0, 1, -1]))
     # Three standard errors of a share of 20,000 draws.
     np.testing.assert_allclose(share, expected, atol=3 * math.sqrt(0.25 / 20_000))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"routing": "topk"}, "routing is 'topk'; it must be one of keep_top_k, gumbel"),
+        ({"top_k": 0}, "top_k = 0 of num_experts = 4"),
+        ({"top_k": 5}, "top_k = 5 of num_experts = 4"),
+        ({"routing": "gumbel", "temperature": 0.0}, "temperature = 0.0: top_k must"),
+    ],
+)
+def test_a_router_out_of_range_is_refused(changes, message):
+    router = Router(**({"num_experts": 4, "top_k": 2, "width": 3} | changes))
+    with pytest.raises(ConfigError, match=message):
+        router.init(jax.random.key(0), jnp.ones((2, 3, 5)))

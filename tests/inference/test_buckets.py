@@ -51,3 +51,15 @@ def test_ids_outside_the_embedding_are_named(ids):
 def test_ids_inside_the_embedding_pass():
     check_tokens([0, 9], 10, "prompt 0")
     check_tokens([], 10, "prompt 0")
+
+
+@pytest.mark.parametrize("ids", [[1.5], [True], ["a"], np.array([0.0])])
+def test_ids_that_are_no_whole_numbers_are_refused(ids):
+    with pytest.raises(DataError, match="prompt 0 holds something else than whole numbers"):
+        check_tokens(ids, 10, "prompt 0")
+
+
+def test_ids_may_be_an_array():
+    check_tokens(np.array([0, 9]), 10, "prompt 0")
+    with pytest.raises(DataError, match="holds token id 10"):
+        check_tokens(np.array([0, 10]), 10, "prompt 0")
