@@ -61,7 +61,8 @@ def check_tokens(ids: Sequence[int], vocab_size: int, what: str) -> None:
     if len(ids) == 0:
         return
     known = np.asarray(ids)
-    if known.dtype.kind not in "iu":
+    # Integers beyond 64 bits are objects to NumPy.
+    if known.dtype.kind not in "iu" and not (known.dtype.kind == "O" and all(type(one) is int for one in ids)):
         raise DataError(f"{what} holds something else than whole numbers: give token ids")
     for bad in (int(known.min()), int(known.max())):
         if not 0 <= bad < vocab_size:

@@ -63,3 +63,8 @@ def test_ids_may_be_an_array():
     check_tokens(np.array([0, 9]), 10, "prompt 0")
     with pytest.raises(DataError, match="holds token id 10"):
         check_tokens(np.array([0, 10]), 10, "prompt 0")
+
+
+def test_an_id_of_more_than_64_bits_is_beyond_the_embedding():
+    with pytest.raises(DataError, match="holds token id 1000000000000000000000, but"):
+        check_tokens([0, 10**21], 10, "prompt 0")
