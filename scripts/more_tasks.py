@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 from lora_gen_jax.data.jsonl import map_rows, read_rows, read_text
 from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.reasoning import REASONING_TASKS, folder_of
+from lora_gen_jax.data.rows import labelled
 from lora_gen_jax.data.tasks import normalise
 from lora_gen_jax.errors import DataError, LoraGenError
 
@@ -80,21 +81,20 @@ class Question(NamedTuple):
     asked: str
 
 
-def labelled(_: int, row: dict[str, Any], split: str, form: str) -> Question:
+def as_in_arc(_: int, row: dict[str, Any], split: str, form: str) -> Question:
     """The schema of ARC, CommonsenseQA and QASC; `form` has {} where the question stands."""
-    stem, choices = row["question"]["stem"].strip(), row["question"]["choices"]
-    gold = [choice["label"] for choice in choices].index(row["answerKey"])
-    return Question(split, form.format(stem), [choice["text"].strip() for choice in choices], gold, stem)
+    stem, (choices, gold) = row["question"]["stem"].strip(), labelled(row)
+    return Question(split, form.format(stem), [choice.strip() for choice in choices], gold, stem)
 
 
 def commonsense_qa(folder: Path) -> Iterator[Question]:
     for split, file in (("train", "train_rand_split.jsonl"), ("validation", "dev_rand_split.jsonl")):
-        yield from json_rows(folder / file, partial(labelled, split=split, form="Question: {}\nAnswer:"))
+        yield from json_rows(folder / file, partial(as_in_arc, split=split, form="Question: {}\nAnswer:"))
 
 
 def qasc(folder: Path) -> Iterator[Question]:
     for split, file in (("train", "train.jsonl"), ("validation", "dev.jsonl")):
-        yield from json_rows(folder / file, partial(labelled, split=split, form="{}"))
+        yield from json_rows(folder / file, partial(as_in_arc, split=split, form="{}"))
 
 
 def csqa2(folder: Path) -> Iterator[Question]:

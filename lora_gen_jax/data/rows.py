@@ -28,14 +28,14 @@ def multiple_choice(example_id: str, query: str, choices: list[str], gold: int) 
 
 def arc(example_id: str, row: Row) -> Example:
     """ARC: {"question": {"stem", "choices": [{"text", "label"}]}, "answerKey"}; labels are letters or digits."""
-    choices, gold = _labelled(row)
+    choices, gold = labelled(row)
     (stem,) = _texts(row["question"], "stem")
     return multiple_choice(example_id, f"Question: {stem}\nAnswer:", choices, gold)
 
 
 def openbookqa(example_id: str, row: Row) -> Example:
     """OpenBookQA: the schema of ARC; the query is the bare stem."""
-    choices, gold = _labelled(row)
+    choices, gold = labelled(row)
     (stem,) = _texts(row["question"], "stem")
     return multiple_choice(example_id, stem, choices, gold)
 
@@ -119,7 +119,8 @@ def _texts(row: Row, *names: str) -> list[str]:
     return values
 
 
-def _labelled(row: Row) -> tuple[list[str], int]:
+def labelled(row: Row) -> tuple[list[str], int]:
+    """(choices, index of the right one) in ARC's schema; ValueError for an answerKey that no choice has."""
     choices = row["question"]["choices"]
     labels = [choice["label"] for choice in choices]
     answer = row["answerKey"].strip()

@@ -7,12 +7,11 @@ from the left where they are too long, as in lm-eval, and so are not looked at.
 from collections.abc import Mapping, Sequence
 
 from lora_gen_jax.config import EvalConfig
-from lora_gen_jax.data.prompts import evaluation_shots
 from lora_gen_jax.data.tasks import Task
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.evaluation import answers
 from lora_gen_jax.evaluation.systems import METHODS
-from lora_gen_jax.evaluation.task import System, scored_documents, task_prompt
+from lora_gen_jax.evaluation.task import System, asked_of, scored_documents, task_prompt
 from lora_gen_jax.models import Model, Pair
 
 
@@ -42,10 +41,7 @@ def check_answers(edge: Model, task: Task, named: tuple[str, System], settings: 
         DataError: naming the document.
     """
     name, system = named
-    documents, shots, description = scored_documents(task, settings), (), ""
-    if system.reads_prompt:
-        shots = evaluation_shots(task, settings.shots, settings.seed)
-        description = task.descriptions[0] if task.descriptions else ""
+    documents, description, shots = asked_of(task, system, settings)
     room = edge.config.max_positions - system.soft_tokens - answers.answer_limit(edge, documents)
     for document, context in zip(documents, answers.contexts(edge, documents, description, shots), strict=True):
         if len(context) > room:

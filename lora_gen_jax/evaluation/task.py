@@ -72,9 +72,7 @@ def evaluate_task(
     Raises:
         DataError: as `scored_documents`.
     """
-    documents = scored_documents(task, settings)
-    shots = evaluation_shots(task, settings.shots, settings.seed) if system.reads_prompt else ()
-    description = task.descriptions[0] if system.reads_prompt and task.descriptions else ""
+    documents, description, shots = asked_of(task, system, settings)
     keeps = journal is not None and system.identity_for is not None
     identity = system.identity_for(task) if system.identity_for is not None and keeps else ""
     subject = Subject(identity, edge, lambda: system.specialised_for(task), soft_tokens=system.soft_tokens)
@@ -89,6 +87,19 @@ def evaluate_task(
         score = score_options if documents[0].options else score_answers
         cache.add({whole: score(edge, runner, (documents, description, shots), settings)})
     return cache[whole]
+
+
+def asked_of(task: Task, system: System, settings: EvalConfig) -> Asked:
+    """What the edge model of a system reads: the documents, and a prompt where it reads one.
+
+    Raises:
+        DataError: as `scored_documents`.
+    """
+    documents = scored_documents(task, settings)
+    if not system.reads_prompt:
+        return documents, "", ()
+    description = task.descriptions[0] if task.descriptions else ""
+    return documents, description, evaluation_shots(task, settings.shots, settings.seed)
 
 
 def score_options(edge: Model, runner: Runner, asked: Asked, settings: EvalConfig) -> dict:
