@@ -66,6 +66,10 @@ class Pair:
         """Both weight trees."""
         return {"cloud": self.cloud.params, "edge": self.edge.params}
 
+    def prompt_room(self, limit: int) -> int:
+        """The longest prompt in cloud tokens: `limit`, or what the meta tokens leave of the cloud's positions."""
+        return min(limit, self.cloud.config.max_positions - self.edge.config.num_layers)
+
     @property
     def fingerprints(self) -> dict[str, str]:
         return {"cloud": self.cloud.fingerprint, "edge": self.edge.fingerprint}

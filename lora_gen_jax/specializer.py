@@ -53,7 +53,7 @@ class Specializer:
         check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")
         self.loaded, self.config, self.pair = loaded, loaded.config, pair
         self.layers = pair.edge.config.num_layers
-        self.limit = min(self.config.eval.prompt_limit, pair.cloud.config.max_positions - self.layers)
+        self.limit = pair.prompt_room(self.config.eval.prompt_limit)
         self._generator = make_generator(self.config, pair)
         mesh = mesh_of(pair.cloud.params)
         # Once: a checkpoint's variables may be on the host.

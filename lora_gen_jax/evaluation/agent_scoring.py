@@ -87,7 +87,7 @@ def check_lengths(pair: Pair, tasks: Sequence[Task], limit: int, prompt_limit: i
     Raises:
         DataError: naming the document and how many tokens fit.
     """
-    room = min(prompt_limit, pair.cloud.config.max_positions - pair.edge.config.num_layers)
+    room = pair.prompt_room(prompt_limit)
     most = pair.edge.config.max_positions - limit
     for task in tasks:
         if (length := len(pair.cloud.encoder.prompt(task.descriptions[0]))) > room:

@@ -21,7 +21,7 @@ def check_lengths(pair: Pair, systems: Mapping[str, System], tasks: Sequence[Tas
     Raises:
         DataError: naming the task or the document, and how many tokens fit.
     """
-    room = min(settings.prompt_limit, pair.cloud.config.max_positions - pair.edge.config.num_layers)
+    room = pair.prompt_room(settings.prompt_limit)
     for task in tasks:
         prompt = task_prompt(task, settings) if any(METHODS.get(name) == "lora_gen" for name in systems) else None
         if prompt is not None and (length := len(pair.cloud.encoder.prompt(prompt.text))) > room:
