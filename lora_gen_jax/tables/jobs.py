@@ -238,7 +238,8 @@ def content_digest(path: Path, nested: bool = False) -> str:
         files = sorted(wanted) if path.is_dir() else [path]
         known = [(file.name, _digest(file, file.stat().st_mtime_ns, file.stat().st_size)) for file in files]
     except OSError as error:
-        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
+        field = "data.dir" if nested else "data.files"
+        raise DataError(f"{error.filename} cannot be read: {error.strerror} ({field})") from error
     return known[0][1] if known and not path.is_dir() else hashlib.sha256(repr(known).encode()).hexdigest()[:16]
 
 
