@@ -44,7 +44,8 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 def matmul_trained(x: jax.Array, w: jax.Array) -> jax.Array:
     """x [..., inputs] · w [inputs, outputs] in the type of x; w and its gradient are in fp32.
 
-    JAX alone would round the gradient to the type of x first, and sum that over the devices.
+    JAX alone would round the gradient to the type of x first, and sum that over the devices. For that the rule is
+    reverse-mode's: `jax.jvp` and `jax.hessian` work on merged weights only.
     """
     return x @ w.astype(x.dtype)
 

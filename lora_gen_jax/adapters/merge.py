@@ -9,9 +9,10 @@ one, `merge_donated` gives the base's memory to the result.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -26,8 +27,16 @@ def changed_sites(params: Any, adapter: Mergeable) -> list[str]:
     """The linear layers that the adapter changes.
 
     Raises:
-        ConfigError: when it has another number of layers, or other shapes, than the weights, or changes none of them.
+        ConfigError: when it has another number of layers, or other shapes, than the weights, or changes none of them,
+            or `params` are no parameters of a `Decoder`.
     """
+    if not isinstance(params, Mapping) or "layers" not in params:
+        raise ConfigError(
+            "these are no parameters of a decoder, which have an entry layers: pass a model's params, of Flax variables"
+            ' those under "params"'
+        )
+    if any(map(_is_boxed, jax.tree.leaves(params, is_leaf=_is_boxed))):
+        raise ConfigError("the parameters are boxed with the names of their axes: pass flax.linen.unbox(params)")
     leaves, structure = jax.tree.flatten(adapter)
     deltas = _deltas(structure, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves))
     sites = [site for site in deltas if site in params["layers"][GROUP_OF_SITE[site]]]
@@ -42,6 +51,10 @@ def changed_sites(params: Any, adapter: Mergeable) -> list[str]:
     if layers and not sites:
         raise ConfigError(f"the adapter changes none of the linear layers {', '.join(SITES)} of these weights")
     return sites
+
+
+def _is_boxed(x: Any) -> bool:
+    return isinstance(x, nn.meta.AxisMetadata)
 
 
 @functools.lru_cache(maxsize=64)

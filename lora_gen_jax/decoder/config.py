@@ -9,6 +9,9 @@ from typing import Any, Literal
 from lora_gen_jax.errors import ModelError
 
 FAMILIES = ("llama", "qwen2", "gemma", "gemma2", "opt")
+# Fields of a config.json that count something.
+SIZES = ("vocab_size", "num_hidden_layers", "hidden_size", "intermediate_size", "ffn_dim", "num_attention_heads")
+SIZES += ("num_key_value_heads", "head_dim", "max_position_embeddings")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,15 +119,30 @@ class DecoderConfig:
         """Reads the dictionary of a ``config.json``, as written by transformers 4 or 5.
 
         Raises:
-            ModelError: for a family, rotary scaling or activation that is not supported, or a missing field.
+            ModelError: for a family, rotary scaling or activation that is not supported, a missing field, or a size
+                that no model can have.
         """
         family = hf.get("model_type")
         if family not in FAMILIES:
             raise ModelError(f"config.json: model_type {family!r} is not supported; use one of {', '.join(FAMILIES)}")
+        for field in SIZES:
+            if (size := hf.get(field)) is not None and (type(size) is not int or size < 1):
+                raise ModelError(f"config.json: {field} is {size!r}; it must be a whole number of at least 1")
         try:
-            return _opt(hf) if family == "opt" else _rotary(family, hf)
+            config = _opt(hf) if family == "opt" else _rotary(family, hf)
         except KeyError as error:
             raise ModelError(f"config.json of this {family} model lacks the field {error.args[0]!r}") from error
+        if config.num_heads % config.num_kv_heads:
+            raise ModelError(
+                f"config.json: num_attention_heads = {config.num_heads} is no multiple of num_key_value_heads ="
+                f" {config.num_kv_heads}"
+            )
+        if not hf.get("head_dim") and config.width % config.num_heads:
+            raise ModelError(
+                f"config.json: hidden_size = {config.width} is no multiple of num_attention_heads ="
+                f" {config.num_heads}, and there is no head_dim"
+            )
+        return config
 
 
 def _rotary(family: str, hf: dict[str, Any]) -> DecoderConfig:

@@ -15,7 +15,7 @@ from flax import struct
 from lora_gen_jax.adapters.lora import LoRA, trained_factors
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.model import Decoder
-from lora_gen_jax.errors import DataError
+from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.sharding import constrain
 
 CLOUD_SITES = ("q", "v")
@@ -100,8 +100,17 @@ class CloudEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, frozen: Any, prompts: PackedPrompts, train: bool = False) -> jax.Array:
-        """Meta tokens [P, L, C] in fp32. With `train` and dropout it needs the rng "dropout"."""
+        """Meta tokens [P, L, C] in fp32. With `train` and dropout it needs the rng "dropout".
+
+        Raises:
+            ConfigError: when the prompts were packed with another number of meta tokens.
+        """
         c, s = self.config, self.settings
+        if (packed := prompts.slots_BML.shape[2]) != self.num_meta:
+            raise ConfigError(
+                f"the prompts were packed with {packed} meta tokens each, the edge model has {self.num_meta} layers:"
+                f" pack_prompts(prompts, {self.num_meta}, …)"
+            )
         count = 1 if s.shared_meta_token else self.num_meta
 
         def start(key: jax.Array, shape: tuple[int, int]) -> jax.Array:

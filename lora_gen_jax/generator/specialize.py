@@ -47,7 +47,7 @@ def specialize(
         raise ConfigError(
             f"{type(generator).__name__} is no generator of LoRA-Gen: load a checkpoint of method lora_gen"
         )
-    if not prompts:
+    if len(prompts) == 0:
         raise DataError("there is no prompt to specialise for: give at least one")
     layers = generator.edge.num_layers
     room = generator.cloud.max_positions - layers

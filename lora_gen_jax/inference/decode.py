@@ -113,7 +113,7 @@ def generate(
             that the model lacks, or rows that do not divide among the adapter's prompts.
         ConfigError: for a sampling setting outside its range.
     """
-    if not prompts:
+    if len(prompts) == 0:
         return []
     _check(decoder, prompts, max_new_tokens, prefix)
     adapter = per_row(adapter, len(prompts), padded_rows(len(prompts), params))
@@ -144,7 +144,7 @@ def stream(
     Raises:
         as `generate`, before the first step.
     """
-    if not prompts:
+    if len(prompts) == 0:
         return iter(())
     _check(decoder, prompts, max_new_tokens, prefix)
     adapter = per_row(adapter, len(prompts), padded_rows(len(prompts), params))

@@ -10,15 +10,27 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
+from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.inference.buckets import power_of_two
-from lora_gen_jax.sharding import LOGICAL_RULES, spec
+from lora_gen_jax.sharding import LOGICAL_RULES, MESH_AXES, spec
 
 
 def mesh_of(params: Any) -> Mesh | None:
-    """The mesh that weights lie on; None where they lie on one device."""
+    """The mesh that weights lie on; None where they lie on one device.
+
+    Raises:
+        ConfigError: for a mesh with other axes than `MESH_AXES`.
+    """
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
     mesh = getattr(sharding, "mesh", None)
-    return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
+    if not isinstance(mesh, Mesh) or mesh.size == 1:
+        return None
+    if missing := [axis for axis in MESH_AXES if axis not in mesh.axis_names]:
+        raise ConfigError(
+            f"the weights lie on a mesh with the axes {', '.join(map(str, mesh.axis_names))}, without"
+            f" {', '.join(missing)}: make it with lora_gen_jax.sharding.make_mesh"
+        )
+    return mesh
 
 
 def mesh_context(params: Any) -> AbstractContextManager[Any]:

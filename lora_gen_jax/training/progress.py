@@ -6,6 +6,7 @@ In: metrics of finished steps. Out: lines and files in the work directory, from 
 import json
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lora_gen_jax.files import writing
 
 
 def summary_writer(directory: Path, purge_step: int) -> Any:
@@ -68,7 +71,9 @@ class Recorder:
     ) -> None:
         self.progress.stop()
         if self.file is not None and self.board is not None:
-            self.file.close()
+            # What could not be written stays in the file's buffer, and closing tries again.
+            with writing(self.path) if error is None else suppress(OSError):
+                self.file.close()
             self.board.close()
 
     def say(self, text: str) -> None:
@@ -76,11 +81,16 @@ class Recorder:
         self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:
-        """Writes one step's metrics and moves the bar."""
+        """Writes one step's metrics and moves the bar.
+
+        Raises:
+            OutputError: for a full disk.
+        """
         if self.file is None or self.board is None:
             return
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.file.flush()
+        with writing(self.path):
+            self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self.file.flush()
         for name, value in metrics.items():
             self.board.add_scalar(name, value, step)
         if "loss" not in metrics:

@@ -339,3 +339,13 @@ def test_gates_of_another_number_of_experts_are_refused(experts):
     gates = jnp.resize(adapter.scanned["gates"], (EDGE.num_layers, 1, experts))
     with pytest.raises(ConfigError, match=f"gates are of {experts} experts and the pool has {E}"):
         merge(random_params(EDGE), adapter.replace(scanned={"gates": gates}))
+
+
+def test_what_are_no_parameters_of_a_decoder_is_refused():
+    adapter, params = gated_pool(EDGE).select(0), random_params(EDGE)
+    with pytest.raises(ConfigError, match=r"have an entry layers: .* those under \"params\""):
+        merge({"params": params}, adapter)
+    boxed = Decoder(EDGE).init(jax.random.key(0), np.zeros((1, 1), np.int32), np.zeros((1, 1), np.int32))["params"]
+    with pytest.raises(ConfigError, match=r"boxed .* pass flax.linen.unbox\(params\)"):
+        merge(boxed, adapter)
+    assert set(merge(nn.unbox(boxed), adapter)) == set(params)

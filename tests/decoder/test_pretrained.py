@@ -245,6 +245,25 @@ def test_unknown_family(llama):
     fails(llama, "'mamba' is not supported", "llama, qwen2")
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("num_hidden_layers", 0, "num_hidden_layers is 0; it must be a whole number of at least 1"),
+        ("vocab_size", "96", "vocab_size is '96'"),
+        ("intermediate_size", 48.0, "intermediate_size is 48.0"),
+        ("num_key_value_heads", 3, "is no multiple of num_key_value_heads = 3"),
+    ],
+)
+def test_sizes_that_no_model_has(llama, field, value, words):
+    edit_config(llama, **{field: value})
+    fails(llama, "config.json", words)
+
+
+def test_heads_that_do_not_divide_the_width(llama):
+    edit_config(llama, hidden_size=33, head_dim=None)
+    fails(llama, "hidden_size = 33 is no multiple of num_attention_heads", "there is no head_dim")
+
+
 def test_no_weights(llama):
     (llama / "model.safetensors").unlink()
     fails(llama, "neither model.safetensors nor model.safetensors.index.json")

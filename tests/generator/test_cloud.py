@@ -11,7 +11,7 @@ from helpers import CLOUD, EDGE, OPT, SETTINGS, generator_variables, prompts_of,
 from lora_gen_jax.adapters.gated_pool import GatedPool
 from lora_gen_jax.adapters.lora import PromptLoRA, factor_a_init
 from lora_gen_jax.decoder.model import Decoder
-from lora_gen_jax.errors import DataError
+from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.generator import specialize as specializing
 from lora_gen_jax.generator.cloud import CloudEncoder, pack_prompts
 from lora_gen_jax.generator.lora_gen import ExpertPool, LoRAGen
@@ -243,3 +243,9 @@ def test_stacked_factors_are_initialised_as_each_alone_would_be():
         a = np.asarray(factor_a_init(jax.random.key(0), shape))
         assert np.max(np.abs(a)) <= 0.05
         assert abs(np.std(a) - 0.05 / np.sqrt(3)) < 0.05 * 0.02
+
+
+@pytest.mark.parametrize("count", [L - 1, L + 1])
+def test_prompts_packed_for_another_edge_model_are_refused(encoder, frozen, count):
+    with pytest.raises(ConfigError, match=rf"packed with {count} meta tokens each, the edge model has {L} layers"):
+        meta_tokens(encoder, frozen, pack_prompts([[5, 6]], count, 1, 16))

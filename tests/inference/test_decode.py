@@ -171,6 +171,14 @@ def test_no_prompts_give_nothing(llama):
     assert list(stream(*llama, [], max_new_tokens=4)) == []
 
 
+@pytest.mark.parametrize("array", [np.array, jnp.array])
+def test_arrays_are_prompts_too(llama, array):
+    prompts = [[5, 6, 7], [8, 9, 10]]
+    want = generate(*llama, prompts, max_new_tokens=4)
+    assert generate(*llama, array(prompts), max_new_tokens=4) == want
+    assert generate(*llama, [array(prompt) for prompt in prompts], max_new_tokens=4) == want
+
+
 @pytest.mark.parametrize("function", [generate, stream])
 def test_errors_name_the_remedy(llama, function):
     with pytest.raises(DataError, match=r"prompt 1 is empty.*at least one token"):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from inference_models import make_gates
 
+from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.inference.decode import generate
 from lora_gen_jax.inference.placement import mesh_of, padded_rows, place_rows
 from lora_gen_jax.inference.prefix import encode_prefix
@@ -51,3 +52,10 @@ def test_rows_divide_among_the_devices(llama, placed):
     tokens = place_rows(np.zeros((4, 3), np.int32), placed)
     assert tokens.sharding.shard_shape(tokens.shape) == (1, 3)
     assert isinstance(place_rows(np.zeros((4, 3)), llama.params), np.ndarray)
+
+
+def test_a_mesh_with_other_axes_is_named(llama):
+    mesh = jax.make_mesh((4,), ("batch",), devices=jax.devices()[:4])
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    with pytest.raises(ConfigError, match=r"axes batch, without data, fsdp, model: .*sharding\.make_mesh"):
+        generate(llama.decoder, jax.device_put(llama.params, everywhere), PROMPTS, max_new_tokens=2)

@@ -1,7 +1,14 @@
-"""TensorBoard's files are written without torch, which tensorboardX would import for nothing."""
+"""What a run records: TensorBoard's files without torch, which tensorboardX would import for nothing; a full disk."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+from lora_gen_jax.errors import OutputError
+from lora_gen_jax.training.progress import Recorder
 
 CODE = """
 import sys
@@ -21,3 +28,14 @@ def test_torch_is_not_imported_and_can_be_afterwards(tmp_path):
     assert done.returncode == 0, done.stderr
     (events,) = tmp_path.glob("events.out.tfevents.*")
     assert b"loss" in events.read_bytes()
+
+
+def test_a_full_disk_is_named_and_the_run_ends_with_that_error(tmp_path):
+    with pytest.raises(OutputError, match=r"metrics\.jsonl cannot be written: No space left on device"):
+        with Recorder(tmp_path, 0, 3) as recorder:
+            recorder.record(1, {"loss": 2.0})
+            assert recorder.file is not None
+            recorder.file.close()
+            recorder.file = Path("/dev/full").open("a", encoding="utf-8")
+            recorder.record(2, {"loss": 1.0})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 2.0}
