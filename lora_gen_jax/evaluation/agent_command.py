@@ -44,7 +44,7 @@ class AgentFlags:
     checkpoint: Path | None = None
     """The generator that is scored; left out, the one that this command trains, or trained, in the work directory."""
     limit: int | None = None
-    """Score the first N test rows of each tool set, or of each file."""
+    """Score the first N test rows of each tool set, or of each file; left out, eval.limit."""
     out: Path | None = None
     """Directory for the results; left out, the work directory."""
 
@@ -63,6 +63,8 @@ def agent_main(arguments: list[str]) -> None:
     if flags.limit is not None and flags.limit < 1:
         raise ConfigError(f"--limit is {flags.limit}; at least 1")
     config = config_from_args(PROGRAM, rest)
+    if flags.limit is None:
+        flags = dataclasses.replace(flags, limit=config.eval.limit)
     if flags.bfcl:
         shared = ("bfcl", "checkpoint", "limit", "out")
         fields = [field for field in dataclasses.fields(flags) if field.name not in shared]

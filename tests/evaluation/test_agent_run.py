@@ -12,7 +12,7 @@ from lora_gen_jax.config import DataConfig, EvalConfig, ModelConfig, TrainConfig
 from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.tasks import Example, Task
 from lora_gen_jax.errors import CheckpointError, ConfigError, DataError, OutputError
-from lora_gen_jax.evaluation import agent_run, agent_scoring, answers, request_runner
+from lora_gen_jax.evaluation import agent_command, agent_run, agent_scoring, answers, request_runner
 from lora_gen_jax.evaluation.agent_command import AgentFlags, agent_main, divided, scored_tasks, with_training_rows
 from lora_gen_jax.evaluation.agent_scoring import Method, Writer, as_read, blank_line, context_ids
 from lora_gen_jax.evaluation.agent_table import METHODS
@@ -191,6 +191,14 @@ def test_what_is_refused_before_anything_is_trained(setting, tmp_path, monkeypat
     without = [a for a in elsewhere if a not in ("--untrained-checkpoint", str(trained().directory))]
     with pytest.raises(CheckpointError, match="no generator that never saw tools is shipped for these models"):
         agent_main(without)
+
+
+@pytest.mark.parametrize(("flags", "count"), [((), 2), (("--limit", "1"), 1)])
+def test_without_a_limit_of_its_own_the_configs_holds(setting, tmp_path, monkeypatch, flags, count):
+    scored = []
+    monkeypatch.setattr(agent_command, "score_agents", lambda config, tasks, *rest: scored.extend(tasks))
+    agent_main([*setting[0], "--workdir", str(tmp_path), "--eval.limit", "2", *flags])
+    assert [len(task.test) for task in scored] == [count, count]
 
 
 def test_flags_take_many_values_and_the_rest_is_the_configs():
