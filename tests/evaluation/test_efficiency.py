@@ -16,6 +16,7 @@ from lora_gen_jax.evaluation import efficiency_command, efficiency_training, tra
 from lora_gen_jax.evaluation.efficiency import Timings, compared, figures, measure
 from lora_gen_jax.evaluation.efficiency_command import (
     EfficiencyFlags,
+    made_ready,
     make_peers,
     make_workload,
     run,
@@ -236,6 +237,30 @@ def test_report_fits_the_screen(results: dict[str, Any], capsys: pytest.CaptureF
     assert "Specialising pays against icl_kept_prefix: " in text
     assert "Published" in text
     assert all(name in text for name in METHODS)
+
+
+@pytest.mark.parametrize("name", ["autocompressor", "icl"])
+def test_a_method_that_does_not_fit_is_left_out_and_named(
+    results: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+):
+    def fails(setup: Any) -> Any:
+        raise ConfigError("it needs 162 positions")
+
+    made = {key: (lambda setup, key=key: key) for key in METHODS}
+    monkeypatch.setattr(efficiency_command, "METHODS", made | {name: fails})
+    setup: Any = None  # is not looked at
+    if name == "icl":  # what the ratios are about
+        with pytest.raises(ConfigError, match="162 positions"):
+            made_ready(setup)
+        return
+    ready, left_out = made_ready(setup)
+    assert list(ready) == [key for key in METHODS if key != name]
+    assert left_out == {name: "it needs 162 positions"}
+    kept = {key: figures for key, figures in results["methods"].items() if key != name}
+    few = {**results, "methods": kept, "left_out": left_out}
+    print_report(few | derived(few))
+    text = capsys.readouterr().out
+    assert "Without autocompressor: it needs 162 positions" in text
 
 
 def test_without_torch_a_line_says_so(

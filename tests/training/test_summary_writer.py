@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from lora_gen_jax.training.progress import Recorder
 
 CODE = """
 import sys
+from contextlib import suppress
 from pathlib import Path
 from lora_gen_jax.training.progress import summary_writer
 writer = summary_writer(Path(sys.argv[1]), 3)
@@ -31,11 +33,15 @@ def test_torch_is_not_imported_and_can_be_afterwards(tmp_path):
 
 
 def test_a_full_disk_is_named_and_the_run_ends_with_that_error(tmp_path):
-    with pytest.raises(OutputError, match=r"metrics\.jsonl cannot be written: No space left on device"):
+    def run(full):
         with Recorder(tmp_path, 0, 3) as recorder:
             recorder.record(1, {"loss": 2.0})
             assert recorder.file is not None
             recorder.file.close()
-            recorder.file = Path("/dev/full").open("a", encoding="utf-8")
+            recorder.file = full
             recorder.record(2, {"loss": 1.0})
+
+    with suppress(OSError), Path("/dev/full").open("a", encoding="utf-8") as full:
+        with pytest.raises(OutputError, match=r"metrics\.jsonl cannot be written: No space left on device"):
+            run(full)
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 2.0}
