@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from helpers import experiment, write_config
 
 ROOT = Path(__file__).parents[2]
+TRAIN = ROOT / "tests" / "training" / "noted_train.py"
 
 
 class Jobs:
@@ -29,7 +30,9 @@ class Jobs:
         """A config file of a run in a directory of that name."""
         return write_config(self.root / f"{name}.py", experiment(self.root, self.root / name, **train))
 
-    def start(self, config: Path, *flags: str, devices: int = 1, name: str = "job", **notes: Any) -> subprocess.Popen:
+    def start(
+        self, config: Path, *flags: str, devices: int = 1, name: str = "job", script: Path = TRAIN, **notes: Any
+    ) -> subprocess.Popen:
         """A process that trains; its output goes to a file, which `said` reads. `notes` are noted_train.py's."""
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
@@ -39,7 +42,7 @@ class Jobs:
             "PYTHONUNBUFFERED": "1",
         }
         environment |= {name.upper(): str(int(value) if value is True else value) for name, value in notes.items()}
-        command = [sys.executable, str(ROOT / "tests" / "training" / "noted_train.py"), str(config), *flags]
+        command = [sys.executable, str(script), str(config), *flags]
         with open(self.log(config, name), "w") as log:
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         self.running.append(process)

@@ -1,5 +1,6 @@
 """One training, however it is spread: over the devices of a process, over processes, and from one spread to another."""
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import experiment
 from jax._src.clusters import ClusterEnv
-from jobs import batches, largest_difference, metrics, saved
+from jobs import ROOT, batches, largest_difference, metrics, saved
 
 from lora_gen_jax.config import DistributedConfig
 from lora_gen_jax.config_check import check
@@ -84,6 +85,20 @@ def test_on_the_same_devices_a_run_goes_on_bit_for_bit(spread, jobs, mesh):
     jax.tree.map(np.testing.assert_array_equal, saved(again), saved(spread[mesh]))
     for name in ("loss", "grad_norm", "validation_loss"):
         assert metrics(again, name) == metrics(spread[mesh], name)
+
+
+def test_two_processes_evaluate_as_one_and_the_first_writes(spread, jobs):
+    config, script = jobs.root / "processes.py", ROOT / "eval.py"
+    flags = ("--methods", "base,lora_gen", "--eval.latency", "False", "--out")
+    one = jobs.start(config, *flags, str(jobs.root / "one"), script=script, name="eval")
+    assert one.wait(timeout=240) == 0, jobs.said(config, "eval")
+    for i, process in enumerate(jobs.start_together(config, *flags, str(jobs.root / "two"), script=script)):
+        assert process.wait(timeout=240) == 0, jobs.said(config, f"process{i}")
+    alone, together = (json.loads((jobs.root / name / "results.json").read_text()) for name in ("one", "two"))
+    assert together["methods"] == alone["methods"]
+    assert "results:" in jobs.said(config, "process0")
+    assert "results:" not in jobs.said(config, "process1")
+    assert not (jobs.root / "processes" / ".unfinished").exists()
 
 
 def test_a_process_needs_the_rows_of_its_own_devices_wherever_they_are(tmp_path, monkeypatch):
