@@ -290,6 +290,8 @@ class Config:
         mesh: the devices' arrangement; a run may go on with another one.
         distributed: the processes of one job; a run may go on with another number of them.
         workdir: everything a run writes; left out, runs/<name>.
+        bucket: gs://NAME/DIR, where checkpoints go instead, for machines that share no file system: workdir is then a
+            directory of each machine's own. A run goes on from there on machines that never saw its workdir.
     """
 
     name: str = ""
@@ -307,8 +309,19 @@ class Config:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     workdir: Path | None = None
+    bucket: str | None = None
 
     @property
     def directory(self) -> Path:
-        """Everything the run writes."""
+        """Everything the run writes, but for checkpoints in a bucket."""
         return self.workdir if self.workdir is not None else Path("runs") / self.name
+
+    @property
+    def saved(self) -> str | Path:
+        """Where the directory of checkpoints is: in the bucket, or in the work directory."""
+        return self.bucket or self.directory
+
+    def inside(self, name: str) -> "Config":
+        """The config with places of its own inside this one's."""
+        bucket = self.bucket and f"{self.bucket.rstrip('/')}/{name}"
+        return dataclasses.replace(self, workdir=self.directory / name, bucket=bucket)

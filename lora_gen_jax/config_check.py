@@ -235,8 +235,12 @@ def _run_rules(config: Config) -> list[tuple[bool, str]]:
     return [
         (
             re.match(r"[a-z0-9]{2,}:/", str(config.directory)) is None,
-            f"workdir is {config.directory}, a bucket's address: name a directory on a file system that all processes"
-            " share (docs/pods.md)",
+            f"workdir is {config.directory}, a bucket's address: name a directory, and the bucket with --bucket, which"
+            " takes the checkpoints (docs/pods.md)",
+        ),
+        (
+            config.bucket is None or re.fullmatch(r"gs://[^/]+/.+", config.bucket) is not None,
+            f"bucket is {config.bucket!r}; it must be gs://NAME/DIR",
         ),
         (0 <= t.seed < 2**31, f"train.seed is {t.seed}; it must lie between 0 and 2**31 - 1"),
         (t.learning_rate > 0, f"train.learning_rate is {t.learning_rate}; it must be positive"),

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lora_gen_jax.config import Config, DistributedConfig
+from lora_gen_jax.config import Config, DistributedConfig, MeshConfig
 from lora_gen_jax.config_check import check
 from lora_gen_jax.errors import ConfigError
 
@@ -143,7 +143,8 @@ def _from_json_value(name: str, value: Any) -> Any:
 
 
 # Where things lie and how devices are arranged may differ between two machines that continue the same run.
-PLACE_FIELDS = {"workdir", "data.dir", "data.tfds_dir", "data.workers", "mesh.data", "mesh.fsdp", "mesh.model"}
+PLACE_FIELDS = {"workdir", "bucket", "data.dir", "data.tfds_dir", "data.workers"}
+PLACE_FIELDS |= {f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)}
 PLACE_FIELDS |= {f"distributed.{field.name}" for field in dataclasses.fields(DistributedConfig)}
 # What is scored afterwards does not change what is trained.
 SCORING_FIELDS = ("compare", "eval.")

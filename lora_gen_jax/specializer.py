@@ -18,7 +18,7 @@ from lora_gen_jax.adapters.specialization_fit import Fit, fitted_adapter, pool_f
 from lora_gen_jax.config import Config, ModelConfig
 from lora_gen_jax.data.prompt_sources import check_text
 from lora_gen_jax.decoder.pretrained import fingerprint, load_config, resolve
-from lora_gen_jax.errors import CheckpointError, DataError
+from lora_gen_jax.errors import CheckpointError, ConfigError, DataError
 from lora_gen_jax.files import is_directory
 from lora_gen_jax.generator.lora_gen import gated_adapter
 from lora_gen_jax.generator.specialize import specialize
@@ -26,6 +26,7 @@ from lora_gen_jax.inference.buckets import bucket, power_of_two
 from lora_gen_jax.inference.placement import mesh_of
 from lora_gen_jax.models import Pair, load_pair, make_generator
 from lora_gen_jax.sharding import evaluation_mesh
+from lora_gen_jax.training.bucket import is_bucket
 from lora_gen_jax.training.checkpoint import Loaded, check_models, load_checkpoint, versions
 from lora_gen_jax.training.portable import DEFAULT, SHIPPED
 
@@ -249,10 +250,10 @@ def find_generator(specialization: Specialization, named: Path | None) -> Loaded
     recorded, reason = specialization.checkpoint, "none was recorded when it was made"
     if recorded is not None:
         reason = f"the one recorded when it was made ({recorded[:200]}) is gone"
-        if is_directory(Path(recorded)):
+        if is_bucket(recorded) or is_directory(Path(recorded)):
             try:
-                return load_checkpoint(Path(recorded))
-            except CheckpointError as error:
+                return load_checkpoint(recorded)
+            except (CheckpointError, ConfigError) as error:
                 reason = f"the one recorded when it was made cannot be used ({error})"
     for path in SHIPPED.values():
         loaded = load_checkpoint(path)

@@ -37,7 +37,15 @@ def _compiler(request):
 
 # Files whose tests start training jobs or train for long. Begun last, one of them would run while the other process of
 # the tests has nothing left to do.
-LONG = ("test_resume", "test_distributed", "test_quickstart", "test_pocket_pair", "test_efficiency", "test_compile")
+LONG = (
+    "test_resume",
+    "test_distributed",
+    "test_bucket",
+    "test_quickstart",
+    "test_pocket_pair",
+    "test_efficiency",
+    "test_compile",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -42,10 +42,11 @@ from lora_gen_jax.inference.buckets import bucket
 from lora_gen_jax.methods import METHODS as COMPARED
 from lora_gen_jax.models import Pair, load_pair
 from lora_gen_jax.sharding import evaluation_mesh
-from lora_gen_jax.training.checkpoint import Loaded, check_method, check_models, load_checkpoint, versions
+from lora_gen_jax.training.bucket import location
+from lora_gen_jax.training.checkpoint import Loaded, check_method, check_models, complete, load_checkpoint, versions
 from lora_gen_jax.training.loop import train
 from lora_gen_jax.training.portable import SHIPPED
-from lora_gen_jax.training.prepare import prepare_directory, training_tasks
+from lora_gen_jax.training.prepare import prepare_directory, same_config, training_tasks
 
 TRAINED = ("lora_with_tools", "lora", "lora_gen")
 """Methods that are trained, each in the directory of its name."""
@@ -89,7 +90,7 @@ def score_agents(
         loaded["lora_gen"] = generator_for(pair, load_checkpoint(checkpoint))
     for name, variant in variants(config, pair, [m for m in methods if m not in loaded]).items():
         train_missing(name, variant)
-        loaded[name] = load_checkpoint(variant.directory)
+        loaded[name] = load_checkpoint(variant.saved)
         check_models(loaded[name].fingerprints, pair.fingerprints, f"checkpoint {loaded[name].path}")
     report: dict[str, Any] = {"config": to_json(config), "versions": versions(), "machine": machine()}
     report |= {"checkpoints": {name: describe(one) for name, one in loaded.items()}, "published": PUBLISHED}
@@ -131,8 +132,7 @@ def variants(config: Config, pair: Pair, methods: Sequence[str]) -> dict[str, Co
                 )
             length = data.edge_length + bucket(longest)
             data = dataclasses.replace(data, edge_reads_prompt=True, edge_length=length)
-        directory = config.directory / name
-        made[name] = dataclasses.replace(config, method=method, compare=(), data=data, workdir=directory)
+        made[name] = dataclasses.replace(config.inside(name), method=method, compare=(), data=data)
     return made
 
 
@@ -142,8 +142,10 @@ def train_missing(name: str, config: Config) -> None:
     Raises:
         LoraGenError: as `train`.
     """
-    if (config.directory / "checkpoints" / str(config.train.steps) / "generator").is_dir():
+    if complete(location(config.saved) / "checkpoints" / str(config.train.steps)):
         prepare_directory(config)
+        if config.bucket is not None:
+            same_config(config.bucket, to_json(load_checkpoint(config.bucket).config), to_json(config))
         return
     say(f"training {METHODS[name].title}")
     train(config)

@@ -79,7 +79,7 @@ def variant(config: Config, method: str) -> Config:
     """The config of a method that the run is compared with, in a directory of its own."""
     if method == config.method:
         return config
-    return dataclasses.replace(config, method=method, compare=(), workdir=config.directory / method)
+    return dataclasses.replace(config.inside(method), method=method, compare=())
 
 
 def check_comparison(config: Config) -> None:

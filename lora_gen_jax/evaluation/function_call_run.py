@@ -28,6 +28,7 @@ from lora_gen_jax.evaluation.run import describe, machine
 from lora_gen_jax.files import check_output
 from lora_gen_jax.models import Pair, load_pair
 from lora_gen_jax.sharding import evaluation_mesh
+from lora_gen_jax.training.bucket import location
 from lora_gen_jax.training.checkpoint import (
     Loaded,
     check_method,
@@ -87,7 +88,7 @@ def find_generator(config: Config, named: Path | None) -> Loaded:
     Raises:
         CheckpointError: when there is none, or it is of another method.
     """
-    trained = config.directory / "lora_gen"
+    trained = location(config.inside("lora_gen").saved)
     loaded = load_checkpoint(trained) if named is None and trained.is_dir() else find_checkpoint(config, named)
     check_method(loaded, "lora_gen")
     return loaded

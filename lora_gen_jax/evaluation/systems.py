@@ -23,6 +23,7 @@ from lora_gen_jax.evaluation.task import System, task_prompt
 from lora_gen_jax.methods import METHODS as COMPARED
 from lora_gen_jax.methods import trained_method
 from lora_gen_jax.models import Pair
+from lora_gen_jax.training.bucket import location
 from lora_gen_jax.training.checkpoint import Loaded, check_method, check_models, find_checkpoint, load_checkpoint
 
 # Each system that can be scored with the method whose checkpoint it needs.
@@ -69,23 +70,24 @@ def load_checkpoints(config: Config, names: Sequence[str], named: Path | None) -
         if method is None:
             continue
         own = method == config.method
-        found[method] = loaded = find_checkpoint(config, named) if own else beside(named or config.directory, method)
+        found[method] = loaded = find_checkpoint(config, named) if own else beside(named or config.saved, method)
         check_method(loaded, method)
     return found
 
 
-def beside(directory: Path, method: str) -> Loaded:
+def beside(place: str | Path, method: str) -> Loaded:
     """The checkpoint of a method that a run was compared with.
 
     Raises:
         CheckpointError: when there is none.
     """
-    if not (directory / method).is_dir():
+    directory = location(place) / method
+    if not directory.is_dir():
         raise CheckpointError(
-            f"{directory} has no run of method {method}: name {method} in the config's compare and train, or leave it"
+            f"{place} has no run of method {method}: name {method} in the config's compare and train, or leave it"
             " out of the methods"
         )
-    return load_checkpoint(directory / method)
+    return load_checkpoint(directory)
 
 
 def make_systems(

@@ -126,6 +126,7 @@ def config_of(tables: Tables, run: str, seed: int) -> Config:
     seeded: Change = {
         "compare": (),
         "workdir": tables.directory / run / f"seed-{seed}",
+        "bucket": base.bucket and f"{base.bucket.rstrip('/')}/{run}/seed-{seed}",
         "train": {"seed": seed},
         "eval": {"seed": seed, "shots": shots, "latency": False},
     }

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import from_json, to_json
 from lora_gen_jax.errors import CheckpointError, OutputError
+from lora_gen_jax.training.bucket import absolute, is_bucket, location, remote_errors
 from lora_gen_jax.training.portable import SHIPPED, TENSORS, load_portable
 from lora_gen_jax.training.step import TrainState
 
@@ -51,7 +52,7 @@ class Loaded:
         config: of the run.
         fingerprints: of the cloud and the edge model it was trained on.
         versions: of the packages it was trained with.
-        path: the step's directory.
+        path: the step's directory, or what behaves as one in a bucket.
     """
 
     step: int
@@ -63,9 +64,17 @@ class Loaded:
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest `keep` ones and the best (lowest validation loss)."""
+    """The checkpoints of one run: the newest `keep` ones and the best (lowest validation loss).
 
-    def __init__(self, directory: Path, keep: int):
+    Args:
+        directory: a `location`.
+        keep: that many.
+
+    Raises:
+        OutputError: when it cannot be used.
+    """
+
+    def __init__(self, directory: Any, keep: int):
         policies = ocp.checkpoint_managers
         preserve = policies.AnyPreservationPolicy(
             [
@@ -87,8 +96,10 @@ class Checkpoints:
             # Which step is the newest is process 0's word: on a network's file system others may see it later.
             single_host_load_and_broadcast=True,
         )
-        self.directory = directory.absolute()
-        self.manager = ocp.CheckpointManager(self.directory, options=options, item_names=ITEMS)
+        self.directory = absolute(directory)
+        self._errors = remote_errors(self.directory)
+        with self._writing():
+            self.manager = ocp.CheckpointManager(self.directory, options=options, item_names=ITEMS)
 
     def save(self, state: TrainState, data_state: Any, metadata: dict[str, Any], validation_loss: float | None) -> None:
         """Starts writing; training goes on meanwhile. A checkpoint appears under its step only when complete.
@@ -115,11 +126,12 @@ class Checkpoints:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:  # a full disk is a ValueError of the library that writes arrays
+        except (OSError, ValueError, *self._errors) as error:  # a full disk is a ValueError of who writes arrays
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            cause = "may this machine write to the bucket?" if self._errors else "is the disk full?"
             raise OutputError(
-                f"a checkpoint in {self.directory} cannot be written: {reason}. Mend that (is the disk full?): the same"
-                " command goes on from the newest checkpoint that is complete"
+                f"a checkpoint in {self.directory} cannot be written: {reason}. Mend that ({cause}): the same command"
+                " goes on from the newest checkpoint that is complete"
             ) from error
 
     @property
@@ -127,8 +139,8 @@ class Checkpoints:
         """The newest complete step."""
         return self.manager.latest_step()
 
-    def fingerprints(self) -> dict[str, str]:
-        """Of the models that the newest checkpoint was trained on.
+    def origin(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """Of the newest checkpoint: the run's config, as JSON values, and the fingerprints of its models.
 
         Raises:
             CheckpointError: when the checkpoint cannot be read.
@@ -136,13 +148,13 @@ class Checkpoints:
         items = ocp.args.Composite(metadata=ocp.args.JsonRestore())
         with self._reading(self.latest):
             found: Any = self.manager.restore(self.latest, args=items)
-            return found.metadata["fingerprints"]
+            return found.metadata["config"], found.metadata["fingerprints"]
 
     @contextmanager
     def _reading(self, step: int | None) -> Iterator[None]:
         try:
             yield
-        except (ValueError, KeyError, OSError, TypeError) as error:
+        except (ValueError, KeyError, OSError, TypeError, *self._errors) as error:
             raise CheckpointError(
                 f"checkpoint {self.manager.directory / str(step)} cannot be restored: {error}. Delete that step's"
                 " directory to go on from the one before"
@@ -184,8 +196,11 @@ class Checkpoints:
                 self.manager.close()
 
 
-def step_directory(path: Path) -> Path:
+def step_directory(path: Any) -> Any:
     """The step's directory that `path` means: itself, or the newest of a work directory.
+
+    Args:
+        path: a `location`.
 
     Raises:
         CheckpointError: when there is none.
@@ -193,7 +208,7 @@ def step_directory(path: Path) -> Path:
     if (path / "generator").is_dir():
         return path
     for parent in (path / "checkpoints", path):
-        steps = [p for p in parent.glob("*") if p.name.isdigit() and (p / "generator").is_dir()]
+        steps = [p for p in parent.glob("*") if p.name.isdigit() and complete(p)]
         if steps:
             return max(steps, key=lambda p: int(p.name))
     raise CheckpointError(
@@ -202,20 +217,32 @@ def step_directory(path: Path) -> Path:
     )
 
 
+def complete(step: Any) -> bool:
+    """Whether a step's directory holds a generator and, in a bucket, what Orbax writes there last."""
+    return (step / "generator").is_dir() and (not is_bucket(step) or (step / "commit_success.txt").exists())
+
+
 def load_checkpoint(path: str | Path) -> Loaded:
     """The generator of a run's newest checkpoint, of one step's directory, or of a portable directory.
 
     The name of a shipped one will do where there is no such directory. No optimiser state is read.
 
+    Args:
+        path: a directory, or for checkpoints an address in a bucket (gs://NAME/DIR).
+
     Raises:
         CheckpointError: when there is none or it is damaged.
+        ConfigError: for an address, where gcsfs is not installed.
     """
-    path = Path(path)
-    if not path.exists():
-        path = SHIPPED.get(str(path), path)
-    if (path / TENSORS).is_file():
-        return Loaded(**load_portable(path))
-    directory = step_directory(path).absolute()
+    place: Any = location(path)
+    try:
+        if not place.exists():
+            place = SHIPPED.get(str(path), place)
+        if not is_bucket(place) and (place / TENSORS).is_file():
+            return Loaded(**load_portable(place))
+        directory = absolute(step_directory(place))
+    except (OSError, *remote_errors(place)) as error:
+        raise CheckpointError(f"{place} cannot be read: {error}") from error
     try:
         handler = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
         items = ocp.args.Composite(
@@ -232,7 +259,7 @@ def load_checkpoint(path: str | Path) -> Loaded:
             versions=metadata["versions"],
             path=directory,
         )
-    except (ValueError, KeyError, OSError, TypeError) as error:
+    except (ValueError, KeyError, OSError, TypeError, *remote_errors(directory)) as error:
         raise CheckpointError(f"checkpoint {directory} is damaged or incomplete: {error}") from error
 
 
@@ -242,11 +269,11 @@ def find_checkpoint(config: Config, named: Path | None = None) -> Loaded:
     Raises:
         CheckpointError: when there is none.
     """
-    shipped = SHIPPED.get(config.name)
+    shipped = SHIPPED.get(config.name) if config.bucket is None else None
     if named is None and shipped is not None and not any((config.directory / "checkpoints").glob("*")):
         log.info("%s holds no run: the generator shipped for %s is used", config.directory, config.name)
         return load_checkpoint(shipped)
-    return load_checkpoint(named or config.directory)
+    return load_checkpoint(named or config.saved)
 
 
 def _one_device() -> jax.sharding.Sharding:

@@ -46,7 +46,7 @@ def save_portable(loaded: Any, directory: Path, dtype: Any) -> None:
         stored = np.asarray(value)
         tensors[name] = np.ascontiguousarray(stored.astype(dtype) if name.startswith("params/") else stored)
     # Where the run was has no meaning elsewhere.
-    config: dict[str, Any] = to_json(loaded.config) | {"workdir": None}
+    config: dict[str, Any] = to_json(loaded.config) | {"workdir": None, "bucket": None}
     config["data"] |= {"dir": None, "tfds_dir": None, "files": []}
     readable = {
         "step": loaded.step,

@@ -119,6 +119,8 @@ def make_sampler(config: Config, pair: Pair, tasks: list[Task], split: str) -> G
 def prepare_directory(config: Config) -> None:
     """Writes config.json, or compares with the one there; every process looks, process 0 writes.
 
+    With checkpoints in a bucket only process 0 looks: the others' work directories may be their own.
+
     Raises:
         CheckpointError: when the directory belongs to a run with another config.
         ConfigError: when the processes do not share the directory.
@@ -133,7 +135,9 @@ def prepare_directory(config: Config) -> None:
         except OSError as error:
             raise OutputError(f"workdir {directory} cannot be written ({error.strerror}): {remedy}") from error
         write_text(path, json.dumps(new, indent=2) + "\n", remedy)
-    if jax.process_count() > 1:
+    if config.bucket is not None and jax.process_index() > 0:
+        return
+    if jax.process_count() > 1 and config.bucket is None:
         distributed.barrier("config.json")
         if not path.exists():
             raise ConfigError(f"process 0 wrote {path}, which process {jax.process_index()} does not see: {SHARED}")
@@ -163,7 +167,7 @@ def sole_run(directory: Path) -> Iterator[None]:
         yield
 
 
-SHARED = "set --workdir to a directory that all processes share"
+SHARED = "set --workdir to a directory that all processes share, or --bucket to a bucket for the checkpoints"
 
 
 def _compare(path: Path, new: dict[str, Any]) -> None:
@@ -173,13 +177,20 @@ def _compare(path: Path, new: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{path}, the config of the run, cannot be read: {error}. Delete that file, and go on with the same config"
         ) from error
-    # Fields that were added since that run was started count as their defaults.
-    old = to_json(from_json(saved))
-    lines = difference(old, new)
-    if lines:
+    same_config(path.parent, saved, new)
+
+
+def same_config(place: str | Path, saved: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raises CheckpointError where a run was begun with other settings than it is to go on with.
+
+    Args:
+        place: of the run, for the message.
+        saved, new: as `to_json` gives them; fields that were added since the run was begun count as their defaults.
+    """
+    if lines := difference(to_json(from_json(saved)), new):
+        other = "--workdir" if isinstance(place, Path) else "--bucket"
         raise CheckpointError(
-            f"{path.parent} holds a run with another config; choose another --workdir, or undo:\n  "
-            + "\n  ".join(lines)
+            f"{place} holds a run with another config; choose another {other}, or undo:\n  " + "\n  ".join(lines)
         )
 
 

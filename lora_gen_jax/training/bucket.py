@@ -1,0 +1,58 @@
+"""Where checkpoints lie: in a directory, or in a bucket of Google Cloud Storage.
+
+In: a path as configs and flags give it, ``gs://NAME/DIR`` for a bucket. Out: a path object that reads and writes there.
+Orbax writes arrays to buckets by itself; lists and small files go through gcsfs.
+"""
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from lora_gen_jax.errors import ConfigError
+
+_ADDRESS = re.compile(r"gs:/+(?P<place>[^/].*)")
+_INSTALL = (
+    "gs:// addresses need gcsfs, which is not installed: pip install gcsfs (or this package with its extra [gcs])"
+)
+
+
+def is_bucket(path: str | Path) -> bool:
+    """Whether it is an address in a bucket. A `Path`, which makes one slash of two, will do."""
+    return _ADDRESS.fullmatch(str(path)) is not None
+
+
+def location(path: str | Path) -> Any:
+    """A `pathlib.Path`, or for an address in a bucket what behaves as one.
+
+    Raises:
+        ConfigError: for an address, where gcsfs is not installed.
+    """
+    found = _ADDRESS.fullmatch(str(path))
+    if found is None:
+        return Path(path)
+    if importlib.util.find_spec("gcsfs") is None:
+        raise ConfigError(_INSTALL)
+    import fsspec.config
+
+    # What was listed before another process, or Orbax beside gcsfs, wrote there is out of date.
+    fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
+    return epath.Path(f"gs://{found['place'].rstrip('/')}")
+
+
+def absolute(place: Any) -> Any:
+    """A `location` that does not depend on the current directory."""
+    return place if is_bucket(place) else place.absolute()
+
+
+def remote_errors(path: Any) -> tuple[type[Exception], ...]:
+    """What reading or writing at a `location` raises, beside OSError and ValueError, where it is in a bucket."""
+    if not is_bucket(path):
+        return ()
+    from aiohttp import ClientError
+    from gcsfs.retry import HttpError
+    from google.auth.exceptions import GoogleAuthError
+
+    return (HttpError, ClientError, GoogleAuthError)

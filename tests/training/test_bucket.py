@@ -1,0 +1,164 @@
+"""Checkpoints in a bucket, on a server on this machine that speaks Google Cloud Storage's interface."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bucket_server import BucketServer
+from jobs import ROOT, free_port, largest_difference, metrics, wait_for
+
+from lora_gen_jax.config import Config
+from lora_gen_jax.config_check import check
+from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.training.bucket import is_bucket, location
+from lora_gen_jax.training.portable import load_portable
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def server():
+    running = BucketServer("bucket")
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def notes(server) -> dict[str, str]:
+    """What a process needs in its environment to take the server for Google's."""
+    return {
+        "storage_emulator_host": server.address,
+        "tensorstore_gcs_http_url": server.address,
+        # No account is looked for.
+        "no_gce_check": "true",
+        "gcsfs_experimental_zb_hns_support": "false",
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(jobs):
+    """Six steps with checkpoints in the work directory."""
+    return jobs.finish(jobs.config("alone"))
+
+
+def ended(jobs, process, config: Path, name: str = "job") -> str:
+    assert process.wait(timeout=240) == 0, jobs.said(config, name)
+    return jobs.said(config, name)
+
+
+@pytest.fixture(scope="module")
+def killed(jobs, server, notes, alone) -> Path:
+    """A run whose machine is lost after the first checkpoint, and which another goes on with: its config file."""
+    config, flags = jobs.config("first"), ("--bucket", "gs://bucket/first/")
+    process = jobs.start(config, *flags, step_seconds=0.5, **notes)
+    assert wait_for(lambda: "first/checkpoints/3/commit_success.txt" in server.objects, process), jobs.said(config)
+    process.kill()
+    process.wait()
+    directory = config.with_suffix("")
+    assert not (directory / "checkpoints").exists()
+    shutil.rmtree(directory)
+    said = ended(jobs, jobs.start(config, *flags, **notes), config)
+    assert "resuming at step 3" in said
+    assert "checkpoints into gs://bucket/first" in said
+    assert [step for step, _ in metrics(directory)] == [4, 5, 6]
+    return config
+
+
+def packed(root: Path, notes: dict[str, str], checkpoint: str | Path) -> dict[str, Any]:
+    """What `pack` makes of a checkpoint, in a process of its own."""
+    out = root / f"packed-{len(list(root.glob('packed-*')))}"
+    environment = os.environ | {name.upper(): value for name, value in notes.items()}
+    command = [sys.executable, "-m", "lora_gen_jax", "pack", "--checkpoint", str(checkpoint), "--out", str(out)]
+    command += ["--dtype", "float32"]
+    subprocess.run(command, env=environment, cwd=ROOT, check=True)
+    return load_portable(out)
+
+
+def test_a_machine_that_never_saw_the_run_ends_it_bit_for_bit(jobs, notes, alone, killed):
+    one, other = packed(jobs.root, notes, alone), packed(jobs.root, notes, "gs://bucket/first")
+    assert (one["step"], other["step"]) == (6, 6)
+    assert largest_difference(one["variables"], other["variables"]) == 0
+
+
+def test_machines_that_share_nothing_but_the_bucket(jobs, notes, alone):
+    config, coordinator = jobs.config("two"), f"127.0.0.1:{free_port()}"
+    shared = ("--bucket", "gs://bucket/two", "--distributed.coordinator", coordinator, "--distributed.processes", "2")
+    machines = [jobs.root / f"machine{i}" for i in range(2)]
+    processes = [
+        jobs.start(
+            config,
+            *(*shared, "--distributed.process", str(i), "--workdir", str(machine)),
+            name=machine.name,
+            **notes,
+        )
+        for i, machine in enumerate(machines)
+    ]
+    for process, machine in zip(processes, machines, strict=True):
+        ended(jobs, process, config, machine.name)
+    assert [step for step, _ in metrics(machines[0])] == [1, 2, 3, 4, 5, 6]
+    assert not machines[1].exists()
+    one, other = packed(jobs.root, notes, alone), packed(jobs.root, notes, "gs://bucket/two/checkpoints")
+    assert largest_difference(one["variables"], other["variables"]) <= 1e-5
+
+
+def test_another_config_is_refused_where_only_the_bucket_knows_the_first(jobs, notes, killed):
+    elsewhere = ("--bucket", "gs://bucket/first", "--workdir", str(jobs.root / "elsewhere"), "--train.seed", "7")
+    process = jobs.start(killed, *elsewhere, name="other", **notes)
+    assert process.wait(timeout=240) == 2
+    said = jobs.said(killed, "other")
+    assert "gs://bucket/first holds a run with another config; choose another --bucket, or undo" in said
+    assert "train.seed: 0 -> 7" in said
+
+
+def test_evaluation_finds_the_newest_complete_step(jobs, server, notes, killed):
+    flags = ("--bucket", "gs://bucket/first", "--methods", "lora_gen", "--eval.latency", "False", "--out")
+    for name, step in (("all", "6"), ("torn", "3")):
+        out = jobs.root / f"scored-{name}"
+        process = jobs.start(killed, *flags, str(out), script=ROOT / "eval.py", name=name, **notes)
+        ended(jobs, process, killed, name)
+        found = json.loads((out / "results.json").read_text())["checkpoints"]["lora_gen"]
+        assert found["path"] == f"gs://bucket/first/checkpoints/{step}"
+        # As a step is that was being written when its machine was lost.
+        server.objects.pop("first/checkpoints/6/commit_success.txt", None)
+
+
+def test_a_bucket_that_cannot_be_written_is_named(jobs, notes):
+    config = jobs.config("absent")
+    process = jobs.start(config, "--bucket", "gs://absent/run", **notes)
+    assert process.wait(timeout=240) == 2
+    assert "a checkpoint in gs://absent/run/checkpoints cannot be written" in jobs.said(config)
+
+
+def test_addresses(monkeypatch):
+    assert [is_bucket(text) for text in ("gs://a/b", Path("gs://a/b"), "runs/a", "/gs:/a", "s3://a/b")] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert location("runs/a") == Path("runs/a")
+    assert str(location(Path("gs://a/b/"))) == "gs://a/b"
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "gcsfs" else find(name))
+    with pytest.raises(ConfigError, match="need gcsfs, which is not installed: pip install gcsfs"):
+        location("gs://a/b")
+
+
+def test_places_in_a_config():
+    config = Config(name="x", bucket="gs://a/b/")
+    assert (config.saved, Config(name="x").saved) == ("gs://a/b/", Path("runs/x"))
+    inside = config.inside("lora")
+    assert (inside.workdir, inside.bucket) == (Path("runs/x/lora"), "gs://a/b/lora")
+    assert Config(name="x").inside("lora").bucket is None
+    for bucket in ("s3://a/b", "gs://a", "runs/a"):
+        with pytest.raises(ConfigError, match=r"it must be gs://NAME/DIR"):
+            check(Config(name="x", bucket=bucket))
+    with pytest.raises(ConfigError, match=r"a bucket's address: name a directory, and the bucket with --bucket"):
+        check(Config(name="x", workdir=Path("gs://a/b")))
