@@ -251,10 +251,6 @@ def _run_rules(config: Config) -> list[tuple[bool, str]]:
         (0 <= t.warmup_steps < t.steps, f"train.warmup_steps = {t.warmup_steps} must be below train.steps = {t.steps}"),
         (t.clip_norm is None or t.clip_norm > 0, f"train.clip_norm is {t.clip_norm}; it must be positive or left out"),
         (e.shots >= 0, f"eval.shots is {e.shots}; it must be 0 or more"),
-        (
-            e.latency or not config.compare,
-            "eval.latency is off, but compare draws accuracy against latency: leave it on",
-        ),
         (e.limit is None or e.limit > 0, f"eval.limit is {e.limit}; at least 1"),
         (
             e.split == "test" or not any(name.startswith("lm_eval/") for name in e.tasks),

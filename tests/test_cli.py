@@ -310,6 +310,15 @@ def test_eval_writes_results_and_its_flags_override_the_config(capsys, tmp_path)
     assert str(tmp_path / "out" / "results.json") in err
 
 
+def test_a_comparison_needs_latencies_and_a_later_evaluation_does_not(capsys, tmp_path):
+    path = write_config(tmp_path / "tiny.py", dataclasses.replace(trained(), compare=("base", "lora_gen")))
+    flags = [str(path), "--eval.latency", "False"]
+    assert "eval.latency is off, but compare draws accuracy against latency" in refused(capsys, train_main, flags)
+    eval_main([*flags, "--methods", "base", "--limit", "1", "--out", str(tmp_path / "out")])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["methods"]["base"]["tasks"]["warm"]["latency_ms"] is None
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

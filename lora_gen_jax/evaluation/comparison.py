@@ -89,6 +89,8 @@ def check_comparison(config: Config) -> None:
         LoraGenError: for an unknown method or task, or a task that cannot be scored.
     """
     check_methods(config.compare, "compare")
+    if not config.eval.latency:
+        raise ConfigError("eval.latency is off, but compare draws accuracy against latency: leave it on")
     if any(name.startswith(PREFIX) for name in config.eval.tasks):
         raise ConfigError(
             f"compare cannot score {PREFIX} tasks after training: take them out of eval.tasks, use eval.py"
