@@ -46,7 +46,7 @@ from lora_gen_jax.training.bucket import location
 from lora_gen_jax.training.checkpoint import Loaded, check_method, check_models, complete, load_checkpoint, versions
 from lora_gen_jax.training.loop import train
 from lora_gen_jax.training.portable import SHIPPED
-from lora_gen_jax.training.prepare import prepare_directory, same_config, training_tasks
+from lora_gen_jax.training.prepare import prepare_directory, training_tasks
 
 TRAINED = ("lora_with_tools", "lora", "lora_gen")
 """Methods that are trained, each in the directory of its name."""
@@ -144,8 +144,6 @@ def train_missing(name: str, config: Config) -> None:
     """
     if complete(location(config.saved) / "checkpoints" / str(config.train.steps)):
         prepare_directory(config)
-        if config.bucket is not None:
-            same_config(config.bucket, to_json(load_checkpoint(config.bucket).config), to_json(config))
         return
     say(f"training {METHODS[name].title}")
     train(config)

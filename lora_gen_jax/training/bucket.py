@@ -1,7 +1,7 @@
 """Where checkpoints lie: in a directory, or in a bucket of Google Cloud Storage.
 
 In: a path as configs and flags give it, ``gs://NAME/DIR`` for a bucket. Out: a path object that reads and writes there.
-Orbax writes arrays to buckets by itself; lists and small files go through gcsfs.
+Orbax writes arrays to buckets by itself; lists and small files go through gcsfs and Google's own client.
 """
 
 import importlib.util
@@ -53,6 +53,7 @@ def remote_errors(path: Any) -> tuple[type[Exception], ...]:
         return ()
     from aiohttp import ClientError
     from gcsfs.retry import HttpError
+    from google.api_core.exceptions import GoogleAPIError
     from google.auth.exceptions import GoogleAuthError
 
-    return (HttpError, ClientError, GoogleAuthError)
+    return (HttpError, ClientError, GoogleAPIError, GoogleAuthError)

@@ -139,8 +139,8 @@ class Checkpoints:
         """The newest complete step."""
         return self.manager.latest_step()
 
-    def origin(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """Of the newest checkpoint: the run's config, as JSON values, and the fingerprints of its models.
+    def fingerprints(self) -> dict[str, str]:
+        """Of the models that the newest checkpoint was trained on.
 
         Raises:
             CheckpointError: when the checkpoint cannot be read.
@@ -148,7 +148,7 @@ class Checkpoints:
         items = ocp.args.Composite(metadata=ocp.args.JsonRestore())
         with self._reading(self.latest):
             found: Any = self.manager.restore(self.latest, args=items)
-            return found.metadata["config"], found.metadata["fingerprints"]
+            return found.metadata["fingerprints"]
 
     @contextmanager
     def _reading(self, step: int | None) -> Iterator[None]:
@@ -218,8 +218,8 @@ def step_directory(path: Any) -> Any:
 
 
 def complete(step: Any) -> bool:
-    """Whether a step's directory holds a generator and, in a bucket, what Orbax writes there last."""
-    return (step / "generator").is_dir() and (not is_bucket(step) or (step / "commit_success.txt").exists())
+    """Whether a step's directory holds a generator and, in a bucket, was written to its end."""
+    return (step / "generator").is_dir() and (not is_bucket(step) or ocp.utils.is_checkpoint_finalized(step))
 
 
 def load_checkpoint(path: str | Path) -> Loaded:

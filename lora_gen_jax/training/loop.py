@@ -17,7 +17,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_gen_jax.config import Config
-from lora_gen_jax.config_file import to_json
 from lora_gen_jax.data.pipeline import Batch, TrainingBatches, build_batch, validation_batches
 from lora_gen_jax.errors import LoraGenError, Stopped
 from lora_gen_jax.models import Pair, load_pair, make_generator
@@ -34,7 +33,6 @@ from lora_gen_jax.training.prepare import (
     make_sampler,
     place,
     prepare_directory,
-    same_config,
     shard_of,
     sole_run,
     training_tasks,
@@ -115,16 +113,13 @@ def set_up(config: Config, pair: Pair, mesh: Mesh, batches: TrainingBatches, exa
     `example` only gives shapes. No batch is held out yet.
 
     Raises:
-        CheckpointError: when the checkpoint there was trained on other models, or by a run with another config.
+        CheckpointError: when the checkpoint there was trained on other models.
         OutputError: when the place of checkpoints cannot be used.
     """
     generator, optimizer = make_generator(config, pair), make_optimizer(config.train)
     checkpoints = Checkpoints(location(config.saved) / "checkpoints", config.train.keep_checkpoints)
     if checkpoints.latest is not None:
-        begun, fingerprints = checkpoints.origin()
-        if config.bucket is not None:
-            same_config(config.bucket, begun, to_json(config))
-        check_models(fingerprints, pair.fingerprints, f"the run in {config.saved}")
+        check_models(checkpoints.fingerprints(), pair.fingerprints, f"the run in {config.saved}")
     state = init_state(generator, optimizer, pair.frozen, example, config.train.seed)
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
     if checkpoints.latest is not None:

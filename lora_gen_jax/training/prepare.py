@@ -30,6 +30,7 @@ from lora_gen_jax.methods import trained_method
 from lora_gen_jax.models import Pair
 from lora_gen_jax.sharding import spec
 from lora_gen_jax.training import distributed
+from lora_gen_jax.training.bucket import is_bucket, location, remote_errors
 
 log = logging.getLogger(__name__)
 # Not on Windows.
@@ -119,29 +120,46 @@ def make_sampler(config: Config, pair: Pair, tasks: list[Task], split: str) -> G
 def prepare_directory(config: Config) -> None:
     """Writes config.json, or compares with the one there; every process looks, process 0 writes.
 
-    With checkpoints in a bucket only process 0 looks: the others' work directories may be their own.
+    With checkpoints in a bucket there is one there, too, which every process looks at; the work directory may then be
+    each machine's own.
 
     Raises:
-        CheckpointError: when the directory belongs to a run with another config.
+        CheckpointError: when the directory, or the bucket, belongs to a run with another config.
         ConfigError: when the processes do not share the directory.
         OutputError: when it cannot be written.
     """
-    directory, new = config.directory, to_json(config)
-    path = directory / "config.json"
-    if jax.process_index() == 0 and not path.exists():
-        remedy = "name another with --workdir"
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"workdir {directory} cannot be written ({error.strerror}): {remedy}") from error
-        write_text(path, json.dumps(new, indent=2) + "\n", remedy)
-    if config.bucket is not None and jax.process_index() > 0:
-        return
-    if jax.process_count() > 1 and config.bucket is None:
+    new, shared = to_json(config), location(config.saved) / "config.json"
+    if jax.process_index() == 0:
+        _begin(config.directory / "config.json", new)
+        if config.bucket is not None:
+            _compare(config.directory / "config.json", new)
+            _begin_in_bucket(shared, new)
+    if jax.process_count() > 1:
         distributed.barrier("config.json")
+        if not shared.exists():
+            raise ConfigError(f"process 0 wrote {shared}, which process {jax.process_index()} does not see: {SHARED}")
+    _compare(shared, new)
+
+
+def _begin(path: Path, new: dict[str, Any]) -> None:
+    if path.exists():
+        return
+    remedy = "name another with --workdir"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"workdir {path.parent} cannot be written ({error.strerror}): {remedy}") from error
+    write_text(path, json.dumps(new, indent=2) + "\n", remedy)
+
+
+def _begin_in_bucket(path: Any, new: dict[str, Any]) -> None:
+    try:
         if not path.exists():
-            raise ConfigError(f"process 0 wrote {path}, which process {jax.process_index()} does not see: {SHARED}")
-    _compare(path, new)
+            path.write_text(json.dumps(new, indent=2) + "\n")
+    except (OSError, *remote_errors(path)) as error:
+        raise OutputError(
+            f"{path} cannot be written ({type(error).__name__}: {error}). Is there such a bucket, and may this machine write to it (--bucket)?"
+        ) from error
 
 
 @contextmanager
@@ -170,27 +188,18 @@ def sole_run(directory: Path) -> Iterator[None]:
 SHARED = "set --workdir to a directory that all processes share, or --bucket to a bucket for the checkpoints"
 
 
-def _compare(path: Path, new: dict[str, Any]) -> None:
+def _compare(path: Any, new: dict[str, Any]) -> None:
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, *remote_errors(path)) as error:
         raise CheckpointError(
             f"{path}, the config of the run, cannot be read: {error}. Delete that file, and go on with the same config"
         ) from error
-    same_config(path.parent, saved, new)
-
-
-def same_config(place: str | Path, saved: dict[str, Any], new: dict[str, Any]) -> None:
-    """Raises CheckpointError where a run was begun with other settings than it is to go on with.
-
-    Args:
-        place: of the run, for the message.
-        saved, new: as `to_json` gives them; fields that were added since the run was begun count as their defaults.
-    """
+    # Fields that were added since that run was started count as their defaults.
     if lines := difference(to_json(from_json(saved)), new):
-        other = "--workdir" if isinstance(place, Path) else "--bucket"
+        other = "--bucket" if is_bucket(path) else "--workdir"
         raise CheckpointError(
-            f"{place} holds a run with another config; choose another {other}, or undo:\n  " + "\n  ".join(lines)
+            f"{path.parent} holds a run with another config; choose another {other}, or undo:\n  " + "\n  ".join(lines)
         )
 
 

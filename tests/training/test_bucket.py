@@ -132,7 +132,10 @@ def test_a_bucket_that_cannot_be_written_is_named(jobs, notes):
     config = jobs.config("absent")
     process = jobs.start(config, "--bucket", "gs://absent/run", **notes)
     assert process.wait(timeout=240) == 2
-    assert "a checkpoint in gs://absent/run/checkpoints cannot be written" in jobs.said(config)
+    said = jobs.said(config)
+    assert "gs://absent/run/config.json cannot be written (" in said
+    assert "Is there such a bucket, and may this machine write to it" in said
+    assert "starting" not in said
 
 
 def test_addresses(monkeypatch):
