@@ -158,7 +158,8 @@ def _begin_in_bucket(path: Any, new: dict[str, Any]) -> None:
             path.write_text(json.dumps(new, indent=2) + "\n")
     except (OSError, *remote_errors(path)) as error:
         raise OutputError(
-            f"{path} cannot be written ({type(error).__name__}: {error}). Is there such a bucket, and may this machine write to it (--bucket)?"
+            f"{path} cannot be written ({type(error).__name__}: {error}). Is there such a bucket, and may this machine"
+            " write to it (--bucket)?"
         ) from error
 
 
