@@ -73,9 +73,12 @@ def overridden(config: Config, program: str, args: Sequence[str]) -> Config:
     """A config with the values of flags ``--any.field VALUE``, checked.
 
     Raises:
-        ConfigError: as `check`.
+        ConfigError: as `check`, and for flags of several processes where a command has but one.
     """
     import tyro
+
+    if not program.startswith(("train.py", "eval.py")) and any(flag.startswith("--distributed.") for flag in args):
+        raise ConfigError(f"{program} runs in one process: leave the distributed flags to train.py and eval.py")
 
     options = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
     return check(tyro.cli(Config, prog=program, args=list(args), default=config, config=options))

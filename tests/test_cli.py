@@ -284,6 +284,13 @@ def test_training_refuses_damaged_inputs_and_leaves_no_directory(capsys, config_
     assert not config.directory.exists()
 
 
+def test_commands_of_one_process_take_no_flags_for_several(capsys, tmp_path):
+    path = write_config(tmp_path / "tiny.py", trained())
+    for command in ("bench", "efficiency", "compile", "agent"):
+        err = refused(capsys, main, [command, path, "--distributed.coordinator", "10.0.0.1:8476"])
+        assert f"lora-gen {command} {path} runs in one process: leave the distributed flags" in err
+
+
 def test_training_needs_a_config_file(capsys):
     assert "name a config file first" in refused(capsys, train_main, [])
     assert "config file no.py does not exist" in refused(capsys, train_main, ["no.py"])
