@@ -26,7 +26,7 @@ from lora_gen_jax.inference.buckets import bucket, power_of_two
 from lora_gen_jax.inference.placement import mesh_of
 from lora_gen_jax.models import Pair, load_pair, make_generator
 from lora_gen_jax.sharding import evaluation_mesh
-from lora_gen_jax.training.bucket import is_bucket
+from lora_gen_jax.training.bucket import absolute, is_bucket
 from lora_gen_jax.training.checkpoint import Loaded, check_models, load_checkpoint, versions
 from lora_gen_jax.training.portable import DEFAULT, SHIPPED
 
@@ -63,14 +63,14 @@ class Specializer:
         )
         self.fit = Fit.of(loaded.variables, self.config.generator, self.layers)
         self._fingerprints = {**loaded.fingerprints, "pool": self.fit.pool}
-        shipped = any(loaded.path.absolute() == path.absolute() for path in SHIPPED.values())
-        self._checkpoint = None if shipped else str(loaded.path.absolute())
+        place = absolute(loaded.path)
+        self._checkpoint = None if place in [path.absolute() for path in SHIPPED.values()] else str(place)
         self._versions = versions()
 
     @classmethod
     def load(
         cls,
-        checkpoint: Path | None = None,
+        checkpoint: str | Path | None = None,
         cloud: str | None = None,
         edge: str | None = None,
         mesh: Mesh | None = None,

@@ -5,6 +5,7 @@ Objects have generations, which a write can ask for (ifGenerationMatch), so that
 
 import itertools
 import json
+import sys
 import threading
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,6 +29,11 @@ class BucketServer(ThreadingHTTPServer):
         self.generations, self.uploads = itertools.count(1_000_000), dict[str, str]()
         self.address = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that are killed, or have read enough, hang up."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     def close(self) -> None:
         self.shutdown()

@@ -73,11 +73,15 @@ def killed(jobs, server, notes, alone) -> Path:
 def packed(root: Path, notes: dict[str, str], checkpoint: str | Path) -> dict[str, Any]:
     """What `pack` makes of a checkpoint, in a process of its own."""
     out = root / f"packed-{len(list(root.glob('packed-*')))}"
-    environment = os.environ | {name.upper(): value for name, value in notes.items()}
-    command = [sys.executable, "-m", "lora_gen_jax", "pack", "--checkpoint", str(checkpoint), "--out", str(out)]
-    command += ["--dtype", "float32"]
-    subprocess.run(command, env=environment, cwd=ROOT, check=True)
+    ran(notes, "pack", "--checkpoint", checkpoint, "--out", out, "--dtype", "float32")
     return load_portable(out)
+
+
+def ran(notes: dict[str, str], *arguments: str | Path) -> str:
+    """What a command prints, in a process of its own."""
+    environment = os.environ | {name.upper(): value for name, value in notes.items()}
+    command = [sys.executable, "-m", "lora_gen_jax", *map(str, arguments)]
+    return subprocess.run(command, env=environment, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def test_a_machine_that_never_saw_the_run_ends_it_bit_for_bit(jobs, notes, alone, killed):
@@ -126,6 +130,14 @@ def test_evaluation_finds_the_newest_complete_step(jobs, server, notes, killed):
         assert found["path"] == f"gs://bucket/first/checkpoints/{step}"
         # As a step is that was being written when its machine was lost.
         server.objects.pop("first/checkpoints/6/commit_success.txt", None)
+
+
+def test_a_specialisation_finds_its_generator_in_the_bucket_again(jobs, notes, killed):
+    out = jobs.root / "special"
+    ran(notes, "specialize", "--checkpoint", "gs://bucket/first", "--prompt", "say one two three", "--out", out)
+    assert any('"gs://bucket/first/checkpoints/' in file.read_text() for file in out.glob("*.json"))
+    # Its experts are in no generator that is shipped.
+    ran(notes, "generate", "--specialization", out, "--input", "what kind is the sun ?", "--max-new-tokens", "2")
 
 
 def test_a_bucket_that_cannot_be_written_is_named(jobs, notes):
