@@ -123,10 +123,11 @@ def config_of(tables: Tables, run: str, seed: int) -> Config:
     assert base is not None
     change = tables.runs.get(run, {})
     shots = base.eval.shots if run == AGENT else max(tables.shots)
+    place = dataclasses.replace(base, workdir=tables.directory).inside(f"{run}/seed-{seed}")
     seeded: Change = {
         "compare": (),
-        "workdir": tables.directory / run / f"seed-{seed}",
-        "bucket": base.bucket and f"{base.bucket.rstrip('/')}/{run}/seed-{seed}",
+        "workdir": place.workdir,
+        "bucket": place.bucket,
         "train": {"seed": seed},
         "eval": {"seed": seed, "shots": shots, "latency": False},
     }
