@@ -122,6 +122,15 @@ class Checkpoints:
         with self._writing():
             self.manager.check_for_errors()
 
+    def wait(self) -> None:
+        """Until everything is on disk.
+
+        Raises:
+            OutputError: when it cannot be written.
+        """
+        with self._writing():
+            self.manager.wait_until_finished()
+
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
@@ -184,15 +193,11 @@ class Checkpoints:
         return restored, found.data
 
     def close(self) -> None:
-        """Waits until everything is on disk.
-
-        Raises:
-            OutputError: when it cannot be written.
-        """
-        with self._writing():
-            try:
-                self.manager.wait_until_finished()
-            finally:
+        """Waits, as `wait`, and ends the threads that write."""
+        try:
+            self.wait()
+        finally:
+            with self._writing():
                 self.manager.close()
 
 

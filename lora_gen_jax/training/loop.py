@@ -34,10 +34,10 @@ from lora_gen_jax.training.prepare import (
     place,
     prepare_directory,
     shard_of,
-    sole_run,
     training_tasks,
 )
 from lora_gen_jax.training.progress import Recorder
+from lora_gen_jax.training.sole import Claim, sole_run
 from lora_gen_jax.training.step import TrainState, init_state, make_train_step, make_validation_step
 
 
@@ -58,13 +58,20 @@ class Run:
     batches: TrainingBatches
     held_out: list[Batch]
     checkpoints: Checkpoints
+    claim: Claim
 
     def place(self, batch: Batch) -> Batch:
         """This process's part of a batch as global arrays, rows split over the mesh."""
         return place(batch, self.mesh)
 
     def save(self, step: int, validation_loss: float | None) -> None:
-        """Starts writing the checkpoint of this step, the newest."""
+        """Starts writing the checkpoint of this step, the newest.
+
+        Raises:
+            OutputError: when it cannot be written, or another run writes to the same bucket.
+        """
+        self.checkpoints.wait()  # for the one before, as saving would: what is checked is true when this one is written
+        self.claim.check()
         metadata = metadata_of(self.config, self.pair.fingerprints, step)
         self.checkpoints.save(self.state, self.batches.get_state(), metadata, validation_loss)
 
@@ -135,6 +142,8 @@ def set_up(config: Config, pair: Pair, mesh: Mesh, batches: TrainingBatches, exa
         batches=batches,
         held_out=[],
         checkpoints=checkpoints,
+        # Not before: a run that cannot start takes nothing from one that goes on.
+        claim=Claim(config),
     )
 
 

@@ -5,14 +5,10 @@ error before anything is written.
 """
 
 import ctypes
-import importlib
 import json
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -33,8 +29,6 @@ from lora_gen_jax.training import distributed
 from lora_gen_jax.training.bucket import is_bucket, location, remote_errors
 
 log = logging.getLogger(__name__)
-# Not on Windows.
-fcntl: ModuleType | None = importlib.import_module("fcntl") if sys.platform != "win32" else None
 
 
 def keep_freed_memory() -> None:
@@ -161,29 +155,6 @@ def _begin_in_bucket(path: Any, new: dict[str, Any]) -> None:
             f"{path} cannot be written ({type(error).__name__}: {error}). Is there such a bucket, and may this machine"
             " write to it (--bucket)?"
         ) from error
-
-
-@contextmanager
-def sole_run(directory: Path) -> Iterator[None]:
-    """A block in which no other training may write to a work directory; process 0 holds a lock on a file in it.
-
-    The lock ends with its process, however that ends. File systems that know no locks are taken as they are.
-
-    Raises:
-        OutputError: when another run holds it.
-    """
-    with ExitStack() as stack:
-        if jax.process_index() == 0 and fcntl is not None:
-            file = stack.enter_context((directory / ".lock").open("a"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise OutputError(
-                    f"another training is writing to {directory}: wait until it ends, or name another --workdir"
-                ) from error
-            except OSError as error:
-                log.warning("%s cannot be locked (%s): start no second run there", directory, error.strerror)
-        yield
 
 
 SHARED = "set --workdir to a directory that all processes share, or --bucket to a bucket for the checkpoints"

@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import os
-import shutil
+import re
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -54,20 +56,23 @@ def ended(jobs, process, config: Path, name: str = "job") -> str:
 
 
 @pytest.fixture(scope="module")
-def killed(jobs, server, notes, alone) -> Path:
-    """A run whose machine is lost after the first checkpoint, and which another goes on with: its config file."""
+def lost(jobs, server, notes, alone) -> Path:
+    """A run whose machine is taken for lost after the first checkpoint, and which another ends: its config file."""
     config, flags = jobs.config("first"), ("--bucket", "gs://bucket/first/")
-    process = jobs.start(config, *flags, step_seconds=0.5, **notes)
+    process = jobs.start(config, *flags, step_seconds=2, **notes)
     assert wait_for(lambda: "first/checkpoints/3/commit_success.txt" in server.objects, process), jobs.said(config)
-    process.kill()
-    process.wait()
-    directory = config.with_suffix("")
-    assert not (directory / "checkpoints").exists()
-    shutil.rmtree(directory)
-    said = ended(jobs, jobs.start(config, *flags, **notes), config)
+    process.send_signal(signal.SIGSTOP)
+    assert not (config.with_suffix("") / "checkpoints").exists()
+    machine = jobs.root / "machine"
+    said = ended(jobs, jobs.start(config, *flags, "--workdir", str(machine), name="next", **notes), config, "next")
     assert "resuming at step 3" in said
     assert "checkpoints into gs://bucket/first" in said
-    assert [step for step, _ in metrics(directory)] == [4, 5, 6]
+    assert [step for step, _ in metrics(machine)] == [4, 5, 6]
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(timeout=240) == 2
+    found = re.search(r"another training \((.*), since .*\) writes to gs://bucket/first now, and", jobs.said(config))
+    assert found is not None
+    assert found[1].startswith(f"on {socket.gethostname()}, process ")
     return config
 
 
@@ -85,7 +90,7 @@ def ran(notes: dict[str, str], *arguments: str | Path) -> str:
     return subprocess.run(command, env=environment, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def test_a_machine_that_never_saw_the_run_ends_it_bit_for_bit(jobs, notes, alone, killed):
+def test_a_machine_that_never_saw_the_run_ends_it_bit_for_bit(jobs, notes, alone, lost):
     one, other = load_checkpoint(alone), packed(jobs.root, notes, "gs://bucket/first")
     assert (one.step, other["step"]) == (6, 6)
     assert largest_difference(one.variables, other["variables"]) == 0
@@ -112,26 +117,26 @@ def test_machines_that_share_nothing_but_the_bucket(jobs, notes, alone):
     assert largest_difference(load_checkpoint(alone).variables, other["variables"]) <= 1e-5
 
 
-def test_another_config_is_refused_where_only_the_bucket_knows_the_first(jobs, notes, killed):
+def test_another_config_is_refused_where_only_the_bucket_knows_the_first(jobs, notes, lost):
     elsewhere = ("--bucket", "gs://bucket/first", "--workdir", str(jobs.root / "elsewhere"), "--train.seed", "7")
-    process = jobs.start(killed, *elsewhere, name="other", **notes)
+    process = jobs.start(lost, *elsewhere, name="other", **notes)
     assert process.wait(timeout=240) == 2
-    said = jobs.said(killed, "other")
+    said = jobs.said(lost, "other")
     assert "gs://bucket/first holds a run with another config; choose another --bucket, or undo" in said
     assert "train.seed: 0 -> 7" in said
 
 
-def test_evaluation_finds_the_newest_complete_step(jobs, server, notes, killed):
+def test_evaluation_finds_the_newest_complete_step(jobs, server, notes, lost):
     # As a step is that was being written when its machine was lost.
     del server.objects["first/checkpoints/6/commit_success.txt"]
     out, flags = jobs.root / "scored", ("--bucket", "gs://bucket/first", "--methods", "lora_gen")
     flags += ("--eval.latency", "False", "--out", str(out))
-    ended(jobs, jobs.start(killed, *flags, script=ROOT / "eval.py", name="eval", **notes), killed, "eval")
+    ended(jobs, jobs.start(lost, *flags, script=ROOT / "eval.py", name="eval", **notes), lost, "eval")
     found = json.loads((out / "results.json").read_text())["checkpoints"]["lora_gen"]
     assert found["path"] == "gs://bucket/first/checkpoints/3"
 
 
-def test_a_specialisation_finds_its_generator_in_the_bucket_again(jobs, notes, killed):
+def test_a_specialisation_finds_its_generator_in_the_bucket_again(jobs, notes, lost):
     out = jobs.root / "special"
     ran(notes, "specialize", "--checkpoint", "gs://bucket/first", "--prompt", "say one two three", "--out", out)
     assert any('"gs://bucket/first/checkpoints/' in file.read_text() for file in out.glob("*.json"))

@@ -24,8 +24,8 @@ from lora_gen_jax.training import loop
 from lora_gen_jax.training.checkpoint import Checkpoints, load_checkpoint, step_directory
 from lora_gen_jax.training.loop import TrainingDivergedError, train
 from lora_gen_jax.training.preemption import StopSignals
-from lora_gen_jax.training.prepare import sole_run
 from lora_gen_jax.training.progress import Recorder
+from lora_gen_jax.training.sole import sole_run
 from lora_gen_jax.training.step import TrainState
 
 
