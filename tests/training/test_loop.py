@@ -25,7 +25,7 @@ from lora_gen_jax.training.checkpoint import Checkpoints, load_checkpoint, step_
 from lora_gen_jax.training.loop import TrainingDivergedError, train
 from lora_gen_jax.training.preemption import StopSignals
 from lora_gen_jax.training.progress import Recorder
-from lora_gen_jax.training.sole import sole_run
+from lora_gen_jax.training.sole import Claim, sole_run
 from lora_gen_jax.training.step import TrainState
 
 
@@ -377,10 +377,10 @@ def profiled_run(tmp_path, monkeypatch, steps, fails_at):
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(("stop", len(done))))
     monkeypatch.setattr(loop, "_tokens", lambda batch, prompts: 1)
     state = TrainState(jnp.zeros((), jnp.int32), {}, {}, {})
-    quiet = SimpleNamespace(save=lambda *args: None, check=lambda: None, directory=tmp_path)
+    quiet = SimpleNamespace(save=lambda *args: None, check=lambda: None, wait=lambda: None, directory=tmp_path)
     pair = SimpleNamespace(frozen=None, fingerprints={})
     fields = {"config": config, "pair": pair, "mesh": None, "state": state, "train_step": step, "validate": None}
-    run = loop.Run(**fields, batches=_Endless(), held_out=[], checkpoints=quiet)
+    run = loop.Run(**fields, batches=_Endless(), held_out=[], checkpoints=quiet, claim=Claim(config))
     monkeypatch.setattr(loop.Run, "place", lambda self, batch: batch)
     return run, calls
 
