@@ -42,7 +42,7 @@ def nats(edge: Model, params: Any, task: Task, rows: int) -> float:
     held_out = task.validation if len(task.validation) >= rows else task.test
     requests = []
     for example in held_out[:rows]:
-        query, response = edge.encoder.query(example.query, example.response, False)
+        query, response = edge.encoder.query(example, False)
         requests.append(Request(query, [response]))
     scores = score(edge.decoder, params, requests, batch_tokens=BATCH_TOKENS)
     tokens = sum(len(request.continuations[0]) for request in requests)

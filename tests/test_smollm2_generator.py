@@ -9,6 +9,7 @@ from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.cli import main
 from lora_gen_jax.config_file import read_config
 from lora_gen_jax.data.descriptions import DESCRIPTIONS
+from lora_gen_jax.data.tasks import Example
 from lora_gen_jax.decoder import pretrained
 from lora_gen_jax.errors import ModelError
 from lora_gen_jax.inference.rows import Request
@@ -106,7 +107,7 @@ def test_a_tasks_own_prompt_makes_its_answers_likelier_than_none_and_than_anothe
 
 
 def _ids(encoder, query, answer):
-    query, response = encoder.query(query, answer, False)
+    query, response = encoder.query(Example("", query, answer), False)
     return query, [response]
 
 

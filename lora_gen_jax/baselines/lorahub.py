@@ -121,7 +121,7 @@ def shots_of(edge: "Model", prompt: Prompt | None) -> Pairs:
         raise DataError("method lorahub searches with a task's shots, and there are none: set eval.shots to 1 or more")
     pairs, end = [], [] if edge.encoder.end is None else [edge.encoder.end]
     for shot in prompt.shots:
-        query, response = edge.encoder.query(shot.query, shot.response, prompt.chat)
+        query, response = edge.encoder.query(shot, prompt.chat)
         pairs.append((query, [*response, *end]))
         if len(query) + len(response) > edge.config.max_positions:
             raise DataError(

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from lora_gen_jax.data.prompts import separator
+from lora_gen_jax.data.tasks import Example
 from lora_gen_jax.errors import DataError, ModelError
 
 
@@ -95,18 +96,20 @@ class Encoder:
         text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def query(self, query: str, response: str, chat: bool) -> tuple[list[int], list[int]]:
-        """Ids of a query as the edge model reads it, and of its response.
+    def query(self, example: Example, chat: bool) -> tuple[list[int], list[int]]:
+        """Ids of an example's query as the edge model reads it, and of its response.
 
         Raises:
             DataError, ModelError: as `pair` and `chat`.
         """
+        query, response = example.query, example.response
         if not chat:
             return self.pair(query, separator(query, response) + response)
         answer = self.tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
         if not answer:
             raise DataError("a response is empty: there is nothing to learn")
-        return self.chat([{"role": "user", "content": query}]), answer
+        turns = example.turns or (("user", query),)
+        return self.chat([{"role": role, "content": content} for role, content in turns]), answer
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens left out."""

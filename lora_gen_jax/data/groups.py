@@ -123,7 +123,7 @@ class GroupSampler:
         examples, queries, room, slots = [], [], c.edge_length, c.response_slots
         # A few more candidates than needed: the row is filled with those that fit.
         for index in rng.choice(len(rows), size=min(len(rows), 2 * c.queries_per_prompt), replace=False):
-            query, response = self.edge.query(rows[index].query, rows[index].response, task.chat)
+            query, response = self.edge.query(rows[index], task.chat)
             if self.split == "train" and self.edge.end is not None:
                 response = [*response, self.edge.end]
             length = len(query) + len(response) - 1

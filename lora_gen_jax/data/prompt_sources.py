@@ -131,7 +131,8 @@ def check_name(name: Any) -> str:
 
 
 def read_chat(path: Path) -> str:
-    """The system prompt of a JSON file with a conversation: a list of messages, or an object that has "messages".
+    """The system prompt of a JSON file with a conversation: a list of messages, or an object that has "messages", and
+    perhaps its system text as "system".
 
     Raises:
         DataError: naming the file, and the line or message.
@@ -144,7 +145,12 @@ def read_chat(path: Path) -> str:
         reason = "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
         raise DataError(f"{path}: not valid JSON ({reason})") from error
     try:
-        return chat_prompt(value.get("messages") if isinstance(value, dict) else value)
+        if not isinstance(value, dict):
+            return chat_prompt(value)
+        messages, system = value.get("messages"), value.get("system")
+        # Some interfaces have the system text beside the turns.
+        beside = [{"role": "system", "content": system}] if system else []
+        return chat_prompt([*beside, *messages] if isinstance(messages, list) else messages)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
 

@@ -3,7 +3,8 @@
 Every function raises DataError that says what is wrong; the caller adds file and line.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from lora_gen_jax.data.jsonl import Row
 from lora_gen_jax.data.tasks import Example
@@ -32,8 +33,12 @@ def parse_record(row: Row, example_id: str) -> Record:
     if split is not None and split not in SPLITS:
         raise DataError(f'"split" is {split!r}; it must be one of {", ".join(SPLITS)}')
     task = None if row.get("task") is None else _text(row, "task")
-    chat = "messages" in row
-    system, query, output = _messages(row) if chat else _plain(row)
+    chat, turns = "messages" in row, tuple[tuple[str, str], ...]()
+    if chat:
+        system, turns, output = _messages(row)
+        query = _conversation(turns)
+    else:
+        system, query, output = _plain(row)
     if "options" in row:
         example = _multiple_choice(row, example_id, query, chat)
         if output is not None and output.strip() != example.response.strip():
@@ -42,6 +47,8 @@ def parse_record(row: Row, example_id: str) -> Record:
         raise DataError('the field "output" is missing')
     else:
         example = Example(example_id, query, output)
+    if len(turns) > 1:
+        example = replace(example, turns=turns)
     return Record(example, system, chat, task, split)
 
 
@@ -52,16 +59,23 @@ def _plain(row: Row) -> tuple[str, str, str | None]:
     output = None if "options" in row and "output" not in row else _text(row, "output")
     if "instruction" not in row:
         return _text(row, "system"), _text(row, "input"), output
-    instruction = _text(row, "instruction")
+    instruction, system = _text(row, "instruction"), _system(row)
     given = row.get("input")
     if given is not None and not isinstance(given, str):
         raise DataError(f'"input" must be text, found {type(given).__name__}')
+    if given and given.strip():
+        return instruction if system is None else f"{system}\n\n{instruction}", given, output
     # Alpaca's rows without an input: the instruction itself is what is asked.
-    return (instruction, given, output) if given and given.strip() else (GENERIC_SYSTEM, instruction, output)
+    return GENERIC_SYSTEM if system is None else system, instruction, output
 
 
-def _messages(row: Row) -> tuple[str, str, str | None]:
-    """(system, conversation, last assistant turn); with options the conversation may end at the user's turn."""
+def _system(row: Row) -> str | None:
+    """The system text that stands beside an instruction or messages; None where there is none, or an empty one."""
+    return None if row.get("system", "") == "" else _text(row, "system")
+
+
+def _messages(row: Row) -> tuple[str, tuple[tuple[str, str], ...], str | None]:
+    """(system, turns that are asked, last assistant turn); with options the conversation may end at the user's turn."""
     messages = row["messages"]
     if not isinstance(messages, list) or not messages:
         raise DataError('"messages" must be a list with at least a user and an assistant turn')
@@ -76,7 +90,10 @@ def _messages(row: Row) -> tuple[str, str, str | None]:
             raise DataError("only the first message may have the role 'system'")
         empty_system = role == "system" and message.get("content") == ""
         turns.append((role, GENERIC_SYSTEM if empty_system else _text(message, "content")))
-    system = turns.pop(0)[1] if turns[0][0] == "system" else GENERIC_SYSTEM
+    beside = _system(row)
+    if beside is not None and turns[0][0] == "system":
+        raise DataError('the system text stands twice: as "system" and as the first message; leave one out')
+    system = turns.pop(0)[1] if turns[0][0] == "system" else beside or GENERIC_SYSTEM
     last = max((i for i, (role, _) in enumerate(turns) if role == "assistant"), default=None)
     if last is None and "options" not in row:
         raise DataError("no assistant turn, so there is no response to learn")
@@ -85,11 +102,11 @@ def _messages(row: Row) -> tuple[str, str, str | None]:
     asked = turns if last is None else turns[:last]
     if not asked or asked[-1][0] != "user":
         raise DataError("a user turn must come right before the last assistant turn")
-    return system, _conversation(asked), None if last is None else turns[last][1]
+    return system, tuple(asked), None if last is None else turns[last][1]
 
 
-def _conversation(turns: list[tuple[str, str]]) -> str:
-    """One user turn as it is; of several turns a transcript, since a query is one text."""
+def _conversation(turns: Sequence[tuple[str, str]]) -> str:
+    """One user turn as it is; of several turns a transcript, since a shot is one text."""
     if len(turns) == 1:
         return turns[0][1]
     return "\n".join(f"{role.capitalize()}: {content}" for role, content in turns)

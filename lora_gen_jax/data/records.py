@@ -3,9 +3,10 @@
 A row is one of
     {"system", "input", "output"}
     {"messages": [{"role": "system" | "user" | "assistant", "content"}, …]}      chat: the tokeniser's template applies
-    {"instruction", "input", "output"}                                           Alpaca's rows as they are
+    {"instruction", "input", "output"}                                           Alpaca's rows; without output: left out
 and may carry "task" (its name), "split" ("train" | "validation" | "test"), "id", and for multiple choice "options"
-with "gold" (an index) or "answer" (an option's text, letter or index). Other fields are ignored.
+with "gold" (an index) or "answer" (an option's text, letter or index); the second and third form may have their
+system text as "system", too. Other fields are ignored.
 
 Rows of one file with the same system text are one task, so that shots and queries share a prompt. Rows with the same
 "task" are one task too, whatever their file in a directory; their different system texts are wordings of its
@@ -13,19 +14,24 @@ description.
 """
 
 import hashlib
+import logging
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_gen_jax.data.jsonl import Row, map_rows, read_rows
 from lora_gen_jax.data.record_rows import GENERIC_SYSTEM, Record, parse_record
-from lora_gen_jax.data.tasks import Example, Task, hash_slice, stable_hash, without_queries
+from lora_gen_jax.data.tasks import Example, Task, hash_slice, partition, stable_hash, without_queries
 from lora_gen_jax.errors import DataError
 
 __all__ = ["GENERIC_SYSTEM", "load_records"]
 
+log = logging.getLogger(__name__)
 _SPLIT_FROM = 20
-"""Tasks with fewer rows are training data altogether: one or two test rows would measure nothing."""
+"""Tasks with fewer different queries are training data altogether: one or two test rows would measure nothing."""
 _HELD_OUT_PERCENT = 5
+_LARGEST_PERCENT = 20
+"""Rows that share their query, if they are a larger part of a task, are training data: all of them go to one split."""
 
 
 @dataclass
@@ -42,8 +48,8 @@ def load_records(path: str | Path) -> list[Task]:
     """The tasks in a file, or in all `*.jsonl` and `*.json` files of a directory (by name, not below it).
 
     A task is named by its "task" field, else by its file; where a file holds several system texts, each task's name
-    adds a hash of its text. Rows without "split" are training rows, except in tasks of at least 20 rows in which no
-    row has one: there about 5 % are test and 5 % validation rows, by a hash of the query.
+    adds a hash of its text. Rows without "split" are training rows, except in tasks of at least 20 different queries in
+    which no row has one: there about 5 % are test and 5 % validation rows, by a hash of the query.
     Raises DataError with file and line for anything malformed; nothing is returned then.
     """
     root = Path(path)
@@ -58,7 +64,10 @@ def load_records(path: str | Path) -> list[Task]:
     groups: dict[tuple[str, ...], _Group] = {}
     for file in files:
         _collect(file, groups)
-    tasks = [_make_task(name, group) for name, group in zip(_names(groups), groups.values(), strict=True)]
+    if not groups:
+        raise DataError(f'{root}: every row has an empty "output", so there is nothing to learn (data.files)')
+    made = zip(_names(groups), map(_salt, groups), groups.values(), strict=True)
+    tasks = [_make_task(name, salt, group) for name, salt, group in made]
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -69,9 +78,14 @@ def load_records(path: str | Path) -> list[Task]:
 def _collect(path: Path, groups: dict[tuple[str, ...], _Group]) -> None:
     """Adds the rows of one file to the groups they belong to."""
     ids: set[str] = set()
+    unanswered = 0
 
     def add(index: int, row: Row) -> None:
+        nonlocal unanswered
         row = {name: value for name, value in row.items() if value is not None}  # null: as if it were not there
+        if "instruction" in row and "options" not in row and str(row.get("output", "?")).strip() == "":
+            unanswered += 1  # Alpaca's files have some
+            return
         example_id = f"{path.stem}-{index}"
         if "id" in row:
             example_id = f"{path.stem}/{row['id']}"
@@ -86,6 +100,8 @@ def _collect(path: Path, groups: dict[tuple[str, ...], _Group]) -> None:
         group.splits.setdefault(record.split, []).append(record.example)
 
     map_rows(path, read_rows(path), add)
+    if unanswered:
+        log.warning('%s: %d rows with an "instruction" have an empty "output" and are left out', path, unanswered)
 
 
 def _group_key(path: Path, record: Record) -> tuple[str, ...]:
@@ -112,11 +128,17 @@ def _digest(*parts: str) -> str:
     return hashlib.blake2b("\x1f".join(parts).encode("utf-8"), digest_size=6).hexdigest()
 
 
-def _make_task(name: str, group: _Group) -> Task:
+def _salt(key: tuple[str, ...]) -> str:
+    """What tells tasks' splits apart: not the name, which changes when a file gets a second system text."""
+    kind, name, *rest = key
+    return name if kind == "task" else _digest(*rest)
+
+
+def _make_task(name: str, salt: str, group: _Group) -> Task:
     rows = group.splits
     unmarked = rows.get(None, [])
-    if len(rows) == 1 and len(unmarked) >= _SPLIT_FROM:
-        train, validation, test = _hash_split(name, unmarked)
+    if len(rows) == 1 and len({example.query_key for example in unmarked}) >= _SPLIT_FROM:
+        train, validation, test = _hash_split(salt, unmarked)
     else:
         train = [*rows.get("train", []), *unmarked]
         validation, test = rows.get("validation", []), rows.get("test", [])
@@ -135,15 +157,20 @@ def _make_task(name: str, group: _Group) -> Task:
     )
 
 
-def _hash_split(name: str, rows: list[Example]) -> tuple[list[Example], list[Example], list[Example]]:
-    """(train, validation, test). A row's place depends on its text alone, so rows added later move no other row."""
+def _hash_split(salt: str, rows: list[Example]) -> tuple[list[Example], list[Example], list[Example]]:
+    """(train, validation, test). A row's place depends on its text alone, so rows added later move no other row.
+
+    Queries of very many rows are the exception, and the one query that is taken where the hash holds none out.
+    """
+    counts = Counter(example.query_key for example in rows)
+    common, rare = partition(rows, lambda _, example: counts[example.query_key] * 100 > _LARGEST_PERCENT * len(rows))
     parts: tuple[list[Example], ...] = ([], [], [])
-    for example in rows:
-        percent = stable_hash(name, example.query_key) % 100
+    for example in rare:
+        percent = stable_hash(salt, example.query_key) % 100
         parts[2 if percent < _HELD_OUT_PERCENT else 1 if percent < 2 * _HELD_OUT_PERCENT else 0].append(example)
     train, validation, test = parts
     if not test:
-        test, train = hash_slice(train, 1, f"{name}/test")
+        test, train = hash_slice(train, 1, f"{salt}/test")
     if not validation:
-        validation, train = hash_slice(train, 1, f"{name}/validation")
-    return train, validation, test
+        validation, train = hash_slice(train, 1, f"{salt}/validation")
+    return [*common, *train], validation, test

@@ -32,6 +32,8 @@ class Example:
     contexts: tuple[str, ...] = ()
     option_lengths: tuple[int, ...] = ()
     """Characters of every option as lm-evaluation-harness counts them for `acc_norm`: without the delimiting space."""
+    turns: tuple[tuple[str, str], ...] = ()
+    """(role, content) of a conversation with several turns, the user's last; `query` is its transcript then."""
 
     @cached_property
     def query_key(self) -> str:

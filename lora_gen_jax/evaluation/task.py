@@ -136,7 +136,7 @@ def scored_documents(task: Task, settings: EvalConfig) -> list[Example]:
     """The test documents that are scored.
 
     Raises:
-        DataError: when there are none, when some have options and some have none, or when they are chats.
+        DataError: when there are none, when some have options and some have none, or when the task is a chat.
     """
     documents = list(task.test[: settings.limit])
     if not documents:
@@ -146,8 +146,8 @@ def scored_documents(task: Task, settings: EvalConfig) -> list[Example]:
             raise DataError(
                 f"task {task.name}, document {document.id}: give all documents options to choose from, or none"
             )
-    if task.chat and not documents[0].options:
-        raise DataError(f"task {task.name}: free-form chats cannot be scored; give plain inputs, or options")
+    if task.chat:
+        raise DataError(f'task {task.name}: chats cannot be scored; give "system" and "input" instead of "messages"')
     return documents
 
 

@@ -278,7 +278,7 @@ def test_the_task_is_answered_by_the_merged_weights_that_were_found(setting):
     made = lorahub.METHOD.specialise(loaded.config, pair, loaded)(PROMPT)
     assert made.adapter is None
     assert made.prefix is None
-    pairs = [pair.edge.encoder.query(shot.query, shot.response, False) for shot in SHOTS]
+    pairs = [pair.edge.encoder.query(shot, False) for shot in SHOTS]
     pairs = [(query, [*response, pair.edge.encoder.end]) for query, response in pairs]
     # Every shot by itself, as the model reads it, through the merged weights: its answer and the end.
     said = logits(pair.edge.decoder, made.params, *padded([query + response for query, response in pairs], 12))

@@ -102,6 +102,11 @@ def test_files_of_a_conversation_and_of_shots(tmp_path):
     assert read_chat(tmp_path / "chat.json") == TEXT
     (tmp_path / "body.json").write_text(json.dumps({"model": "x", "messages": CHAT}))
     assert read_chat(tmp_path / "body.json") == TEXT
+    (tmp_path / "beside.json").write_text(json.dumps({"system": CHAT[0]["content"], "messages": CHAT[1:]}))
+    assert read_chat(tmp_path / "beside.json") == TEXT
+    (tmp_path / "twice.json").write_text(json.dumps({"system": "Be brief.", "messages": CHAT}))
+    with pytest.raises(DataError, match=r'only the first message may have the role "system"'):
+        read_chat(tmp_path / "twice.json")
     shots = write_rows(
         tmp_path / "shots.jsonl", [{"input": "cow", "output": "calf"}, {"query": "owl", "response": "o"}]
     )

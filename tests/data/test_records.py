@@ -57,6 +57,23 @@ def test_messages(tmp_path: Path) -> None:
     assert len(generic.train) == 2
     assert len({brief.name, generic.name, "talk"}) == 3
     assert brief.name.startswith("talk/")
+    assert [e.turns for e in brief.train] == [(), (("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"))]
+
+
+def test_a_system_text_beside_messages_or_an_instruction(tmp_path: Path) -> None:
+    beside, first = _turns("Hi", "Hello"), _turns("Be brief.", "Hi", "Hello", first="system")
+    (chat,) = _load(tmp_path / "c.jsonl", {"system": "Be brief.", "messages": beside}, {"messages": first})
+    assert chat.descriptions == ("Be brief.",)
+    (generic,) = _load(tmp_path / "g.jsonl", {"system": "", "messages": beside})
+    assert generic.descriptions == (GENERIC_SYSTEM,)
+    with pytest.raises(DataError, match=r"t\.jsonl:1: the system text stands twice"):
+        _load(tmp_path / "t.jsonl", {"system": "Be rude.", "messages": first})
+    asked = {"system": "You are a poet.", "instruction": "Name a colour.", "output": "Red"}
+    (poet,) = _load(tmp_path / "p.jsonl", asked)
+    assert (poet.descriptions, poet.train[0].query) == (("You are a poet.",), "Name a colour.")
+    (given,) = _load(tmp_path / "i.jsonl", asked | {"input": "of the sea"})
+    assert given.descriptions == ("You are a poet.\n\nName a colour.",)
+    assert given.train[0].query == "of the sea"
 
 
 def test_alpaca_rows(tmp_path: Path) -> None:
@@ -73,6 +90,15 @@ def test_alpaca_rows(tmp_path: Path) -> None:
     assert [e.query for e in counting.train] == ["a b", "a b c"]
     assert generic.descriptions == (GENERIC_SYSTEM,)
     assert [(e.query, e.response) for e in generic.train] == [("Name a colour.", "Red"), ("Name a fish.", "Cod")]
+
+
+def test_alpaca_rows_without_an_answer_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    empty = {"instruction": "Draw a cat.", "input": "", "output": " "}
+    (task,) = _load(tmp_path / "a.jsonl", empty, {"instruction": "Name a fish.", "output": "Cod"})
+    assert [e.response for e in task.train] == ["Cod"]
+    assert '1 rows with an "instruction" have an empty "output" and are left out' in caplog.text
+    with pytest.raises(DataError, match='every row has an empty "output"'):
+        _load(tmp_path / "b.jsonl", empty)
 
 
 def test_multiple_choice(tmp_path: Path) -> None:
@@ -122,9 +148,23 @@ def test_hash_split(tmp_path: Path) -> None:
     assert 60 < len(task.test) < 140
     assert 60 < len(task.validation) < 140
     assert len(task.train) + len(task.validation) + len(task.test) == 2000
-    # Rows added later move no other row, nor does their order.
-    grown = _load(tmp_path / "big.jsonl", *[_plain(f"p{i}") for i in range(500)], *rows[::-1])[0]
-    assert {e.query for e in task.test} <= {e.query for e in grown.test}
+    # Rows added later move no other row, nor does their order, nor a second system text, which changes the name.
+    other = {"system": "Translate to French.", "input": "cat", "output": "chat"}
+    grown = _load(tmp_path / "big.jsonl", *[_plain(f"p{i}") for i in range(500)], *rows[::-1], other)[0]
+    assert grown.name != task.name
+    assert {e.query for e in task.test} == {e.query for e in grown.test} & {row["input"] for row in rows}
+
+
+def test_hash_split_of_queries_that_repeat(tmp_path: Path) -> None:
+    (task,) = _load(tmp_path / "same.jsonl", *[_plain("a joke", f"joke {i}") for i in range(40)])
+    assert (len(task.train), len(task.validation), len(task.test)) == (40, 0, 0)
+    # A large part of a task is never held out, whatever its hash.
+    for name in range(40):
+        common = [_plain(f"again {name}", f"{i}") for i in range(100)]
+        (task,) = _load(tmp_path / "many.jsonl", *common, *[_plain(f"q{i}") for i in range(30)])
+        assert len(task.train) >= 100
+        assert task.test
+        assert task.validation
 
 
 def test_fifty_thousand_distinct_instructions(tmp_path: Path) -> None:

@@ -115,9 +115,10 @@ def test_standard_error_by_hand():
     assert exact_match([True])["stderr"] == 0.0
 
 
-def test_chats_without_options_are_refused(edge):
-    task = Task("talk", ("be kind",), (), [Example("a", "hello", "hello")], chat=True, source="x")
-    with pytest.raises(DataError, match="task talk: free-form chats cannot be scored"):
+@pytest.mark.parametrize("options", [(), (" a", " b")])
+def test_chats_are_refused(edge, options):
+    task = Task("talk", ("be kind",), (), [Example("a", "hello", " a", options, 0)], chat=True, source="x")
+    with pytest.raises(DataError, match="task talk: chats cannot be scored"):
         evaluate_task(edge, task, System(lambda task: Specialised(edge.params)), SETTINGS)
 
 

@@ -1,0 +1,33 @@
+"""Queries as the edge model reads them: plain texts, and conversations through the tokenizer's template."""
+
+import pytest
+from helpers import write_tokenizer
+
+from lora_gen_jax.data.encode import Encoder
+from lora_gen_jax.data.tasks import Example
+from lora_gen_jax.decoder.pretrained import load_tokenizer
+from lora_gen_jax.errors import ModelError
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    size = write_tokenizer(tmp_path)
+    return Encoder(load_tokenizer(str(tmp_path)), size)
+
+
+def test_a_conversation_is_read_turn_by_turn_as_when_it_is_served(encoder):
+    turns = (("user", "red"), ("assistant", "blue"), ("user", "green"))
+    example = Example("1", "User: red\nAssistant: blue\nUser: green", "yellow", turns=turns)
+    with pytest.raises(ModelError, match="no chat template"):
+        encoder.query(example, chat=True)
+    encoder.tokenizer.chat_template = TEMPLATE
+    query, response = encoder.query(example, chat=True)
+    assert query == encoder.chat([{"role": role, "content": content} for role, content in turns])
+    assert response == encoder.tokenizer("yellow", add_special_tokens=False)["input_ids"]
+    one, _ = encoder.query(Example("2", "red", "blue"), chat=True)
+    assert one == encoder.chat([{"role": "user", "content": "red"}])
