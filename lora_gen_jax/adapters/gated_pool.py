@@ -129,12 +129,17 @@ class GatedPool(AdapterBase):
 
 
 def gated_product(gates_E: jax.Array, a_EDR: jax.Array, b_ERF: jax.Array, scale: float) -> jax.Array:
-    """Equation 8: ΔW = scale·Σ_e G_e·A_e·B_e, [D, F], as one matmul of rank E·R."""
+    """Equation 8: ΔW = scale·Σ_e G_e·A_e·B_e, [D, F], as one matmul of rank E·R.
+
+    Exact in the factors' type: by default TPUs and GPUs round the operands of fp32 products to fewer bits.
+    """
     E, D, R = a_EDR.shape
     a = (a_EDR * (gates_E * scale)[:, None, None]).transpose(1, 0, 2).reshape(D, E * R)
-    return a @ b_ERF.reshape(E * R, -1)
+    return jnp.matmul(a, b_ERF.reshape(E * R, -1), precision="highest")
 
 
 def mixed_factors(gates_E: jax.Array, a_EDR: jax.Array, b_ERF: jax.Array, scale: float) -> jax.Array:
     """The variant with cross terms: ΔW = scale·(Σ_e G_e·A_e)·(Σ_e G_e·B_e), [D, F], of rank R."""
-    return scale * jnp.einsum("e,edr->dr", gates_E, a_EDR) @ jnp.einsum("e,erf->rf", gates_E, b_ERF)
+    a_DR = jnp.einsum("e,edr->dr", gates_E, a_EDR, precision="highest")
+    b_RF = jnp.einsum("e,erf->rf", gates_E, b_ERF, precision="highest")
+    return jnp.matmul(scale * a_DR, b_RF, precision="highest")

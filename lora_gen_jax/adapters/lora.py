@@ -102,7 +102,7 @@ class LoRA(AdapterBase):
         if site not in self.scanned:
             return None
         a, b = (self.scanned[site][name].astype(jnp.float32) for name in ("a", "b"))
-        return self.scale * (a @ b)
+        return self.scale * jnp.matmul(a, b, precision="highest")
 
 
 class PromptLoRA(AdapterBase):
@@ -137,7 +137,7 @@ class PromptLoRA(AdapterBase):
             return None
         a, b = (self.scanned[site][name].astype(jnp.float32) for name in ("a", "b"))
         require_single(a.shape[0])
-        return self.scale * (a[0] @ b[0])
+        return self.scale * jnp.matmul(a[0], b[0], precision="highest")
 
     @property
     def prompts(self) -> int:

@@ -26,12 +26,16 @@ ACTIVATIONS = {
 
 
 class Linear(nn.Module):
-    """x·W (+ b) (+ what an adapter adds for the site that this module is named after)."""
+    """x·W (+ b) (+ what an adapter adds for the site that this module is named after).
+
+    It computes in `dtype`; the result is of `out_dtype`, where that is given, without having been rounded to `dtype`.
+    """
 
     features: int
     axes: tuple[str, str]
     use_bias: bool = False
     dtype: jax.typing.DTypeLike = jnp.float32
+    out_dtype: jax.typing.DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, adapter: Adapter | None = None) -> jax.Array:
@@ -40,14 +44,14 @@ class Linear(nn.Module):
         kernel = self.param("kernel", init, (x_BTD.shape[-1], self.features))
         # Stored in pieces, gathered here: the alternative, partial sums of all rows, moves far more.
         kernel = constrain(kernel.astype(self.dtype), *(None if axis == "embed" else axis for axis in self.axes))
-        y = x_BTD @ kernel
+        y = jnp.matmul(x_BTD, kernel, preferred_element_type=self.out_dtype)
         if self.use_bias:
             init = partitioned(nn.initializers.zeros_init(), self.axes[1])
             bias = self.param("bias", init, (self.features,))
-            y = y + bias.astype(self.dtype)[None, None]
+            y = y + bias.astype(y.dtype)[None, None]
         if adapter is not None and self.name is not None:
             delta = adapter.delta(self.name, x_BTD, dropout_key(self))
-            y = y if delta is None else y + delta.astype(self.dtype)
+            y = y if delta is None else y + delta.astype(y.dtype)
             record(self, adapter, self.name, x_BTD)
         return y
 

@@ -74,7 +74,7 @@ class Decoder(nn.Module):
         )(c, self.dtype, self.attention)
         self.final_norm = Norm(c, self.dtype)
         if not c.tied_embeddings:
-            self.unembed = Linear(c.vocab_size, ("embed", "vocab"), dtype=self.dtype)
+            self.unembed = Linear(c.vocab_size, ("embed", "vocab"), dtype=self.dtype, out_dtype=jnp.float32)
 
     def table(self, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> nn.Module:
         return _Table(shape, axes, name=name)
@@ -169,11 +169,8 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Next-token logits [B, T, V] in fp32, soft-capped where the family says so."""
-        if self.config.tied_embeddings:
-            logits = self.embedding.attend(hidden_BTD)
-        else:
-            logits = self.unembed(hidden_BTD).astype(jnp.float32)
-        cap = self.config.logit_softcap
+        unembed = self.embedding.attend if self.config.tied_embeddings else self.unembed
+        logits, cap = unembed(hidden_BTD), self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 

@@ -99,7 +99,9 @@ class BatchNorm(nn.Module):
 class Router(nn.Module):
     """Meta tokens to gates: BatchNorm(f2(SiLU(f1(T)))), softmax, K largest kept and renormalised.
 
-    f1 and f2 have no bias: BatchNorm cancels it, and AdamW would turn its rounding noise into full-size steps.
+    f1 and f2 have no bias: BatchNorm cancels it, and AdamW would turn its rounding noise into full-size steps. Their
+    products are small and exact: by default TPUs and GPUs round the operands of fp32 products to fewer bits, which
+    turns near ties among experts.
 
     Attributes:
         num_experts: E.
@@ -138,7 +140,8 @@ class Router(nn.Module):
         init = nn.initializers.lecun_normal()
         f1 = self.param("f1", init, (meta_BLC.shape[-1], self.width))
         f2 = self.param("f2", init, (self.width, self.num_experts))
-        logits_BLE = jax.nn.silu(meta_BLC.astype(jnp.float32) @ f1) @ f2
+        hidden_BLH = jax.nn.silu(jnp.matmul(meta_BLC.astype(jnp.float32), f1, precision="highest"))
+        logits_BLE = jnp.matmul(hidden_BLH, f2, precision="highest")
         if self.batch_norm:
             # By layer, a layer's expert is a feature of its own.
             features = logits_BLE.reshape(logits_BLE.shape[0], -1) if self.by_layer else logits_BLE

@@ -41,10 +41,10 @@ FAMILIES = {
 BYTES = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]  # GPT-2's alphabet
 
 
-def hf_directory(directory, family):
+def hf_directory(directory, family, **more):
     """Random weights as a Hugging Face directory; returns the tensors too."""
     directory.mkdir()
-    config = SIZES | FAMILIES[family] | {"model_type": family}
+    config = SIZES | FAMILIES[family] | {"model_type": family} | more
     (directory / "config.json").write_text(json.dumps(config))
     rng = np.random.default_rng(0)
     table = list(pretrained.leaves(pretrained.load_config(directory)))
@@ -102,9 +102,14 @@ def llama(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_same_model_as_the_hugging_face_directory(tmp_path, family):
-    tensors = hf_directory(tmp_path / "hf", family)
+BIASES = {"attention_bias": True, "mlp_bias": True}
+
+
+@pytest.mark.parametrize(
+    ("family", "more"), [*((family, {}) for family in FAMILIES), ("llama", BIASES)], ids=[*FAMILIES, "llama_biased"]
+)
+def test_same_model_as_the_hugging_face_directory(tmp_path, family, more):
+    tensors = hf_directory(tmp_path / "hf", family, **more)
     to_gguf(tmp_path / "model.gguf", family, tensors)
     assert pretrained.load_config(tmp_path / "model.gguf") == pretrained.load_config(tmp_path / "hf")
     # float32(w + 1) - 1 is not w to the last bit.

@@ -292,6 +292,18 @@ def test_keys_that_rows_share_are_as_if_each_row_had_them(cap):
     np.testing.assert_allclose(parts, whole, atol=1e-6)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_of_bf16_models_are_not_rounded_to_bf16(tied):
+    config = dataclasses.replace(EDGE, tied_embeddings=tied)
+    decoder, params = Decoder(config, dtype=jnp.bfloat16), random_params(config)
+    hidden_BTD = jax.random.normal(jax.random.key(1), (2, 8, EDGE.width), jnp.bfloat16)
+    found = np.asarray(decoder.apply({"params": params}, hidden_BTD, method="logits"))
+    table = params["embed"]["embedding"].T if tied else params["unembed"]["kernel"]
+    wanted = np.asarray(hidden_BTD, np.float32) @ np.asarray(table.astype(jnp.bfloat16), np.float32)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_an_unknown_recomputation_policy_is_named():
     with pytest.raises(ConfigError, match="remat='some' is unknown; use one of none, dots, full"):
         logits(Decoder(EDGE, remat="some"), {}, np.zeros((1, 2), np.int32))

@@ -109,6 +109,7 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
         "max_position_embeddings": file.get("context_length"),
         "rms_norm_eps": _float32(file.get("attention.layer_norm_rms_epsilon")),
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "rope_theta": _float32(file.get("rope.freq_base", 10_000.0)),
         **{key: value for key, value in special.items() if value is not None},
