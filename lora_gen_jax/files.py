@@ -108,7 +108,7 @@ def text_argument(value: str, flag: str) -> str:
     text = value
     if value.startswith("@"):
         try:
-            text = Path(value[1:]).read_text(encoding="utf-8")
+            text = Path(value[1:]).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise DataError(f"{flag} names the file {value[1:]}, which cannot be read: {reason}") from error

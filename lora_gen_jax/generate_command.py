@@ -249,4 +249,6 @@ def _works(flags: Generate, edge: "Model", source: str, asked: list[tuple[str, "
 
 
 def _ids(edge: "Model", text: str, chat: bool) -> list[int]:
+    # As in training, where queries end without whitespace: a file's last line break would change the answer.
+    text = text.rstrip()
     return edge.encoder.chat([{"role": "user", "content": text}]) if chat else edge.encoder.text(text)

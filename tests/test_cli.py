@@ -73,6 +73,22 @@ def test_another_prompt_specialises_for_another_task(capsys, tmp_path):
     assert capsys.readouterr().out.split() == ["two"]
 
 
+def test_texts_are_read_without_what_editors_put_around_them(capsys, tmp_path):
+    """A byte-order mark before a prompt, a line break behind an input: the small model goes astray with either."""
+    prompt, question = "Give the sound of this animal.\n\nowl:\nhoot", "cow:"
+    found = []
+    for name, before, after in (("plain", b"", b""), ("edited", b"\xef\xbb\xbf", b" \r\n")):
+        (tmp_path / f"{name}.txt").write_bytes(before + prompt.encode())
+        (tmp_path / f"{name}.in").write_bytes(question.encode() + after)
+        out = str(tmp_path / name)
+        main(["specialize", "--checkpoint", "quickstart", "--prompt", f"@{out}.txt", "--out", out])
+        capsys.readouterr()
+        main(["generate", "--specialization", out, "--input", f"@{out}.in", "--max-new-tokens", "8"])
+        found.append((json.loads((Path(out) / "specialization.json").read_text())["gates"], capsys.readouterr().out))
+    assert found[0] == found[1]
+    assert found[0][1].strip()
+
+
 def test_generate_streams_as_many_tokens_as_asked_and_draws_by_its_seed(special, capsys):
     def answer(*flags):
         main(["generate", "--specialization", str(special), "--input", "cold tree", "--max-new-tokens", "6", *flags])

@@ -63,6 +63,7 @@ def workload_of_sizes(pair: Pair, instruction: int, query: int, new_tokens: int)
 def workload_of_texts(pair: Pair, prompt: str, query: str, new_tokens: int) -> Workload:
     """A real prompt and query: the prompt, a blank line, the query."""
     encoder = pair.edge.encoder
+    query = query.rstrip()
     whole, alone = encoder.text(prompt.rstrip() + "\n\n" + query), encoder.prompt(prompt)
     same = (a == b for a, b in zip(whole[:-1], alone, strict=False))
     kept = next((i for i, equal in enumerate(same) if not equal), min(len(whole) - 1, len(alone)))

@@ -180,7 +180,8 @@ class Sides:
         """
         encoder = self.pair.edge.encoder
         if not self.chat:
-            return encoder.text(f"{case.prompt.rstrip()}\n\n{case.input}"), encoder.text(case.input)
+            asked = case.input.rstrip()
+            return encoder.text(f"{case.prompt.rstrip()}\n\n{asked}"), encoder.text(asked)
         import jinja2
 
         user = {"role": "user", "content": case.input}
