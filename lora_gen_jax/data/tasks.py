@@ -6,9 +6,10 @@ order of a file: the same rows are chosen in every process, from JSONL and from 
 
 import hashlib
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 _PUNCTUATION = re.compile(r"[\s.,;:!?\"'`\u2018\u2019\u201c\u201d]+")
 
@@ -85,6 +86,18 @@ def stable_hash(*parts: str) -> int:
     """A 64-bit hash of the texts, the same in every process and on every machine."""
     digest = hashlib.blake2b("\x1f".join(parts).encode("utf-8"), digest_size=8).digest()
     return int.from_bytes(digest, "big")
+
+
+def contents(tasks: Iterable[Task]) -> dict[str, str]:
+    """By source, 16 hex digits of all that training reads of its tasks: descriptions, training and validation rows."""
+    found: dict[str, Any] = {}
+    for task in tasks:
+        rows = ((e.query, e.response, e.options, e.turns) for split in (task.train, task.validation) for e in split)
+        digest = found.setdefault(task.source, hashlib.blake2b(digest_size=8))
+        digest.update(repr((task.name, task.descriptions, task.chat, len(task.train))).encode())
+        for row in rows:
+            digest.update(repr(row).encode())
+    return {source: digest.hexdigest() for source, digest in found.items()}
 
 
 def hash_slice(examples: Sequence[Example], count: int, salt: str) -> tuple[list[Example], list[Example]]:

@@ -148,8 +148,8 @@ class Checkpoints:
         """The newest complete step."""
         return self.manager.latest_step()
 
-    def fingerprints(self) -> dict[str, str]:
-        """Of the models that the newest checkpoint was trained on.
+    def made_with(self) -> tuple[dict[str, str], dict[str, str]]:
+        """(fingerprints of the models, contents of the tasks) that the newest checkpoint was trained with.
 
         Raises:
             CheckpointError: when the checkpoint cannot be read.
@@ -157,7 +157,7 @@ class Checkpoints:
         items = ocp.args.Composite(metadata=ocp.args.JsonRestore())
         with self._reading(self.latest):
             found: Any = self.manager.restore(self.latest, args=items)
-            return found.metadata["fingerprints"]
+            return found.metadata["fingerprints"], found.metadata.get("tasks", {})
 
     @contextmanager
     def _reading(self, step: int | None) -> Iterator[None]:
@@ -285,9 +285,28 @@ def _one_device() -> jax.sharding.Sharding:
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
-def metadata_of(config: Config, fingerprints: dict[str, str], step: int) -> dict[str, Any]:
-    """What a checkpoint says about itself."""
-    return {"step": step, "config": to_json(config), "fingerprints": fingerprints, "versions": versions()}
+def metadata_of(config: Config, fingerprints: dict[str, str], contents: dict[str, str], step: int) -> dict[str, Any]:
+    """What a checkpoint says about itself; `contents` are those of the tasks it was trained on."""
+    made_with = {"fingerprints": fingerprints, "tasks": contents, "versions": versions()}
+    return {"step": step, "config": to_json(config), **made_with}
+
+
+def check_tasks(expected: dict[str, str], found: dict[str, str], what: str) -> None:
+    """A run goes on with the rows that it began with.
+
+    Args:
+        expected: as `data.tasks.contents` gave them; empty for a checkpoint of a version that did not note them.
+        found: what they are now.
+        what: the run.
+
+    Raises:
+        CheckpointError: naming the tasks that were changed.
+    """
+    if changed := sorted(source for source in expected if expected[source] != found.get(source)):
+        raise CheckpointError(
+            f"{what} was trained on other rows of {', '.join(changed)}: put the data back as it was, or name"
+            " another --workdir"
+        )
 
 
 def check_method(loaded: Loaded, method: str) -> None:

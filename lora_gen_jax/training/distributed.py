@@ -5,6 +5,7 @@ Kubernetes jobs processes find each other by what the system says; elsewhere fla
 nothing and waits for nothing.
 """
 
+import hashlib
 import logging
 import os
 import sys
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax._src import distributed as jax_distributed
 from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
@@ -102,6 +104,15 @@ def detected_processes() -> int:
 def barrier(name: str) -> None:
     """Waits for all processes."""
     multihost_utils.sync_global_devices(name)
+
+
+def differing(text: str) -> list[int]:
+    """The processes whose `text` is not process 0's; each learns the same."""
+    if jax.process_count() == 1:
+        return []
+    digest = np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), np.uint32)
+    all_PX = np.asarray(multihost_utils.process_allgather(digest))
+    return np.flatnonzero((all_PX != all_PX[:1]).any(axis=1)).tolist()
 
 
 def say(text: str) -> None:

@@ -18,16 +18,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_gen_jax.config import Config
 from lora_gen_jax.data.pipeline import Batch, TrainingBatches, build_batch, validation_batches
+from lora_gen_jax.data.tasks import contents
 from lora_gen_jax.errors import LoraGenError, Stopped
 from lora_gen_jax.models import Pair, load_pair, make_generator
 from lora_gen_jax.sharding import make_mesh
 from lora_gen_jax.training import distributed
 from lora_gen_jax.training.bucket import location
-from lora_gen_jax.training.checkpoint import Checkpoints, check_models, metadata_of
+from lora_gen_jax.training.checkpoint import Checkpoints, check_models, check_tasks, metadata_of
 from lora_gen_jax.training.optimizer import make_optimizer
 from lora_gen_jax.training.preemption import StopSignals
 from lora_gen_jax.training.prepare import (
     check_rows,
+    check_same_rows,
     check_shapes,
     keep_freed_memory,
     make_sampler,
@@ -51,6 +53,7 @@ class Run:
 
     config: Config
     pair: Pair
+    contents: dict[str, str]
     mesh: Mesh
     state: TrainState
     train_step: Any
@@ -72,7 +75,7 @@ class Run:
         """
         self.checkpoints.wait()  # for the one before, as saving would: what is checked is true when this one is written
         self.claim.check()
-        metadata = metadata_of(self.config, self.pair.fingerprints, step)
+        metadata = metadata_of(self.config, self.pair.fingerprints, self.contents, step)
         self.checkpoints.save(self.state, self.batches.get_state(), metadata, validation_loss)
 
 
@@ -95,13 +98,14 @@ def train(config: Config) -> TrainState:
     sampler, held_out = (make_sampler(config, pair, tasks, split) for split in ("train", "validation"))
     assert sampler is not None
     first = build_batch(sampler, (config.train.seed, 0), shard)
+    check_same_rows(rows := contents(tasks))
     fixed = [] if held_out is None else validation_batches(held_out, config.train.validation_batches, shard)
     prepare_directory(config)
     batches = TrainingBatches(sampler, config.train.seed, config.train.steps, shard)
     # Modules find the mesh in the context, and say there how activations are split.
     with jax.set_mesh(mesh), closing(batches), sole_run(config.directory):
         try:
-            run = set_up(config, pair, mesh, batches, place(first, mesh))
+            run = set_up(config, pair, rows, mesh, batches, place(first, mesh))
             run.held_out = [place(batch, mesh) for batch in fixed]
             # Signals are noted until the last checkpoint is on disk.
             with StopSignals() as signals, closing(run.checkpoints):
@@ -114,19 +118,23 @@ def train(config: Config) -> TrainState:
             raise
 
 
-def set_up(config: Config, pair: Pair, mesh: Mesh, batches: TrainingBatches, example: Batch) -> Run:
+def set_up(
+    config: Config, pair: Pair, rows: dict[str, str], mesh: Mesh, batches: TrainingBatches, example: Batch
+) -> Run:
     """Compiled steps, and the state: restored, with the place of `batches`, where the directory has a checkpoint.
 
-    `example` only gives shapes. No batch is held out yet.
+    `rows` are the `contents` of the tasks, `example` only gives shapes. No batch is held out yet.
 
     Raises:
-        CheckpointError: when the checkpoint there was trained on other models.
+        CheckpointError: when the checkpoint there was trained on other models or other rows.
         OutputError: when the place of checkpoints cannot be used.
     """
     generator, optimizer = make_generator(config, pair), make_optimizer(config.train)
     checkpoints = Checkpoints(location(config.saved) / "checkpoints", config.train.keep_checkpoints)
     if checkpoints.latest is not None:
-        check_models(checkpoints.fingerprints(), pair.fingerprints, f"the run in {config.saved}")
+        models, tasks = checkpoints.made_with()
+        check_models(models, pair.fingerprints, f"the run in {config.saved}")
+        check_tasks(tasks, rows, f"the run in {config.saved}")
     state = init_state(generator, optimizer, pair.frozen, example, config.train.seed)
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
     if checkpoints.latest is not None:
@@ -135,6 +143,7 @@ def set_up(config: Config, pair: Pair, mesh: Mesh, batches: TrainingBatches, exa
     return Run(
         config=config,
         pair=pair,
+        contents=rows,
         mesh=mesh,
         state=state,
         train_step=make_train_step(generator, pair.edge.decoder, optimizer, config),

@@ -20,7 +20,7 @@ from lora_gen_jax.data.groups import GroupSampler, named_tasks, narrowed
 from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.pipeline import Shard
 from lora_gen_jax.data.tasks import Task
-from lora_gen_jax.errors import CheckpointError, ConfigError, OutputError
+from lora_gen_jax.errors import CheckpointError, ConfigError, DataError, OutputError
 from lora_gen_jax.files import write_text
 from lora_gen_jax.methods import trained_method
 from lora_gen_jax.models import Pair
@@ -62,6 +62,22 @@ def check_rows(config: Config, mesh: Mesh) -> None:
             f"data.prompts_per_step / data.prompts_per_row = {rows} rows cannot be split evenly over mesh data·fsdp ="
             f" {devices} devices: take a multiple of {devices * d.prompts_per_row} prompts, or let devices share a row"
             " with --mesh.model"
+        )
+
+
+def check_same_rows(rows: dict[str, str]) -> None:
+    """Every process makes its part of a batch by itself, so all must have the same tasks.
+
+    Args:
+        rows: as `data.tasks.contents`.
+
+    Raises:
+        DataError: naming the processes whose tasks are others.
+    """
+    if others := distributed.differing(repr(sorted(rows.items()))):
+        raise DataError(
+            f"the tasks of process {', '.join(map(str, others))} are not those of process 0: put the same files on all"
+            " machines (data.dir, data.files, data.tfds_dir)"
         )
 
 

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from helpers import experiment
 from jax._src.clusters import ClusterEnv
+from jax.experimental import multihost_utils
 from jobs import ROOT, batches, largest_difference, metrics, saved
 
 from lora_gen_jax.config import DistributedConfig
 from lora_gen_jax.config_check import check
-from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.sharding import make_mesh
 from lora_gen_jax.training import distributed
-from lora_gen_jax.training.prepare import shard_of
+from lora_gen_jax.training.prepare import check_same_rows, shard_of
 
 pytestmark = pytest.mark.timeout(600)
 MESHES = {"data": ("--mesh.data", "4", "--mesh.model", "2"), "all": ("--mesh.fsdp", "2", "--mesh.model", "2")}
@@ -149,6 +150,22 @@ def test_processes_are_counted_as_the_system_tells(monkeypatch, environments, pr
     monkeypatch.delenv("JOB_COMPLETION_INDEX", raising=False)
     monkeypatch.setattr(ClusterEnv, "_cluster_types", environments)
     assert distributed.detected_processes() == processes
+
+
+def test_machines_with_other_task_files_are_named(monkeypatch):
+    check_same_rows({"mine": "0123"})
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    gathered = []
+
+    def allgather(digest):
+        gathered.append(digest)
+        return np.stack([digest, digest + np.uint32(len(gathered) > 1), digest])
+
+    monkeypatch.setattr(multihost_utils, "process_allgather", allgather)
+    check_same_rows({"a": "0123", "b": "4567"})
+    with pytest.raises(DataError, match="the tasks of process 1 are not those of process 0: put the same files on all"):
+        check_same_rows({"b": "4567", "a": "0123"})
+    assert np.array_equal(*gathered)
 
 
 def test_one_process_starts_nothing(monkeypatch):

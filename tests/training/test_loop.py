@@ -196,6 +196,21 @@ def test_other_weights_under_the_same_path_are_refused_on_resuming(whole, root):
         (root / "old").rename(root / "model")
 
 
+def test_other_rows_under_the_same_path_are_refused_on_resuming(whole, root):
+    rows = (root / "rows.jsonl").read_text()
+    try:
+        first, rest = rows.split("\n", 1)
+        changed = json.loads(first)
+        (root / "rows.jsonl").write_text(json.dumps(changed | {"output": changed["output"] + " indeed"}) + "\n" + rest)
+        with pytest.raises(
+            CheckpointError, match=r"was trained on other rows of rows: put the data back as it was, or"
+        ):
+            train(whole[0])
+    finally:
+        (root / "rows.jsonl").write_text(rows)
+    train(whole[0])
+
+
 def test_four_devices_train_as_one_does(whole, root, monkeypatch):
     """`whole` ran on a mesh of four devices; the same six steps on one."""
     _, state, _ = whole
@@ -379,7 +394,15 @@ def profiled_run(tmp_path, monkeypatch, steps, fails_at):
     state = TrainState(jnp.zeros((), jnp.int32), {}, {}, {})
     quiet = SimpleNamespace(save=lambda *args: None, check=lambda: None, wait=lambda: None, directory=tmp_path)
     pair = SimpleNamespace(frozen=None, fingerprints={})
-    fields = {"config": config, "pair": pair, "mesh": None, "state": state, "train_step": step, "validate": None}
+    fields = {
+        "config": config,
+        "pair": pair,
+        "contents": {},
+        "mesh": None,
+        "state": state,
+        "train_step": step,
+        "validate": None,
+    }
     run = loop.Run(**fields, batches=_Endless(), held_out=[], checkpoints=quiet, claim=Claim(config))
     monkeypatch.setattr(loop.Run, "place", lambda self, batch: batch)
     return run, calls
