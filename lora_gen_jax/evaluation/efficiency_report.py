@@ -53,12 +53,12 @@ def break_even(own: tuple[float, float], other: tuple[float, float]) -> dict[str
     if more + each - other_each <= 0:
         if saved >= 0:
             return {"queries": 1}
-        until = math.floor(more / saved)
+        until = math.floor(more / saved + 1e-9)
         return {"queries": 1, "until": until, "reason": f"a query takes {-saved:.3g} ms longer"}
     if saved <= 0:
         reason = f"a query takes {-saved:.3g} ms longer" if saved else "a query takes as long"
         return {"queries": None, "reason": f"{reason}, and the task {more:.3g} ms more beforehand"}
-    # In floating point the quotient of two equal costs may come out just above the integer.
+    # In floating point the quotient of two equal costs may come out beside the integer.
     return {"queries": max(1, math.ceil(more / saved - 1e-9))}
 
 

@@ -21,7 +21,6 @@ from lora_gen_jax.data.function_calls import FunctionRow, load_function_calls
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.evaluation.agent_run import agent_journal, make_method, write_report
 from lora_gen_jax.evaluation.agent_scoring import Writer, Written, check_lengths, context_ids, output_limit
-from lora_gen_jax.evaluation.answers import trimmed
 from lora_gen_jax.evaluation.comparison import say
 from lora_gen_jax.evaluation.function_calls import CallScore, parse_calls, score_calls, summarize_calls
 from lora_gen_jax.evaluation.run import describe, machine
@@ -122,8 +121,8 @@ def too_long(pair: Pair, row: FunctionRow, output: int, prompt_limit: int) -> st
 
 
 def scored_row(row: FunctionRow, written: Written) -> dict[str, Any]:
-    """One row of bfcl.json."""
-    output = trimmed(written.text, "\n\n")
+    """One row of bfcl.json; all that was written counts, as there are no examples whose end a blank line could be."""
+    output = written.text.strip()
     score = score_calls(parse_calls(output), row.gold)
     named = {"id": written.document.id, "category": row.category, "query": written.document.query}
     return {**named, "gold": written.document.response, "output": output, "score": dataclasses.asdict(score)}

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from lora_gen_jax.errors import LoraGenError
 from lora_gen_jax.serving.bodies import read_request
-from lora_gen_jax.serving.errors import ApiError, api_error
+from lora_gen_jax.serving.errors import ApiError, api_error, invalid
 from lora_gen_jax.serving.generation import answer, answer_length, check_count, in_time, make_works
 from lora_gen_jax.serving.registry import AUTO, BASE
 from lora_gen_jax.serving.replies import Reply
@@ -99,6 +99,9 @@ def _model_routes(service: Service) -> APIRouter:
         asked = read_request(Chat, await read_body(request, service.limits.body_bytes))
         check_count(service, asked.n, "n")
         turns, model = as_turns(asked.messages), asked.model
+        if not service.chats:
+            # Said before the cloud model reads a system message.
+            raise invalid("the edge model has no chat template: ask /v1/completions", "messages")
         if model == AUTO:
             entry, turns = await in_time(service, request, service.automatic(turns))
             model, gates_LE = entry.name, entry.gates_LE

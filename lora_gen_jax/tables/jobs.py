@@ -126,10 +126,10 @@ def missing(jobs: Sequence[Job]) -> list[Job]:
 
 
 def is_complete(job: Job, result: dict[str, Any]) -> bool:
-    """Whether a result has every number of shots, or every row of the agent table."""
+    """Whether a result has every method with every number of shots, or every row of the agent table."""
     if job.run == AGENT:
         return set(job.agent_methods) <= set(result["agent"])
-    return {str(n) for n in job.shots} <= set(result["shots"])
+    return all(set(job.methods(n)) <= set(result["shots"].get(str(n), ())) for n in job.shots)
 
 
 def outdated(jobs: Sequence[Job]) -> list[Job]:

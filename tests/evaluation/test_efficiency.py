@@ -68,6 +68,10 @@ def test_break_even_by_hand(own: tuple[float, float], other: tuple[float, float]
     assert ("reason" in found) == (queries is None)
 
 
+def test_break_even_ends_with_the_last_query_that_is_no_dearer_in_floating_point_too():
+    assert break_even((0.1, 0.2), (0.3, 0.1))["until"] == 2
+
+
 def test_break_even_is_the_smallest_number():
     rng = np.random.default_rng(0)
     for once, each, other_once, other_each in rng.integers(1, 30, (200, 4)).tolist():

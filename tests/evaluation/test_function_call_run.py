@@ -35,7 +35,7 @@ def test_both_methods_on_every_file(arguments, tmp_path, monkeypatch, capsys):
     def write(writer, method, tasks, progress):
         name = "base_with_tools" if method.system.reads_prompt else "lora_gen"
         found = real(writer, method, tasks, progress)
-        return [dataclasses.replace(one, text=f"\n{made[name]}\n\nrest") for one in found]
+        return [dataclasses.replace(one, text=f"\nSure.\n\n{made[name]}\n") for one in found]
 
     real = function_call_run.Writer.write
     monkeypatch.setattr(function_call_run.Writer, "write", write)
@@ -52,7 +52,7 @@ def test_both_methods_on_every_file(arguments, tmp_path, monkeypatch, capsys):
         assert all((v["compression"] > 5) == (name == "lora_gen") for v in files.values())
         outputs = {one["id"]: one for one in report["outputs"][name]}
         assert list(outputs) == ["d", "a", "c"]
-        assert outputs["a"]["output"] == made[name]
+        assert outputs["a"]["output"] == f"Sure.\n\n{made[name]}"
         assert outputs["a"]["gold"] == 'say(color="red")'
     printed = capsys.readouterr().out
     assert "LoRA-Gen, no functions in context" in printed

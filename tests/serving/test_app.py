@@ -132,6 +132,17 @@ def test_a_chat_reads_the_template(client, offline, specializer):
     assert first["object"] == "chat.completion.chunk"
 
 
+def test_without_a_chat_template_a_chat_is_refused_before_the_cloud_model_reads(client, service, monkeypatch):
+    monkeypatch.setattr(service.encoder.tokenizer, "chat_template", None)
+    known = [entry.name for entry in service.registry.entries]
+    messages = [{"role": "system", "content": "never seen before"}, {"role": "user", "content": "what ?"}]
+    for model in ("auto", "base"):
+        said = client.post("/v1/chat/completions", json={"model": model, "messages": messages})
+        assert said.status_code == 400
+        assert said.json()["error"]["message"] == "the edge model has no chat template: ask /v1/completions"
+    assert [entry.name for entry in service.registry.entries] == known
+
+
 def test_models_and_specialisations_are_listed(client, service):
     ids = [model["id"] for model in client.get("/v1/models").json()["data"]]
     assert ids[:2] == ["base", "auto"]

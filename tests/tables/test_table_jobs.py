@@ -96,6 +96,10 @@ def test_another_number_of_shots_is_scored_later(tables):
     job = make_jobs(tables)[4]
     assert missing([job]) == [job]
     assert missing([make_jobs(dataclasses.replace(tables, shots=(5,)))[4]]) == []
+    # The base model is scored with the most shots alone.
+    done(make_jobs(dataclasses.replace(tables, shots=(1, 5)))[0])
+    fewer = make_jobs(dataclasses.replace(tables, shots=(1,)))[0]
+    assert missing([fewer]) == [fewer]
 
 
 def test_a_result_of_other_settings_names_the_field(tables):
