@@ -18,6 +18,8 @@ from lora_gen_jax.errors import DataError
 SOURCE = "bfcl"
 NO_CALL = "no call"
 """What a model is told to write where no function fits."""
+NEXT_TURN = "\nUser:"
+"""How the user's next turn would begin, in the layout of `_messages`: no part of an answer."""
 _PERSONA = "You help a user by calling functions."
 _FORMAT = f"""Write the calls that the user's request needs, each on a line of its own and nothing else:
 name(argument=value, other_argument=value)

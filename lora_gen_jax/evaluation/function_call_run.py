@@ -17,7 +17,7 @@ from rich.table import Table
 
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import to_json
-from lora_gen_jax.data.function_calls import FunctionRow, load_function_calls
+from lora_gen_jax.data.function_calls import NEXT_TURN, FunctionRow, load_function_calls
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.evaluation.agent_run import agent_journal, make_method, write_report
 from lora_gen_jax.evaluation.agent_scoring import Writer, Written, check_lengths, context_ids, output_limit
@@ -121,8 +121,8 @@ def too_long(pair: Pair, row: FunctionRow, output: int, prompt_limit: int) -> st
 
 
 def scored_row(row: FunctionRow, written: Written) -> dict[str, Any]:
-    """One row of bfcl.json; all that was written counts, as there are no examples whose end a blank line could be."""
-    output = written.text.strip()
+    """One row of bfcl.json; all that was written counts, but what a model goes on to make the user say."""
+    output = f"\n{written.text}".split(NEXT_TURN)[0].strip()
     score = score_calls(parse_calls(output), row.gold)
     named = {"id": written.document.id, "category": row.category, "query": written.document.query}
     return {**named, "gold": written.document.response, "output": output, "score": dataclasses.asdict(score)}

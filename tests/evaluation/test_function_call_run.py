@@ -35,7 +35,7 @@ def test_both_methods_on_every_file(arguments, tmp_path, monkeypatch, capsys):
     def write(writer, method, tasks, progress):
         name = "base_with_tools" if method.system.reads_prompt else "lora_gen"
         found = real(writer, method, tasks, progress)
-        return [dataclasses.replace(one, text=f"\nSure.\n\n{made[name]}\n") for one in found]
+        return [dataclasses.replace(one, text=f"\nSure.\n\n{made[name]}\n\nUser: more\nsay()") for one in found]
 
     real = function_call_run.Writer.write
     monkeypatch.setattr(function_call_run.Writer, "write", write)
