@@ -1,6 +1,5 @@
 """The embedded suite: what is held out stays out, and a query alone says nothing about the task."""
 
-import dataclasses
 import hashlib
 import importlib
 import random
@@ -189,13 +188,15 @@ def test_an_unknown_name_is_refused(name):
 
 def test_the_suite_is_the_one_that_the_shipped_models_were_made_with():
     """A change of any text, split or name would leave the shipped pair and generator behind: train them again."""
+    fields = ("id", "query", "response", "options", "gold", "contexts", "option_lengths")
     digest = hashlib.blake2b(digest_size=8)
     for group in GROUPS:
         for task in GROUPS[group]():
-            for value in (task.name, task.descriptions, task.seen, *map(dataclasses.astuple, task.train)):
+            for value in (task.name, task.descriptions, task.seen):
                 digest.update(repr(value).encode())
-            for example in (*task.validation, *task.test):
-                digest.update(repr(dataclasses.astuple(example)).encode())
+            for example in (*task.train, *task.validation, *task.test):
+                assert not example.turns
+                digest.update(repr(tuple(getattr(example, field) for field in fields)).encode())
     assert digest.hexdigest() == "5d1d32ec25ddadef"
 
 
