@@ -6,12 +6,14 @@ Orbax writes arrays to buckets by itself; lists and small files go through gcsfs
 
 import importlib.util
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 
-from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.errors import ConfigError, OutputError
 
 _ADDRESS = re.compile(r"gs:/+(?P<place>[^/].*)")
 _INSTALL = (
@@ -45,6 +47,22 @@ def location(path: str | Path) -> Any:
 def absolute(place: Any) -> Any:
     """A `location` that does not depend on the current directory."""
     return place if is_bucket(place) else place.absolute()
+
+
+@contextmanager
+def writing(path: Any) -> Iterator[None]:
+    """A block that writes a small file at a `location` in a bucket.
+
+    Raises:
+        OutputError: when it cannot be written.
+    """
+    try:
+        yield
+    except (OSError, *remote_errors(path)) as error:
+        raise OutputError(
+            f"{path} cannot be written ({type(error).__name__}: {error}). Is there such a bucket, and may this machine"
+            " write to it (--bucket)?"
+        ) from error
 
 
 def remote_errors(path: Any) -> tuple[type[Exception], ...]:

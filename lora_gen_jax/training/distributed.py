@@ -5,7 +5,6 @@ Kubernetes jobs processes find each other by what the system says; elsewhere fla
 nothing and waits for nothing.
 """
 
-import hashlib
 import logging
 import os
 import sys
@@ -21,6 +20,7 @@ from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 
 from lora_gen_jax.config import DistributedConfig
+from lora_gen_jax.data.tasks import stable_hash
 from lora_gen_jax.errors import LoraGenError, Stopped
 from lora_gen_jax.training.peers import Peers
 
@@ -110,7 +110,7 @@ def differing(text: str) -> list[int]:
     """The processes whose `text` is not process 0's; each learns the same."""
     if jax.process_count() == 1:
         return []
-    digest = np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), np.uint32)
+    digest = np.array([stable_hash(text)], np.uint64).view(np.uint32)  # JAX has no 64 bits by default
     all_PX = np.asarray(multihost_utils.process_allgather(digest))
     return np.flatnonzero((all_PX != all_PX[:1]).any(axis=1)).tolist()
 

@@ -6,7 +6,6 @@ error before anything is written.
 
 import ctypes
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,7 @@ from lora_gen_jax.methods import trained_method
 from lora_gen_jax.models import Pair
 from lora_gen_jax.sharding import spec
 from lora_gen_jax.training import distributed
-from lora_gen_jax.training.bucket import is_bucket, location, remote_errors
-
-log = logging.getLogger(__name__)
+from lora_gen_jax.training.bucket import is_bucket, location, remote_errors, writing
 
 
 def keep_freed_memory() -> None:
@@ -163,14 +160,9 @@ def _begin(path: Path, new: dict[str, Any]) -> None:
 
 
 def _begin_in_bucket(path: Any, new: dict[str, Any]) -> None:
-    try:
+    with writing(path):
         if not path.exists():
             path.write_text(json.dumps(new, indent=2) + "\n")
-    except (OSError, *remote_errors(path)) as error:
-        raise OutputError(
-            f"{path} cannot be written ({type(error).__name__}: {error}). Is there such a bucket, and may this machine"
-            " write to it (--bucket)?"
-        ) from error
 
 
 SHARED = "set --workdir to a directory that all processes share, or --bucket to a bucket for the checkpoints"

@@ -22,7 +22,7 @@ import jax
 
 from lora_gen_jax.config import Config
 from lora_gen_jax.errors import OutputError
-from lora_gen_jax.training.bucket import location, remote_errors
+from lora_gen_jax.training.bucket import location, remote_errors, writing
 
 log = logging.getLogger(__name__)
 # Not on Windows.
@@ -46,10 +46,8 @@ class Claim:
         began = datetime.now(UTC).isoformat(timespec="seconds")
         run = {"host": socket.gethostname(), "process": os.getpid(), "began": began, "id": uuid.uuid4().hex}
         self.path, self.text = location(config.saved) / "writer.json", json.dumps(run) + "\n"
-        try:
+        with writing(self.path):
             self.path.write_text(self.text)
-        except (OSError, *remote_errors(self.path)) as error:
-            raise OutputError(f"{self.path} cannot be written ({type(error).__name__}: {error})") from error
 
     def check(self) -> None:
         """Raises OutputError where another run has begun there since, or that cannot be known."""

@@ -54,10 +54,11 @@ def test_a_step_is_counted_as_it_is(config, method):
 
 def test_what_it_prints(config, capsys, monkeypatch):
     monkeypatch.setattr(module, "matmul_rate", lambda dtype: 1e9)
-    host = first_batch(config, load_pair(config))
+    pair = load_pair(config)
+    host = first_batch(config, pair)
     found = bench(config)
     said = capsys.readouterr().out
-    cost = method_cost(config, *(load_pair(config).cloud.config,) * 2, host)
+    cost = method_cost(config, pair.cloud.config, pair.edge.config, host)
     assert found["gmacs"] == cost.total / 1e9
     # Four devices of a CPU are the same cores.
     assert found["matmul_gmacs_per_second"] == 1
