@@ -126,10 +126,11 @@ class LoRAGen(TrainedModule):
             by_layer=s.batch_norm_by_layer,
             name="router",
         )
-        gates_PLE = router(meta_PLC, train)
+        logits_PLE = router.logits(meta_PLC, train)
+        gates_PLE = router.gates(logits_PLE, train)
         layers = self.edge.num_layers if s.pool == "per_layer" else None
         pool = ExpertPool(self.edge.ffn_shapes, s.num_experts, s.rank, layers, name="pool")()
-        return Generated(gated_adapter(gates_PLE, pool, s), gates_PLE)
+        return Generated(gated_adapter(gates_PLE, pool, s), gates_PLE, logits_PLE)
 
     def auxiliary(self, generated: Generated, records: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
         """α_cv·CV² of the experts' use; nothing without gates."""

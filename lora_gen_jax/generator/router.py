@@ -121,9 +121,17 @@ class Router(nn.Module):
     batch_norm: bool = True
     by_layer: bool = False
 
-    @nn.compact
     def __call__(self, meta_BLC: jax.Array, train: bool = False) -> jax.Array:
         """[B, L, C] -> gates [B, L, E] in fp32. With `train` and Gumbel routing it needs the rng "gumbel".
+
+        Raises:
+            ConfigError: for attributes out of range.
+        """
+        return self.gates(self.logits(meta_BLC, train), train)
+
+    @nn.compact
+    def logits(self, meta_BLC: jax.Array, train: bool = False) -> jax.Array:
+        """[B, L, C] -> what the gates are made of, [B, L, E] in fp32.
 
         Raises:
             ConfigError: for attributes out of range.
@@ -146,6 +154,10 @@ class Router(nn.Module):
             # By layer, a layer's expert is a feature of its own.
             features = logits_BLE.reshape(logits_BLE.shape[0], -1) if self.by_layer else logits_BLE
             logits_BLE = BatchNorm(name="norm")(features, train).reshape(logits_BLE.shape)
+        return logits_BLE
+
+    def gates(self, logits_BLE: jax.Array, train: bool = False) -> jax.Array:
+        """Logits [B, L, E] -> gates [B, L, E]."""
         if self.routing == "gumbel":
             key = self.make_rng("gumbel") if train else None
             return gumbel_softmax(logits_BLE, key, self.temperature)

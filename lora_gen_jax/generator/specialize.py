@@ -67,5 +67,6 @@ def specialize(
         generated = _generate(generator, variables, frozen_cloud, packed)
     if rows == len(prompts):
         return generated
-    wanted, gates = np.arange(len(prompts)), generated.gates_PLE
-    return Generated(generated.adapter.take(wanted), None if gates is None else gates[wanted])
+    wanted, gates, logits = np.arange(len(prompts)), generated.gates_PLE, generated.logits_PLE
+    adapter = generated.adapter.take(wanted)
+    return Generated(adapter) if gates is None else Generated(adapter, gates[wanted], logits[wanted])
