@@ -66,7 +66,7 @@ class GeneratorConfig:
 
     Attributes:
         generator: meta_tokens (gates over a pool), or direct: the cloud emits the LoRA factors themselves.
-        routing: keep_top_k, or gumbel (soft mixture of all experts).
+        routing: keep_top_k, gumbel (soft mixture of all experts), or linear (signed gates of all experts, no softmax).
         pool: one pool shared by all edge layers, or one per layer.
         mix: products sums G·A·B over the experts; factors multiplies the sums of G·A and of G·B.
         num_experts: E.
@@ -82,6 +82,12 @@ class GeneratorConfig:
             all layers: gates then differ between prompts in every layer, however much the layers differ.
         meta_init: what meta embeddings start as: small noise, or that around the embedding of a line break, where a
             language model gathers what its text asks for.
+        router_heads: one f2 that all layers share, or one per layer.
+        router_dropout: on what the router reads.
+        pooled_layers: the router also reads the prompt's mean states after these layers of the cloud model, from 1 on.
+        standardize: what the router reads is standardized, by layer and feature, with statistics of
+            train.reader_prompts prompts.
+        train_cloud: off, meta embeddings and cloud stay as they start, and no gradient goes through the cloud's pass.
         shared_meta_token: one meta embedding for all layers instead of one each.
         cloud_rank: rank of the LoRA on the cloud model's q and v; 0 leaves the cloud model as it is.
         cloud_alpha: α of that LoRA.
@@ -92,7 +98,7 @@ class GeneratorConfig:
     """
 
     generator: Literal["meta_tokens", "direct"] = "meta_tokens"
-    routing: Literal["keep_top_k", "gumbel"] = "keep_top_k"
+    routing: Literal["keep_top_k", "gumbel", "linear"] = "keep_top_k"
     pool: Literal["shared", "per_layer"] = "shared"
     mix: Literal["products", "factors"] = "products"
     num_experts: int = 8
@@ -106,6 +112,11 @@ class GeneratorConfig:
     batch_norm: bool = True
     batch_norm_by_layer: bool = False
     meta_init: Literal["normal", "newline"] = "normal"
+    router_heads: Literal["shared", "per_layer"] = "shared"
+    router_dropout: float = 0.0
+    pooled_layers: tuple[int, ...] = ()
+    standardize: bool = False
+    train_cloud: bool = True
     shared_meta_token: bool = False
     cloud_rank: int = 16
     cloud_alpha: float = 16.0
@@ -116,7 +127,7 @@ class GeneratorConfig:
     @property
     def active_experts(self) -> int:
         """Gates of a row that may differ from zero."""
-        return self.num_experts if self.routing == "gumbel" else self.top_k
+        return self.top_k if self.routing == "keep_top_k" else self.num_experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +236,10 @@ class TrainConfig:
         warmup_steps: linear from zero.
         beta1, beta2, weight_decay: AdamW's; decay spares norms, embeddings and BatchNorm.
         clip_norm: clip the gradient to this global norm; left out, no clipping.
+        router_learning_rate: peak for the router, where it is another one.
+        reader_prompts: prompts that are read before the first step, for what the router's input is standardized with
+            and for its first layer to learn to tell their tasks apart; 0 for none.
+        reader_steps: of that learning; with 0 only the statistics are taken.
         seed: of parameters, dropout and data order.
         validation_batches: fixed batches of held-out queries whose loss is logged; 0 logs none.
         validate_every, checkpoint_every: in steps.
@@ -239,6 +254,9 @@ class TrainConfig:
     beta2: float = 0.999
     weight_decay: float = 0.1
     clip_norm: float | None = None
+    router_learning_rate: float | None = None
+    reader_prompts: int = 0
+    reader_steps: int = 300
     seed: int = 0
     validation_batches: int = 2
     validate_every: int = 100

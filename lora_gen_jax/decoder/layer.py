@@ -15,7 +15,7 @@ from lora_gen_jax.adapters.protocol import FFN_INPUT, Adapter, FrozenFFN
 from lora_gen_jax.decoder.attention import attend
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.flash import flash_attention
-from lora_gen_jax.decoder.layers import ACTIVATIONS, Linear, Norm, dropout_key, record, rotate
+from lora_gen_jax.decoder.layers import ACTIVATIONS, POOLED, RECORDS, Linear, Norm, dropout_key, record, rotate
 from lora_gen_jax.sharding import constrain
 
 
@@ -29,6 +29,7 @@ class Context(struct.PyTreeNode):
         adapter: the adapter without its scanned part; None for the base model.
         slot: first cache slot that this call fills; None without a cache.
         packed_BT: segments, where a flash kernel that knows them can do the call; else None.
+        pool_BMT: weights of M sums over a row's tokens that every layer records of its output; None for none.
     """
 
     mask_BTS: jax.Array
@@ -37,6 +38,7 @@ class Context(struct.PyTreeNode):
     adapter: Any
     slot: jax.Array | None
     packed_BT: jax.Array | None
+    pool_BMT: jax.Array | None = None
 
 
 class PerLayer(struct.PyTreeNode):
@@ -144,4 +146,6 @@ class Layer(nn.Module):
         x = constrain(x + (norm("post_attention_norm", y) if c.post_norms else y), "batch", "length", None)
         y = FFN(c, self.dtype, name="ffn")(norm("ffn_norm", x), adapter)
         x = constrain(x + (norm("post_ffn_norm", y) if c.post_norms else y), "batch", "length", None)
+        if context.pool_BMT is not None and not self.is_initializing():
+            self.sow(RECORDS, POOLED, jnp.einsum("bmt,btd->bmd", context.pool_BMT, x.astype(jnp.float32)))
         return (x, kv), None

@@ -15,7 +15,10 @@ from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.sharding import constrain, partitioned
 
 RECORDS = "records"
-"""The collection of what adapters record."""
+"""The collection of what adapters record, and of the pooled states that a caller asked for."""
+
+POOLED = "pooled"
+"""The name of pooled states among the records."""
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,

@@ -126,8 +126,23 @@ class Decoder(nn.Module):
         # transformers rounds Gemma's √D to the compute type before multiplying.
         return x if self.config.embedding_scale == 1.0 else x * jnp.asarray(self.config.embedding_scale, self.dtype)
 
-    def encode(self, x_BTD, positions_BT, *, segments_BT=None, packed=False, adapter=None, cache=None, prefix=None):
-        """Input embeddings to hidden states; arguments and results as of `__call__`."""
+    def encode(
+        self,
+        x_BTD,
+        positions_BT,
+        *,
+        segments_BT=None,
+        packed=False,
+        adapter=None,
+        cache=None,
+        prefix=None,
+        pool_BMT=None,
+    ):
+        """Input embeddings to hidden states; arguments and results as of `__call__`.
+
+        With `pool_BMT`, every layer also records Σ_t pool[b, m, t]·x[b, t] of its output: apply with
+        ``mutable=[RECORDS]`` and read ``records_of(collections)[POOLED]``, [L, B, M, D] in fp32.
+        """
         c = self.config
         slot = None if cache is None else cache.used
         cache = None if cache is None else cache.advance(positions_BT)
@@ -152,6 +167,7 @@ class Decoder(nn.Module):
             adapter=None if adapter is None else adapter.replace(scanned=None),
             slot=slot,
             packed_BT=segments_BT if packed and self._flash(x_BTD.shape[1], cache, prefix) else None,
+            pool_BMT=pool_BMT,
         )
         per_layer = PerLayer(
             adapter=None if adapter is None else adapter.scanned,

@@ -1,7 +1,8 @@
 """The cloud side of the generator: a frozen language model reads prompts once and emits meta tokens.
 
 In: prompts packed into rows, each followed by L slots for meta tokens. Out: meta tokens [P, L, C], the hidden
-states at those slots. One causal pass; no logits are ever computed.
+states at those slots. With `pooled_layers`, the prompt's mean states after those layers follow each meta token. One
+causal pass; no logits are ever computed.
 """
 
 from typing import Any
@@ -14,6 +15,7 @@ from flax import struct
 
 from lora_gen_jax.adapters.lora import LoRA, trained_factors
 from lora_gen_jax.decoder.config import DecoderConfig
+from lora_gen_jax.decoder.layers import POOLED, RECORDS, records_of
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.sharding import constrain
@@ -100,10 +102,12 @@ class CloudEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, frozen: Any, prompts: PackedPrompts, train: bool = False) -> jax.Array:
-        """Meta tokens [P, L, C] in fp32. With `train` and dropout it needs the rng "dropout".
+        """Meta tokens [P, L, C], or [P, L, (1 + pooled layers)·C], in fp32. With `train` and dropout it needs the rng
+        "dropout".
 
         Raises:
-            ConfigError: when the prompts were packed with another number of meta tokens.
+            ConfigError: when the prompts were packed with another number of meta tokens, or a pooled layer does not
+                exist.
         """
         c, s = self.config, self.settings
         if (packed := prompts.slots_BML.shape[2]) != self.num_meta:
@@ -127,20 +131,37 @@ class CloudEncoder(nn.Module):
         own_BTC = (meta_LC * scale)[jnp.maximum(prompts.meta_BT, 0) % count].astype(self.dtype)
         x_BTC = jnp.where((prompts.meta_BT >= 0)[..., None], own_BTC, x_BTC)
         rngs = {"dropout": self.make_rng("dropout")} if train and s.dropout > 0 else {}
-        hidden_BTC, _ = decoder.apply(
+        (hidden_BTC, _), collections = decoder.apply(
             {"params": frozen},
             x_BTC,
             prompts.positions_BT,
             segments_BT=prompts.segments_BT,
             packed=True,
             adapter=self._lora(),
+            pool_BMT=mean_weights(prompts) if s.pooled_layers else None,
             rngs=rngs,
+            mutable=[RECORDS],
             method="encode",
         )
         B, M, L = prompts.slots_BML.shape
         hidden_BTC = constrain(hidden_BTC, "batch", None, None)
         meta_BXC = jnp.take_along_axis(hidden_BTC, prompts.slots_BML.reshape(B, M * L, 1), axis=1)
-        return meta_BXC.reshape(B * M, L, c.width).astype(jnp.float32)
+        states_PLX = meta_BXC.reshape(B * M, L, c.width).astype(jnp.float32)
+        if s.pooled_layers:
+            pooled_PX = self._pooled(records_of(collections)[POOLED]).reshape(B * M, 1, -1)
+            repeated_PLX = jnp.broadcast_to(pooled_PX, (B * M, L, pooled_PX.shape[-1]))
+            states_PLX = jnp.concatenate([states_PLX, repeated_PLX], axis=-1)
+        return states_PLX if s.train_cloud else jax.lax.stop_gradient(states_PLX)
+
+    def _pooled(self, means_NBMC: jax.Array) -> jax.Array:
+        """[B, M, pooled layers, C] of the mean states after all N layers."""
+        for layer in self.settings.pooled_layers:
+            if not 1 <= layer <= len(means_NBMC):
+                raise ConfigError(
+                    f"generator.pooled_layers names layer {layer}, but the cloud model has {len(means_NBMC)}: name"
+                    " layers from 1 on"
+                )
+        return jnp.stack([means_NBMC[layer - 1] for layer in self.settings.pooled_layers], axis=2)
 
     def _lora(self) -> LoRA | None:
         s = self.settings
@@ -148,3 +169,11 @@ class CloudEncoder(nn.Module):
             return None
         factors = trained_factors(self, self.config, CLOUD_SITES, s.cloud_rank)
         return LoRA(scanned=factors, scale=s.cloud_alpha / s.cloud_rank, dropout_rate=s.dropout)
+
+
+def mean_weights(prompts: PackedPrompts) -> jax.Array:
+    """[B, M, T]: 1/n at the n tokens of each prompt, its meta slots left out; 0 elsewhere."""
+    places_M = jnp.arange(1, prompts.slots_BML.shape[1] + 1)
+    own_BMT = (prompts.segments_BT[:, None, :] == places_M[None, :, None]) & (prompts.meta_BT < 0)[:, None, :]
+    count_BM1 = jnp.sum(own_BMT, axis=-1, keepdims=True)
+    return own_BMT / jnp.maximum(count_BM1, 1).astype(jnp.float32)

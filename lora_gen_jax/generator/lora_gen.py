@@ -101,18 +101,7 @@ class LoRAGen(TrainedModule):
     @nn.compact
     def __call__(self, frozen: Any, prompts: PackedPrompts, train: bool = False) -> Generated:
         s, scale = self.settings, self.settings.alpha / self.settings.rank
-        encoder = CloudEncoder(
-            self.cloud,
-            self.edge.num_layers,
-            s,
-            self.dtype,
-            self.remat,
-            self.unroll,
-            self.attention,
-            self.meta_start,
-            name="cloud",
-        )
-        meta_PLC = encoder(frozen, prompts, train)
+        meta_PLC = self.encoder(name="cloud")(frozen, prompts, train)
         if s.generator == "direct":
             factors = DirectHead(self.edge, s.rank, s.direct_width, name="direct")(meta_PLC)
             return Generated(PromptLoRA(factors, scale=scale, dropout_rate=s.dropout), None)
@@ -124,6 +113,9 @@ class LoRAGen(TrainedModule):
             temperature=s.gumbel_temperature,
             batch_norm=s.batch_norm,
             by_layer=s.batch_norm_by_layer,
+            heads=self.edge.num_layers if s.router_heads == "per_layer" else None,
+            standardize=s.standardize,
+            dropout=s.router_dropout,
             name="router",
         )
         logits_PLE = router.logits(meta_PLC, train)
@@ -132,10 +124,26 @@ class LoRAGen(TrainedModule):
         pool = ExpertPool(self.edge.ffn_shapes, s.num_experts, s.rank, layers, name="pool")()
         return Generated(gated_adapter(gates_PLE, pool, s), gates_PLE, logits_PLE)
 
+    def encoder(self, **place: Any) -> CloudEncoder:
+        """The cloud side, as a part of this module (``name=``) or by itself (``parent=None``)."""
+        return CloudEncoder(
+            self.cloud,
+            self.edge.num_layers,
+            self.settings,
+            self.dtype,
+            self.remat,
+            self.unroll,
+            self.attention,
+            self.meta_start,
+            **place,
+        )
+
     def auxiliary(self, generated: Generated, records: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
         """α_cv·CV² of the experts' use; nothing without gates."""
         if generated.gates_PLE is None:
             return 0.0, {}
+        if self.settings.routing == "linear":
+            return 0.0, {}  # no choice to balance
         cv = cv_squared(generated.gates_PLE)
         metrics = {"cv": cv, "gate_entropy": gate_entropy(generated.gates_PLE)}
         return self.settings.cv_coefficient * cv, metrics

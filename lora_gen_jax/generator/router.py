@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lora_gen_jax.errors import ConfigError
 
-Routing = Literal["keep_top_k", "gumbel"]
+Routing = Literal["keep_top_k", "gumbel", "linear"]
 
 
 def keep_top_k(probabilities_BLE: jax.Array, k: int) -> jax.Array:
@@ -33,6 +33,14 @@ def gumbel_softmax(logits_BLE: jax.Array, key: jax.Array | None, temperature: fl
     if key is not None:
         logits_BLE = logits_BLE + jax.random.gumbel(key, logits_BLE.shape, logits_BLE.dtype)
     return jax.nn.softmax(logits_BLE / temperature, axis=-1)
+
+
+def linear_gates(logits_BLE: jax.Array) -> jax.Array:
+    """Signed gates of all experts: the normalized logits over √E; no softmax and no choice.
+
+    Every gate is a coordinate that may point either way. The sum over E experts keeps its size whatever E is.
+    """
+    return logits_BLE * logits_BLE.shape[-1] ** -0.5
 
 
 def cv_squared(gates_BLE: jax.Array) -> jax.Array:
@@ -64,10 +72,13 @@ class BatchNorm(nn.Module):
     Attributes:
         momentum: share of the old value that a step keeps (0.9 here is 0.1 in PyTorch's sense).
         epsilon: added to the variance.
+        bias_scale: standard deviation of the bias at the start. Signed gates start with a part that all prompts share;
+            with 0 it would have to grow out of nothing.
     """
 
     momentum: float = 0.9
     epsilon: float = 1e-5
+    bias_scale: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -79,7 +90,8 @@ class BatchNorm(nn.Module):
             for name, shape in (("mean", (E,)), ("var", (E,)), ("weight", ()))
         }
         scale = self.param("scale", nn.initializers.ones_init(), (E,))
-        bias = self.param("bias", nn.initializers.zeros_init(), (E,))
+        start = nn.initializers.normal(self.bias_scale) if self.bias_scale else nn.initializers.zeros_init()
+        bias = self.param("bias", start, (E,))
         if train:
             mean = jnp.mean(x, axis=0)
             # Around the mean, not E[x²] - E[x]²: mean 100 and std 0.01 would come out as std 2.6.
@@ -94,6 +106,18 @@ class BatchNorm(nn.Module):
             var = jnp.where(seen, running["var"].value / jnp.where(seen, weight, 1.0), 1.0)
         x = (x - mean[None]) * jax.lax.rsqrt(var + self.epsilon)[None]
         return (x * scale[None] + bias[None]).reshape(shape_out)
+
+
+class Standardize(nn.Module):
+    """(x - mean) / deviation for every layer and feature, with statistics that are set once and never trained."""
+
+    @nn.compact
+    def __call__(self, x_BLC: jax.Array) -> jax.Array:
+        """[B, L, C] -> [B, L, C] in fp32; as it is before statistics were set."""
+        shape = x_BLC.shape[1:]
+        mean_LC = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32).value
+        deviation_LC = self.variable("batch_stats", "deviation", jnp.ones, shape, jnp.float32).value
+        return (x_BLC - mean_LC[None]) / deviation_LC[None]
 
 
 class Router(nn.Module):
@@ -111,6 +135,10 @@ class Router(nn.Module):
         temperature: of Gumbel routing.
         batch_norm: off only for ablation.
         by_layer: BatchNorm's statistics, scale and bias are each layer's own.
+        heads: L, for an f2 of its own for every layer; None for one that all layers share.
+        standardize: f1 reads (T - mean) / deviation, by layer and feature, with the fixed statistics that
+            `lora_gen_jax.training.reader` has measured.
+        dropout: on what f1 reads.
     """
 
     num_experts: int
@@ -120,9 +148,12 @@ class Router(nn.Module):
     temperature: float = 1.0
     batch_norm: bool = True
     by_layer: bool = False
+    heads: int | None = None
+    standardize: bool = False
+    dropout: float = 0.0
 
     def __call__(self, meta_BLC: jax.Array, train: bool = False) -> jax.Array:
-        """[B, L, C] -> gates [B, L, E] in fp32. With `train` and Gumbel routing it needs the rng "gumbel".
+        """[B, L, C] -> gates [B, L, E] in fp32. With `train`, Gumbel routing needs the rng "gumbel", dropout "dropout".
 
         Raises:
             ConfigError: for attributes out of range.
@@ -147,17 +178,30 @@ class Router(nn.Module):
             )
         init = nn.initializers.lecun_normal()
         f1 = self.param("f1", init, (meta_BLC.shape[-1], self.width))
-        f2 = self.param("f2", init, (self.width, self.num_experts))
-        hidden_BLH = jax.nn.silu(jnp.matmul(meta_BLC.astype(jnp.float32), f1, precision="highest"))
-        logits_BLE = jnp.matmul(hidden_BLH, f2, precision="highest")
+        meta_BLC = meta_BLC.astype(jnp.float32)
+        if self.standardize:
+            meta_BLC = Standardize(name="input")(meta_BLC)
+        if train and self.dropout > 0:
+            meta_BLC = nn.Dropout(self.dropout, deterministic=False)(meta_BLC)
+        hidden_BLH = jax.nn.silu(jnp.matmul(meta_BLC, f1, precision="highest"))
+        if self.heads is None:
+            f2 = self.param("f2", init, (self.width, self.num_experts))
+            logits_BLE = jnp.matmul(hidden_BLH, f2, precision="highest")
+        else:
+            by_head = nn.initializers.lecun_normal(batch_axis=(0,))
+            f2 = self.param("f2", by_head, (self.heads, self.width, self.num_experts))
+            logits_BLE = jnp.einsum("blh,lhe->ble", hidden_BLH, f2, precision="highest")
         if self.batch_norm:
             # By layer, a layer's expert is a feature of its own.
             features = logits_BLE.reshape(logits_BLE.shape[0], -1) if self.by_layer else logits_BLE
-            logits_BLE = BatchNorm(name="norm")(features, train).reshape(logits_BLE.shape)
+            norm = BatchNorm(name="norm", bias_scale=0.5 if self.routing == "linear" else 0.0)
+            logits_BLE = norm(features, train).reshape(logits_BLE.shape)
         return logits_BLE
 
     def gates(self, logits_BLE: jax.Array, train: bool = False) -> jax.Array:
         """Logits [B, L, E] -> gates [B, L, E]."""
+        if self.routing == "linear":
+            return linear_gates(logits_BLE)
         if self.routing == "gumbel":
             key = self.make_rng("gumbel") if train else None
             return gumbel_softmax(logits_BLE, key, self.temperature)

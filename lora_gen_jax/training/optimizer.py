@@ -3,6 +3,7 @@
 In: a `TrainConfig`. Out: an Optax transformation and the schedule it follows.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -27,6 +28,18 @@ def decayed(params: Any) -> Any:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Clipping by global norm if asked for, then AdamW."""
-    adamw = optax.adamw(schedule(config), config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decayed)
+    """Clipping by global norm if asked for, then AdamW, with a rate of its own for the router if that is asked for."""
+    adamw: Any = _adamw(config, config.learning_rate)
+    if config.router_learning_rate is not None:
+        rates = {"router": _adamw(config, config.router_learning_rate), "rest": adamw}
+        adamw = optax.multi_transform(rates, _router_or_rest)
     return adamw if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def _adamw(config: TrainConfig, peak: float) -> optax.GradientTransformation:
+    rate = schedule(dataclasses.replace(config, learning_rate=peak))
+    return optax.adamw(rate, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decayed)
+
+
+def _router_or_rest(params: Any) -> Any:
+    return {name: jax.tree.map(lambda _: "router" if name == "router" else "rest", part) for name, part in params.items()}
