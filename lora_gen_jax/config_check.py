@@ -134,6 +134,16 @@ def _generator_rules(g: GeneratorConfig) -> list[tuple[bool, str]]:
             f"generator.lora_sites is {g.lora_sites}; name some of {', '.join(SITES)}",
         ),
         (0 <= g.dropout < 1, f"generator.dropout is {g.dropout}; it must lie in [0, 1)"),
+        (0 <= g.router_dropout < 1, f"generator.router_dropout is {g.router_dropout}; it must lie in [0, 1)"),
+        (
+            g.batch_norm or g.routing != "linear",
+            "generator.routing is linear, whose gates are normalized logits: set generator.batch_norm to True",
+        ),
+        (
+            g.train_cloud or g.cloud_rank == 0,
+            f"generator.train_cloud is False with generator.cloud_rank = {g.cloud_rank}: set the rank to 0, a LoRA that"
+            " is never trained adds nothing",
+        ),
         (g.cloud_rank >= 0, f"generator.cloud_rank is {g.cloud_rank}; it must be 0 or more"),
         (g.cv_coefficient >= 0, f"generator.cv_coefficient is {g.cv_coefficient}; it must be 0 or more"),
         (g.alpha > 0, f"generator.alpha is {g.alpha}; it must be positive: it scales what an expert adds"),
@@ -194,7 +204,16 @@ def _data_rules(d: DataConfig) -> list[tuple[bool, str]]:
 def _method_rules(config: Config) -> list[tuple[bool, str]]:
     h, d, compresses = config.hub, config.data, config.method == "autocompressor"
     g, own = config.generator, config.method == "lora_gen"
+    taught = config.train.reader_prompts > 0
     return [
+        (
+            not taught or (own and g.generator == "meta_tokens"),
+            "train.reader_prompts teaches the router of method lora_gen with generator meta_tokens: set it to 0",
+        ),
+        (
+            taught or not g.standardize,
+            "generator.standardize takes its statistics from train.reader_prompts prompts: set it to a thousand or more",
+        ),
         (
             d.prompts_per_step > 1 or not (own and g.batch_norm and g.batch_norm_by_layer),
             "data.prompts_per_step is 1: generator.batch_norm_by_layer needs statistics over several prompts; raise it",

@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -115,6 +115,10 @@ def build_batch(sampler: GroupSampler, seed: tuple[int, ...], shard: Shard) -> B
     return pack_groups(groups, c, sampler.num_meta)
 
 
+_READER = 2**30
+"""Batches from this number on are for the stage before the first step."""
+
+
 class TrainingBatches:
     """Batches 0 to steps-1 in order, built ahead; an iterator that can be set to any place.
 
@@ -127,6 +131,7 @@ class TrainingBatches:
 
     def __init__(self, sampler: GroupSampler, seed: int, steps: int, shard: Shard):
         self.build = functools.partial(_numbered_batch, sampler, seed, shard)
+        self.prompts_per_step = sampler.config.prompts_per_step
         self.workers, self.steps, self.next = sampler.config.workers, steps, 0
         self.ahead: grain.DatasetIterator | None = None
         self.pool: ProcessPoolExecutor | None = None
@@ -146,6 +151,11 @@ class TrainingBatches:
             ) from error
         self.next += 1
         return batch
+
+    def reader_batches(self, prompts: int) -> Iterator[Batch]:
+        """Batches with at least this many prompts together, none of which a step gets."""
+        for number in range(-(-prompts // self.prompts_per_step)):
+            yield self.build(_READER + number)
 
     def get_state(self) -> dict[str, int]:
         """The place, as a checkpoint keeps it: the same whatever builds the batches."""

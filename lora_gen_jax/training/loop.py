@@ -39,6 +39,7 @@ from lora_gen_jax.training.prepare import (
     training_tasks,
 )
 from lora_gen_jax.training.progress import Recorder
+from lora_gen_jax.training.reader import teach_reader
 from lora_gen_jax.training.sole import Claim, sole_run
 from lora_gen_jax.training.step import TrainState, init_state, make_train_step, make_validation_step
 
@@ -137,6 +138,9 @@ def set_up(
         check_tasks(tasks, rows, f"the run in {config.saved}")
     state = init_state(generator, optimizer, pair.frozen, example, config.train.seed)
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+    if checkpoints.latest is None and config.train.reader_prompts:
+        first_prompts = (place(batch, mesh) for batch in batches.reader_batches(config.train.reader_prompts))
+        state = teach_reader(state, generator, pair.frozen["cloud"], first_prompts, config)
     if checkpoints.latest is not None:
         state, data_state = checkpoints.restore(state)
         batches.set_state(data_state)

@@ -38,13 +38,15 @@ def teach_reader(
     Raises:
         DataError: when no task has two prompts among those read.
     """
-    read = jax.jit(lambda params, frozen, prompts: whole(generator.encoder(parent=None).apply(params, frozen, prompts)))
-    states, tasks = [], []
-    for batch in batches:
-        found = read({"params": state.params["cloud"]}, frozen_cloud, batch.prompts)
-        states.append(np.asarray(found, np.float16))
-        tasks.append(np.asarray(whole(jnp.asarray(batch.prompts.tasks_P))))
-    states_NLX, tasks_N = np.concatenate(states), np.concatenate(tasks)
+
+    @jax.jit
+    def read(params: Any, frozen: Any, prompts: Any) -> Any:
+        return whole((generator.encoder(parent=None).apply(params, frozen, prompts), prompts.tasks_P))
+
+    found = [jax.device_get(read({"params": state.params["cloud"]}, frozen_cloud, b.prompts)) for b in batches]
+    # Half precision: thousands of prompts stay in memory.
+    states_NLX = np.concatenate([states.astype(np.float16) for states, _ in found])
+    tasks_N = np.concatenate([tasks for _, tasks in found])
     router, stats = dict(state.params["router"]), dict(state.batch_stats)
     mean_LX = np.mean(states_NLX, axis=0, dtype=np.float32)
     deviation_LX = np.std(states_NLX, axis=0, dtype=np.float32) + _LEAST_DEVIATION
@@ -59,7 +61,8 @@ def teach_reader(
     if config.train.reader_steps:
         router["f1"] = contrast(router["f1"], rows, tasks_N, config.train.reader_steps, config.train.seed)
     params = {**state.params, "router": router}
-    return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), state.replace(params=params, batch_stats=stats), state)
+    taught = state.replace(params=params, batch_stats=stats)
+    return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), taught, state)
 
 
 def contrast(
