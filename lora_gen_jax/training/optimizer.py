@@ -42,4 +42,6 @@ def _adamw(config: TrainConfig, peak: float) -> optax.GradientTransformation:
 
 
 def _router_or_rest(params: Any) -> Any:
-    return {name: jax.tree.map(lambda _: "router" if name == "router" else "rest", part) for name, part in params.items()}
+    return {
+        name: jax.tree.map(lambda _: "router" if name == "router" else "rest", part) for name, part in params.items()
+    }
