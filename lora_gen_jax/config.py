@@ -80,6 +80,8 @@ class GeneratorConfig:
         batch_norm: BatchNorm over the router's logits; off only for ablation.
         batch_norm_by_layer: each layer's logits have statistics of their own, over prompts alone, instead of one for
             all layers: gates then differ between prompts in every layer, however much the layers differ.
+        batch_norm_variance: what the running variance collects from each batch: unbiased, as PyTorch does, or biased,
+            to go on with a run that began before this was an option.
         meta_init: what meta embeddings start as: small noise, or that around the embedding of a line break, where a
             language model gathers what its text asks for.
         router_heads: one f2 that all layers share, or one per layer.
@@ -111,6 +113,7 @@ class GeneratorConfig:
     router_width: int | None = None
     batch_norm: bool = True
     batch_norm_by_layer: bool = False
+    batch_norm_variance: Literal["unbiased", "biased"] = "unbiased"
     meta_init: Literal["normal", "newline"] = "normal"
     router_heads: Literal["shared", "per_layer"] = "shared"
     router_dropout: float = 0.0

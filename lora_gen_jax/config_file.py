@@ -117,8 +117,12 @@ def to_json(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
+# What a config without the field meant, where that is not today's default.
+FORMER = {"generator.batch_norm_variance": "biased"}
+
+
 def from_json(values: dict[str, Any]) -> Config:
-    """A `Config` from `to_json`'s values; fields that a newer version added take their defaults.
+    """A `Config` from `to_json`'s values; fields that a newer version added take their defaults, or `FORMER`.
 
     Raises:
         ConfigError: for a field that this version does not know.
@@ -131,7 +135,8 @@ def from_json(values: dict[str, Any]) -> Config:
         for name in fields:
             if name not in known:
                 raise ConfigError(f"saved config has the field {prefix}{name}, which this version does not know")
-        return cls(**{name: _from_json_value(name, value) for name, value in fields.items()})
+        former = {name: FORMER[prefix + name] for name in known if prefix + name in FORMER}
+        return cls(**{name: _from_json_value(name, value) for name, value in (former | fields).items()})
 
     top = {k: build(nested[k], v, f"{k}.") if k in nested else v for k, v in values.items()}
     return build(Config, top, "")

@@ -102,6 +102,16 @@ def test_a_saved_field_that_this_version_does_not_know_is_named_and_a_missing_on
         from_json(saved)
 
 
+def test_a_config_saved_before_the_variance_was_an_option_means_the_biased_one():
+    saved = to_json(Config(name="x"))
+    assert from_json(saved).generator.batch_norm_variance == "unbiased"
+    del saved["generator"]["batch_norm_variance"]
+    assert from_json(saved).generator.batch_norm_variance == "biased"
+    assert difference(to_json(from_json(saved)), to_json(Config(name="x"))) == [
+        "generator.batch_norm_variance: 'biased' -> 'unbiased'"
+    ]
+
+
 def test_an_unknown_top_level_field_of_a_saved_config_is_named():
     with pytest.raises(ConfigError, match="saved config has the field colour"):
         from_json({**to_json(Config(name="x")), "colour": 1})

@@ -116,6 +116,7 @@ class LoRAGen(TrainedModule):
             heads=self.edge.num_layers if s.router_heads == "per_layer" else None,
             standardize=s.standardize,
             dropout=s.router_dropout,
+            variance=s.batch_norm_variance,
             name="router",
         )
         logits_PLE = router.logits(meta_PLC, train)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from lora_gen_jax.errors import ConfigError
 
 Routing = Literal["keep_top_k", "gumbel", "linear"]
+Variance = Literal["unbiased", "biased"]
 
 
 def keep_top_k(probabilities_BLE: jax.Array, k: int) -> jax.Array:
@@ -74,11 +75,15 @@ class BatchNorm(nn.Module):
         epsilon: added to the variance.
         bias_scale: standard deviation of the bias at the start. Signed gates start with a part that all prompts share;
             with 0 it would have to grow out of nothing.
+        variance: which one the running statistics collect from a batch of n rows. A batch is normalised with its
+            biased variance; that estimates the variance of what inference sees n / (n - 1) times too small, so the
+            running one is unbiased, as PyTorch's. "biased" goes on with runs that began before this was so.
     """
 
     momentum: float = 0.9
     epsilon: float = 1e-5
     bias_scale: float = 0.0
+    variance: Variance = "unbiased"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -97,7 +102,10 @@ class BatchNorm(nn.Module):
             # Around the mean, not E[x²] - E[x]²: mean 100 and std 0.01 would come out as std 2.6.
             var = jnp.mean(jnp.square(x - mean[None]), axis=0)
             if not self.is_initializing():
-                for name, new in (("mean", mean), ("var", var), ("weight", jnp.ones(()))):
+                # Of one row the variance is 0, whatever the factor.
+                rows, lost = x.shape[0], int(self.variance == "unbiased")
+                collected = {"mean": mean, "var": var * (rows / max(rows - lost, 1)), "weight": jnp.ones(())}
+                for name, new in collected.items():
                     running[name].value = self.momentum * running[name].value + (1 - self.momentum) * new
         else:
             weight = running["weight"].value
@@ -139,6 +147,7 @@ class Router(nn.Module):
         standardize: f1 reads (T - mean) / deviation, by layer and feature, with the fixed statistics that
             `lora_gen_jax.training.reader` has measured.
         dropout: on what f1 reads.
+        variance: as `BatchNorm.variance`.
     """
 
     num_experts: int
@@ -151,6 +160,7 @@ class Router(nn.Module):
     heads: int | None = None
     standardize: bool = False
     dropout: float = 0.0
+    variance: Variance = "unbiased"
 
     def __call__(self, meta_BLC: jax.Array, train: bool = False) -> jax.Array:
         """[B, L, C] -> gates [B, L, E] in fp32. With `train`, Gumbel routing needs the rng "gumbel", dropout "dropout".
@@ -194,7 +204,8 @@ class Router(nn.Module):
         if self.batch_norm:
             # By layer, a layer's expert is a feature of its own.
             features = logits_BLE.reshape(logits_BLE.shape[0], -1) if self.by_layer else logits_BLE
-            norm = BatchNorm(name="norm", bias_scale=0.5 if self.routing == "linear" else 0.0)
+            start = 0.5 if self.routing == "linear" else 0.0
+            norm = BatchNorm(bias_scale=start, variance=self.variance, name="norm")
             logits_BLE = norm(features, train).reshape(logits_BLE.shape)
         return logits_BLE
 

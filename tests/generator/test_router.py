@@ -40,7 +40,7 @@ def _plain_top_k(probabilities, k):
 
 
 def _plain_gates(params, meta, k, mean=None, var=None):
-    """Equation 5 and what follows, in float64, one number at a time."""
+    """Equation 5 and what follows, in float64, one number at a time; and the rows' mean and unbiased variance."""
     f1, f2 = np.asarray(params["f1"], np.float64), np.asarray(params["f2"], np.float64)
     logits = np.zeros((*meta.shape[:2], f2.shape[1]))
     for b in range(meta.shape[0]):
@@ -55,13 +55,14 @@ def _plain_gates(params, meta, k, mean=None, var=None):
     if mean is None:
         mean = [sum(rows[:, e]) / len(rows) for e in range(rows.shape[1])]
         var = [sum((x - mean[e]) ** 2 for x in rows[:, e]) / len(rows) for e in range(rows.shape[1])]
+    seen = (mean, np.array(var) * len(rows) / max(len(rows) - 1, 1))
     scale, bias = np.asarray(params["norm"]["scale"], np.float64), np.asarray(params["norm"]["bias"], np.float64)
     gates = []
     for row in rows:
         normed = [(row[e] - mean[e]) / math.sqrt(var[e] + 1e-5) * scale[e] + bias[e] for e in range(len(row))]
         weights = [math.exp(x) for x in normed]
         gates.append(_plain_top_k([w / sum(weights) for w in weights], k))
-    return np.array(gates).reshape(logits.shape), (mean, var)
+    return np.array(gates).reshape(logits.shape), seen
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, E])
@@ -90,8 +91,9 @@ def test_inference_gates_are_the_equations_with_debiased_running_statistics():
 
 
 def test_one_training_step_makes_inference_on_the_same_batch_the_same():
-    """Running statistics that kept a share of their start (mean 0, variance 1) would not."""
-    router, meta = Router(num_experts=E, top_k=2, width=H), 50 * _meta()
+    """Running statistics that kept a share of their start (mean 0, variance 1) would not; with the batch's own
+    variance, not the estimate of what others of its kind have."""
+    router, meta = Router(num_experts=E, top_k=2, width=H, variance="biased"), 50 * _meta()
     variables = _variables(router, meta)
     gates, updates = router.apply(variables, meta, True, mutable=["batch_stats"])
     np.testing.assert_allclose(router.apply({**variables, **updates}, meta), gates, atol=1e-5)
@@ -121,7 +123,7 @@ def test_a_row_of_a_single_prompt_does_not_depend_on_its_neighbours_at_inference
 
 def test_statistics_by_layer_are_those_of_a_router_that_sees_that_layer_alone():
     """Equal f1 and f2: in each layer the gates are those of a batch that has no other layer."""
-    router, meta = Router(num_experts=E, top_k=2, width=H, by_layer=True), 3 * _meta()
+    router, meta = Router(num_experts=E, top_k=2, width=H, by_layer=True, variance="biased"), 3 * _meta()
     variables = _variables(router, meta)
     norm = variables["params"]["norm"]
     assert norm["scale"].shape == (L * E,)
@@ -160,8 +162,41 @@ def test_batch_statistics_are_those_of_torch_and_flax():
     # Flax starts at (0, 1) and keeps 0.9 of that; ours starts at 0 and counts its weight.
     stats, other = updates["batch_stats"], flax_updates["batch_stats"]
     np.testing.assert_allclose(stats["mean"], other["mean"], rtol=1e-5)
-    np.testing.assert_allclose(stats["var"], other["var"] - 0.9, atol=1e-5)
+    np.testing.assert_allclose(stats["var"], (other["var"] - 0.9) * (B * L) / (B * L - 1), atol=1e-5)
     np.testing.assert_allclose(stats["weight"], 0.1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 16])
+def test_inference_after_batches_of_few_rows_is_torchs(rows):
+    """Torch's start (mean 0, variance 1, of weight 0.9 to the number of steps) taken out, as ours never has it."""
+    torch = pytest.importorskip("torch")
+    batches, x = [5 + 3 * _meta(step, (rows, E)) for step in range(4)], _meta(9, (7, E))
+    theirs, variables = torch.nn.BatchNorm1d(E, eps=1e-5, momentum=0.1), BatchNorm().init(jax.random.key(0), x, True)
+    for batch in batches:
+        theirs(torch.tensor(batch))
+        variables |= BatchNorm().apply(variables, batch, True, mutable=["batch_stats"])[1]
+    start = 0.9 ** len(batches)
+    theirs.running_mean /= 1 - start
+    theirs.running_var.sub_(start).div_(1 - start)
+    expected = theirs.eval()(torch.tensor(x)).detach().numpy()
+    np.testing.assert_allclose(BatchNorm().apply(variables, x, False), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_biased_variance_is_that_of_the_rows_themselves():
+    batches = [_meta(step, (3, E)).astype(np.float64) for step in range(2)]
+    norm = BatchNorm(variance="biased")
+    variables = norm.init(jax.random.key(0), batches[0], True)
+    for batch in batches:
+        variables |= norm.apply(variables, batch, True, mutable=["batch_stats"])[1]
+    expected = 0.09 * batches[0].var(0) + 0.1 * batches[1].var(0)
+    np.testing.assert_allclose(variables["batch_stats"]["var"], expected, rtol=1e-5)
+
+
+def test_a_batch_of_one_row_has_no_variance_and_leaves_the_statistics_finite():
+    x = _meta(0, (1, E))
+    variables = BatchNorm().init(jax.random.key(0), x, True)
+    _, updates = BatchNorm().apply(variables, x, True, mutable=["batch_stats"])
+    np.testing.assert_array_equal(updates["batch_stats"]["var"], np.zeros(E))
 
 
 def test_gradients_through_batch_norm_are_torchs():
