@@ -30,14 +30,19 @@ def mean_cross_entropy(
         targets_PS: token ids.
         weight_PS: 1 for a supervised slot, 0 for others.
     """
+    loss_PS = slot_cross_entropy(decoder, frozen, hidden_PSD, targets_PS)
+    return jnp.sum(loss_PS * weight_PS) / jnp.maximum(jnp.sum(weight_PS), 1.0)
+
+
+def slot_cross_entropy(decoder: Decoder, frozen: Any, hidden_PSD: jax.Array, targets_PS: jax.Array) -> jax.Array:
+    """Cross-entropy [P, S] in nats of every slot; arguments as of `mean_cross_entropy`."""
 
     def logits_of(frozen: Any, hidden_PXD: jax.Array) -> Any:
         return decoder.apply({"params": frozen}, hidden_PXD, method="logits")
 
     rows = -(-hidden_PSD.shape[0] // mesh_size("batch"))
     chunk = max(1, LOGITS_AT_ONCE // (rows * decoder.config.vocab_size // mesh_size("vocab")))
-    loss_PS = chunked_cross_entropy(logits_of, frozen, hidden_PSD, targets_PS, chunk)
-    return jnp.sum(loss_PS * weight_PS) / jnp.maximum(jnp.sum(weight_PS), 1.0)
+    return chunked_cross_entropy(logits_of, frozen, hidden_PSD, targets_PS, chunk)
 
 
 def chunked_cross_entropy(

@@ -1,0 +1,1 @@
+"""Specialising beyond reading: a few steps on a prompt's own examples."""
