@@ -21,7 +21,7 @@ from lora_gen_jax.adapters.refined import RefinedPool
 from lora_gen_jax.config import GeneratorConfig
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import ConfigError, DataError
-from lora_gen_jax.generator.router import gumbel_softmax, keep_top_k
+from lora_gen_jax.generator.router import gumbel_softmax, keep_top_k, linear_gates
 from lora_gen_jax.generator.trained_module import Generated
 from lora_gen_jax.inference.placement import mesh_context, padded_rows, place_rows
 from lora_gen_jax.specialization.rows import ExampleRows, Pair, check_examples, pack_examples
@@ -133,7 +133,7 @@ def refine(
     rows, U = pack_examples(examples, P, config)
     judged = bool(np.any(rows.held_BS))
     form = Form(config.kind, settings.routing, settings.top_k, settings.gumbel_temperature, U, judged)
-    start = _start(adapter.take(index), generated, index, settings, config)
+    start = _start(adapter.take(index), generated, index, config)
     # Factors that are trained stand in the state.
     beside = adapter.pool if config.kind == "lora" and isinstance(adapter, RefinedPool) else adapter
     fixed = beside.take(np.repeat(index, U)), place_rows(rows, params)
@@ -142,14 +142,11 @@ def refine(
     return _refined(adapter, form, state, count)
 
 
-def _start(adapter: Any, generated: Generated, index: np.ndarray, settings: GeneratorConfig, config: RefineConfig):
+def _start(adapter: Any, generated: Generated, index: np.ndarray, config: RefineConfig) -> Any:
     """The values that training begins with, [L, P, …]."""
     if config.kind == "lora":
         return _start_factors(adapter, config.rank)
-    if settings.routing == "linear":
-        values_PLE = generated.gates_PLE * np.float32(settings.num_experts**0.5)
-    else:
-        values_PLE = generated.logits_PLE
+    values_PLE = generated.logits_PLE
     if values_PLE is None:
         raise ConfigError("refining gates starts from the router's logits: pass what the generator gave, with them")
     return {"gates": jnp.asarray(values_PLE, jnp.float32)[index].transpose(1, 0, 2)}
@@ -266,7 +263,7 @@ def kept_factors(value: Any) -> Any:
 def gates_of(values_LVE: jax.Array, form: Form) -> jax.Array:
     """From what is trained to gates, as the router makes them."""
     if form.routing == "linear":
-        return values_LVE * np.float32(values_LVE.shape[-1] ** -0.5)
+        return linear_gates(values_LVE)
     if form.routing == "gumbel":
         return gumbel_softmax(values_LVE, None, form.temperature)
     return keep_top_k(jax.nn.softmax(values_LVE, axis=-1), form.top_k)
