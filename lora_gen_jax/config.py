@@ -11,7 +11,10 @@ class ModelConfig:
 
     Attributes:
         source: a known name (pocket-edge, pocket-cloud, smollm2-135m), a directory, a .gguf file or a hub id.
-        dtype: of weights and activations; "auto" is bfloat16 on an accelerator and float32 on a CPU.
+        dtype: float32 or bfloat16, of weights and activations; or mixed: weights are stored in bfloat16 and large
+            products round their operands to it, while their sums and everything else stay in float32. "auto" is
+            bfloat16 on an accelerator and float32 on a CPU, but mixed for training on a CPU that multiplies bfloat16
+            in hardware (AVX512-BF16, AMX).
         remat: what the backward pass keeps of each layer: none (everything), dots (matmul results), full (nothing).
         unroll: layers per iteration of the scan over layers; more compile longer.
         attention: kernel of the training pass: grouped (ours, fastest on a CPU), xla (`jax.nn.dot_product_attention`),
@@ -20,7 +23,7 @@ class ModelConfig:
     """
 
     source: str = "smollm2-135m"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "mixed"] = "auto"
     remat: Literal["none", "dots", "full"] = "none"
     unroll: int = 1
     attention: Literal["auto", "grouped", "xla", "cudnn", "splash"] = "auto"

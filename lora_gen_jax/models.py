@@ -26,6 +26,7 @@ from lora_gen_jax.decoder.pretrained import (
 from lora_gen_jax.errors import ConfigError, ModelError
 from lora_gen_jax.inference.prefix import Prefix
 from lora_gen_jax.methods import trained_method
+from lora_gen_jax.processor import multiplies_bfloat16
 from lora_gen_jax.sharding import param_shardings
 
 
@@ -75,11 +76,11 @@ class Pair:
         return {"cloud": self.cloud.fingerprint, "edge": self.edge.fingerprint}
 
 
-def make_decoder(settings: ModelConfig, config: DecoderConfig, platform: str) -> Decoder:
+def make_decoder(settings: ModelConfig, config: DecoderConfig, platform: str, training: bool = False) -> Decoder:
     """A model's module as a platform ("cpu", "gpu", "tpu") runs it.
 
-    "auto" computes in float32 on a CPU, where XLA runs bfloat16 slower, and in bfloat16 elsewhere; its attention is the
-    flash kernel on a TPU.
+    "auto" is bfloat16 on an accelerator. On a CPU it is float32, but for training mixed where the processor multiplies
+    bfloat16 in hardware (`multiplies_bfloat16`). Its attention is the flash kernel on a TPU.
 
     Raises:
         ConfigError: for a kernel that the platform lacks.
@@ -90,10 +91,19 @@ def make_decoder(settings: ModelConfig, config: DecoderConfig, platform: str) ->
             f"attention of {settings.source} is {settings.attention!r}, which needs a {needed.upper()}, and this is a"
             f" {platform.upper()}: leave cloud.attention and edge.attention at auto"
         )
-    automatic: Any = jnp.float32 if platform == "cpu" else jnp.bfloat16
-    dtype = automatic if settings.dtype == "auto" else jnp.dtype(settings.dtype).type
+    name = settings.dtype
+    if name == "auto":
+        on_cpu = "mixed" if training and multiplies_bfloat16() else "float32"
+        name = on_cpu if platform == "cpu" else "bfloat16"
+    mixed = name == "mixed"
+    dtype: Any = jnp.float32 if mixed else jnp.dtype(name).type
     kernel = "splash" if settings.attention == "auto" and platform == "tpu" else settings.attention
-    return Decoder(config, dtype, settings.remat, settings.unroll, kernel)
+    return Decoder(config, dtype, settings.remat, settings.unroll, kernel, jnp.bfloat16 if mixed else None)
+
+
+def precision_of(decoder: Decoder) -> str:
+    """What `ModelConfig.dtype` calls the types that a decoder computes in."""
+    return jnp.dtype(decoder.dtype).name if decoder.operands is None else "mixed"
 
 
 def share_weights(config: Config) -> bool:
@@ -101,20 +111,23 @@ def share_weights(config: Config) -> bool:
     return (config.cloud.source, config.cloud.dtype) == (config.edge.source, config.edge.dtype)
 
 
-def load_model(settings: ModelConfig, mesh: Mesh | None = None, weights: bool = True) -> Model:
+def load_model(settings: ModelConfig, mesh: Mesh | None = None, weights: bool = True, training: bool = False) -> Model:
     """Reads a model's config, weights and tokenizer; without `weights` its `params` are None.
+
+    `training` is as of `make_decoder`. Where products round their operands, the matrices are stored rounded.
 
     Raises:
         ModelError: as the functions of `lora_gen_jax.decoder.pretrained`.
     """
     source = resolve(settings.source)
     config = load_config(source)
-    decoder = make_decoder(settings, config, jax.default_backend())
+    decoder = make_decoder(settings, config, jax.default_backend(), training)
     encoder = Encoder(load_tokenizer(source), config.vocab_size)
     if not weights:
         return Model(decoder, None, encoder, fingerprint(source))
     shardings = None if mesh is None else param_shardings(mesh, lambda: init_params(decoder))
-    return Model(decoder, load_params(source, config, decoder.dtype, shardings), encoder, fingerprint(source))
+    params = load_params(source, config, decoder.dtype, shardings, decoder.operands)
+    return Model(decoder, params, encoder, fingerprint(source))
 
 
 def end_ids(source: str, model: Model) -> tuple[int, ...]:
@@ -143,17 +156,20 @@ def init_params(decoder: Decoder, seed: int = 0) -> Any:
     return decoder.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
-def load_pair(config: Config, mesh: Mesh | None = None, edge_weights: bool = True) -> Pair:
+def load_pair(config: Config, mesh: Mesh | None = None, edge_weights: bool = True, training: bool = False) -> Pair:
     """Both models of an experiment; without `edge_weights` the edge's, unless they are the cloud's.
+
+    `training` is as of `make_decoder`.
 
     Raises:
         ModelError: as `load_model`.
     """
     if share_weights(config):
-        edge = load_model(config.edge, mesh)
-        decoder = make_decoder(config.cloud, edge.config, jax.default_backend())
+        edge = load_model(config.edge, mesh, training=training)
+        decoder = make_decoder(config.cloud, edge.config, jax.default_backend(), training)
         return Pair(dataclasses.replace(edge, decoder=decoder), edge)
-    return Pair(load_model(config.cloud, mesh), load_model(config.edge, mesh, edge_weights))
+    cloud = load_model(config.cloud, mesh, training=training)
+    return Pair(cloud, load_model(config.edge, mesh, edge_weights, training))
 
 
 def make_generator(config: Config, pair: Pair) -> Any:

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from lora_gen_jax.adapters.lora import dropout, group_rows, matmul_trained, require_prompt, require_single
+from lora_gen_jax.adapters.lora import dropout, group_rows, require_prompt, require_single
 from lora_gen_jax.adapters.protocol import AdapterBase
+from lora_gen_jax.decoder.product import kept, product
 from lora_gen_jax.errors import ConfigError
 
 FEW_TOKENS = 32
@@ -66,8 +67,8 @@ class GatedPool(AdapterBase):
         if self._side_by_side(x_PSD.shape[0], x_PSD.shape[1], gates_PE.shape[1]):
             y_PSF = self._all_experts(x_PSD, gates_PE, a, b)
         elif self.mix == "factors":
-            h = jnp.matmul(x_PSD, jnp.einsum("pe,edr->pdr", gates_PE, a).astype(x_BTD.dtype))
-            y_PSF = jnp.matmul(h, jnp.einsum("pe,erf->prf", gates_PE, b).astype(x_BTD.dtype))
+            h = kept(product(x_PSD, jnp.einsum("pe,edr->pdr", gates_PE, a), self.operands))
+            y_PSF = product(h, jnp.einsum("pe,erf->prf", gates_PE, b), self.operands)
         else:
             y_PSF = self._chosen_experts(x_PSD, gates_PE, a, b)
         return y_PSF.reshape(*x_BTD.shape[:2], -1) * jnp.asarray(self.scale, x_BTD.dtype)
@@ -86,10 +87,11 @@ class GatedPool(AdapterBase):
         """One pair of matmuls for all prompts: [P, S, F]."""
         (P, E), (_, D, R), F = gates_PE.shape, a_EDR.shape, b_ERF.shape[-1]
         gates_P1E1 = gates_PE[:, None, :, None].astype(x_PSD.dtype)
-        h_PSER = matmul_trained(x_PSD, a_EDR.transpose(1, 0, 2).reshape(D, E * R)).reshape(P, -1, E, R) * gates_P1E1
+        h_PSX = kept(product(x_PSD, a_EDR.transpose(1, 0, 2).reshape(D, E * R), self.operands))
+        h_PSER = h_PSX.reshape(P, -1, E, R) * gates_P1E1
         if self.mix == "factors":
             h_PSER = jnp.sum(h_PSER, axis=2, keepdims=True) * gates_P1E1
-        return matmul_trained(h_PSER.reshape(P, -1, E * R), b_ERF.reshape(E * R, F))
+        return product(h_PSER.reshape(P, -1, E * R), b_ERF.reshape(E * R, F), self.operands)
 
     def _chosen_experts(self, x_PSD: jax.Array, gates_PE: jax.Array, a_EDR: jax.Array, b_ERF: jax.Array) -> jax.Array:
         """One pair of matmuls per prompt, K/E of the work: [P, S, F]."""
@@ -97,7 +99,7 @@ class GatedPool(AdapterBase):
         weight_PK, index_PK = jax.lax.top_k(gates_PE, self.top_k)
         a_PDX = a_EDR[index_PK].transpose(0, 2, 1, 3).reshape(P, D, -1)
         b_PXF = (b_ERF[index_PK] * weight_PK[:, :, None, None]).reshape(P, -1, F)
-        return jnp.matmul(jnp.matmul(x_PSD, a_PDX.astype(x_PSD.dtype)), b_PXF.astype(x_PSD.dtype))
+        return product(kept(product(x_PSD, a_PDX, self.operands)), b_PXF, self.operands)
 
     def weight_delta(self, site: str) -> jax.Array | None:
         """ΔW of one layer in fp32, [inputs, outputs]; for a single prompt."""

@@ -15,6 +15,7 @@ from flax import struct
 
 from lora_gen_jax.adapters.protocol import AdapterBase
 from lora_gen_jax.decoder.config import DecoderConfig
+from lora_gen_jax.decoder.product import kept, product
 from lora_gen_jax.errors import ConfigError
 
 
@@ -38,29 +39,6 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     bytes_ = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
     scale = jnp.asarray(256 / (256 - dropped), x.dtype)
     return jnp.where(bytes_ >= jnp.uint8(dropped), x * scale, jnp.zeros((), x.dtype))
-
-
-@jax.custom_vjp
-def matmul_trained(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [..., inputs] · w [inputs, outputs] in the type of x; w and its gradient are in fp32.
-
-    JAX alone would round the gradient to the type of x first, and sum that over the devices. For that the rule is
-    reverse-mode's: `jax.jvp` and `jax.hessian` work on merged weights only.
-    """
-    return x @ w.astype(x.dtype)
-
-
-def _matmul_forward(x, w):
-    return matmul_trained(x, w), (x, w)
-
-
-def _matmul_backward(residuals, gradient):
-    x, w = residuals
-    rows, out = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-    return gradient @ w.astype(x.dtype).T, jnp.matmul(rows.T, out, preferred_element_type=jnp.float32)
-
-
-matmul_trained.defvjp(_matmul_forward, _matmul_backward)
 
 
 def trained_factors(module: nn.Module, config: DecoderConfig, sites: Sequence[str], rank: int) -> dict[str, Any]:
@@ -94,8 +72,8 @@ class LoRA(AdapterBase):
         if site not in self.scanned:
             return None
         a, b = (self.scanned[site][name] for name in ("a", "b"))
-        h_BTR = matmul_trained(dropout(x_BTD, self.dropout_rate, key), a)
-        return matmul_trained(h_BTR, b) * jnp.asarray(self.scale, x_BTD.dtype)
+        h_BTR = kept(product(dropout(x_BTD, self.dropout_rate, key), a, self.operands))
+        return product(h_BTR, b, self.operands) * jnp.asarray(self.scale, x_BTD.dtype)
 
     def weight_delta(self, site: str) -> jax.Array | None:
         """(α/r)·A·B of one layer in fp32, [inputs, outputs]."""
@@ -126,9 +104,10 @@ class PromptLoRA(AdapterBase):
         """(α/r)·B_p·A_p·dropout(x) for the prompt p of each row, [B, T, outputs]."""
         if site not in self.scanned:
             return None
-        a, b = (self.scanned[site][name].astype(x_BTD.dtype) for name in ("a", "b"))
+        a, b = (self.scanned[site][name] for name in ("a", "b"))
         x_PSD = group_rows(dropout(x_BTD, self.dropout_rate, key), a.shape[0])
-        y = jnp.matmul(jnp.matmul(x_PSD, a), b) * jnp.asarray(self.scale, x_BTD.dtype)
+        h_PSR = kept(product(x_PSD, a, self.operands))
+        y = product(h_PSR, b, self.operands) * jnp.asarray(self.scale, x_BTD.dtype)
         return y.reshape(*x_BTD.shape[:2], -1)
 
     def weight_delta(self, site: str) -> jax.Array | None:

@@ -44,6 +44,11 @@ class Adapter(Protocol):
         """Pytree of arrays without a layer axis."""
         ...
 
+    @property
+    def operands(self) -> Any:
+        """What its products round their operands to; None for the type of the activations."""
+        ...
+
     def replace(self, **updates: Any) -> Self:
         """A copy with other fields (from `flax.struct.PyTreeNode`)."""
         ...
@@ -76,7 +81,14 @@ class Adapter(Protocol):
 
 
 class AdapterBase(struct.PyTreeNode):
-    """An adapter that adds nothing: methods override what they change, and have `scanned` and `shared`."""
+    """An adapter that adds nothing: methods override what they change, and have `scanned` and `shared`.
+
+    Attributes:
+        operands: what the adapter's products round their operands to (`product`); the decoder that it is handed to
+            says so.
+    """
+
+    operands: Any = struct.field(pytree_node=False, default=None, kw_only=True)
 
     def delta(self, site: str, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array | None:
         """As `Adapter.delta`."""

@@ -45,7 +45,7 @@ class AutoCompressor(TrainedModule):
         settings: `lora_gen_jax.config.GeneratorConfig`: rank, alpha, dropout and lora_sites.
         compressor: `lora_gen_jax.config.CompressorConfig`.
         end_id: token whose embedding the summary tokens start from; small random ones without it.
-        dtype, remat, unroll, attention: of the edge's pass over the prompts, as in `Decoder`.
+        dtype, remat, unroll, attention, operands: of the edge's pass over the prompts, as in `Decoder`.
     """
 
     edge: DecoderConfig
@@ -56,6 +56,7 @@ class AutoCompressor(TrainedModule):
     remat: str = "none"
     unroll: int = 1
     attention: str = "auto"
+    operands: jax.typing.DTypeLike | None = None
 
     reader = "edge"
 
@@ -144,7 +145,7 @@ class AutoCompressor(TrainedModule):
         return mean_cross_entropy(self._decoder(), frozen, hidden_PSD, next_PS, weight_PS)
 
     def _decoder(self) -> Decoder:
-        return Decoder(self.edge, self.dtype, self.remat, self.unroll, self.attention, parent=None)
+        return Decoder(self.edge, self.dtype, self.remat, self.unroll, self.attention, self.operands, parent=None)
 
     def _summary(self, frozen: Any) -> jax.Array:
         def init(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -174,7 +175,15 @@ def build(config: Config, pair: "Pair") -> AutoCompressor:
     edge, encoder = pair.edge.decoder, pair.edge.encoder
     end = None if encoder is None else encoder.end
     module = AutoCompressor(
-        edge.config, config.generator, config.compressor, end, edge.dtype, edge.remat, edge.unroll, edge.attention
+        edge.config,
+        config.generator,
+        config.compressor,
+        end,
+        edge.dtype,
+        edge.remat,
+        edge.unroll,
+        edge.attention,
+        edge.operands,
     )
     soft = soft_tokens(config)
     needed = {

@@ -25,6 +25,7 @@ def build(config: Config, pair: "Pair") -> LoRAGen:
         remat=cloud.remat,
         unroll=cloud.unroll,
         attention=cloud.attention,
+        operands=cloud.operands,
         meta_start=pair.cloud.encoder.line_break if newline else None,
     )
 

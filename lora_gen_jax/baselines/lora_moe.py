@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from lora_gen_jax.adapters.lora import dropout, factor_a_init, matmul_trained
+from lora_gen_jax.adapters.lora import dropout, factor_a_init
 from lora_gen_jax.adapters.protocol import AdapterBase
 from lora_gen_jax.baselines.method import Method, Traits, fixed
 from lora_gen_jax.config import Config
 from lora_gen_jax.decoder.config import DecoderConfig
+from lora_gen_jax.decoder.product import kept, product
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.generator.cloud import PackedPrompts
 from lora_gen_jax.generator.trained_module import Generated, TrainedModule
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 def router_logits(x_BTD: jax.Array, router_DE: jax.Array) -> jax.Array:
     """What a bias-free router says about every token, [B, T, E]; in fp32 whatever the type of x."""
-    return matmul_trained(x_BTD.astype(jnp.float32), router_DE)
+    return product(x_BTD.astype(jnp.float32), router_DE)
 
 
 def weighed(h_BTX: jax.Array, weight_BTE: jax.Array) -> jax.Array:
@@ -68,8 +69,9 @@ class LoRAMoEAdapter(AdapterBase):
         if probability_BTE is None:
             return None
         a, b = self.scanned[site]["a"], self.scanned[site]["b"]
-        h_BTX = matmul_trained(dropout(x_BTD, self.dropout_rate, key), a)
-        return matmul_trained(weighed(h_BTX, probability_BTE), b) * jnp.asarray(self.scale, x_BTD.dtype)
+        h_BTX = kept(product(dropout(x_BTD, self.dropout_rate, key), a, self.operands))
+        y_BTF = product(weighed(h_BTX, probability_BTE), b, self.operands)
+        return y_BTF * jnp.asarray(self.scale, x_BTD.dtype)
 
     def record(self, site: str, x_BTD: jax.Array) -> jax.Array | None:
         """The probabilities of the site's experts for every token, [B, T, E] in fp32."""

@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from lora_gen_jax.adapters.lora import dropout, factor_a_init, matmul_trained
+from lora_gen_jax.adapters.lora import dropout, factor_a_init
 from lora_gen_jax.adapters.protocol import FFN_INPUT, AdapterBase, FrozenFFN
 from lora_gen_jax.baselines.lora_moe import router_logits, side_by_side, weighed
 from lora_gen_jax.baselines.method import Method, Traits, fixed
 from lora_gen_jax.config import Config, GeneratorConfig
 from lora_gen_jax.decoder.config import DecoderConfig
+from lora_gen_jax.decoder.product import kept, product
 from lora_gen_jax.generator.cloud import PackedPrompts
 from lora_gen_jax.generator.trained_module import Generated, TrainedModule
 
@@ -65,7 +66,7 @@ class MixLoRAAdapter(AdapterBase):
         if site not in self.scanned["attention"]:
             return None
         pair = self.scanned["attention"][site]
-        return self._lift(pair, matmul_trained(dropout(x_BTD, self.dropout_rate, key), pair["a"]))
+        return self._lift(pair, product(dropout(x_BTD, self.dropout_rate, key), pair["a"], self.operands))
 
     def record(self, site: str, x_BTD: jax.Array) -> jax.Array | None:
         """The router's logits for every token, [B, T, E] in fp32, at the FFN's input."""
@@ -100,11 +101,12 @@ class MixLoRAAdapter(AdapterBase):
 
     def _low(self, site: str, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
         """A_e·dropout(x) of all experts, [B, T, E·R]."""
-        return matmul_trained(dropout(x_BTD, self.dropout_rate, key), self.scanned["experts"][site]["a"])
+        a = self.scanned["experts"][site]["a"]
+        return kept(product(dropout(x_BTD, self.dropout_rate, key), a, self.operands))
 
     def _lift(self, pair: dict[str, jax.Array], h_BTX: jax.Array) -> jax.Array:
         """(α/r)·B·h, [B, T, outputs]."""
-        return matmul_trained(h_BTX, pair["b"]) * jnp.asarray(self.scale, h_BTX.dtype)
+        return product(h_BTX, pair["b"], self.operands) * jnp.asarray(self.scale, h_BTX.dtype)
 
 
 def balance_loss(logits_LBTE: jax.Array, read_BT: jax.Array, k: int) -> jax.Array:

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from lora_gen_jax.decoder.product import product
+
 
 class KVCache(struct.PyTreeNode):
     """Keys and values of the tokens read so far.
@@ -74,6 +76,7 @@ def attend(
     mask_BTS: jax.Array,
     config: Any,
     kernel: str = "auto",
+    operands: Any = None,
 ) -> jax.Array:
     """Softmax attention with grouped heads, [B, T, N, H]; the softmax is in fp32.
 
@@ -86,11 +89,12 @@ def attend(
         config: supplies `attention_scale` and `attention_softcap`.
         kernel: grouped (`_grouped_attention`), or `jax.nn.dot_product_attention` as xla, or as cudnn through the GPU's
             flash kernel; auto is grouped on a CPU and xla elsewhere. What the library's function lacks is grouped.
+        operands: what the two products round their operands to, where they are grouped (`product`).
     """
     if kernel == "auto":
         kernel = "grouped" if jax.default_backend() == "cpu" else "xla"
     if config.attention_softcap is not None or len(parts) > 1 or kernel == "grouped":
-        return _grouped_attention(q_BTNH, parts, mask_BTS, config)
+        return _grouped_attention(q_BTNH, parts, mask_BTS, config, operands)
     ((k_BSGH, v_BSGH),) = parts
     return jax.nn.dot_product_attention(
         q_BTNH,
@@ -103,7 +107,7 @@ def attend(
 
 
 def _grouped_attention(
-    q_BTNH: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array]], mask_BTS: jax.Array, config: Any
+    q_BTNH: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array]], mask_BTS: jax.Array, config: Any, operands: Any
 ) -> jax.Array:
     """For what the library's function lacks: a soft-cap, c·tanh(score / c), keys that rows share, a CPU at full speed.
 
@@ -119,7 +123,7 @@ def _grouped_attention(
     scores, start = [], 0
     for k_BSGH, _ in parts:
         S = k_BSGH.shape[1]
-        score = _matmul_rows(q_GBXH, k_BSGH.transpose(2, 0, 3, 1))
+        score = _matmul_rows(q_GBXH, k_BSGH.transpose(2, 0, 3, 1), operands)
         if (cap := config.attention_softcap) is not None:
             score = cap * jnp.tanh(score / cap)
         bias = bias_BTS[None, :, None, :, start : start + S]
@@ -132,7 +136,7 @@ def _grouped_attention(
     mixed = functools.reduce(
         jnp.add,
         [
-            _matmul_rows(weight.astype(v_BSGH.dtype), v_BSGH.transpose(2, 0, 1, 3))
+            _matmul_rows(weight.astype(v_BSGH.dtype), v_BSGH.transpose(2, 0, 1, 3), operands)
             for weight, (_, v_BSGH) in zip(weights, parts, strict=True)
         ],
     )
@@ -140,9 +144,13 @@ def _grouped_attention(
     return y_GBMTH.transpose(1, 3, 0, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
-def _matmul_rows(x_GBXY: jax.Array, y_GBYZ: jax.Array) -> jax.Array:
+def _matmul_rows(x_GBXY: jax.Array, y_GBYZ: jax.Array, operands: Any) -> jax.Array:
     """[G, B, X, Z] in fp32; where y has one row for all of x's, these are one matmul."""
     G, B, X, Y = x_GBXY.shape
     if y_GBYZ.shape[1] != B:
         x_GBXY = x_GBXY.reshape(G, 1, B * X, Y)
-    return jnp.matmul(x_GBXY, y_GBYZ, preferred_element_type=jnp.float32).reshape(G, B, X, -1)
+    if operands is None:
+        z_GBXZ = jnp.matmul(x_GBXY, y_GBYZ, preferred_element_type=jnp.float32)
+    else:
+        z_GBXZ = product(x_GBXY, y_GBYZ, operands)
+    return z_GBXZ.reshape(G, B, X, -1)

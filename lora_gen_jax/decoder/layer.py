@@ -63,6 +63,7 @@ class Attention(nn.Module):
     config: DecoderConfig
     dtype: jax.typing.DTypeLike
     kernel: str
+    operands: jax.typing.DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x_BTD, kv, per_layer: PerLayer, context: Context, adapter: Adapter | None):
@@ -70,7 +71,8 @@ class Attention(nn.Module):
 
         def heads(name: str, count: int) -> jax.Array:
             axes = ("embed", "heads" if name == "q" else "kv_heads")
-            y = Linear(count * c.head_dim, axes, c.qkv_bias, self.dtype, name=name)(x_BTD, adapter)
+            linear = Linear(count * c.head_dim, axes, c.qkv_bias, self.dtype, operands=self.operands, name=name)
+            y = linear(x_BTD, adapter)
             return constrain(y.reshape(B, T, count, c.head_dim), "batch", None, axes[1], None)
 
         q, k, v = heads("q", c.num_heads), heads("k", c.num_kv_heads), heads("v", c.num_kv_heads)
@@ -90,9 +92,10 @@ class Attention(nn.Module):
             y = flash_attention(q, k, v, context.packed_BT, c)
         else:
             parts = [(k, v)] if per_layer.prefix is None else [per_layer.prefix, (k, v)]
-            y = attend(q, parts, mask_BTS, c, self.kernel)
+            y = attend(q, parts, mask_BTS, c, self.kernel, self.operands)
         y = constrain(y.reshape(B, T, c.num_heads * c.head_dim), "batch", None, "heads")
-        return Linear(c.width, ("heads", "embed"), c.out_bias, self.dtype, name="o")(y, adapter), kv
+        out = Linear(c.width, ("heads", "embed"), c.out_bias, self.dtype, operands=self.operands, name="o")
+        return out(y, adapter), kv
 
 
 class FFN(nn.Module):
@@ -100,13 +103,16 @@ class FFN(nn.Module):
 
     config: DecoderConfig
     dtype: jax.typing.DTypeLike
+    operands: jax.typing.DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, adapter: Adapter | None) -> jax.Array:
         c = self.config
         wide, narrow = (c.ffn_width, ("embed", "mlp")), (c.width, ("mlp", "embed"))
         linear = {
-            site: Linear(*(narrow if site == "down" else wide), c.ffn_bias, self.dtype, name=site)
+            site: Linear(
+                *(narrow if site == "down" else wide), c.ffn_bias, self.dtype, operands=self.operands, name=site
+            )
             for site in c.ffn_sites
         }
 
@@ -132,6 +138,7 @@ class Layer(nn.Module):
     config: DecoderConfig
     dtype: jax.typing.DTypeLike
     kernel: str
+    operands: jax.typing.DTypeLike | None = None
 
     @nn.compact
     def __call__(self, carry, per_layer: PerLayer, context: Context):
@@ -141,10 +148,10 @@ class Layer(nn.Module):
         def norm(name: str, y: jax.Array) -> jax.Array:
             return Norm(c, self.dtype, name=name)(y)
 
-        attention = Attention(c, self.dtype, self.kernel, name="attention")
+        attention = Attention(c, self.dtype, self.kernel, self.operands, name="attention")
         y, kv = attention(norm("attention_norm", x), kv, per_layer, context, adapter)
         x = constrain(x + (norm("post_attention_norm", y) if c.post_norms else y), "batch", "length", None)
-        y = FFN(c, self.dtype, name="ffn")(norm("ffn_norm", x), adapter)
+        y = FFN(c, self.dtype, self.operands, name="ffn")(norm("ffn_norm", x), adapter)
         x = constrain(x + (norm("post_ffn_norm", y) if c.post_norms else y), "batch", "length", None)
         if context.pool_BMT is not None and not self.is_initializing():
             self.sow(RECORDS, POOLED, jnp.einsum("bmt,btd->bmd", context.pool_BMT, x.astype(jnp.float32)))

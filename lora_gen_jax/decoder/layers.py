@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from lora_gen_jax.adapters.protocol import Adapter
 from lora_gen_jax.decoder.config import DecoderConfig
+from lora_gen_jax.decoder.product import kept, product
 from lora_gen_jax.sharding import constrain, partitioned
 
 RECORDS = "records"
@@ -31,7 +32,8 @@ ACTIVATIONS = {
 class Linear(nn.Module):
     """x·W (+ b) (+ what an adapter adds for the site that this module is named after).
 
-    It computes in `dtype`; the result is of `out_dtype`, where that is given, without having been rounded to `dtype`.
+    It computes in `dtype`, with operands rounded to `operands` where that is given (`product`); the result is of
+    `out_dtype`, where that is given, without having been rounded to `dtype`.
     """
 
     features: int
@@ -39,6 +41,7 @@ class Linear(nn.Module):
     use_bias: bool = False
     dtype: jax.typing.DTypeLike = jnp.float32
     out_dtype: jax.typing.DTypeLike | None = None
+    operands: jax.typing.DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, adapter: Adapter | None = None) -> jax.Array:
@@ -46,8 +49,12 @@ class Linear(nn.Module):
         init = partitioned(nn.initializers.lecun_normal(), *self.axes)
         kernel = self.param("kernel", init, (x_BTD.shape[-1], self.features))
         # Stored in pieces, gathered here: the alternative, partial sums of all rows, moves far more.
-        kernel = constrain(kernel.astype(self.dtype), *(None if axis == "embed" else axis for axis in self.axes))
-        y = jnp.matmul(x_BTD, kernel, preferred_element_type=self.out_dtype)
+        stored = self.dtype if self.operands is None else self.operands
+        kernel = constrain(kernel.astype(stored), *(None if axis == "embed" else axis for axis in self.axes))
+        if self.operands is None:
+            y = jnp.matmul(x_BTD, kernel, preferred_element_type=self.out_dtype)
+        else:
+            y = product(x_BTD, kernel, self.operands)
         if self.use_bias:
             init = partitioned(nn.initializers.zeros_init(), self.axes[1])
             bias = self.param("bias", init, (self.features,))
@@ -56,7 +63,7 @@ class Linear(nn.Module):
             delta = adapter.delta(self.name, x_BTD, dropout_key(self))
             y = y if delta is None else y + delta.astype(y.dtype)
             record(self, adapter, self.name, x_BTD)
-        return y
+        return kept(y)
 
 
 def dropout_key(module: nn.Module) -> jax.Array | None:

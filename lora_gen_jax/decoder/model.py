@@ -17,13 +17,15 @@ from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.flash import fits_flash
 from lora_gen_jax.decoder.layer import Context, Layer, PerLayer
 from lora_gen_jax.decoder.layers import RECORDS, Linear, Norm, rotary_angles
+from lora_gen_jax.decoder.product import KEPT, product
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.sharding import constrain, partitioned
 
-# What the backward pass keeps of each layer: everything, the results of matmuls, or the layer's input alone.
+# What the backward pass keeps of each layer: everything, the results of linear layers, or the layer's input alone. The
+# results are named (`kept`): a policy that looks for products does not see those of a custom gradient rule.
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(KEPT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -38,10 +40,11 @@ class Decoder(nn.Module):
 
     Attributes:
         config: sizes and switches.
-        dtype: computed in; parameters keep their own type.
+        dtype: of activations; parameters keep their own type.
         remat: a key of `REMAT_POLICIES`.
         unroll: layers per iteration of the scan.
         attention: one of `KERNELS`; see `attend`. "splash" is the TPU's flash kernel for packed rows, xla for others.
+        operands: what large products round their operands to, with results of `dtype` (`product`); None for `dtype`.
     """
 
     config: DecoderConfig
@@ -49,6 +52,7 @@ class Decoder(nn.Module):
     remat: str = "none"
     unroll: int = 1
     attention: str = "auto"
+    operands: jax.typing.DTypeLike | None = None
 
     def setup(self):
         c = self.config
@@ -71,10 +75,12 @@ class Decoder(nn.Module):
             length=c.num_layers,
             unroll=self.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.dtype, self.attention)
+        )(c, self.dtype, self.attention, self.operands)
         self.final_norm = Norm(c, self.dtype)
         if not c.tied_embeddings:
-            self.unembed = Linear(c.vocab_size, ("embed", "vocab"), dtype=self.dtype, out_dtype=jnp.float32)
+            self.unembed = Linear(
+                c.vocab_size, ("embed", "vocab"), dtype=self.dtype, out_dtype=jnp.float32, operands=self.operands
+            )
 
     def table(self, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> nn.Module:
         return _Table(shape, axes, name=name)
@@ -164,7 +170,7 @@ class Decoder(nn.Module):
             mask_BTS=mask,
             window_BTS=None if window is None else mask & within_window(positions_BT, key_BS, window),
             cos_sin=None if c.rope_theta is None else rotary_angles(c, at_BT),
-            adapter=None if adapter is None else adapter.replace(scanned=None),
+            adapter=None if adapter is None else adapter.replace(scanned=None, operands=self.operands),
             slot=slot,
             packed_BT=segments_BT if packed and self._flash(x_BTD.shape[1], cache, prefix) else None,
             pool_BMT=pool_BMT,
@@ -185,8 +191,11 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Next-token logits [B, T, V] in fp32, soft-capped where the family says so."""
-        unembed = self.embedding.attend if self.config.tied_embeddings else self.unembed
-        logits, cap = unembed(hidden_BTD), self.config.logit_softcap
+        if self.config.tied_embeddings:
+            logits = self.embedding.attend(hidden_BTD, self.operands)
+        else:
+            logits = self.unembed(hidden_BTD)
+        cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
@@ -206,6 +215,9 @@ class _Table(nn.Module):
         x_BTD = jnp.take(self.embedding, constrain(ids_BT, "lookup", None), axis=0, mode="clip")
         return constrain(x_BTD, "lookup", None, "embed")
 
-    def attend(self, hidden_BTD: jax.Array) -> jax.Array:
-        table = constrain(self.embedding.astype(hidden_BTD.dtype), self.axes[0], None)
+    def attend(self, hidden_BTD: jax.Array, operands: jax.typing.DTypeLike | None = None) -> jax.Array:
+        stored = hidden_BTD.dtype if operands is None else operands
+        table = constrain(self.embedding.astype(stored), self.axes[0], None)
+        if operands is not None:
+            return product(hidden_BTD, table.T, operands)
         return jnp.einsum("btd,vd->btv", hidden_BTD, table, preferred_element_type=jnp.float32)

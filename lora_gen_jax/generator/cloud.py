@@ -87,7 +87,7 @@ class CloudEncoder(nn.Module):
         config: of the cloud model.
         num_meta: L, the edge model's layers.
         settings: `lora_gen_jax.config.GeneratorConfig`.
-        dtype, remat, unroll, attention: of the cloud's forward pass, as in `Decoder`.
+        dtype, remat, unroll, attention, operands: of the cloud's forward pass, as in `Decoder`.
         meta_start: the token whose embedding meta embeddings start around; None for small noise alone.
     """
 
@@ -99,6 +99,7 @@ class CloudEncoder(nn.Module):
     unroll: int = 1
     attention: str = "auto"
     meta_start: int | None = None
+    operands: jax.typing.DTypeLike | None = None
 
     @nn.compact
     def __call__(self, frozen: Any, prompts: PackedPrompts, train: bool = False) -> jax.Array:
@@ -124,7 +125,7 @@ class CloudEncoder(nn.Module):
             return noise + frozen["embed"]["embedding"][self.meta_start].astype(noise.dtype)[None]
 
         meta_LC = self.param("meta_embedding", start, (count, c.width))
-        decoder = Decoder(c, self.dtype, self.remat, self.unroll, self.attention, parent=None)
+        decoder = Decoder(c, self.dtype, self.remat, self.unroll, self.attention, self.operands, parent=None)
         x_BTC: Any = decoder.apply({"params": frozen}, prompts.tokens_BT, method="embed")
         # The learned embeddings are of the size of the model's own inputs, whatever those are scaled by.
         scale = jnp.asarray(c.embedding_scale, jnp.float32)

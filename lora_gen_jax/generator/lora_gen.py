@@ -83,7 +83,7 @@ class LoRAGen(TrainedModule):
     Attributes:
         cloud, edge: of the two models.
         settings: `lora_gen_jax.config.GeneratorConfig`.
-        dtype, remat, unroll, attention: of the cloud's forward pass, as in `Decoder`.
+        dtype, remat, unroll, attention, operands: of the cloud's forward pass, as in `Decoder`.
         meta_start: as `CloudEncoder.meta_start`.
     """
 
@@ -95,6 +95,7 @@ class LoRAGen(TrainedModule):
     unroll: int = 1
     attention: str = "auto"
     meta_start: int | None = None
+    operands: jax.typing.DTypeLike | None = None
 
     reader = "cloud"
 
@@ -136,6 +137,7 @@ class LoRAGen(TrainedModule):
             self.unroll,
             self.attention,
             self.meta_start,
+            self.operands,
             **place,
         )
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_gen_jax.config import Config
 from lora_gen_jax.data.pipeline import Batch, Shard, build_batch
-from lora_gen_jax.models import Pair, load_pair, make_generator
+from lora_gen_jax.models import Pair, load_pair, make_generator, precision_of
 from lora_gen_jax.sharding import make_mesh
 from lora_gen_jax.training.cost import matmul_rate, method_cost
 from lora_gen_jax.training.optimizer import make_optimizer
@@ -34,12 +34,13 @@ def bench(config: Config) -> dict[str, float]:
     keep_freed_memory()
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     check_rows(config, mesh)
-    pair = load_pair(config, mesh)
+    pair = load_pair(config, mesh, training=True)
     sampler = make_sampler(config, pair, training_tasks(config), "train")
     assert sampler is not None
     host = build_batch(sampler, (config.train.seed, 0), Shard())
     cost = method_cost(config, pair.cloud.config, pair.edge.config, host)
-    dtype = pair.edge.decoder.dtype
+    decoder = pair.edge.decoder
+    dtype = decoder.dtype if decoder.operands is None else decoder.operands
     rate = matmul_rate(dtype=dtype)
     with jax.set_mesh(mesh):
         compiled, times = timed_steps(config, pair, mesh, host)
@@ -58,7 +59,7 @@ def bench(config: Config) -> dict[str, float]:
     parts = ", ".join(f"{name} {value / 1e9:.0f}" for name, value in vars(cost).items())
     print(f"step         {seconds:.2f} s (median of {STEPS}; {min(times):.2f} to {max(times):.2f})")
     print(f"multiply-adds {cost.total / 1e9:.0f} G, forward and backward without recomputation ({parts})")
-    print(f"matmul rate  {rate / 1e9:.0f} GMAC/s in {np.dtype(dtype).name}, {jax.device_count()} device(s)")
+    print(f"matmul rate  {rate / 1e9:.0f} GMAC/s in {precision_of(decoder)}, {jax.device_count()} device(s)")
     print(f"share        {100 * figures['share']:.0f} % of the matmul rate")
     cloud, edge = 100 * figures["cloud_fill"], 100 * figures["edge_fill"]
     print(f"tokens       {cloud:.0f} % of the cloud's slots, {edge:.0f} % of the edge's are no padding")

@@ -162,9 +162,13 @@ def _attention_macs(decoder: Decoder, rows: int, length: int) -> int:
 
 
 def matmul_rate(size: int = 2048, repeats: int = 5, dtype: Any = jnp.float32) -> float:
-    """MACs per second of the best of several square matmuls of this `size` on the default device."""
+    """MACs per second of the best of several square matmuls of this `size` on the default device.
+
+    Operands are of `dtype`; the result is of the same type on an accelerator and in fp32 on a CPU.
+    """
     x = jax.random.normal(jax.random.key(0), (size, size), dtype)
-    multiply = jax.jit(lambda a, b: a @ b)
+    result = jnp.float32 if jax.default_backend() == "cpu" else dtype
+    multiply = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=result))
     multiply(x, x).block_until_ready()
     best = float("inf")
     for _ in range(repeats):

@@ -20,7 +20,7 @@ from lora_gen_jax.config import Config
 from lora_gen_jax.data.pipeline import Batch, TrainingBatches, build_batch, validation_batches
 from lora_gen_jax.data.tasks import contents
 from lora_gen_jax.errors import LoraGenError, Stopped
-from lora_gen_jax.models import Pair, load_pair, make_generator
+from lora_gen_jax.models import Pair, load_pair, make_generator, precision_of
 from lora_gen_jax.sharding import make_mesh
 from lora_gen_jax.training import distributed
 from lora_gen_jax.training.bucket import location
@@ -92,7 +92,7 @@ def train(config: Config) -> TrainState:
     keep_freed_memory()
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     check_rows(config, mesh)
-    pair = load_pair(config, mesh)
+    pair = load_pair(config, mesh, training=True)
     check_shapes(config, pair)
     make_generator(config, pair)
     shard = shard_of(config, mesh)
@@ -212,9 +212,15 @@ def announce(run: Run, recorder: Recorder, start: int) -> None:
     where = f"resuming at step {start}" if start else "starting"
     recorder.say(
         f"{where}: {run.config.train.steps} steps, {count:,} trainable parameters, "
-        f"{jax.device_count()} {jax.devices()[0].platform} device(s), into {run.config.directory}"
-        + (f", checkpoints into {run.config.bucket}" if run.config.bucket else "")
+        f"{jax.device_count()} {jax.devices()[0].platform} device(s), {precisions(run.pair)},"
+        f" into {run.config.directory}" + (f", checkpoints into {run.config.bucket}" if run.config.bucket else "")
     )
+
+
+def precisions(pair: Pair) -> str:
+    """The types that the two models are computed in, as `ModelConfig.dtype` calls them."""
+    cloud, edge = precision_of(pair.cloud.decoder), precision_of(pair.edge.decoder)
+    return cloud if cloud == edge else f"cloud {cloud}, edge {edge}"
 
 
 def _tokens(batch: Batch, prompts: int) -> int:

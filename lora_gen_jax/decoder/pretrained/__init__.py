@@ -48,7 +48,11 @@ def load_config(source: "AnySource") -> DecoderConfig:
 
 
 def load_params(
-    source: "AnySource", config: DecoderConfig | None = None, dtype: Any = jnp.float32, shardings: Any = None
+    source: "AnySource",
+    config: DecoderConfig | None = None,
+    dtype: Any = jnp.float32,
+    shardings: Any = None,
+    matrices: Any = None,
 ) -> dict[str, Any]:
     """The model's parameters as nested dicts of jax arrays.
 
@@ -58,13 +62,14 @@ def load_params(
         dtype: of the parameters.
         shardings: None, one `jax.sharding.Sharding`, or the parameters' tree of them. Each process then reads only the
             slices that its devices hold.
+        matrices: dtype of kernels and embedding tables, where it is another.
 
     Returns:
         Kernels [L, inputs, outputs], norms [L, D], embedding [V, D]; see `leaves` for all of them.
     """
     found = resolve(source)
     config = load_config(found) if config is None else config
-    return assemble(config, _checkpoint(found), dtype, shardings)
+    return assemble(config, _checkpoint(found), dtype, shardings, matrices)
 
 
 def fingerprint(source: "AnySource") -> str:

@@ -47,7 +47,9 @@ class Checkpoint(Protocol):
         ...
 
 
-def assemble(config: DecoderConfig, checkpoint: Checkpoint, dtype: Any, shardings: Any = None) -> dict[str, Any]:
+def assemble(
+    config: DecoderConfig, checkpoint: Checkpoint, dtype: Any, shardings: Any = None, matrices: Any = None
+) -> dict[str, Any]:
     """Reads all parameters.
 
     Args:
@@ -56,6 +58,7 @@ def assemble(config: DecoderConfig, checkpoint: Checkpoint, dtype: Any, sharding
         dtype: of the parameters.
         shardings: None, one `jax.sharding.Sharding`, or the tree of the parameters with a sharding (or None, for the
             default device) at every leaf or in place of a subtree.
+        matrices: of kernels and embedding tables, where it is another than `dtype`.
 
     Returns:
         Nested dicts of jax arrays: kernels [L, inputs, outputs], norms [L, D], embedding [V, D].
@@ -70,7 +73,9 @@ def assemble(config: DecoderConfig, checkpoint: Checkpoint, dtype: Any, sharding
         node = params
         for key in leaf.path[:-1]:
             node = node.setdefault(key, {})
-        node[leaf.path[-1]] = _load_leaf(config, checkpoint, leaf, np.dtype(dtype), _sharding_of(shardings, leaf))
+        matrix = matrices is not None and leaf.path[-1] in ("kernel", "embedding")
+        stored = np.dtype(matrices if matrix else dtype)
+        node[leaf.path[-1]] = _load_leaf(config, checkpoint, leaf, stored, _sharding_of(shardings, leaf))
     return params
 
 

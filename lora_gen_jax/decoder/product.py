@@ -1,0 +1,69 @@
+"""One matrix product with its gradient rule, for every large product of a training step.
+
+In: activations x and weights w. Out: x·w in the type of x. `operands` is the type that both are rounded to before they
+are multiplied; sums are kept in fp32 and are not rounded to it. A processor's matrix unit (AMX, AVX512-BF16) takes
+bf16 operands and gives fp32: with `operands=bfloat16` the activations around a product stay in fp32. The products of
+the backward pass round their operands alike.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
+
+KEPT = "product"
+"""The name of what the backward pass keeps under remat "dots": results of linear layers, adapters' part included."""
+
+
+def product(x: jax.Array, w: jax.Array, operands: Any = None) -> jax.Array:
+    """x [..., inputs] · w [inputs, outputs], or one w for each of the leading axes: x [..., n, inputs], w [..., i, o].
+
+    The gradient of w is a sum in fp32, rounded once to the type of w; JAX alone would round it to the type of x first.
+    The rule is reverse-mode's alone: `jax.jvp` and `jax.hessian` need plain products (`operands` of linear layers left
+    out, adapters merged).
+
+    Args:
+        x: activations; the result is of their type.
+        w: weights of any float type.
+        operands: what both are rounded to; left out, the type of x.
+    """
+    return _product(jnp.dtype(x.dtype if operands is None else operands).name, x, w)
+
+
+def kept(y: jax.Array) -> jax.Array:
+    """Marks a result that remat "dots" keeps for the backward pass."""
+    return checkpoint_name(y, KEPT)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(operands: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.matmul(x.astype(operands), w.astype(operands), preferred_element_type=x.dtype)
+
+
+def _forward(operands: str, x: Any, w: Any) -> tuple[jax.Array, Any]:
+    left, right = x.value.astype(operands), w.value.astype(operands)
+    y = jnp.matmul(left, right, preferred_element_type=x.value.dtype)
+    # Frozen weights need no gradient, and so no activations. An empty array remembers type and axes of w.
+    stored = jnp.zeros((0,) * w.value.ndim, w.value.dtype)
+    return y, (left if w.perturbed else None, right if x.perturbed else None, stored)
+
+
+def _backward(operands: str, residuals: Any, gradient: Any) -> tuple[jax.Array | None, jax.Array | None]:
+    if isinstance(gradient, SymbolicZero):
+        return None, None
+    left, right, stored = residuals
+    of_x = of_w = None
+    rounded = gradient.astype(operands)
+    if right is not None:
+        of_x = jnp.matmul(rounded, right.swapaxes(-1, -2), preferred_element_type=gradient.dtype)
+    if left is not None:
+        if stored.ndim == 2:
+            left, rounded = left.reshape(-1, left.shape[-1]), rounded.reshape(-1, rounded.shape[-1])
+        of_w = jnp.matmul(left.swapaxes(-1, -2), rounded, preferred_element_type=stored.dtype)
+    return of_x, of_w
+
+
+_product.defvjp(_forward, _backward, symbolic_zeros=True)
