@@ -278,8 +278,8 @@ class EvalConfig:
     Attributes:
         tasks: what eval.py scores, and train.py with compare; left out, all eight reasoning tasks. eval.py takes
             lm_eval/NAME for a task of lm-evaluation-harness.
-        methods: base, icl, lora, lora_moe, mixlora, lorahub, autocompressor, lora_gen, and shuffled: LoRA-Gen with the
-            prompt of another task.
+        methods: base, icl, lora, lora_moe, mixlora, lorahub, autocompressor, lora_gen, and LoRA-Gen under another
+            prompt: paraphrase, description, shots, shuffled (another task's), gibberish, empty.
         shots: shots in the system prompt: read by the cloud, and by the edge for icl.
         split: documents that are scored: test, or validation (held out of training too) for choosing settings.
         limit: documents a task, the first ones; left out, all.

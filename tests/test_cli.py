@@ -348,7 +348,7 @@ def test_a_comparison_needs_latencies_and_a_later_evaluation_does_not(capsys, tm
         (
             ["--methods", "base,mixlor"],
             "eval.methods has 'mixlor'; the methods are base, icl, lora, lora_moe, mixlora, lorahub, autocompressor,"
-            " lora_gen, shuffled",
+            " lora_gen, paraphrase, description, shots, shuffled, gibberish, empty",
         ),
         (["--methods", ""], "eval.methods"),
         (["--tasks", " ,"], "eval.tasks is ' ,': give names"),

@@ -73,7 +73,9 @@ def test_the_shipped_generator_answers_unseen_tasks_without_the_prompt(pair):
     unseen = GROUPS["pocket_unseen"]()
     specialised = accuracy(pair, unseen, "lora_gen", checkpoints)
     assert specialised > 0.9
-    assert accuracy(pair, unseen, "shuffled", checkpoints) < 0.1
+    assert accuracy(pair, unseen, "paraphrase", checkpoints) > 0.9
+    for control in ("shuffled", "gibberish", "empty"):
+        assert accuracy(pair, unseen, control, checkpoints) < 0.1, control
 
 
 def test_specialize_and_generate_need_no_training(tmp_path, capsys):

@@ -31,11 +31,14 @@ def build(config: Config, pair: "Pair") -> LoRAGen:
 
 
 def reader(config: Config, pair: "Pair", loaded: "Loaded") -> Callable[[str], Generated]:
-    """From a prompt's text to what the generator says about it; prompts have at most eval.prompt_limit tokens."""
-    generator = build(loaded.config, pair)
+    """From a prompt's text to what the generator says about it; prompts have at most eval.prompt_limit tokens.
+
+    Of an empty text the line break is read that every prompt ends with.
+    """
+    generator, encoder = build(loaded.config, pair), pair.cloud.encoder
 
     def read(text: str) -> Generated:
-        ids = pair.cloud.encoder.prompt(text)
+        ids = encoder.prompt(text) if text else [encoder.line_break]
         return specialize(generator, loaded.variables, pair.cloud.params, [ids], config.eval.prompt_limit)
 
     return read

@@ -20,6 +20,7 @@ from lora_gen_jax.config import Config
 from lora_gen_jax.config_check import check, trained
 from lora_gen_jax.data.tasks import Task
 from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.evaluation.controls import check_controls
 from lora_gen_jax.evaluation.figures import draw_report
 from lora_gen_jax.evaluation.harness import PREFIX
 from lora_gen_jax.evaluation.report.command import write_report
@@ -30,7 +31,6 @@ from lora_gen_jax.evaluation.systems import (
     METHODS,
     check_methods,
     check_shots,
-    check_tasks,
     gates_of,
     load_checkpoints,
     make_systems,
@@ -95,7 +95,7 @@ def check_comparison(config: Config) -> None:
         raise ConfigError(
             f"compare cannot score {PREFIX} tasks after training: take them out of eval.tasks, use eval.py"
         )
-    check_tasks(config.compare, evaluated_tasks(config))
+    check_controls(config.compare, evaluated_tasks(config))
     check_shots(config.compare, [config.eval.shots])
     for method in trained(config):
         made = check(variant(config, method))

@@ -13,6 +13,7 @@ from lora_gen_jax.baselines.method import Prompt
 from lora_gen_jax.config import Config
 from lora_gen_jax.data.reasoning import REASONING_TASKS, SEEN_TASKS
 from lora_gen_jax.errors import ConfigError, DataError
+from lora_gen_jax.evaluation.controls import CONTROLS
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.subject import Subject, identity_of
 from lora_gen_jax.evaluation.systems import identifier
@@ -33,9 +34,9 @@ def check_harness(methods: Sequence[str], names: Sequence[str]) -> None:
     """
     if not names:
         return
-    if "shuffled" in methods:
-        raise ConfigError("method shuffled gives each task another's prompt, which lm_eval/ tasks cannot have")
     for method in methods:
+        if method in CONTROLS:
+            raise ConfigError(f"method {method} gives each task another prompt, which lm_eval/ tasks cannot have")
         if method in METHODS and METHODS[method].needs_shots:
             raise ConfigError(f"method {method} needs a task's shots apart, which lm_eval/ tasks give as text alone")
     _manager(names, {})

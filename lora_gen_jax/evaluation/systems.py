@@ -5,7 +5,8 @@ weights for a task, and whether the edge reads the prompt.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lora_gen_jax.baselines.method import Method, Prompt, Specialised
 from lora_gen_jax.config import Config
 from lora_gen_jax.data.tasks import Task
 from lora_gen_jax.errors import CheckpointError, ConfigError
+from lora_gen_jax.evaluation.controls import CONTROLS, check_controls, prompts_under
 from lora_gen_jax.evaluation.subject import content_of, digest_of, identity_of
 from lora_gen_jax.evaluation.task import System, task_prompt
 from lora_gen_jax.methods import METHODS as COMPARED
@@ -30,7 +32,7 @@ from lora_gen_jax.training.checkpoint import Loaded, check_method, check_models,
 METHODS: dict[str, str | None] = {
     "base": None,
     **{key: key if method.build else None for key, method in COMPARED.items()},
-    "shuffled": "lora_gen",
+    **dict.fromkeys(CONTROLS, "lora_gen"),
 }
 
 
@@ -48,12 +50,6 @@ def check_shots(names: Sequence[str], shots: Sequence[int]) -> None:
     needing = [name for name in names if name in COMPARED and COMPARED[name].needs_shots]
     if needing and min(shots) < 1:
         raise ConfigError(f"method {needing[0]} searches with a task's shots: set eval.shots to 1 or more")
-
-
-def check_tasks(names: Sequence[str], tasks: Sequence[Task]) -> None:
-    """Raises ConfigError for "shuffled" with a single task."""
-    if "shuffled" in names and len(tasks) < 2:
-        raise ConfigError("method shuffled takes the prompt of another task: score at least two tasks")
 
 
 def load_checkpoints(config: Config, names: Sequence[str], named: Path | None) -> dict[str, Loaded]:
@@ -100,23 +96,23 @@ def make_systems(
         names: keys of `METHODS`.
         pair: of models.
         checkpoints: as `load_checkpoints` gives them.
-        tasks: that will be scored; "shuffled" gives each the prompt of the next.
+        tasks: that will be scored.
 
     Raises:
         CheckpointError: when a checkpoint was trained on other models.
-        ConfigError: for "shuffled" with a single task.
+        ConfigError: as `check_controls`.
     """
     systems = {}
-    check_tasks(names, tasks)
+    check_controls(names, tasks)
     for loaded in checkpoints.values():
         check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")
     for name in names:
         loaded = checkpoints.get(METHODS[name] or "")
         if name == "base":
             systems[name] = System(lambda task: Specialised(pair.edge.params), False, base_identity(pair))
-        elif name == "shuffled":
-            others = {id(task): other for task, other in zip(tasks, [*tasks[1:], tasks[0]], strict=True)}
-            systems[name] = system_of(config, pair, COMPARED["lora_gen"], loaded, others)
+        elif name in CONTROLS:
+            prompts = prompts_under(name, tasks, config.eval, pair.cloud.encoder)
+            systems[name] = system_of(config, pair, COMPARED["lora_gen"], loaded, prompts)
         else:
             systems[name] = system_of(config, pair, COMPARED[name], loaded)
     return systems
@@ -127,17 +123,14 @@ def system_of(
     pair: Pair,
     method: Method,
     loaded: Loaded | None = None,
-    prompts: Mapping[int, Task] | None = None,
+    prompts: Callable[[Task], Prompt | None] | None = None,
 ) -> System:
-    """A method: every task with its own prompt, or with that of the task which `prompts` has for its `id`.
+    """A method: every task with its own prompt, or with that which `prompts` gives it.
 
     An edge model that was trained behind the prompt (`data.edge_reads_prompt`) reads it when it is scored, too.
     """
     make = method.specialise(config, pair, loaded)
-
-    def prompt_of(task: Task) -> Prompt | None:
-        return task_prompt(task if prompts is None else prompts[id(task)], config.eval)
-
+    prompt_of = functools.cache(prompts or functools.partial(task_prompt, settings=config.eval))
     if loaded is None:
         return System(lambda task: make(None), method.edge_reads_prompt, base_identity(pair))
     identify, trained = identifier(config, pair, loaded), loaded.config
