@@ -69,11 +69,12 @@ class GeneratorConfig:
 
     Attributes:
         generator: meta_tokens (gates over a pool), or direct: the cloud emits the LoRA factors themselves.
-        routing: keep_top_k, gumbel (soft mixture of all experts), or linear (signed gates of all experts, no softmax).
+        routing: keep_top_k; gumbel_top_k (the paper's ablation: Gumbel noise in training, then the K largest); gumbel
+            (soft mixture of all experts under that noise); or linear (signed gates of all experts, no softmax).
         pool: one pool shared by all edge layers, or one per layer.
         mix: products sums G·A·B over the experts; factors multiplies the sums of G·A and of G·B.
         num_experts: E.
-        top_k: K experts a layer uses; ignored by gumbel routing.
+        top_k: K experts a layer uses; ignored by gumbel and linear routing, which use all.
         rank: R of every expert.
         alpha: LoRA's α; the product is scaled by alpha / rank.
         dropout: on the LoRA inputs, cloud and edge.
@@ -99,11 +100,11 @@ class GeneratorConfig:
         lora_sites: the linear layers of the edge model that carry a plain LoRA; left out, the method's own: q, v and
             the FFN for lora and lorahub, q, k, v and o for mixlora and autocompressor.
         direct_width: hidden width of the head of direct generation.
-        gumbel_temperature: of gumbel routing.
+        gumbel_temperature: of gumbel_top_k and gumbel routing.
     """
 
     generator: Literal["meta_tokens", "direct"] = "meta_tokens"
-    routing: Literal["keep_top_k", "gumbel", "linear"] = "keep_top_k"
+    routing: Literal["keep_top_k", "gumbel_top_k", "gumbel", "linear"] = "keep_top_k"
     pool: Literal["shared", "per_layer"] = "shared"
     mix: Literal["products", "factors"] = "products"
     num_experts: int = 8
@@ -133,7 +134,7 @@ class GeneratorConfig:
     @property
     def active_experts(self) -> int:
         """Gates of a row that may differ from zero."""
-        return self.top_k if self.routing == "keep_top_k" else self.num_experts
+        return self.top_k if self.routing in ("keep_top_k", "gumbel_top_k") else self.num_experts
 
 
 @dataclasses.dataclass(frozen=True)

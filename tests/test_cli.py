@@ -266,7 +266,7 @@ def test_unknown_commands_name_the_nearest(capsys):
         (["--generator.top_kk", "3"], ["--generator.top-k"]),
         (["--generator.top-k", "9"], ["generator.top_k is 9; at most generator.num_experts = 4"]),
         (["--generator.top-k", "two"], ["top-k", "two"]),
-        (["--generator.routing", "softmax"], ["keep_top_k", "gumbel"]),
+        (["--generator.routing", "softmax"], ["keep_top_k", "gumbel_top_k"]),
         (
             ["--data.tasks", "arc_easy", "--data.dir", "no/such"],
             ["data directory no/such does not exist", "--data.dir"],

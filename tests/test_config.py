@@ -3,12 +3,15 @@
 import dataclasses
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from lora_gen_jax.config import Config, DataConfig, EvalConfig, GeneratorConfig, ModelConfig, TrainConfig
 from lora_gen_jax.config_check import check
 from lora_gen_jax.config_file import config_from_args, difference, from_json, read_config, to_json
 from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.generator.router import Router
 
 BAD = [
     (GeneratorConfig(num_experts=0), r"generator\.num_experts is 0; it must be at least 1"),
@@ -24,7 +27,7 @@ BAD = [
     (GeneratorConfig(alpha=0.0), r"generator\.alpha is 0\.0; it must be positive"),
     (GeneratorConfig(cloud_alpha=-1.0), r"generator\.cloud_alpha is -1\.0; it must be positive"),
     (GeneratorConfig(cv_coefficient=float("inf")), r"generator\.cv_coefficient is inf; it must be a finite number"),
-    (GeneratorConfig(routing="topk"), r"generator\.routing is 'topk'; it must be one of 'keep_top_k', 'gumbel'"),
+    (GeneratorConfig(routing="topk"), r"generator\.routing is 'topk'; it must be one of 'keep_top_k', 'gumbel_top_k'"),
     (GeneratorConfig(batch_norm="False"), r"generator\.batch_norm is 'False'; it must be True or False"),
     (GeneratorConfig(lora_sites="gate"), r"generator\.lora_sites is 'gate'; it must be a tuple, each entry a text or"),
     (DataConfig(tasks="pocket"), r"data\.tasks is 'pocket'; it must be a tuple, each entry a text"),
@@ -78,6 +81,17 @@ def test_a_field_out_of_range_is_named(section, message):
 def test_unroll_below_one_is_named():
     with pytest.raises(ConfigError, match=r"edge\.unroll is 0"):
         check(Config(name="x", edge=ModelConfig(unroll=0)))
+
+
+@pytest.mark.parametrize(("routing", "active"), [("keep_top_k", 2), ("gumbel_top_k", 2), ("gumbel", 5), ("linear", 5)])
+def test_as_many_experts_are_active_as_have_gates(routing, active):
+    """What the router gives, counted; a pool reads and a specialisation stores no more."""
+    settings, meta = GeneratorConfig(routing=routing, num_experts=5, top_k=2), np.ones((3, 2, 4), np.float32)
+    meta += np.random.default_rng(0).standard_normal(meta.shape).astype(np.float32)
+    router = Router(settings.num_experts, settings.top_k, width=6, routing=routing)
+    gates, _ = router.init_with_output(jax.random.key(0), meta)
+    assert settings.active_experts == active
+    np.testing.assert_array_equal(np.count_nonzero(gates, axis=-1), np.full((3, 2), active))
 
 
 def test_a_config_comes_back_from_its_json():

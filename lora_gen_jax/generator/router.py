@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lora_gen_jax.errors import ConfigError
 
-Routing = Literal["keep_top_k", "gumbel", "linear"]
+Routing = Literal["keep_top_k", "gumbel_top_k", "gumbel", "linear"]
 Variance = Literal["unbiased", "biased"]
 
 
@@ -30,7 +30,7 @@ def keep_top_k(probabilities_BLE: jax.Array, k: int) -> jax.Array:
 
 
 def gumbel_softmax(logits_BLE: jax.Array, key: jax.Array | None, temperature: float) -> jax.Array:
-    """The ablation's routing: softmax((logits + Gumbel noise) / temperature), all experts; no noise without a key."""
+    """softmax((logits + Gumbel noise) / temperature), all experts; no noise without a key."""
     if key is not None:
         logits_BLE = logits_BLE + jax.random.gumbel(key, logits_BLE.shape, logits_BLE.dtype)
     return jax.nn.softmax(logits_BLE / temperature, axis=-1)
@@ -139,8 +139,9 @@ class Router(nn.Module):
         num_experts: E.
         top_k: K gates of a row differ from zero ("keep_top_k" routing).
         width: hidden width H.
-        routing: "keep_top_k", or "gumbel" for the paper's ablation: a soft mixture of all experts.
-        temperature: of Gumbel routing.
+        routing: "keep_top_k"; "gumbel_top_k", the paper's ablation: `keep_top_k` of `gumbel_softmax`; "gumbel", without
+            the choice of K: a soft mixture of all experts; or "linear", `linear_gates` of the logits.
+        temperature: of both Gumbel routings.
         batch_norm: off only for ablation.
         by_layer: BatchNorm's statistics, scale and bias are each layer's own.
         heads: L, for an f2 of its own for every layer; None for one that all layers share.
@@ -213,7 +214,8 @@ class Router(nn.Module):
         """Logits [B, L, E] -> gates [B, L, E]."""
         if self.routing == "linear":
             return linear_gates(logits_BLE)
-        if self.routing == "gumbel":
-            key = self.make_rng("gumbel") if train else None
-            return gumbel_softmax(logits_BLE, key, self.temperature)
-        return keep_top_k(jax.nn.softmax(logits_BLE, axis=-1), self.top_k)
+        if self.routing == "keep_top_k":
+            return keep_top_k(jax.nn.softmax(logits_BLE, axis=-1), self.top_k)
+        key = self.make_rng("gumbel") if train else None
+        soft_BLE = gumbel_softmax(logits_BLE, key, self.temperature)
+        return soft_BLE if self.routing == "gumbel" else keep_top_k(soft_BLE, self.top_k)

@@ -215,7 +215,11 @@ def table_6(results: Results) -> Sheet | None:
 
 def table_7(results: Results) -> Sheet | None:
     """How the router chooses."""
-    names = {"lora_gen": "KeepTOP-K", "gumbel": "Gumbel-softmax"}
+    names = {
+        "lora_gen": "KeepTOP-K",
+        "gumbel_top_k": "Gumbel-softmax, then KeepTOP-K (the paper's ablation)",
+        "gumbel": "Gumbel-softmax of all experts (ours)",
+    }
     rows = [(title, run) for run, title in names.items() if run in results["settings"]]
     return ablation(results, (7, "routing", "routing"), rows)
 

@@ -55,13 +55,17 @@ def paper_runs(base: Config, edge_positions: int, compressor: bool = False) -> d
 
 
 def variants() -> dict[str, Change]:
-    """The ablations of LoRA-Gen; the values that are the default's have no run of their own."""
+    """The ablations of LoRA-Gen; the values that are the default's have no run of their own.
+
+    The paper's own ablation of the routing is gumbel_top_k. gumbel also changes how many experts are used.
+    """
     return {
         "experts_4": {"generator": {"num_experts": 4}},
         "experts_12": {"generator": {"num_experts": 12}},
         "cv_0": {"generator": {"cv_coefficient": 0.0}},
         "cv_0.005": {"generator": {"cv_coefficient": 0.005}},
         "cv_0.1": {"generator": {"cv_coefficient": 0.1}},
+        "gumbel_top_k": {"generator": {"routing": "gumbel_top_k"}},
         "gumbel": {"generator": {"routing": "gumbel"}},
         "direct": {"generator": {"generator": "direct"}},
     }

@@ -31,7 +31,7 @@ class Tables:
     Attributes:
         base: what all runs share; every run lies in a directory of its own inside `base.directory`.
         runs: what each changes. The names are rows: of methods, in this order, and of variants of lora_gen (experts_N,
-            cv_N, gumbel, direct), which have tables of their own.
+            cv_N, gumbel_top_k, gumbel, direct), which have tables of their own.
         agent: of the agent table; left out, there is none.
         agent_rows: training rows that are generated for each embedded tool set.
         agent_methods: rows of the agent table.

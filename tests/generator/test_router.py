@@ -313,6 +313,39 @@ def test_gumbel_gates_mix_all_experts_and_draw_noise_in_training_alone():
     assert np.max(np.abs(train(2) - noisy)) > 0.01
 
 
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_gumbel_top_k_is_the_soft_gates_of_the_same_noise_with_the_k_largest_kept(k):
+    """In training and, with no noise, at inference; the K largest by the loop above."""
+    meta, changes = _meta(), {"num_experts": E, "top_k": k, "width": H, "temperature": 0.7}
+    router, soft = Router(routing="gumbel_top_k", **changes), Router(routing="gumbel", **changes)
+    variables = _variables(soft, meta)
+
+    def gates(router, train, seed=1):
+        rngs, mutable = {"gumbel": jax.random.key(seed)}, ["batch_stats"]
+        return np.asarray(router.apply(variables, meta, train, rngs=rngs, mutable=mutable)[0])
+
+    for train in (True, False):
+        expected = np.array([[_plain_top_k(list(row), k) for row in prompt] for prompt in gates(soft, train)])
+        np.testing.assert_allclose(gates(router, train), expected, rtol=1e-5)
+        assert np.all(np.count_nonzero(gates(router, train), axis=-1) == k)
+    chosen = [gates(router, True, seed) > 0 for seed in range(4)]
+    assert any(np.any(one != chosen[0]) for one in chosen[1:])
+    np.testing.assert_array_equal(gates(router, False, 1), gates(router, False, 2))
+
+
+def test_gumbel_top_k_draws_experts_without_replacement():
+    """The two of the largest noised logits are i and j with probability pi·pj/(1 - pi) + pj·pi/(1 - pj)."""
+    logits, count = np.array([0.0, 1.0, -1.0], np.float32), 20_000
+    soft = gumbel_softmax(jnp.asarray(np.broadcast_to(logits, (1, count, 3))), jax.random.key(0), 0.5)
+    gates = np.asarray(keep_top_k(soft, 2))[0]
+    p = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum()
+    for left_out in range(3):
+        i, j = (e for e in range(3) if e != left_out)
+        expected = p[i] * p[j] / (1 - p[i]) + p[j] * p[i] / (1 - p[j])
+        # Three standard errors of a share of 20,000 draws.
+        assert abs(np.mean(gates[:, left_out] == 0) - expected) < 3 * math.sqrt(0.25 / count)
+
+
 def test_gumbel_softmax_without_noise_divides_by_the_temperature():
     logits = np.array([[[1.0, 0.5, -2.0]]], np.float32)
     weights = np.exp(logits[0, 0].astype(np.float64) / 0.5)
@@ -332,7 +365,7 @@ def test_gumbel_noise_follows_the_softmaxs_distribution():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"routing": "topk"}, "routing is 'topk'; it must be one of keep_top_k, gumbel"),
+        ({"routing": "topk"}, "routing is 'topk'; it must be one of keep_top_k, gumbel_top_k, gumbel"),
         ({"top_k": 0}, "top_k = 0 of num_experts = 4"),
         ({"top_k": 5}, "top_k = 5 of num_experts = 4"),
         ({"routing": "gumbel", "temperature": 0.0}, "temperature = 0.0: top_k must"),

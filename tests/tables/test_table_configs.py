@@ -23,7 +23,7 @@ POSITIONS = {
     "smollm2": (8192, 8192),
     "tinyllama_1b": (8192, 2048),
 }
-ABLATIONS = {"cv_0", "cv_0.005", "cv_0.1", "gumbel", "direct", "experts_4", "experts_12"}
+ABLATIONS = {"cv_0", "cv_0.005", "cv_0.1", "gumbel_top_k", "gumbel", "direct", "experts_4", "experts_12"}
 
 
 def test_all_are_here():

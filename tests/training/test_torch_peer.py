@@ -124,7 +124,7 @@ def test_gates_and_loss_of_one_model_that_is_both(peer, setting):
 
 
 @pytest.mark.parametrize("setting", ["one model"], indirect=True)
-@pytest.mark.parametrize("change", [{"dropout": 0.05}, {"pool": "per_layer"}, {"routing": "gumbel"}])
+@pytest.mark.parametrize("change", [{"dropout": 0.05}, {"pool": "per_layer"}, {"routing": "gumbel_top_k"}])
 def test_other_variants_are_refused(peer, setting, change):
     config, pair, variables, _ = setting
     config = dataclasses.replace(config, generator=dataclasses.replace(config.generator, **change))
