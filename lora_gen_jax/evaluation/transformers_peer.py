@@ -90,7 +90,7 @@ class TorchPrefix:
 
         with torch.inference_mode():
             read = hf(input_ids=torch.tensor([list(ids)]), use_cache=True, logits_to_keep=1)
-        self._cache = read.past_key_values
+        self._cache = read.cache
 
     def cache(self, rows: int = 1) -> Any:
         """A cache of `rows` rows that an answer may write to."""
@@ -118,8 +118,8 @@ def torch_answer(hf: Any, rows: Sequence[Sequence[int]], new_tokens: int, cache:
     with torch.inference_mode():
         newest = torch.tensor([list(row) for row in rows])
         for number in range(new_tokens):
-            step = hf(input_ids=newest, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            newest, cache = step.logits[:, -1].argmax(-1, keepdim=True), step.past_key_values
+            step = hf(input_ids=newest, cache=cache, use_cache=True, logits_to_keep=1)
+            newest, cache = step.logits[:, -1].argmax(-1, keepdim=True), step.cache
             made.append(newest[:, 0].tolist())
             first = time.perf_counter() - began if number == 0 else first
     return TorchAnswer([list(ids) for ids in zip(*made, strict=True)], first, time.perf_counter() - began)
