@@ -212,7 +212,8 @@ def _method_rules(config: Config) -> list[tuple[bool, str]]:
         ),
         (
             taught or not g.standardize,
-            "generator.standardize takes its statistics from train.reader_prompts prompts: set it to a thousand or more",
+            "generator.standardize takes its statistics from train.reader_prompts prompts: set that to a thousand or"
+            " more",
         ),
         (
             d.prompts_per_step > 1 or not (own and g.batch_norm and g.batch_norm_by_layer),

@@ -42,6 +42,4 @@ def _adamw(config: TrainConfig, peak: float) -> optax.GradientTransformation:
 
 
 def _router_or_rest(params: Any) -> Any:
-    return {
-        name: jax.tree.map(lambda _: "router" if name == "router" else "rest", part) for name, part in params.items()
-    }
+    return jax.tree_util.tree_map_with_path(lambda path, _: "router" if path[0].key == "router" else "rest", params)
