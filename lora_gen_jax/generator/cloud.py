@@ -177,4 +177,4 @@ def mean_weights(prompts: PackedPrompts) -> jax.Array:
     places_M = jnp.arange(1, prompts.slots_BML.shape[1] + 1)
     own_BMT = (prompts.segments_BT[:, None, :] == places_M[None, :, None]) & (prompts.meta_BT < 0)[:, None, :]
     count_BM1 = jnp.sum(own_BMT, axis=-1, keepdims=True)
-    return own_BMT / jnp.maximum(count_BM1, 1).astype(jnp.float32)
+    return own_BMT.astype(jnp.float32) / jnp.maximum(count_BM1, 1).astype(jnp.float32)

@@ -130,4 +130,4 @@ def contrastive_loss(trained: tuple[jax.Array, jax.Array], x_NLX: jax.Array, lab
     cosine_NN = jnp.where(itself_NN, -jnp.inf, point_ND @ point_ND.T / TEMPERATURE)
     log_share_NN = jax.nn.log_softmax(cosine_NN, axis=1)
     twin_NN = (labels_N[:, None] == labels_N[None, :]) & ~itself_NN
-    return -jnp.sum(jnp.where(twin_NN, log_share_NN, 0.0)) / jnp.sum(twin_NN)
+    return -jnp.sum(jnp.where(twin_NN, log_share_NN, 0.0)) / jnp.sum(twin_NN.astype(jnp.float32))
