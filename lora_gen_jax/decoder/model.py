@@ -65,9 +65,13 @@ class Decoder(nn.Module):
             rows = c.max_positions + c.learned_position_offset
             self.position_embedding = self.table("positions", (rows, c.width), ("positions", "embed"))
         layer: Any = Layer
+        # At initialisation there is nothing to reinterpret.
+        as_bits = self.operands is not None and not self.is_initializing()
+        if as_bits:
+            layer = nn.map_variables(layer, "params", trans_in_fn=_floats)
         if self.remat != "none":
             layer = nn.remat(Layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        self.layers = nn.scan(
+        layers = nn.scan(
             layer,
             variable_axes={"params": 0, RECORDS: 0},
             split_rngs={"params": True, "dropout": True},
@@ -75,7 +79,10 @@ class Decoder(nn.Module):
             length=c.num_layers,
             unroll=self.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.dtype, self.attention, self.operands)
+        )
+        if as_bits:
+            layers = nn.map_variables(layers, "params", trans_in_fn=_bits)
+        self.layers = layers(c, self.dtype, self.attention, self.operands)
         self.final_norm = Norm(c, self.dtype)
         if not c.tied_embeddings:
             self.unembed = Linear(
@@ -197,6 +204,15 @@ class Decoder(nn.Module):
             logits = self.unembed(hidden_BTD)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def _bits(tree: Any) -> Any:
+    """bf16 as 16-bit integers: XLA slices bf16 on a CPU by way of fp32, all layers' weights anew in every pass."""
+    return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x, tree)
+
+
+def _floats(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x, tree)
 
 
 class _Table(nn.Module):
