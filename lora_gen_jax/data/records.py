@@ -27,6 +27,8 @@ from lora_gen_jax.errors import DataError
 __all__ = ["GENERIC_SYSTEM", "load_records"]
 
 log = logging.getLogger(__name__)
+_LICENSES = "LICENSES.json"
+"""A directory of rows may say in this file where they come from."""
 _SPLIT_FROM = 20
 """Tasks with fewer different queries are training data altogether: one or two test rows would measure nothing."""
 _HELD_OUT_PERCENT = 5
@@ -45,7 +47,7 @@ class _Group:
 
 
 def load_records(path: str | Path) -> list[Task]:
-    """The tasks in a file, or in all `*.jsonl` and `*.json` files of a directory (by name, not below it).
+    """The tasks in a file, or in all `*.jsonl` and `*.json` files of a directory (by name, not below it; no LICENSES.json).
 
     A task is named by its "task" field, else by its file; where a file holds several system texts, each task's name
     adds a hash of its text. Rows without "split" are training rows, except in tasks of at least 20 different queries in
@@ -54,7 +56,7 @@ def load_records(path: str | Path) -> list[Task]:
     """
     root = Path(path)
     if root.is_dir():
-        files = sorted(p for p in root.iterdir() if p.suffix in (".jsonl", ".json"))
+        files = sorted(p for p in root.iterdir() if p.suffix in (".jsonl", ".json") and p.name != _LICENSES)
         if not files:
             raise DataError(f"{root} holds no .jsonl or .json file (data.files)")
     elif root.exists():
