@@ -47,7 +47,7 @@ class _Group:
 
 
 def load_records(path: str | Path) -> list[Task]:
-    """The tasks in a file, or in all `*.jsonl` and `*.json` files of a directory (by name, not below it; no LICENSES.json).
+    """The tasks in a file, or in all `*.jsonl` and `*.json` files of a directory (by name, not below it).
 
     A task is named by its "task" field, else by its file; where a file holds several system texts, each task's name
     adds a hash of its text. Rows without "split" are training rows, except in tasks of at least 20 different queries in
