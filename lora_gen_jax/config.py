@@ -88,11 +88,14 @@ class GeneratorConfig:
             to go on with a run that began before this was an option.
         meta_init: what meta embeddings start as: small noise, or that around the embedding of a line break, where a
             language model gathers what its text asks for.
-        router_heads: one f2 that all layers share, or one per layer.
+        router_input: what the router reads: meta tokens, the prompt's mean states after pooled_layers, or both.
+        pooled_layers: of the cloud model, from 1 on.
+        router_heads: f2 gives the logits of any layer, or a point from which a linear head of each layer makes them.
+        router_point: width of that point.
         router_dropout: on what the router reads.
-        pooled_layers: the router also reads the prompt's mean states after these layers of the cloud model, from 1 on.
         standardize: what the router reads is standardized, by layer and feature, with statistics of
-            train.reader_prompts prompts.
+            train.reader_prompts prompts, and points are scaled to one length.
+        train_reader: off, f1 and f2 stay as they were taught before the first step (train.reader_steps).
         train_cloud: off, meta embeddings and cloud stay as they start, and no gradient goes through the cloud's pass.
         shared_meta_token: one meta embedding for all layers instead of one each.
         cloud_rank: rank of the LoRA on the cloud model's q and v; 0 leaves the cloud model as it is.
@@ -119,10 +122,13 @@ class GeneratorConfig:
     batch_norm_by_layer: bool = False
     batch_norm_variance: Literal["unbiased", "biased"] = "unbiased"
     meta_init: Literal["normal", "newline"] = "normal"
-    router_heads: Literal["shared", "per_layer"] = "shared"
-    router_dropout: float = 0.0
+    router_input: Literal["meta", "pooled", "both"] = "meta"
     pooled_layers: tuple[int, ...] = ()
+    router_heads: Literal["shared", "per_layer"] = "shared"
+    router_point: int = 64
+    router_dropout: float = 0.0
     standardize: bool = False
+    train_reader: bool = True
     train_cloud: bool = True
     shared_meta_token: bool = False
     cloud_rank: int = 16

@@ -136,6 +136,15 @@ def _generator_rules(g: GeneratorConfig) -> list[tuple[bool, str]]:
         (0 <= g.dropout < 1, f"generator.dropout is {g.dropout}; it must lie in [0, 1)"),
         (0 <= g.router_dropout < 1, f"generator.router_dropout is {g.router_dropout}; it must lie in [0, 1)"),
         (
+            (g.router_input == "meta") != bool(g.pooled_layers),
+            f"generator.router_input is {g.router_input!r} and generator.pooled_layers {g.pooled_layers}: name layers"
+            " for pooled or both, none for meta",
+        ),
+        (
+            g.router_input != "pooled" or g.router_heads == "per_layer",
+            "generator.router_input is pooled, the same for all layers: set generator.router_heads to per_layer",
+        ),
+        (
             g.batch_norm or g.routing != "linear",
             "generator.routing is linear, whose gates are normalized logits: set generator.batch_norm to True",
         ),

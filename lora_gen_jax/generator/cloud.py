@@ -103,8 +103,9 @@ class CloudEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, frozen: Any, prompts: PackedPrompts, train: bool = False) -> jax.Array:
-        """Meta tokens [P, L, C], or [P, L, (1 + pooled layers)·C], in fp32. With `train` and dropout it needs the rng
-        "dropout".
+        """Meta tokens [P, L, C] in fp32. With `train` and dropout it needs the rng "dropout".
+
+        With N pooled layers they are [P, L, (1 + N)·C], or [P, 1, N·C] where the router reads pooled states only.
 
         Raises:
             ConfigError: when the prompts were packed with another number of meta tokens, or a pooled layer does not
@@ -149,9 +150,12 @@ class CloudEncoder(nn.Module):
         meta_BXC = jnp.take_along_axis(hidden_BTC, prompts.slots_BML.reshape(B, M * L, 1), axis=1)
         states_PLX = meta_BXC.reshape(B * M, L, c.width).astype(jnp.float32)
         if s.pooled_layers:
-            pooled_PX = self._pooled(records_of(collections)[POOLED]).reshape(B * M, 1, -1)
-            repeated_PLX = jnp.broadcast_to(pooled_PX, (B * M, L, pooled_PX.shape[-1]))
-            states_PLX = jnp.concatenate([states_PLX, repeated_PLX], axis=-1)
+            pooled_P1X = self._pooled(records_of(collections)[POOLED]).reshape(B * M, 1, -1)
+            if s.router_input == "pooled":
+                states_PLX = pooled_P1X
+            else:
+                repeated_PLX = jnp.broadcast_to(pooled_P1X, (B * M, L, pooled_P1X.shape[-1]))
+                states_PLX = jnp.concatenate([states_PLX, repeated_PLX], axis=-1)
         return states_PLX if s.train_cloud else jax.lax.stop_gradient(states_PLX)
 
     def _pooled(self, means_NBMC: jax.Array) -> jax.Array:

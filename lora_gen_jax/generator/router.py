@@ -36,6 +36,11 @@ def gumbel_softmax(logits_BLE: jax.Array, key: jax.Array | None, temperature: fl
     return jax.nn.softmax(logits_BLE / temperature, axis=-1)
 
 
+def unit_points(x_BLN: jax.Array) -> jax.Array:
+    """Every vector scaled to length √N: its direction tells the task, its length only how plainly."""
+    return x_BLN * jax.lax.rsqrt(jnp.mean(jnp.square(x_BLN), axis=-1, keepdims=True) + 1e-6)
+
+
 def linear_gates(logits_BLE: jax.Array) -> jax.Array:
     """Signed gates of all experts: the normalized logits over √E; no softmax and no choice.
 
@@ -144,9 +149,12 @@ class Router(nn.Module):
         temperature: of both Gumbel routings.
         batch_norm: off only for ablation.
         by_layer: BatchNorm's statistics, scale and bias are each layer's own.
-        heads: L, for an f2 of its own for every layer; None for one that all layers share.
-        standardize: f1 reads (T - mean) / deviation, by layer and feature, with the fixed statistics that
-            `lora_gen_jax.training.reader` has measured.
+        heads: L, for a linear head of every layer behind f2, which then gives a point that the heads share; None for
+            an f2 that gives the logits itself.
+        point: N, the point's width; of no effect without heads.
+        standardize: f1 reads (T - mean) / deviation, by layer and feature, and points are centered and scaled to
+            length √N, with the fixed statistics that `lora_gen_jax.training.reader` has measured.
+        train_reader: off, f1 and f2 stay as that stage left them.
         dropout: on what f1 reads.
         variance: as `BatchNorm.variance`.
     """
@@ -159,7 +167,9 @@ class Router(nn.Module):
     batch_norm: bool = True
     by_layer: bool = False
     heads: int | None = None
+    point: int = 64
     standardize: bool = False
+    train_reader: bool = True
     dropout: float = 0.0
     variance: Variance = "unbiased"
 
@@ -187,21 +197,13 @@ class Router(nn.Module):
                 f"a router has top_k = {self.top_k} of num_experts = {self.num_experts} and temperature ="
                 f" {self.temperature}: top_k must lie between 1 and num_experts, temperature be positive"
             )
-        init = nn.initializers.lecun_normal()
-        f1 = self.param("f1", init, (meta_BLC.shape[-1], self.width))
-        meta_BLC = meta_BLC.astype(jnp.float32)
-        if self.standardize:
-            meta_BLC = Standardize(name="input")(meta_BLC)
-        if train and self.dropout > 0:
-            meta_BLC = nn.Dropout(self.dropout, deterministic=False)(meta_BLC)
-        hidden_BLH = jax.nn.silu(jnp.matmul(meta_BLC, f1, precision="highest"))
-        if self.heads is None:
-            f2 = self.param("f2", init, (self.width, self.num_experts))
-            logits_BLE = jnp.matmul(hidden_BLH, f2, precision="highest")
-        else:
+        logits_BLE = self._read(meta_BLC.astype(jnp.float32), train)
+        if self.heads is not None:
             by_head = nn.initializers.lecun_normal(batch_axis=(0,))
-            f2 = self.param("f2", by_head, (self.heads, self.width, self.num_experts))
-            logits_BLE = jnp.einsum("blh,lhe->ble", hidden_BLH, f2, precision="highest")
+            heads = self.param("heads", by_head, (self.heads, self.point, self.num_experts))
+            # One point for all layers (a prompt's pooled states), or one for each.
+            point_BLN = jnp.broadcast_to(logits_BLE, (len(logits_BLE), self.heads, self.point))
+            logits_BLE = jnp.einsum("bln,lne->ble", point_BLN, heads, precision="highest")
         if self.batch_norm:
             # By layer, a layer's expert is a feature of its own.
             features = logits_BLE.reshape(logits_BLE.shape[0], -1) if self.by_layer else logits_BLE
@@ -209,6 +211,21 @@ class Router(nn.Module):
             norm = BatchNorm(bias_scale=start, variance=self.variance, name="norm")
             logits_BLE = norm(features, train).reshape(logits_BLE.shape)
         return logits_BLE
+
+    def _read(self, x_BLC: jax.Array, train: bool) -> jax.Array:
+        """f2(SiLU(f1(x))): logits [B, L, E], or points [B, L, N] where there are heads."""
+        init = nn.initializers.lecun_normal()
+        f1 = self.param("f1", init, (x_BLC.shape[-1], self.width))
+        f2 = self.param("f2", init, (self.width, self.num_experts if self.heads is None else self.point))
+        if self.standardize:
+            x_BLC = Standardize(name="input")(x_BLC)
+        if train and self.dropout > 0:
+            x_BLC = nn.Dropout(self.dropout, deterministic=False)(x_BLC)
+        hidden_BLH = jax.nn.silu(jnp.matmul(x_BLC, f1, precision="highest"))
+        read_BLX = jnp.matmul(hidden_BLH, f2, precision="highest")
+        if self.heads is not None and self.standardize:
+            read_BLX = unit_points(Standardize(name="center")(read_BLX))
+        return read_BLX if self.train_reader else jax.lax.stop_gradient(read_BLX)
 
     def gates(self, logits_BLE: jax.Array, train: bool = False) -> jax.Array:
         """Logits [B, L, E] -> gates [B, L, E]."""
