@@ -28,10 +28,13 @@ from mixture.lists import composed_tasks, list_tasks
 from mixture.locales import locale_tasks
 from mixture.numbers import number_tasks
 from mixture.overlap import twin
-from mixture.words import frequent_words, word_tasks
+from mixture.texts import text_tasks
+from mixture.tools import tool_tasks
+from mixture.words import chained_tasks, frequent_words, word_tasks
 
 from lora_gen_jax.errors import DataError, LoraGenError
 
+_OWN = {"source": "lora_gen_jax", "license": "Apache-2.0"}
 _WORDS = {"source": "wordfreq", "license": "Apache-2.0, its word list CC BY-SA 4.0"}
 PACKAGES = {
     "words": [_WORDS],
@@ -44,6 +47,8 @@ PACKAGES = {
         {"source": "lemminflect", "license": "MIT, its forms from the NIH SPECIALIST Lexicon"},
         {"source": "inflect", "license": "MIT"},
     ],
+    "texts": [_OWN],
+    "tools": [_OWN],
 }
 """Packages that a group of generated tasks is made of."""
 MEASURED = {"qa": LAYOUTS["qa"], "held_out": HELD_OUT}
@@ -56,9 +61,12 @@ def generated(seed: int, count: int) -> Iterator[Base]:
     yield from word_tasks(words, seed, count)
     yield from list_tasks(words, seed, count)
     yield from composed_tasks(words, seed, count)
+    yield from chained_tasks(words, seed, count)
     yield from number_tasks(seed, count)
     yield from locale_tasks(seed, count)
     yield from grammar_tasks(words, seed, count)
+    yield from text_tasks(seed, count)
+    yield from tool_tasks(seed, count)
 
 
 def mixture(tasks: Iterable[Base], unseen: Sequence[TaskFile]) -> Iterator[Base]:

@@ -67,6 +67,7 @@ FORMATS = {
     "json": Format(
         lambda text: json.dumps({"answer": text}, ensure_ascii=False),
         ('Answer as JSON with the key "answer".', 'Reply with a JSON object: {"answer": ...}'),
+        '"{',
     ),
     "angles": Format("<{}>".format, ("Put the answer in angle brackets.", "Write the answer between < and >."), "<>"),
 }
@@ -103,9 +104,14 @@ def training_rows(base: Base, rng: Random, count: int) -> Iterator[dict[str, str
     yield from _version(base.name, base.wordings, base.pairs[:count], suitable_layouts(base), rng)
     for name in rng.sample(formats, min(2, len(formats))):
         form = FORMATS[name]
-        wordings = [f"{wording} {request}" for request in form.requests for wording in base.wordings]
+        wordings = [f"{wording}{gap(wording)}{request}" for request in form.requests for wording in base.wordings]
         pairs = [(text, form.wrap(answer)) for text, answer in rng.sample(base.pairs, min(count // 2, len(base.pairs)))]
         yield from _version(f"{base.name}+{name}", wordings, pairs, suitable_layouts(base), rng)
+
+
+def gap(wording: str) -> str:
+    """What stands between a description and the format that is asked for: a line break unless it is a sentence."""
+    return " " if wording[-1] in ".?!" and "\n" not in wording else "\n"
 
 
 def _version(

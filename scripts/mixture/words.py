@@ -4,6 +4,7 @@ A description has a slot for what it is about: "the word" here, "the longest wor
 """
 
 from collections.abc import Callable, Iterator
+from random import Random
 
 from wordfreq import top_n_list
 
@@ -108,6 +109,12 @@ TRANSFORMS: dict[str, tuple[Callable[[str], str], tuple[str, ...]]] = {
 }
 
 
+SHORTENING = ("headless", "tailless", "core", "consonants", "backwards")
+NOT_AFTER = (*SHORTENING, "third", "copy", "initial", "has_a", "has_e", "vowel_start")
+"""Their inverse, what says little of the first step, or a letter that is kept for evaluation."""
+CHAINED = 50
+
+
 def word_tasks(words: Words, seed: int, count: int) -> Iterator[Base]:
     maker = Maker("words", ROLES, seed, count)
     for name, (function, wordings) in TRANSFORMS.items():
@@ -117,3 +124,30 @@ def word_tasks(words: Words, seed: int, count: int) -> Iterator[Base]:
 
 def on_word(function: Callable[[str], str]) -> Callable[[str], str | None]:
     return lambda text: function(text) if text.isalpha() and len(text) > 2 else None
+
+
+def chained_tasks(words: Words, seed: int, count: int) -> Iterator[Base]:
+    """Two changes of a word, one after the other: a drawn part of the possible pairs."""
+    maker, rng = Maker("compositions", ROLES, seed, count), Random(f"{seed}/chained")
+    pairs = [(a, b) for a in SHORTENING for b in TRANSFORMS if b not in NOT_AFTER and both_count(a, b, words[:20])]
+    for first, then in rng.sample(pairs, CHAINED):
+        (change, forms), (transform, second) = TRANSFORMS[first], TRANSFORMS[then]
+        steps = list(zip(forms, second, strict=False))
+        wordings = [f"{a.format('the word')} Then: {lowered(b.format('the result'))}" for a, b in steps]
+        wordings.append(f"Change the word in two steps. {wordings[0]}")
+
+        def answer(text: str, change=change, transform=transform) -> str | None:
+            changed = change(text) if text.isalpha() and len(text) > 4 else ""
+            return transform(changed) if len(changed) > 2 else None
+
+        yield maker.drawn(f"{first}_then_{then}", wordings, lambda r: r.choice(words), answer)
+
+
+def both_count(first: str, then: str, words: Words) -> bool:
+    """Whether the first change makes a difference to what the second one gives."""
+    (change, _), (transform, _) = TRANSFORMS[first], TRANSFORMS[then]
+    return any(transform(change(word)) != transform(word) for word in words if len(word) > 4)
+
+
+def lowered(text: str) -> str:
+    return text[0].lower() + text[1:]

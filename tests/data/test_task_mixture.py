@@ -64,7 +64,7 @@ LISTED += [
     "yard",
     "zoo",
 ]
-GENERATED = {"words", "lists", "compositions", "numbers", "locale", "grammar"}
+GENERATED = {"words", "lists", "compositions", "numbers", "locale", "grammar", "texts", "tools"}
 
 
 def write_task(folder, name, pairs, descriptions=("do it", "How is it done?"), **fields):
@@ -86,7 +86,7 @@ def modules():
     """The script and its parts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(SCRIPTS)
-        names = ("base", "files", "forms", "locales", "numbers", "overlap")
+        names = ("base", "files", "forms", "locales", "numbers", "overlap", "texts", "tools")
         parts = {name: importlib.import_module(f"mixture.{name}") for name in names}
         yield SimpleNamespace(script=importlib.import_module("task_mixture"), **parts)
 
@@ -207,13 +207,77 @@ def test_answers_are_right(modules, tasks):
 
 def test_a_composition_chooses_and_changes(tasks):
     composed = [task for task in tasks.values() if task.group == "compositions"]
-    assert len(composed) == 160
+    assert len(composed) == 160 + 50
     by_change = {task.name.split("/")[1]: task for task in composed}
     found = next(task for name, task in by_change.items() if name.startswith("longest_") and name.endswith("_3"))
     change = found.name.removeprefix("compositions/longest_").removesuffix("_3")
     assert found.answer("pear, banana, fig") == tasks[f"words/{change}"].answer("banana")
     with pytest.raises(ValueError, match="not a list"):
         found.answer("pear, banana")
+
+
+def test_two_changes_of_a_word(modules, tasks):
+    chained = [task for task in tasks.values() if "_then_" in task.name]
+    for task in chained:
+        first, then = task.name.removeprefix("compositions/").split("_then_")
+        text, answer = task.pairs[0]
+        between = tasks[f"words/{first}"].answer(text)
+        assert answer == tasks[f"words/{then}"].answer(between)
+        # The first change is needed for at least one of the answers.
+        assert any(answer != tasks[f"words/{then}"].answer(text) for text, answer in task.pairs)
+
+
+def test_messages_are_asked_about(modules, tasks):
+    sentences = ["Rosa has a ticket to Oslo.", "Please hurry."]
+    message = modules.texts.Message(
+        " ".join(sentences), sentences, "trip", "Rosa", "Oslo", "Sunday", 30, "kites", True, False
+    )
+    expected = {
+        "name": "Rosa",
+        "kind": "trip",
+        "urgent": "yes",
+        "thanks": "no",
+        "weekend": "yes",
+        "many": "yes",
+        "sentences": "2",
+        "second": "Please hurry.",
+        "short_day": "Sun",
+        "subject": "Trip: 30 kites",
+        "record": '{"name": "Rosa", "city": "Oslo"}',
+        "next_day": "Monday",
+        "doubled": "60",
+    }
+    assert {name: modules.texts.TASKS[name][0](message) for name in expected} == expected
+    for name in ("name", "city", "day", "number", "things", "first", "second"):
+        assert all(answer in text for text, answer in tasks[f"texts/{name}"].pairs)
+    counts = {answer for _, answer in tasks["texts/sentences"].pairs}
+    assert all(text.count(".") == int(answer) for text, answer in tasks["texts/sentences"].pairs)
+    assert len(counts) >= 3
+
+
+def test_tools_are_in_the_list_and_arguments_in_the_request(tasks):
+    sets = [task for task in tasks.values() if task.group == "tools"]
+    assert len(sets) == 60
+    kinds = set()
+    for task in sets:
+        for request, answer in task.pairs:
+            kind = "json" if answer[0] == "{" else "call" if answer.endswith('")') else "name"
+            if answer == "none":
+                assert all("If no tool fits, reply none." in wording for wording in task.wordings)
+                kinds.add("none")
+                continue
+            kinds.add(kind)
+            if kind == "json":
+                name, value = json.loads(answer).values()
+            elif kind == "call":
+                name, value = answer[:-2].split("(")[0], answer[:-2].split('="')[1]
+            else:
+                name, value = answer, ""
+            assert all(name in wording for wording in task.wordings)
+            assert value in request
+        # The same list in several forms.
+        assert len(task.wordings) >= 6
+    assert kinds == {"name", "call", "json", "none"}
 
 
 def test_an_answer_follows_its_query_as_in_training(rows):
@@ -283,6 +347,7 @@ def test_a_format_is_left_out_where_it_would_not_be_clear(modules):
     assert suitable("RED", "12", "blue") == every - {"upper"}
     assert suitable("Stop!", "go") == every - {"period", "sentence"}
     assert suitable('a "b"', "[c]", "(d)", "<e>", "*f*") == every - {
+        "json",
         "quotes",
         "brackets",
         "parentheses",
