@@ -121,7 +121,7 @@ def make_optimizer(model: TorchLoRAGen, config: TrainConfig) -> tuple[torch.opti
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
 
     def share(updates: int) -> float:
-        count, warm = updates + 1, config.warmup_steps
+        count, warm = updates + 1, config.warmup
         if count < warm:
             return count / warm
         return 0.5 * (1 + math.cos(math.pi * (count - warm) / (config.steps + 1 - warm)))

@@ -246,7 +246,7 @@ class TrainConfig:
     Attributes:
         steps: optimiser steps.
         learning_rate: peak of warm-up and cosine decay to zero.
-        warmup_steps: linear from zero.
+        warmup_steps: linear from zero; in a run that is no longer than that, `warmup`.
         beta1, beta2, weight_decay: AdamW's; decay spares norms, embeddings and BatchNorm.
         clip_norm: clip the gradient to this global norm; left out, no clipping.
         router_learning_rate: peak for the router, where it is another one.
@@ -276,6 +276,11 @@ class TrainConfig:
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
     profile: bool = False
+
+    @property
+    def warmup(self) -> int:
+        """The steps of the warm-up: `warmup_steps` where the run is longer, else half of the run."""
+        return self.warmup_steps if self.warmup_steps < self.steps else self.steps // 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -277,7 +277,7 @@ def _run_rules(config: Config) -> list[tuple[bool, str]]:
         (0 <= t.beta2 < 1, f"train.beta2 is {t.beta2}; it must lie in [0, 1)"),
         (t.weight_decay >= 0, f"train.weight_decay is {t.weight_decay}; it must be 0 or more"),
         (t.validation_batches >= 0, f"train.validation_batches is {t.validation_batches}; it must be 0 or more"),
-        (0 <= t.warmup_steps < t.steps, f"train.warmup_steps = {t.warmup_steps} must be below train.steps = {t.steps}"),
+        (t.warmup_steps >= 0, f"train.warmup_steps is {t.warmup_steps}; it must be 0 or more"),
         (t.clip_norm is None or t.clip_norm > 0, f"train.clip_norm is {t.clip_norm}; it must be positive or left out"),
         (e.shots >= 0, f"eval.shots is {e.shots}; it must be 0 or more"),
         (e.limit is None or e.limit > 0, f"eval.limit is {e.limit}; at least 1"),

@@ -215,6 +215,9 @@ def announce(run: Run, recorder: Recorder, start: int) -> None:
         f"{jax.device_count()} {jax.devices()[0].platform} device(s), {precisions(run.pair)},"
         f" into {run.config.directory}" + (f", checkpoints into {run.config.bucket}" if run.config.bucket else "")
     )
+    t = run.config.train
+    if t.warmup != t.warmup_steps:
+        recorder.say(f"train.warmup_steps is {t.warmup_steps}, shortened to {t.warmup}: the run has {t.steps} steps")
 
 
 def precisions(pair: Pair) -> str:

@@ -14,7 +14,7 @@ from lora_gen_jax.config import TrainConfig
 
 def schedule(config: TrainConfig) -> optax.Schedule:
     """Learning rate of update number n = 0, 1, …: linear to the peak, cosine towards zero, never exactly zero."""
-    curve = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup_steps, config.steps + 1)
+    curve = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup, config.steps + 1)
     return lambda count: curve(count + 1)
 
 

@@ -100,7 +100,7 @@ def test_out_takes_the_tables(path, started, tmp_path):
         (["--jobs", "0"], "--jobs is 0"),
         (["--only", "loar"], "did you mean lora"),
         (["--train.steps", "0"], r"train\.steps is 0"),
-        (["--agent.train.warmup-steps", "5"], r"train\.warmup_steps = 5"),
+        (["--agent.train.beta2", "1"], r"train\.beta2 is 1"),
     ],
 )
 def test_wrong_flags_are_errors_before_anything_starts(path, started, flags, message):

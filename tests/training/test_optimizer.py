@@ -32,6 +32,15 @@ def test_the_rate_warms_up_linearly_and_decays_by_cosine(warmup, steps):
     assert min(rates) > 0, "no update is wasted"
 
 
+@pytest.mark.parametrize(("warmup", "steps", "fits"), [(10, 11, 10), (10, 10, 5), (10, 4, 2), (10, 1, 0), (0, 1, 0)])
+def test_a_warmup_that_does_not_fit_is_half_of_the_run(warmup, steps, fits):
+    config = TrainConfig(steps=steps, learning_rate=0.5, warmup_steps=warmup)
+    assert config.warmup == fits
+    rates = [float(schedule(config)(jnp.asarray(n))) for n in range(steps)]
+    expected = [expected_rate(n + 1, 0.5, fits, steps) for n in range(steps)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("variant", [{}, {"pool": "per_layer"}, {"generator": "direct"}])
 def test_weight_decay_applies_to_matrices_that_are_no_embeddings(variant):
     generator = LoRAGen(CLOUD, EDGE, dataclasses.replace(SETTINGS, **variant))
