@@ -54,13 +54,13 @@ def check(config: Config) -> Config:
         ConfigError: naming the field and the remedy.
     """
     for message in wrong_values(config):
-        raise ConfigError(message)
+        raise _wrong(message, "type")
     trained_method(config.method)
     for field in POSITIVE:
         part, name = field.split(".")
         value = getattr(getattr(config, part), name)
         if value is not None and value < 1:
-            raise ConfigError(f"{field} is {value}; it must be at least 1")
+            raise ConfigError(f"{field} is {value}; it must be at least 1", field=field, code="range")
     parts = (
         _distributed_rules(config.distributed),
         _generator_rules(config.generator),
@@ -69,8 +69,13 @@ def check(config: Config) -> Config:
     )
     for holds, message in (*itertools.chain(*parts), *_run_rules(config)):
         if not holds:
-            raise ConfigError(message)
+            raise _wrong(message, "range")
     return config
+
+
+def _wrong(message: str, code: str) -> ConfigError:
+    """An error about the field whose name its message begins with, as all messages of this module do."""
+    return ConfigError(message, field=message.split(maxsplit=1)[0].rstrip(","), code=code)
 
 
 def wrong_values(part: Any, prefix: str = "") -> Iterator[str]:

@@ -36,20 +36,28 @@ def made_by(path: Path, function: str, kind: type[_Made]) -> _Made:
         ConfigError: when the file is missing, fails, or has no such function that returns a `kind`.
     """
     if not path.is_file():
-        raise ConfigError(f"config file {path} does not exist")
+        raise ConfigError(f"config file {path} does not exist", field="config", code="missing")
     spec = importlib.util.spec_from_file_location(f"lora_gen_{function}_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"config file {path} is not a Python file (its name must end in .py)")
+        raise ConfigError(
+            f"config file {path} is not a Python file (its name must end in .py)", field="config", code="suffix"
+        )
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         found = getattr(module, function, None)
         made = found() if callable(found) else None
     except Exception as error:
-        raise ConfigError(f"config file {path} failed: {type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"config file {path} failed: {type(error).__name__}: {error}", field="config", code="failed"
+        ) from error
     if not isinstance(made, kind):
         where = f"{kind.__module__}.{kind.__name__}"
-        raise ConfigError(f"config file {path} needs a function {function}() that returns a {where}")
+        raise ConfigError(
+            f"config file {path} needs a function {function}() that returns a {where}",
+            field="config",
+            code="no function",
+        )
     return made
 
 
@@ -65,7 +73,11 @@ def config_from_args(program: str, args: Sequence[str]) -> Config:
         if args and args[0] in ("-h", "--help"):
             print(f"usage: {program} CONFIG.py [--any.field VALUE …]\n\n{program} CONFIG.py --help lists the fields.")
             sys.exit(0)
-        raise ConfigError(f"name a config file first: {program} configs/smollm2_135m.py [--any.field VALUE …]")
+        raise ConfigError(
+            f"name a config file first: {program} configs/smollm2_135m.py [--any.field VALUE …]",
+            field="config",
+            code="none",
+        )
     return overridden(read_config(Path(args[0])), f"{program} {args[0]}", args[1:])
 
 
@@ -78,7 +90,11 @@ def overridden(config: Config, program: str, args: Sequence[str]) -> Config:
     import tyro
 
     if not program.startswith(("train.py", "eval.py")) and any(flag.startswith("--distributed.") for flag in args):
-        raise ConfigError(f"{program} runs in one process: leave the distributed flags to train.py and eval.py")
+        raise ConfigError(
+            f"{program} runs in one process",
+            field="distributed",
+            remedy="leave the distributed flags to train.py and eval.py",
+        )
 
     options = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
     return check(tyro.cli(Config, prog=program, args=list(args), default=config, config=options))
@@ -134,7 +150,11 @@ def from_json(values: dict[str, Any]) -> Config:
         known = {field.name for field in dataclasses.fields(cls)}
         for name in fields:
             if name not in known:
-                raise ConfigError(f"saved config has the field {prefix}{name}, which this version does not know")
+                raise ConfigError(
+                    f"saved config has the field {prefix}{name}, which this version does not know",
+                    field=f"{prefix}{name}",
+                    code="unknown",
+                )
         former = {name: FORMER[prefix + name] for name in known if prefix + name in FORMER}
         return cls(**{name: _from_json_value(name, value) for name, value in (former | fields).items()})
 

@@ -24,9 +24,19 @@ def check_output(path: Path) -> None:
         OutputError: when it holds something or is a file, a link, a mount point or the current directory.
     """
     if path.is_symlink() or (path.is_dir() and (path.is_mount() or path.samefile(Path.cwd()))):
-        raise OutputError(f"output {path} cannot be replaced: name a new directory, below it for example")
+        raise OutputError(
+            f"output {path} cannot be replaced",
+            field="--out",
+            code="not replaceable",
+            remedy="name a new directory, below it for example",
+        )
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise OutputError(f"output {path} exists already: choose another --out, or remove it first")
+        raise OutputError(
+            f"output {path} exists already",
+            field="--out",
+            code="exists",
+            remedy="choose another --out, or remove it first",
+        )
 
 
 def is_directory(path: Path) -> bool:
@@ -61,8 +71,8 @@ def complete_directory(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What goes wrong with files in this block is the output's.
+def writing(path: Path, flag: str = "--out") -> Iterator[None]:
+    """What goes wrong with files in this block is the output's, which the flag names.
 
     Raises:
         OutputError: for a full disk, missing rights and the like.
@@ -71,14 +81,14 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"output {path} cannot be written: {reason}") from error
+        raise OutputError(f"output {path} cannot be written: {reason}", field=flag, code="unwritable") from error
 
 
-def write_text(path: Path, text: str, remedy: str = "choose another place") -> None:
+def write_text(path: Path, text: str, flag: str = "--out") -> None:
     """Replaces the file at once, so that no half of it is ever read.
 
     Raises:
-        OutputError: when it cannot be written; the message ends with the remedy.
+        OutputError: when it cannot be written; the flag is what would name another place.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -87,16 +97,18 @@ def write_text(path: Path, text: str, remedy: str = "choose another place") -> N
     except (OSError, UnicodeEncodeError) as error:
         temporary.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) else "its text holds half of a surrogate pair"
-        raise OutputError(f"{path} cannot be written: {reason}; {remedy}") from error
+        raise OutputError(
+            f"{path} cannot be written: {reason}", field=flag, code="unwritable", remedy=f"choose another {flag}"
+        ) from error
 
 
-def write_json(path: Path, values: Any, remedy: str = "choose another place") -> None:
+def write_json(path: Path, values: Any, flag: str = "--out") -> None:
     """Replaces the file at once, so that no half of it is ever read.
 
     Raises:
-        OutputError: when it cannot be written; the message ends with the remedy.
+        OutputError: when it cannot be written; the flag is what would name another place.
     """
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n", remedy)
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n", flag)
 
 
 def text_argument(value: str, flag: str) -> str:
@@ -111,7 +123,11 @@ def text_argument(value: str, flag: str) -> str:
             text = Path(value[1:]).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise DataError(f"{flag} names the file {value[1:]}, which cannot be read: {reason}") from error
+            raise DataError(
+                f"{flag} names the file {value[1:]}, which cannot be read: {reason}",
+                field=flag,
+                code="unreadable",
+            ) from error
     if not text.strip():
-        raise DataError(f"{flag} is empty: give a text, or @FILE")
+        raise DataError(f"{flag} is empty", field=flag, code="empty", remedy="give a text, or @FILE")
     return text

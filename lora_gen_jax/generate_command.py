@@ -159,7 +159,7 @@ def _answer_requests(flags: Generate, path: Path) -> None:
         json.dumps({**row, "answer": edge.encoder.decode(answer.ids), "finish": answer.finish}, ensure_ascii=False)
         for row, answer in zip(rows, answers, strict=True)
     ]
-    write_text(out, "".join(line + "\n" for line in lines), "name another --out")
+    write_text(out, "".join(line + "\n" for line in lines))
     count = sum(len(answer.ids) for answer in answers)
     print(
         f"{out}: {len(answers)} answers of {len(found)} specialisations in {seconds:.1f} s,"
@@ -199,7 +199,7 @@ def _read_requests(flags: Generate, path: Path) -> tuple[list[dict[str, Any]], l
 
 def _place(flags: Generate, row: dict[str, Any]) -> Path | None:
     from lora_gen_jax.adapters.specialization import TENSORS
-    from lora_gen_jax.data.prompt_sources import text_field
+    from lora_gen_jax.data.record_rows import text_field
 
     text_field(row, "input")
     for name in ("answer", "finish"):

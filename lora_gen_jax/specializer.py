@@ -16,7 +16,7 @@ from lora_gen_jax.adapters.gated_pool import GatedPool
 from lora_gen_jax.adapters.specialization import Specialization, load_specialization, sparse_tensors
 from lora_gen_jax.adapters.specialization_fit import Fit, fitted_adapter, pool_fingerprint, pool_of
 from lora_gen_jax.config import Config, ModelConfig
-from lora_gen_jax.data.prompt_sources import check_text
+from lora_gen_jax.data.record_rows import check_text
 from lora_gen_jax.decoder.pretrained import fingerprint, load_config, resolve
 from lora_gen_jax.errors import CheckpointError, ConfigError, DataError
 from lora_gen_jax.files import is_directory
@@ -112,7 +112,7 @@ class Specializer:
         Raises:
             DataError: when it is empty or longer than `limit`.
         """
-        check_text(prompt, "the prompt")
+        check_text(prompt, "prompt")
         if not prompt.strip():
             raise DataError("the prompt is empty: give a description, examples, or both")
         ids = self.pair.cloud.encoder.prompt(prompt)

@@ -7,7 +7,10 @@ import atexit
 import dataclasses
 import functools
 import json
+import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from lora_gen_jax.config import Config, DataConfig, EvalConfig, GeneratorConfig, ModelConfig, TrainConfig
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.model import Decoder
+from lora_gen_jax.errors import LoraGenError
 from lora_gen_jax.generator.cloud import PackedPrompts, pack_prompts
 
 EDGE = DecoderConfig(
@@ -52,6 +57,29 @@ OPT = dataclasses.replace(
 SETTINGS = GeneratorConfig(
     num_experts=4, top_k=2, rank=3, alpha=6.0, dropout=0.0, cloud_rank=2, cloud_alpha=4.0, direct_width=8
 )
+
+
+@contextmanager
+def raises(
+    kind: type[LoraGenError], field: str, *facts: object, code: str | None = None
+) -> Iterator[pytest.ExceptionInfo[Any]]:
+    """The block ends in an error of exactly this kind, about this field, that says the facts.
+
+    Args:
+        kind, field, code: of the error; without a code any will do.
+        facts: values, paths and names that its message must hold. Never words of a sentence, which may be improved.
+    """
+    with pytest.raises(kind) as found:
+        yield found
+    error = found.value
+    assert type(error) is kind
+    assert error.field == field, f"{error.field}: {error}"
+    assert code in (None, error.code), f"{error.code}: {error}"
+    assert error.problem.strip()
+    assert error.remedy is None or error.remedy.strip()
+    # "5" is not said by "15" or "0.5".
+    patterns = {fact: rf"(?<![\w.]){re.escape(str(fact))}(?!\.?\w)" for fact in facts}
+    assert [fact for fact, pattern in patterns.items() if not re.search(pattern, str(error))] == [], str(error)
 
 
 def noise_like(tree: Any, seed: int) -> Any:

@@ -4,6 +4,7 @@ import errno
 from pathlib import Path
 
 import pytest
+from helpers import raises
 
 from lora_gen_jax.errors import OutputError
 from lora_gen_jax.files import complete_directory
@@ -18,7 +19,7 @@ def fill(path):
 def test_a_new_and_an_empty_directory_are_filled_at_once(tmp_path):
     (tmp_path / "empty").mkdir()
     assert fill(tmp_path / "empty") == fill(tmp_path / "far" / "new") == ["made"]
-    with pytest.raises(OutputError, match="exists already"):
+    with raises(OutputError, "--out", tmp_path / "empty", code="exists"):
         fill(tmp_path / "empty")
 
 
@@ -29,14 +30,14 @@ def test_what_cannot_be_replaced_is_refused_before_any_work(tmp_path, monkeypatc
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     monkeypatch.chdir(tmp_path / "there")
     path = {"here": tmp_path / "there", "dot": Path()}.get(kind, tmp_path / kind)
-    with pytest.raises(OutputError, match="cannot be replaced: name a new directory"), complete_directory(path):
+    with raises(OutputError, "--out", path, code="not replaceable"), complete_directory(path):
         pytest.fail("the work began")
     assert list((tmp_path / "there").iterdir()) == []
 
 
 def test_a_mount_point_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path)
-    with pytest.raises(OutputError, match="cannot be replaced"):
+    with raises(OutputError, "--out", tmp_path, code="not replaceable"):
         fill(tmp_path)
 
 
@@ -45,6 +46,6 @@ def test_what_fails_at_the_end_says_so_and_leaves_nothing(tmp_path, monkeypatch)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "rename", full)
-    with pytest.raises(OutputError, match="out cannot be written: No space left on device"):
+    with raises(OutputError, "--out", tmp_path / "out", "No space left on device", code="unwritable"):
         fill(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -53,7 +53,8 @@ class GatedPool(AdapterBase):
         if gates_PE.shape[1] != a.shape[0]:
             raise ConfigError(
                 f"the gates are of {gates_PE.shape[1]} experts and the pool has {a.shape[0]}: they belong to another"
-                " generator"
+                " generator",
+                field="gates",
             )
         return a, b, gates_PE
 

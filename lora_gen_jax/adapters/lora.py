@@ -143,7 +143,7 @@ def group_rows(x_BTD: jax.Array, prompts: int) -> jax.Array:
         ConfigError: when the rows do not divide among the prompts.
     """
     if x_BTD.shape[0] % prompts:
-        raise ConfigError(f"{x_BTD.shape[0]} rows cannot be shared evenly by {prompts} prompts")
+        raise ConfigError(f"{x_BTD.shape[0]} rows cannot be shared evenly by {prompts} prompts", field="x_BTD")
     return x_BTD.reshape(prompts, -1, x_BTD.shape[-1])
 
 
@@ -154,7 +154,11 @@ def require_single(prompts: int) -> None:
         ConfigError: when there are several.
     """
     if prompts != 1:
-        raise ConfigError(f"weights can be merged for one prompt at a time, not for {prompts}: select one first")
+        raise ConfigError(
+            f"weights can be merged for one prompt at a time, not for {prompts}",
+            field="adapter",
+            remedy="select one first",
+        )
 
 
 def require_prompt(prompt: int, prompts: int) -> int:
@@ -164,5 +168,7 @@ def require_prompt(prompt: int, prompts: int) -> int:
         ConfigError: when it has not.
     """
     if not 0 <= prompt < prompts:
-        raise ConfigError(f"prompt {prompt} is not among the adapter's {prompts}: use 0 to {prompts - 1}")
+        raise ConfigError(
+            f"prompt {prompt} is not among the adapter's {prompts}", field="prompt", remedy=f"use 0 to {prompts - 1}"
+        )
     return prompt

@@ -32,11 +32,16 @@ def changed_sites(params: Any, adapter: Mergeable) -> list[str]:
     """
     if not isinstance(params, Mapping) or "layers" not in params:
         raise ConfigError(
-            "these are no parameters of a decoder, which have an entry layers: pass a model's params, of Flax variables"
-            ' those under "params"'
+            "these are no parameters of a decoder, which have an entry layers",
+            field="params.layers",
+            remedy='pass a model\'s params, of Flax variables those under "params"',
         )
     if any(map(_is_boxed, jax.tree.leaves(params, is_leaf=_is_boxed))):
-        raise ConfigError("the parameters are boxed with the names of their axes: pass flax.linen.unbox(params)")
+        raise ConfigError(
+            "the parameters are boxed with the names of their axes",
+            field="params",
+            remedy="pass flax.linen.unbox(params)",
+        )
     leaves, structure = jax.tree.flatten(adapter)
     deltas = _deltas(structure, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves))
     sites = [site for site in deltas if site in params["layers"][GROUP_OF_SITE[site]]]
@@ -44,12 +49,14 @@ def changed_sites(params: Any, adapter: Mergeable) -> list[str]:
     for site, kernel in kernels_of(params, sites).items():
         if layers != {kernel.shape[0]} or deltas[site] != kernel.shape[1:]:
             raise ConfigError(
-                f"the adapter changes {site} in {'/'.join(map(str, sorted(layers)))} layers by ΔW of"
-                f" {deltas[site]}, and the weights are {kernel.shape[0]} layers of {kernel.shape[1:]}: it was made for"
-                " another model"
+                f"the adapter changes {site} in {'/'.join(map(str, sorted(layers)))} layers by ΔW of {deltas[site]},"
+                f" and the weights are {kernel.shape[0]} layers of {kernel.shape[1:]}: it was made for another model",
+                field=f"adapter.{site}",
             )
     if layers and not sites:
-        raise ConfigError(f"the adapter changes none of the linear layers {', '.join(SITES)} of these weights")
+        raise ConfigError(
+            f"the adapter changes none of the linear layers {', '.join(SITES)} of these weights", field="adapter"
+        )
     return sites
 
 
@@ -161,19 +168,23 @@ def merge_over(held: Any, params: Any, adapter: Mergeable) -> Any:
     sites = changed_sites(params, adapter)
     base, targets = kernels_of(params, sites), kernels_of(held, sites)
     if any(targets[site] is base[site] for site in sites):
-        raise ConfigError("the weights to write over are the base's own: start with merge(params, adapter)")
+        raise ConfigError(
+            "the weights to write over are the base's own", field="held", remedy="start with merge(params, adapter)"
+        )
     others = [site for site in SITES if site not in sites and site in params["layers"][GROUP_OF_SITE[site]]]
     own, found = kernels_of(params, others), kernels_of(held, others)
-    if not all(found[site] is own[site] for site in others):
+    if other := [site for site in others if found[site] is not own[site]]:
         raise ConfigError(
-            "the weights to write over are not this base's with the same sites changed: start with"
-            " merge(params, adapter)"
+            f"the weights to write over differ from the base at {', '.join(other)}, which the adapter does not change",
+            field="held",
+            remedy="start with merge(params, adapter)",
         )
     for site in sites:
         if (targets[site].shape, targets[site].dtype) != (base[site].shape, base[site].dtype):
             raise ConfigError(
-                f"the weights to write over are {targets[site].dtype} at {site}, the base's"
-                f" {base[site].dtype}: start with merge(params, adapter)"
+                f"the weights to write over are {targets[site].dtype} at {site}, the base's {base[site].dtype}",
+                field=f"held.{site}",
+                remedy="start with merge(params, adapter)",
             )
     return with_kernels(params, _writing_over(targets, base, adapter))
 

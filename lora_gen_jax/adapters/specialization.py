@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from lora_gen_jax.adapters.specialization_check import check_size, read_readable, read_tensors
+from lora_gen_jax.adapters.specialization_check import check_size, read_readable, read_tensors, reading
 from lora_gen_jax.config import GeneratorConfig
 from lora_gen_jax.errors import CheckpointError
 from lora_gen_jax.files import complete_directory, writing
@@ -59,12 +58,16 @@ class Specialization:
             CheckpointError: for direct generation, which has none, or a gate of an expert that is not there.
         """
         if self.direct:
-            raise CheckpointError("this specialisation has no gates: its generator makes the factors directly")
+            raise CheckpointError(
+                "this specialization has no gates: its generator makes the factors directly", field=f"{TENSORS}:index"
+            )
         index, weight = self.tensors["index"].astype(np.int64), self.tensors["weight"]
         if index.shape[1] > num_experts or index.max() >= num_experts:
             raise CheckpointError(
-                f"the specialisation has {index.shape[1]} gates a layer, up to that of expert {index.max()}, but the"
-                f" pool has {num_experts} experts: give the checkpoint that it was made with (--checkpoint)"
+                f"the specialization has {index.shape[1]} gates a layer, up to that of expert {index.max()}, but the"
+                f" pool has {num_experts} experts",
+                field=f"{TENSORS}:index",
+                remedy="give the checkpoint that it was made with (--checkpoint)",
             )
         gates_LE = np.zeros((len(index), num_experts), np.float32)
         np.put_along_axis(gates_LE, index, weight.astype(np.float32), axis=1)
@@ -115,32 +118,31 @@ def load_specialization(directory: str | Path) -> Specialization:
         CheckpointError: when it is none, or damaged; the message says what is wrong.
     """
     directory = Path(directory)
-    try:
-        if not (directory / TENSORS).is_file():
-            raise CheckpointError(
-                f"{directory} is no specialisation (no {TENSORS}): make one with `lora-gen specialize`"
-            )
-        tensors, metadata = read_tensors(directory / TENSORS)
-        checkpoint, versions = read_readable(directory / READABLE)
-        check_size(directory / PROMPT)
-        specialization = Specialization(
-            tensors=tensors,
-            fingerprints={name: metadata[name] for name in ("cloud", "edge", "pool")},
-            # Bytes: read as text, a carriage return would become a line feed.
-            prompt=(directory / PROMPT).read_bytes().decode(),
-            checkpoint=checkpoint,
-            versions=versions,
+    with reading(directory / TENSORS):
+        exists = (directory / TENSORS).is_file()
+    if not exists:
+        raise CheckpointError(
+            f"{directory} is not a specialization (it has no {TENSORS})",
+            field=TENSORS,
+            remedy="make one with `lora-gen specialize`",
         )
-        if specialization.digest != metadata["prompt"]:
-            raise ValueError(
-                f"{PROMPT} is not the prompt that it was made of (sha256 begins {specialization.digest}, not"
-                f" {metadata['prompt']})"
+    with reading(directory / TENSORS):
+        tensors, metadata = read_tensors(directory / TENSORS)
+        fingerprints, digest = {name: metadata[name] for name in ("cloud", "edge", "pool")}, metadata["prompt"]
+    with reading(directory / READABLE):
+        checkpoint, versions = read_readable(directory / READABLE)
+    with reading(directory / PROMPT):
+        check_size(directory / PROMPT)
+        # Bytes: read as text, a carriage return would become a line feed.
+        prompt = (directory / PROMPT).read_bytes().decode()
+        specialization = Specialization(tensors, fingerprints, prompt, checkpoint, versions)
+        if specialization.digest != digest:
+            raise CheckpointError(
+                f"{PROMPT} is not the prompt that it was made of (its sha256 begins {specialization.digest}, not"
+                f" {digest})",
+                field=f"{PROMPT}:sha256",
             )
-        return specialization
-    except KeyError as error:
-        raise CheckpointError(f"specialisation {directory} is damaged: {TENSORS} does not say {error}") from error
-    except (OSError, TypeError, ValueError, RecursionError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"specialisation {directory} is damaged: {error}; make it again") from error
+    return specialization
 
 
 def _write(s: Specialization, directory: Path) -> None:

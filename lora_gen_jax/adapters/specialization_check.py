@@ -1,24 +1,49 @@
-"""What a specialisation's files must be like, before anything of them is used: they may come from anywhere.
+"""What a specialization's files must be like, before anything of them is used: they may come from anywhere.
 
-In: paths. Out: tensors, metadata and readable fields that are safe to work with, or ValueError that says what is wrong.
+In: paths. Out: tensors, metadata and readable fields that are safe to work with, or an error that says what is wrong.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import safetensors
+
+from lora_gen_jax.errors import CheckpointError
 
 # Gates of a thousand layers and experts fit many times over; factors of direct generation are larger.
 LARGEST = 64 * 2**20
 INDEX, FLOAT = ("U8", "U16", "U32"), ("F16", "F32")
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What goes wrong in this block is damage to a file of the specialization in the directory around it.
+
+    Raises:
+        CheckpointError: naming the file, and its key where that is known.
+    """
+    place, remedy = f"specialization {path.parent} is damaged", "make it again"
+    try:
+        yield
+    except CheckpointError as error:
+        raise error.within(place, remedy=remedy) from error
+    except KeyError as error:
+        key = error.args[0]
+        raise CheckpointError(
+            f"{place}: {path.name} lacks {key!r}", field=f"{path.name}:{key}", remedy=remedy
+        ) from error
+    except (OSError, TypeError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{place}: {path.name}: {error}", field=path.name, remedy=remedy) from error
+
+
 def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Tensors and metadata. Names, types and shapes come from the header, and are checked before any tensor is read.
 
     Raises:
-        ValueError: for tensors that are neither gates nor factors of direct generation.
+        CheckpointError: for tensors that are neither gates nor factors of direct generation.
         safetensors.SafetensorError, OSError: as the library, for a file that is none or is truncated.
     """
     with safetensors.safe_open(path, framework="numpy") as file:
@@ -27,71 +52,87 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         gated = {"index", "weight"} & set(names)
         if gated and set(names) != {"index", "weight"}:
-            raise ValueError(f"{path.name} holds {', '.join(sorted(names))} instead of index and weight")
+            raise CheckpointError(
+                f"{path.name} holds {', '.join(sorted(names))} instead of index and weight", field=path.name
+            )
         if not gated and not (names and all(name.count(".") == 1 and name[-2:] in (".a", ".b") for name in names)):
-            raise ValueError(f"{path.name} holds neither gates (index and weight) nor factors")
+            raise CheckpointError(f"{path.name} holds neither gates (index and weight) nor factors", field=path.name)
         if gated:
             check_size(path)
         for name in names:
             allowed = INDEX if name == "index" else FLOAT
             if kinds[name] not in allowed:
-                raise ValueError(f"{name} is of type {kinds[name]}, which is none of {', '.join(allowed)}")
+                raise CheckpointError(
+                    f"{name} is of type {kinds[name]}, which is none of {', '.join(allowed)}",
+                    field=f"{path.name}:{name}",
+                )
             if len(shapes[name]) != (2 if gated else 3) or 0 in shapes[name]:
-                raise ValueError(f"{name} has the shape {shapes[name]}")
+                raise CheckpointError(f"{name} has the shape {shapes[name]}", field=f"{path.name}:{name}")
         if gated and shapes["index"] != shapes["weight"]:
-            raise ValueError(f"index and weight differ in shape: {shapes['index']}, {shapes['weight']}")
+            raise CheckpointError(
+                f"index and weight differ in shape: {shapes['index']}, {shapes['weight']}", field=f"{path.name}:weight"
+            )
         if len({shape[0] for shape in shapes.values()}) > 1:
-            raise ValueError("the factors are of different numbers of layers")
+            raise CheckpointError("the factors are of different numbers of layers", field="layers")
         tensors = {name: file.get_tensor(name) for name in names}
         metadata = file.metadata() or {}
     if gated:
-        _check_gates(tensors["index"], tensors["weight"])
+        _check_gates(tensors["index"], tensors["weight"], path.name)
     for name, value in tensors.items():
         if not np.isfinite(value).all():
-            raise ValueError(f"{name} holds values that are no numbers")
+            raise CheckpointError(f"{name} holds values that are not numbers", field=f"{path.name}:{name}")
     return tensors, metadata
 
 
-def _check_gates(index_LK: np.ndarray, weight_LK: np.ndarray) -> None:
-    """Raises ValueError, naming the layer, unless every layer's gates could have come from a router."""
+def _check_gates(index_LK: np.ndarray, weight_LK: np.ndarray, file: str) -> None:
+    """Raises CheckpointError, naming the layer, unless every layer's gates could have come from a router."""
+    index, weight = (index_LK, f"{file}:index"), (weight_LK, f"{file}:weight")
     number_LK = np.isfinite(weight_LK) & (weight_LK >= 0)
-    _refuse(~np.all(number_LK, axis=1), weight_LK, "gates must be numbers of at least 0")
+    _refuse(~np.all(number_LK, axis=1), *weight, "gates must be numbers of at least 0")
     total_L = weight_LK.sum(axis=1, dtype=np.float64)
     if weight_LK.shape[1] == 1:  # the one gate keeps its probability (`keep_top_k`)
-        _refuse((total_L <= 0) | (total_L > 1.001), weight_LK, "a single gate must be above 0 and at most 1")
+        _refuse((total_L <= 0) | (total_L > 1.001), *weight, "a single gate must be above 0 and at most 1")
     else:
-        _refuse(np.abs(total_L - 1) > 1e-3, weight_LK, "gates must sum to 1")
+        _refuse(np.abs(total_L - 1) > 1e-3, weight_LK, f"{file}:sum of weight", "gates must sum to 1")
     ordered_LK = np.sort(index_LK, axis=1)
-    _refuse(np.any(ordered_LK[:, 1:] == ordered_LK[:, :-1], axis=1), index_LK, "an expert may stand there once")
+    _refuse(np.any(ordered_LK[:, 1:] == ordered_LK[:, :-1], axis=1), *index, "each expert may appear once")
 
 
-def _refuse(wrong_L: np.ndarray, values_LK: np.ndarray, rule: str) -> None:
+def _refuse(wrong_L: np.ndarray, values_LK: np.ndarray, field: str, rule: str) -> None:
     if wrong_L.any():
         layer = int(np.argmax(wrong_L))
         more = " …" if values_LK.shape[1] > 8 else ""
-        raise ValueError(f"layer {layer} has {values_LK[layer, :8].tolist()}{more}: {rule}")
+        values = values_LK[layer, :8].tolist()
+        raise CheckpointError(f"layer {layer} has {values}{more}: {rule}", field=f"{field}[{layer}]")
 
 
 def read_readable(path: Path) -> tuple[str | None, dict[str, str]]:
     """(checkpoint, versions).
 
     Raises:
-        ValueError, OSError: when the file says something else.
+        CheckpointError, ValueError, OSError: when the file says something else.
     """
     check_size(path)
     readable = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(readable, dict) or not {"checkpoint", "versions"} <= readable.keys():
-        raise ValueError(f'{path.name} must be an object with "checkpoint" and "versions"')
+        raise CheckpointError(f'{path.name} must be an object with "checkpoint" and "versions"', field=path.name)
     checkpoint, versions = readable["checkpoint"], readable["versions"]
     if not (checkpoint is None or isinstance(checkpoint, str)):
-        raise ValueError(f'"checkpoint" in {path.name} must be a path or null, found {type(checkpoint).__name__}')
+        raise CheckpointError(
+            f'"checkpoint" in {path.name} must be a path or null, found {type(checkpoint).__name__}',
+            field=f"{path.name}:checkpoint",
+        )
     if not isinstance(versions, dict) or not all(isinstance(version, str) for version in versions.values()):
-        raise ValueError(f'"versions" in {path.name} must map names of packages to texts')
+        raise CheckpointError(
+            f'"versions" in {path.name} must map names of packages to texts', field=f"{path.name}:versions"
+        )
     return checkpoint, versions
 
 
 def check_size(path: Path) -> None:
-    """Raises ValueError for a file larger than `LARGEST`."""
+    """Raises CheckpointError for a file larger than `LARGEST`."""
     size = path.stat().st_size
     if size > LARGEST:
-        raise ValueError(f"{path.name} has {size} bytes, more than the {LARGEST} that any such file needs")
+        raise CheckpointError(
+            f"{path.name} has {size} bytes, more than the {LARGEST} that any such file needs", field=f"{path.name}:size"
+        )

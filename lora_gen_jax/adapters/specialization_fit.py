@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_gen_jax.adapters.lora import PromptLoRA
-from lora_gen_jax.adapters.specialization import Specialization
+from lora_gen_jax.adapters.specialization import TENSORS, Specialization
 from lora_gen_jax.config import GeneratorConfig
 from lora_gen_jax.errors import CheckpointError
 from lora_gen_jax.generator.lora_gen import gated_adapter
@@ -72,32 +72,41 @@ class Fit:
         found, expected = self.pool, specialization.fingerprints["pool"]
         if found != expected:
             raise CheckpointError(
-                f"the specialisation was made with another expert pool (fingerprint {expected}, this generator's is"
-                f" {found}): {_REMEDY}"
+                f"the specialization was made with another expert pool (fingerprint {expected}, this generator's is"
+                f" {found})",
+                field=f"{TENSORS}:pool",
+                remedy=_REMEDY,
             )
         layers = len(next(iter(specialization.tensors.values())))
         if self.layers is not None and layers != self.layers:
             raise CheckpointError(
-                f"the specialisation is of {layers} layers, the generator's edge model has {self.layers}: give the"
-                " checkpoint and the edge model that it was made with (--checkpoint, --edge)"
+                f"the specialization is of {layers} layers, the generator's edge model has {self.layers}",
+                field="layers",
+                remedy="give the checkpoint and the edge model that it was made with (--checkpoint, --edge)",
             )
         if specialization.direct != bool(self.factors):
             had, made = ("factors", "gates") if specialization.direct else ("gates", "factors")
-            raise CheckpointError(f"the specialisation holds {had}, the generator makes {made}: {_REMEDY}")
+            raise CheckpointError(
+                f"the specialization holds {had}, the generator makes {made}", field=TENSORS, remedy=_REMEDY
+            )
         if not specialization.direct:
             specialization.gates(self.experts)
             gates = specialization.tensors["index"].shape[1]
             if gates > self.active:
                 raise CheckpointError(
-                    f"the specialisation has {gates} gates a layer, the generator makes {self.active}: {_REMEDY}"
+                    f"the specialization has {gates} gates a layer, the generator makes {self.active}",
+                    field=f"{TENSORS}:index",
+                    remedy=_REMEDY,
                 )
             return
         shapes = {name: value.shape[1:] for name, value in specialization.tensors.items()}
         for name in sorted(self.factors.keys() | shapes.keys()):
             if shapes.get(name) != self.factors.get(name):
                 raise CheckpointError(
-                    f"the specialisation's factor {name} has the shape {shapes.get(name)}, the generator makes"
-                    f" {self.factors.get(name)}: {_REMEDY}"
+                    f"the specialization's factor {name} has the shape {shapes.get(name)}, the generator makes"
+                    f" {self.factors.get(name)}",
+                    field=f"{TENSORS}:{name}",
+                    remedy=_REMEDY,
                 )
 
 

@@ -26,8 +26,9 @@ class Encoder:
     def __init__(self, tokenizer: Any, vocab_size: int):
         if len(tokenizer) > vocab_size:
             raise ModelError(
-                f"the tokenizer has ids up to {len(tokenizer) - 1}, the model's embedding only {vocab_size} rows:"
-                " use the tokenizer that belongs to the model"
+                f"the tokenizer has ids up to {len(tokenizer) - 1}, the model's embedding only {vocab_size} rows",
+                field="tokenizer",
+                remedy="use the tokenizer that belongs to the model",
             )
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
@@ -52,7 +53,7 @@ class Encoder:
         """
         ids = self.tokenizer(text, verbose=False)["input_ids"]
         if not text.strip() or not ids:
-            raise DataError("a text is empty: there is nothing to read")
+            raise DataError("a text is empty: there is nothing to read", field="text")
         return ids
 
     def prompt(self, text: str) -> list[int]:
@@ -64,7 +65,7 @@ class Encoder:
             DataError: when nothing is left of the text.
         """
         if not text.strip():
-            raise DataError("a text is empty: there is nothing to read")
+            raise DataError("a text is empty: there is nothing to read", field="text")
         return self.text(text.rstrip() + "\n\n")
 
     @cached_property
@@ -82,7 +83,7 @@ class Encoder:
         whole = self.text(stripped + context[len(stripped) :] + continuation)
         start = self.text(stripped)
         if len(whole) <= len(start):
-            raise DataError(f"the answer {continuation!r} adds no tokens to its query")
+            raise DataError(f"the answer {continuation!r} adds no tokens to its query", field="continuation")
         return start, whole[len(start) :]
 
     def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -92,7 +93,11 @@ class Encoder:
             ModelError: when the tokenizer has no chat template.
         """
         if not self.tokenizer.chat_template:
-            raise ModelError("the edge model's tokenizer has no chat template: use plain queries instead of messages")
+            raise ModelError(
+                "the edge model's tokenizer has no chat template",
+                field="chat_template",
+                remedy="use plain queries instead of messages",
+            )
         text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
@@ -107,7 +112,7 @@ class Encoder:
             return self.pair(query, separator(query, response) + response)
         answer = self.tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
         if not answer:
-            raise DataError("a response is empty: there is nothing to learn")
+            raise DataError("a response is empty: there is nothing to learn", field="response")
         turns = example.turns or (("user", query),)
         return self.chat([{"role": role, "content": content} for role, content in turns]), answer
 

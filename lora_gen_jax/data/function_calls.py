@@ -65,7 +65,9 @@ def _files(paths: Sequence[str | Path]) -> list[Path]:
     for path in map(Path, paths):
         inside = sorted(path.glob("bfcl_*.jsonl")) if path.is_dir() else [path]
         if not inside:
-            raise DataError(f"{path} holds no bfcl_*.jsonl: name the files, or their directory")
+            raise DataError(
+                f"{path} holds no bfcl_*.jsonl", field="--bfcl", remedy="name the files, or their directory"
+            )
         found += inside
     return found
 
@@ -85,7 +87,7 @@ def _messages(turn: list[dict[str, str]]) -> tuple[list[str], str]:
     system = [message["content"].strip() for message in turn if message["role"] == "system"]
     said = [f"{m['role'].capitalize()}: {m['content'].strip()}" for m in turn if m["role"] != "system"]
     if not said or turn[-1]["role"] != "user":
-        raise DataError('"question" must end with a message of the user')
+        raise DataError('"question" must end with a message of the user', field="question")
     return [text for text in system if text], "\n".join([*said, "Calls:"])
 
 
@@ -93,7 +95,10 @@ def _gold_call(call: dict[str, dict[str, list[Any]]]) -> tuple[str, Mapping[str,
     ((name, arguments),) = call.items()
     for argument, values in arguments.items():
         if not isinstance(values, list):
-            raise DataError(f'ground_truth of {name!r}: "{argument}" must be a list of possible values')
+            raise DataError(
+                f'ground_truth of {name!r}: "{argument}" must be a list of possible values',
+                field=f"ground_truth.{name}.{argument}",
+            )
     return name, arguments
 
 

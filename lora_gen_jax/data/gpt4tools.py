@@ -88,7 +88,7 @@ def _read(paths: Sequence[str | Path]) -> list[tuple[str, Example]]:
         def add(index: int, row: Row, path: Path = path) -> tuple[str, Example]:
             cloud, example = _parse(index, row, f"{path.stem}/{row.get('id', index)}")
             if example.id in ids:
-                raise DataError(f"row {index + 1}: the id {example.id!r} occurs twice")
+                raise DataError(f"row {index + 1}: the id {example.id!r} occurs twice", field="id", code="taken")
             ids.add(example.id)
             return cloud, example
 
@@ -99,13 +99,19 @@ def _read(paths: Sequence[str | Path]) -> list[tuple[str, Example]]:
 def _parse(index: int, row: Row, name: str) -> tuple[str, Example]:
     for field in ("instruction", "output"):
         if not isinstance(row.get(field), str) or not row[field].strip():
-            raise DataError(f'row {index + 1}: "{field}" must be a text that is not empty')
+            raise DataError(f'row {index + 1}: "{field}" must be a text that is not empty', field=field, code="text")
     if row.get("input"):
-        raise DataError(f'row {index + 1}: "input" must be empty: the whole prompt stands in "instruction"')
+        raise DataError(
+            f'row {index + 1}: "input" must be empty: the whole prompt stands in "instruction"', field="input"
+        )
     try:
         cloud, edge = split_instruction(row["instruction"])
     except DataError as error:
-        raise DataError(f"row {index + 1}: {error}") from error
+        raise error.within(f"row {index + 1}") from error
     if not cloud:
-        raise DataError(f'row {index + 1}: nothing stands before "Previous conversation:", so the cloud has no tools')
+        raise DataError(
+            f'row {index + 1}: nothing stands before "Previous conversation:", so the cloud has no tools',
+            field="instruction",
+            code="no tools",
+        )
     return cloud, Example(name, edge, row["output"])

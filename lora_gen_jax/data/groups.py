@@ -71,13 +71,18 @@ class GroupSampler:
         self.numbers = [number for number, task in enumerate(tasks) if getattr(task, split)]
         self.names, self.warned = [task.name for task in tasks], set[str]()
         if not self.tasks:
-            raise DataError(f"no task has {split} examples: name tasks that do, or give files with data.files")
+            raise DataError(
+                f"no task has {split} examples",
+                field="data.tasks",
+                remedy="name tasks that do, or give files with data.files",
+            )
         weights = named_tasks(config, tasks)
         chat = next((task for task in self.tasks if task.chat), None)
         if chat is not None and not edge.tokenizer.chat_template:
             raise ModelError(
-                f"the task {chat.name!r} has messages, and the edge model's tokenizer no chat template: give such rows"
-                ' as "system", "input", "output", or take another edge model'
+                f"the task {chat.name!r} has messages, and the edge model's tokenizer no chat template",
+                field="chat_template",
+                remedy='give such rows as "system", "input", "output", or take another edge model',
             )
         sizes: dict[str, int] = {}
         for task in self.tasks:
@@ -85,8 +90,10 @@ class GroupSampler:
         chance = np.array([weights[t.source] * len(getattr(t, split)) / sizes[t.source] for t in self.tasks])
         if not chance.any():
             raise ConfigError(
-                f"data.source_weights gives every source with {split} examples the weight 0: leave one positive"
-                + (", or set train.validation_batches to 0" if split == "validation" else "")
+                f"data.source_weights gives every source with {split} examples the weight 0",
+                field="data.source_weights",
+                code="zero",
+                remedy="leave one positive" + ", or set train.validation_batches to 0" * (split == "validation"),
             )
         self.cumulative = np.cumsum(chance / chance.sum())
 
@@ -112,10 +119,13 @@ class GroupSampler:
             if group is not None:
                 return group
         raise DataError(
-            f"no query with its prompt fits: raise data.query_length ({self.config.query_length}),"
-            f" data.edge_length ({self.config.edge_length}), data.response_slots ({self.config.response_slots}),"
-            f" data.cloud_length ({self.config.cloud_length})"
-            + (f" or data.edge_prompt_length ({self.config.edge_prompt_length})" * (self.config.edge_prompt_length > 0))
+            "no query with its prompt fits",
+            field="data.query_length",
+            remedy=f"raise data.query_length ({self.config.query_length}), data.edge_length"
+            f" ({self.config.edge_length}), data.response_slots ({self.config.response_slots}) or data.cloud_length"
+            f" ({self.config.cloud_length})"
+            + f", or data.edge_prompt_length ({self.config.edge_prompt_length})"
+            * (self.config.edge_prompt_length > 0),
         )
 
     def _queries(self, task: Task, rng: np.random.Generator) -> tuple[list[Example], list[Any]]:
@@ -176,7 +186,9 @@ class GroupSampler:
             shortest[place] = self._shortest(groups[place])
         raise DataError(
             f"{self.config.prompts_per_row} prompts without shots do not fit data.cloud_length ="
-            f" {self.config.cloud_length}: raise it, or lower data.prompts_per_row"
+            f" {self.config.cloud_length}",
+            field="data.cloud_length",
+            remedy="raise it, or lower data.prompts_per_row",
         )
 
     def rows(self, groups: Sequence[Group]) -> list[Group] | None:
@@ -228,7 +240,10 @@ def named_tasks(config: DataConfig, tasks: Sequence[Task]) -> Mapping[str, float
     sources = {task.source for task in tasks}
     for name in config.knowledge_tasks:
         if name not in sources | {task.name for task in tasks}:
-            raise ConfigError(f"data.knowledge_tasks names {name!r}, which is neither a task trained on nor a source")
+            raise ConfigError(
+                f"data.knowledge_tasks names {name!r}, which is neither a task trained on nor a source",
+                field="data.knowledge_tasks",
+            )
     return source_weights(config.source_weights, sources)
 
 
@@ -256,12 +271,26 @@ def source_weights(pairs: Sequence[str], sources: set[str]) -> Mapping[str, floa
         except ValueError:
             weight = -1.0
         if not 0 <= weight < math.inf:
-            raise ConfigError(f"data.source_weights has {pair!r}; write name=weight with a weight of 0 or more")
+            raise ConfigError(
+                f"data.source_weights has {pair!r}",
+                field="data.source_weights",
+                code="malformed",
+                remedy="write name=weight with a weight of 0 or more",
+            )
         if name not in sources:
-            raise ConfigError(f"data.source_weights names {name!r}; the sources are {', '.join(sorted(sources))}")
+            raise ConfigError(
+                f"data.source_weights names {name!r}; the sources are {', '.join(sorted(sources))}",
+                field="data.source_weights",
+                code="unknown",
+            )
         weights[name] = weight
     if not any(weights.values()):
-        raise ConfigError("data.source_weights gives every source the weight 0: leave one positive")
+        raise ConfigError(
+            "data.source_weights gives every source the weight 0",
+            field="data.source_weights",
+            code="zero",
+            remedy="leave one positive",
+        )
     return weights
 
 

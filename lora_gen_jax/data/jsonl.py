@@ -16,14 +16,21 @@ def read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise DataError(
+            f"{path}: cannot be read: {error.strerror or error}", field=path.name, code="unreadable"
+        ) from error
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from error
+        raise DataError(
+            f"{path}:{line}: not UTF-8 text",
+            field=f"{path.name}:{line}",
+            code="encoding",
+            remedy="save the file as UTF-8",
+        ) from error
     if not text.strip():
-        raise DataError(f"{path}: the file is empty")
+        raise DataError(f"{path}: the file is empty", field=path.name, code="empty")
     return text
 
 
@@ -37,10 +44,12 @@ def read_rows(path: Path) -> list[tuple[int, Row]]:
     rows: list[tuple[int, Row]] = []
     for line, value in values:
         if not isinstance(value, dict):
-            raise DataError(f"{path}:{line}: expected a JSON object, found {_kind(value)}")
+            raise DataError(
+                f"{path}:{line}: expected a JSON object, found {_kind(value)}", field=f"{path.name}:{line}", code="type"
+            )
         rows.append((line, value))
     if not rows:
-        raise DataError(f"{path}: the file holds no rows")
+        raise DataError(f"{path}: the file holds no rows", field=path.name, code="empty")
     return rows
 
 
@@ -51,11 +60,17 @@ def map_rows(path: Path, rows: list[tuple[int, Row]], make: Callable[[int, Row],
         try:
             made.append(make(index, row))
         except DataError as error:
-            raise DataError(f"{path}:{line}: {error}") from error
+            raise error.within(f"{path}:{line}", f"{path.name}:{line}:") from error
         except KeyError as error:
-            raise DataError(f"{path}:{line}: the field {error} is missing") from error
+            raise DataError(
+                f"{path}:{line}: the field {error} is missing",
+                field=f"{path.name}:{line}:{error.args[0]}",
+                code="missing",
+            ) from error
         except (TypeError, ValueError, IndexError, AttributeError) as error:
-            raise DataError(f"{path}:{line}: malformed row: {error}") from error
+            raise DataError(
+                f"{path}:{line}: malformed row: {error}", field=f"{path.name}:{line}", code="malformed"
+            ) from error
     return made
 
 
@@ -67,7 +82,11 @@ def _lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
         try:
             yield number, json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}:{number}: not valid JSON ({_reason(error)}); one object a line") from error
+            raise DataError(
+                f"{path}:{number}: not valid JSON ({_reason(error)}); one object a line",
+                field=f"{path.name}:{number}",
+                code="json",
+            ) from error
 
 
 def _array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
@@ -83,7 +102,9 @@ def _array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
         try:
             value, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}:{line}: not valid JSON ({_reason(error)})") from error
+            raise DataError(
+                f"{path}:{line}: not valid JSON ({_reason(error)})", field=f"{path.name}:{line}", code="json"
+            ) from error
         yield line, value
         while position < len(text) and text[position].isspace():
             position += 1
@@ -91,9 +112,15 @@ def _array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
         if expect_value:
             position += 1
         elif text[position : position + 1] != "]":
-            raise DataError(f"{path}:{line}: not valid JSON (the array is not closed, or a comma is missing)")
+            raise DataError(
+                f"{path}:{line}: not valid JSON (the array is not closed, or a comma is missing)",
+                field=f"{path.name}:{line}",
+                code="unclosed",
+            )
     if text[position + 1 :].strip():
-        raise DataError(f"{path}:{line}: not valid JSON (text after the array's end)")
+        raise DataError(
+            f"{path}:{line}: not valid JSON (text after the array's end)", field=f"{path.name}:{line}", code="trailing"
+        )
 
 
 def _reason(error: Exception) -> str:

@@ -33,13 +33,18 @@ def load_tasks(
     embedded = {name: suite.find(name) for name in wanted if name not in own and name not in REASONING_TASKS}
     for name, tasks in embedded.items():
         if not tasks:
-            raise DataError(_unknown(name, (*REASONING_TASKS, *suite.GROUPS, *own)))
+            raise DataError(_unknown(name, (*REASONING_TASKS, *suite.GROUPS, *own)), field="data.tasks", code="unknown")
     reasoning = [name for name in wanted if name in REASONING_TASKS]
     from_files = reasoning
     if directory is None:
         from_files = []
     elif not Path(directory).is_dir():
-        raise DataError(f"the data directory {directory} does not exist; set --data.dir to the directory of the tasks")
+        raise DataError(
+            f"the data directory {directory} does not exist",
+            field="data.dir",
+            code="missing",
+            remedy="set --data.dir to the directory of the tasks",
+        )
     elif tfds_dir is not None:
         from_files = [name for name in reasoning if folder_of(directory, name)]
     loaded = load_reasoning(directory, from_files) if directory is not None else {}
@@ -61,7 +66,12 @@ def _own_tasks(files: Sequence[str | Path]) -> dict[str, Task]:
     for path in files:
         for task in load_records(path):
             if task.name in own or task.name in REASONING_TASKS or suite.find(task.name):
-                raise DataError(f'{path}: another task is already called {task.name!r}; rename the file or its "task"')
+                raise DataError(
+                    f"{path}: another task is already called {task.name!r}",
+                    field="data.files",
+                    code="taken",
+                    remedy='rename the file or its "task"',
+                )
             own[task.name] = task
     return own
 

@@ -146,8 +146,9 @@ class TrainingBatches:
             batch = next(self.ahead)
         except BrokenProcessPool as error:
             raise DataError(
-                "a process that builds batches has ended, killed or out of memory: lower data.workers, and give the"
-                " same command again"
+                "a process that builds batches has ended, killed or out of memory",
+                field="data.workers",
+                remedy="lower data.workers, and give the same command again",
             ) from error
         self.next += 1
         return batch
@@ -170,7 +171,7 @@ class TrainingBatches:
         place = state.get("next_batch", state.get("next_index"))
         if not isinstance(place, int):
             raise CheckpointError(
-                f"the checkpoint's place in the data is {dict(state)}, which this version cannot read"
+                f"the checkpoint's place in the data is {dict(state)}, which this version cannot read", field="state"
             )
         self.close()
         self.next = place

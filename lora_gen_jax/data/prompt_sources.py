@@ -15,7 +15,7 @@ from typing import Any
 
 from lora_gen_jax.data.jsonl import Row, map_rows, read_rows, read_text
 from lora_gen_jax.data.prompts import system_prompt
-from lora_gen_jax.data.record_rows import GENERIC_SYSTEM
+from lora_gen_jax.data.record_rows import GENERIC_SYSTEM, text_field
 from lora_gen_jax.data.tasks import Example
 from lora_gen_jax.errors import DataError
 
@@ -46,15 +46,19 @@ def chat_prompt(messages: Any) -> str:
             when there is neither a system text nor a pair of turns.
     """
     if not isinstance(messages, list) or not messages:
-        raise DataError('"messages" must be a list of objects with "role" and "content"')
+        raise DataError('"messages" must be a list of objects with "role" and "content"', field="messages", code="type")
     description, turns = "", []
     for number, message in enumerate(messages, start=1):
         try:
             role, content = _turn(message)
         except DataError as error:
-            raise DataError(f"message {number}: {error}") from error
+            raise error.within(f"message {number}", f"messages[{number - 1}].") from error
         if role == "system" and number > 1:
-            raise DataError(f'message {number}: only the first message may have the role "system"')
+            raise DataError(
+                f'message {number}: only the first message may have the role "system"',
+                field=f"messages[{number - 1}].role",
+                code="order",
+            )
         if role == "system":
             description = content
             continue
@@ -62,16 +66,25 @@ def chat_prompt(messages: Any) -> str:
         if role != expected:
             raise DataError(
                 f'message {number} has the role "{role}", expected "{expected}": after the system text, user and'
-                " assistant take turns"
+                " assistant take turns",
+                field=f"messages[{number - 1}].role",
+                code="turn",
             )
         turns.append(content)
     if len(turns) % 2:
         raise DataError(
-            f"message {len(messages)} is a user's turn without an answer: leave it out, it is what the specialised edge"
-            " model is asked later (generate --input)"
+            f"message {len(messages)} is a user's turn without an answer",
+            field=f"messages[{len(messages) - 1}]",
+            code="unanswered",
+            remedy="leave it out, it is what the specialized edge model is asked later (generate --input)",
         )
     if not description.strip() and not turns:
-        raise DataError("the conversation has neither a system text nor a user's turn with its answer: give either")
+        raise DataError(
+            "the conversation has neither a system text nor a user's turn with its answer",
+            field="messages",
+            code="empty",
+            remedy="give either",
+        )
     shots = [Example("", query, response) for query, response in zip(turns[::2], turns[1::2], strict=True)]
     return system_prompt(description if description.strip() else GENERIC_SYSTEM, shots)
 
@@ -87,13 +100,15 @@ def shots_prompt(shots: Any, description: str = "") -> str:
         DataError: naming the shot and the field that is missing, empty or no text; when there is no shot.
     """
     if not isinstance(shots, list) or not shots:
-        raise DataError('"shots" must be a list of at least one object with "input" and "output"')
+        raise DataError(
+            '"shots" must be a list of at least one object with "input" and "output"', field="shots", code="type"
+        )
     examples = []
     for number, shot in enumerate(shots, start=1):
         try:
             examples.append(_shot(shot))
         except DataError as error:
-            raise DataError(f"shot {number}: {error}") from error
+            raise error.within(f"shot {number}", f"shots[{number - 1}].") from error
     return system_prompt(description, examples)
 
 
@@ -106,9 +121,11 @@ def prompt_of(row: Row) -> str:
     given = [name for name in SOURCES if name in row]
     if len(given) != 1:
         found = " and ".join(f'"{name}"' for name in given) if given else "none"
-        raise DataError(f'give exactly one of "prompt", "messages" and "shots"; found {found}')
+        raise DataError(
+            f'give exactly one of "prompt", "messages" and "shots"; found {found}', field="prompt", code="count"
+        )
     if "description" in row and given != ["shots"]:
-        raise DataError(f'"description" stands beside "shots" alone: put it into "{given[0]}"')
+        raise DataError('"description" goes with "shots" only', field="description", remedy=f'put it into "{given[0]}"')
     if given == ["messages"]:
         return chat_prompt(row["messages"])
     if given == ["shots"]:
@@ -124,8 +141,10 @@ def check_name(name: Any) -> str:
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise DataError(
-            f'"name" is {str(name)[:80]!r}; it must be 1 to 64 letters, digits, ".", "_" or "-", the first a letter or'
-            " digit"
+            f'"name" is {str(name)[:80]!r}; it must be 1 to 64 letters, digits, ".", "_" or "-", the first a letter'
+            " or digit",
+            field="name",
+            code="malformed",
         )
     return name
 
@@ -140,10 +159,12 @@ def read_chat(path: Path) -> str:
     try:
         value = json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
+        raise DataError(
+            f"{path}:{error.lineno}: not valid JSON ({error.msg})", field=f"{path.name}:{error.lineno}", code="json"
+        ) from error
     except (RecursionError, ValueError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
-        raise DataError(f"{path}: not valid JSON ({reason})") from error
+        raise DataError(f"{path}: not valid JSON ({reason})", field=path.name, code="json") from error
     try:
         if not isinstance(value, dict):
             return chat_prompt(value)
@@ -152,7 +173,7 @@ def read_chat(path: Path) -> str:
         beside = [{"role": "system", "content": system}] if system else []
         return chat_prompt([*beside, *messages] if isinstance(messages, list) else messages)
     except DataError as error:
-        raise DataError(f"{path}: {error}") from error
+        raise error.within(str(path), f"{path.name}:") from error
 
 
 def read_shots(path: Path, description: str = "") -> str:
@@ -182,59 +203,36 @@ def read_prompts(path: Path) -> list[NamedPrompt]:
     def named(index: int, row: Row) -> NamedPrompt:
         for field in row:
             if field not in ("name", "description", *SOURCES):
-                raise DataError(f'unknown field "{field}"; a row may have name, description, {", ".join(SOURCES)}')
+                raise DataError(
+                    f'unknown field "{field}"; a row may have name, description, {", ".join(SOURCES)}',
+                    field=field,
+                    code="unknown",
+                )
         name = f"{numbers[index]:0{width}d}" if row.get("name") is None else check_name(row["name"])
         # Some file systems do not tell large from small letters.
         key = name.lower()
         if key in taken:
-            raise DataError(f'"name" {name!r} is taken by line {taken[key]}: names must differ')
+            raise DataError(
+                f'"name" {name!r} is taken by line {taken[key]}: names must differ', field="name", code="taken"
+            )
         taken[key] = lines[index]
         return NamedPrompt(name, prompt_of(row))
 
     return map_rows(path, rows, named)
 
 
-def text_field(row: Row, name: str) -> str:
-    """A field that must be text with more than whitespace in it.
-
-    Raises:
-        DataError: naming the field.
-    """
-    value = row.get(name)
-    if name not in row:
-        raise DataError(f'the field "{name}" is missing')
-    if not isinstance(value, str):
-        raise DataError(f'"{name}" must be text, found {type(value).__name__}')
-    if not value.strip():
-        raise DataError(f'"{name}" is empty')
-    check_text(value, f'"{name}"')
-    return value
-
-
-def check_text(text: str, what: str) -> None:
-    """JSON and command lines can hold half of a surrogate pair, which no tokenizer reads.
-
-    Raises:
-        DataError: that begins with `what`.
-    """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"{what} holds half of a surrogate pair, which is no text: save it as UTF-8") from error
-
-
 def _turn(message: Any) -> tuple[str, str]:
     """(role, content); the content of a system message alone may be empty, as in training."""
     if not isinstance(message, dict):
-        raise DataError('it must be an object with "role" and "content"')
+        raise DataError('it must be an object with "role" and "content"', code="type")
     role = message.get("role")
     if role not in ("system", "user", "assistant"):
-        raise DataError(f'"role" is {role!r}; it must be "system", "user" or "assistant"')
+        raise DataError(f'"role" is {role!r}; it must be "system", "user" or "assistant"', field="role", code="unknown")
     return role, "" if role == "system" and message.get("content") == "" else text_field(message, "content")
 
 
 def _shot(shot: Any) -> Example:
     if not isinstance(shot, dict):
-        raise DataError('it must be an object with "input" and "output"')
+        raise DataError('it must be an object with "input" and "output"', code="type")
     query, response = next((pair for pair in _PAIRS if pair[0] in shot or pair[1] in shot), _PAIRS[0])
     return Example("", text_field(shot, query), text_field(shot, response))

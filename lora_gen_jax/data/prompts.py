@@ -68,7 +68,9 @@ def system_prompt(description: str, shots: Sequence[Example] = ()) -> str:
     """
     prompt = "\n\n".join([*_description(description), *map(shot_text, shots)])
     if not prompt.strip():
-        raise DataError("the system prompt is empty: give a description, or at least one shot")
+        raise DataError(
+            "the system prompt is empty", field="description", remedy="give a description, or at least one shot"
+        )
     return prompt
 
 
@@ -78,7 +80,7 @@ def few_shot_context(description: str, shots: Sequence[Example], query: str) -> 
     Without description and shots the query alone. Raises DataError for an empty query.
     """
     if not query.strip():
-        raise DataError("the query is empty")
+        raise DataError("the query is empty", field="query")
     return "\n\n".join([*_description(description), *map(shot_text, shots), query])
 
 
@@ -88,4 +90,4 @@ def _description(description: str) -> list[str]:
 
 def _check_count(k: int) -> None:
     if k < 0:
-        raise DataError(f"the number of shots is {k}; it must be 0 or more")
+        raise DataError(f"the number of shots is {k}; it must be 0 or more", field="k")

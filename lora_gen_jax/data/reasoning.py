@@ -74,7 +74,12 @@ def load_reasoning(directory: str | Path, names: Iterable[str], *, reserve: int 
     """
     root = Path(directory)
     if not root.is_dir():
-        raise DataError(f"the data directory {root} does not exist; set --data.dir to the directory of the tasks")
+        raise DataError(
+            f"the data directory {root} does not exist",
+            field="data.dir",
+            code="missing",
+            remedy="set --data.dir to the directory of the tasks",
+        )
 
     def read(name: str, split: str) -> list[Example] | None:
         return _read_split(root, name, split)
@@ -99,11 +104,17 @@ def assemble(name: str, read: ReadSplit, *, where: str, reserve: int = DEFAULT_R
     Raises DataError: an unknown name or no scored split.
     """
     if name not in ROW_TO_EXAMPLE:
-        raise DataError(f"unknown reasoning task {name!r}; known: {', '.join(REASONING_TASKS)}")
+        raise DataError(
+            f"unknown reasoning task {name!r}; known: {', '.join(REASONING_TASKS)}", field="data.tasks", code="unknown"
+        )
     split = "test" if name in SCORED_ON_TEST else "validation"
     scored = read(name, split)
     if not scored:
-        raise DataError(f"{where} has no {split} split of the task {name!r}, on which it is scored (--data.dir)")
+        raise DataError(
+            f"{where} has no {split} split of the task {name!r}, on which it is scored (--data.dir)",
+            field="data.dir",
+            code="no split",
+        )
     train = read(name, "train") or []
     held = (read(name, "validation") or []) if split == "test" else []
     share = 20
@@ -192,5 +203,7 @@ def join_labels(path: Path, rows: list[tuple[int, Row]]) -> list[tuple[int, Row]
         return rows
     labels = read_text(labels_path).split()
     if len(labels) != len(rows):
-        raise DataError(f"{labels_path}: {len(labels)} labels for the {len(rows)} rows of {path.name}")
+        raise DataError(
+            f"{labels_path}: {len(labels)} labels for the {len(rows)} rows of {path.name}", field=labels_path.name
+        )
     return [(line, {**row, "label": label}) for (line, row), label in zip(rows, labels, strict=True)]

@@ -31,8 +31,8 @@ def parse_record(row: Row, example_id: str) -> Record:
     """Reads a row of any of the three forms. Raises DataError (see `records.load_records`)."""
     split = row.get("split")
     if split is not None and split not in SPLITS:
-        raise DataError(f'"split" is {split!r}; it must be one of {", ".join(SPLITS)}')
-    task = None if row.get("task") is None else _text(row, "task")
+        raise DataError(f'"split" is {split!r}; it must be one of {", ".join(SPLITS)}', field="split")
+    task = None if row.get("task") is None else text_field(row, "task")
     chat, turns = "messages" in row, tuple[tuple[str, str], ...]()
     if chat:
         system, turns, output = _messages(row)
@@ -42,9 +42,9 @@ def parse_record(row: Row, example_id: str) -> Record:
     if "options" in row:
         example = _multiple_choice(row, example_id, query, chat)
         if output is not None and output.strip() != example.response.strip():
-            raise DataError("the output is not the option that is marked as gold")
+            raise DataError("the output is not the option that is marked as gold", field="output", code="mismatch")
     elif output is None:
-        raise DataError('the field "output" is missing')
+        raise DataError('the field "output" is missing', field="output", code="missing")
     else:
         example = Example(example_id, query, output)
     if len(turns) > 1:
@@ -55,14 +55,18 @@ def parse_record(row: Row, example_id: str) -> Record:
 def _plain(row: Row) -> tuple[str, str, str | None]:
     """(system, query, output) of a row without messages; the output may be left out where options are given."""
     if not {"instruction", "system", "input"} & row.keys():
-        raise DataError('a row needs "system", "input", "output"; or "messages"; or "instruction", "output"')
-    output = None if "options" in row and "output" not in row else _text(row, "output")
+        raise DataError(
+            'a row needs "system", "input", "output"; or "messages"; or "instruction", "output"',
+            field="system",
+            code="form",
+        )
+    output = None if "options" in row and "output" not in row else text_field(row, "output")
     if "instruction" not in row:
-        return _text(row, "system"), _text(row, "input"), output
-    instruction, system = _text(row, "instruction"), _system(row)
+        return text_field(row, "system"), text_field(row, "input"), output
+    instruction, system = text_field(row, "instruction"), _system(row)
     given = row.get("input")
     if given is not None and not isinstance(given, str):
-        raise DataError(f'"input" must be text, found {type(given).__name__}')
+        raise DataError(f'"input" must be text, found {type(given).__name__}', field="input", code="type")
     if given and given.strip():
         return instruction if system is None else f"{system}\n\n{instruction}", given, output
     # Alpaca's rows without an input: the instruction itself is what is asked.
@@ -71,37 +75,56 @@ def _plain(row: Row) -> tuple[str, str, str | None]:
 
 def _system(row: Row) -> str | None:
     """The system text that stands beside an instruction or messages; None where there is none, or an empty one."""
-    return None if row.get("system", "") == "" else _text(row, "system")
+    return None if row.get("system", "") == "" else text_field(row, "system")
 
 
 def _messages(row: Row) -> tuple[str, tuple[tuple[str, str], ...], str | None]:
     """(system, turns that are asked, last assistant turn); with options the conversation may end at the user's turn."""
     messages = row["messages"]
     if not isinstance(messages, list) or not messages:
-        raise DataError('"messages" must be a list with at least a user and an assistant turn')
+        raise DataError(
+            '"messages" must be a list with at least a user and an assistant turn', field="messages", code="type"
+        )
     turns: list[tuple[str, str]] = []
-    for message in messages:
+    for i, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise DataError('every message must be an object with "role" and "content"')
+            raise DataError(
+                'every message must be an object with "role" and "content"', field=f"messages[{i}]", code="type"
+            )
         role = message.get("role")
         if role not in _ROLES:
-            raise DataError(f"unknown role {role!r}; it must be one of {', '.join(_ROLES)}")
+            raise DataError(
+                f"unknown role {role!r}; it must be one of {', '.join(_ROLES)}",
+                field=f"messages[{i}].role",
+                code="unknown",
+            )
         if role == "system" and turns:
-            raise DataError("only the first message may have the role 'system'")
+            raise DataError(
+                "only the first message may have the role 'system'", field=f"messages[{i}].role", code="order"
+            )
         empty_system = role == "system" and message.get("content") == ""
-        turns.append((role, GENERIC_SYSTEM if empty_system else _text(message, "content")))
+        turns.append((role, GENERIC_SYSTEM if empty_system else text_field(message, "content", f"messages[{i}].")))
     beside = _system(row)
     if beside is not None and turns[0][0] == "system":
-        raise DataError('the system text stands twice: as "system" and as the first message; leave one out')
+        raise DataError(
+            'the system text stands twice: as "system" and as the first message',
+            field="system",
+            code="repeated",
+            remedy="leave one out",
+        )
     system = turns.pop(0)[1] if turns[0][0] == "system" else beside or GENERIC_SYSTEM
     last = max((i for i, (role, _) in enumerate(turns) if role == "assistant"), default=None)
     if last is None and "options" not in row:
-        raise DataError("no assistant turn, so there is no response to learn")
+        raise DataError("no assistant turn, so there is no response to learn", field="messages", code="no response")
     if last is not None and last < len(turns) - 1:
-        raise DataError("the last message must be the assistant's: a user turn after it has no response")
+        raise DataError(
+            "the last message must be the assistant's: a user turn after it has no response",
+            field="messages",
+            code="order",
+        )
     asked = turns if last is None else turns[:last]
     if not asked or asked[-1][0] != "user":
-        raise DataError("a user turn must come right before the last assistant turn")
+        raise DataError("a user turn must come right before the last assistant turn", field="messages", code="no query")
     return system, tuple(asked), None if last is None else turns[last][1]
 
 
@@ -115,11 +138,11 @@ def _conversation(turns: Sequence[tuple[str, str]]) -> str:
 def _multiple_choice(row: Row, example_id: str, query: str, chat: bool) -> Example:
     options = row["options"]
     if not isinstance(options, list) or len(options) < 2:
-        raise DataError('"options" must be a list of at least two texts')
+        raise DataError('"options" must be a list of at least two texts', field="options", code="type")
     if not all(isinstance(option, str) and option.strip() for option in options):
-        raise DataError('every entry of "options" must be text and not empty')
+        raise DataError('every entry of "options" must be text and not empty', field="options", code="empty")
     if len(set(options)) < len(options):
-        raise DataError('"options" holds the same text twice')
+        raise DataError('"options" holds the same text twice', field="options", code="repeated")
     gold = _gold(row, options)
     # As in lm-evaluation-harness: " " between query and option, and none after a chat template.
     delimiter = "" if chat or query[-1].isspace() else " "
@@ -130,7 +153,11 @@ def _multiple_choice(row: Row, example_id: str, query: str, chat: bool) -> Examp
 def _gold(row: Row, options: list[str]) -> int:
     """The index of the right option, from "gold" (an index) or "answer" (an option's text, letter or index)."""
     if "gold" not in row and "answer" not in row:
-        raise DataError('"options" needs "gold" (an index from 0) or "answer" (an option\'s text or letter)')
+        raise DataError(
+            '"options" needs "gold" (an index from 0) or "answer" (an option\'s text or letter)',
+            field="gold",
+            code="missing",
+        )
     name = "gold" if "gold" in row else "answer"
     value = row[name]
     if name == "answer" and isinstance(value, str):
@@ -138,22 +165,45 @@ def _gold(row: Row, options: list[str]) -> int:
             return options.index(value)
         value = ord(value) - ord("A") if len(value) == 1 else None
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < len(options):
-        raise DataError(f'"{name}" is {row[name]!r}, which is none of the {len(options)} options')
+        raise DataError(
+            f'"{name}" is {row[name]!r}, which is none of the {len(options)} options', field=name, code="range"
+        )
     return value
 
 
-def _text(row: Row, name: str) -> str:
-    """A field that must be text with more than whitespace in it."""
+def text_field(row: Row, name: str, at: str = "") -> str:
+    """A field that must be text with more than whitespace in it.
+
+    Args:
+        row: the object that has the field.
+        name: of the field.
+        at: where the row is, in front of the name in the error's field.
+
+    Raises:
+        DataError: naming the field.
+    """
+    field = f"{at}{name}"
     if name not in row:
-        raise DataError(f'the field "{name}" is missing')
+        raise DataError(f'the field "{name}" is missing', field=field, code="missing")
     value = row[name]
     if not isinstance(value, str):
-        raise DataError(f'"{name}" must be text, found {type(value).__name__}')
+        raise DataError(f'"{name}" must be text, found {type(value).__name__}', field=field, code="type")
     if not value.strip():
-        raise DataError(f'"{name}" is empty')
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(f'"{name}" holds half of a surrogate pair, which is no text') from error
+        raise DataError(f'"{name}" is empty', field=field, code="empty")
+    check_text(value, field)
     return value
+
+
+def check_text(text: str, field: str) -> None:
+    """JSON and command lines can hold half of a surrogate pair, which no tokenizer reads.
+
+    Raises:
+        DataError: naming the field.
+    """
+    if text.isascii():
+        return
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        problem = f'"{field}" holds half of a surrogate pair, which is not text'
+        raise DataError(problem, field=field, code="surrogate", remedy="save it as UTF-8") from error

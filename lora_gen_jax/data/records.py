@@ -58,22 +58,31 @@ def load_records(path: str | Path) -> list[Task]:
     if root.is_dir():
         files = sorted(p for p in root.iterdir() if p.suffix in (".jsonl", ".json") and p.name != _LICENSES)
         if not files:
-            raise DataError(f"{root} holds no .jsonl or .json file (data.files)")
+            raise DataError(f"{root} holds no .jsonl or .json file (data.files)", field="data.files", code="empty")
     elif root.exists():
         files = [root]
     else:
-        raise DataError(f"{root} does not exist (data.files)")
+        raise DataError(f"{root} does not exist (data.files)", field="data.files", code="missing")
     groups: dict[tuple[str, ...], _Group] = {}
     for file in files:
         _collect(file, groups)
     if not groups:
-        raise DataError(f'{root}: every row has an empty "output", so there is nothing to learn (data.files)')
+        raise DataError(
+            f'{root}: every row has an empty "output", so there is nothing to learn (data.files)',
+            field="data.files",
+            code="no rows",
+        )
     made = zip(_names(groups), map(_salt, groups), groups.values(), strict=True)
     tasks = [_make_task(name, salt, group) for name, salt, group in made]
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f'{root}: two tasks are called {twice!r}; rename a file or its rows\' "task"')
+        raise DataError(
+            f"{root}: two tasks are called {twice!r}",
+            field="data.files",
+            code="taken",
+            remedy='rename a file or its rows\' "task"',
+        )
     return tasks
 
 
@@ -92,12 +101,14 @@ def _collect(path: Path, groups: dict[tuple[str, ...], _Group]) -> None:
         if "id" in row:
             example_id = f"{path.stem}/{row['id']}"
             if example_id in ids:
-                raise DataError(f"the id {row['id']!r} occurs twice")
+                raise DataError(f"the id {row['id']!r} occurs twice", field="id", code="taken")
         ids.add(example_id)
         record = parse_record(row, example_id)
         group = groups.setdefault(_group_key(path, record), _Group(path.stem, record.chat))
         if group.chat != record.chat:
-            raise DataError(f'the task {record.task!r} mixes rows with and without "messages"')
+            raise DataError(
+                f'the task {record.task!r} mixes rows with and without "messages"', field="task", code="mixed"
+            )
         group.systems.setdefault(record.system)
         group.splits.setdefault(record.split, []).append(record.example)
 

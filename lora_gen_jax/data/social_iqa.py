@@ -51,7 +51,9 @@ class SocialIqa(tfds.core.GeneratorBasedBuilder):
         for index, (line, row) in enumerate(join_labels(path, read_rows(path))):
             missing = [name for name in (*_TEXTS, "label") if name not in row]
             if missing:
-                raise DataError(f"{path}:{line}: the field {missing[0]!r} is missing")
+                raise DataError(
+                    f"{path}:{line}: the field {missing[0]!r} is missing", field=f"{path.name}:{line}:{missing[0]}"
+                )
             yield index, {name: str(row[name]) for name in (*_TEXTS, "label")}
 
 
@@ -67,4 +69,4 @@ def _find(root: Path, names: tuple[str, ...]) -> Path:
     for name in names:
         for path in sorted(root.rglob(name)):
             return path
-    raise DataError(f"{root} holds no {names[0]} of Social IQa")
+    raise DataError(f"{root} holds no {names[0]} of Social IQa", field=names[0])

@@ -109,7 +109,7 @@ def load_tfds(tfds_dir: str | Path | None, names: Iterable[str], *, reserve: int
     names = tuple(names)
     for name in names:
         if not _is_prepared(tfds_dir, name):
-            raise DataError(_how_to_prepare(tfds_dir, name))
+            raise DataError(_how_to_prepare(tfds_dir, name), field="data.tfds_dir")
     return {name: assemble(name, read, where=where, reserve=reserve) for name in names}
 
 
@@ -137,7 +137,9 @@ def _download_and_unzip(manager: tfds.download.DownloadManager, urls: Any) -> An
 
 def _source(name: str) -> Source:
     if name not in SOURCES:
-        raise DataError(f"unknown reasoning task {name!r}; known: {', '.join(REASONING_TASKS)}")
+        raise DataError(
+            f"unknown reasoning task {name!r}; known: {', '.join(REASONING_TASKS)}", field="data.tasks", code="unknown"
+        )
     if SOURCES[name].module:
         importlib.import_module(SOURCES[name].module)
     return SOURCES[name]
@@ -173,7 +175,11 @@ def _read_split(tfds_dir: str | Path | None, name: str, split: str) -> list[Exam
     try:
         return [make(index, source.to_row(record)) for index, record in enumerate(records)]
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise DataError(f"{name}: malformed record in {source.name}, split {key}: {error!r}") from error
+        raise DataError(
+            f"{name}: malformed record in {source.name}, split {key}: {error!r}",
+            field=f"{source.name}:{key}",
+            code="malformed",
+        ) from error
 
 
 def _data_dir(tfds_dir: str | Path | None) -> str | None:

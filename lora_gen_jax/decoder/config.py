@@ -111,7 +111,9 @@ class DecoderConfig:
         }
         if site not in shapes or (site == "gate" and not self.gated_ffn):
             known = [s for s in shapes if s != "gate" or self.gated_ffn]
-            raise ModelError(f"a {self.family} layer has no linear layer {site!r}; it has {', '.join(known)}")
+            raise ModelError(
+                f"a {self.family} layer has no linear layer {site!r}; it has {', '.join(known)}", field="site"
+            )
         return shapes[site]
 
     @classmethod
@@ -124,23 +126,35 @@ class DecoderConfig:
         """
         family = hf.get("model_type")
         if family not in FAMILIES:
-            raise ModelError(f"config.json: model_type {family!r} is not supported; use one of {', '.join(FAMILIES)}")
+            raise ModelError(
+                f"config.json: model_type {family!r} is not supported",
+                field="config.json:model_type",
+                remedy=f"use one of {', '.join(FAMILIES)}",
+            )
         for field in SIZES:
             if (size := hf.get(field)) is not None and (type(size) is not int or size < 1):
-                raise ModelError(f"config.json: {field} is {size!r}; it must be a whole number of at least 1")
+                raise ModelError(
+                    f"config.json: {field} is {size!r}; it must be a whole number of at least 1",
+                    field=f"config.json:{field}",
+                )
         try:
             config = _opt(hf) if family == "opt" else _rotary(family, hf)
         except KeyError as error:
-            raise ModelError(f"config.json of this {family} model lacks the field {error.args[0]!r}") from error
+            raise ModelError(
+                f"config.json of this {family} model lacks the field {error.args[0]!r}",
+                field=f"config.json:{error.args[0]}",
+            ) from error
         if config.num_heads % config.num_kv_heads:
             raise ModelError(
-                f"config.json: num_attention_heads = {config.num_heads} is no multiple of num_key_value_heads ="
-                f" {config.num_kv_heads}"
+                f"config.json: num_attention_heads = {config.num_heads} is not a multiple of num_key_value_heads ="
+                f" {config.num_kv_heads}",
+                field="config.json:num_key_value_heads",
             )
         if not hf.get("head_dim") and config.width % config.num_heads:
             raise ModelError(
-                f"config.json: hidden_size = {config.width} is no multiple of num_attention_heads ="
-                f" {config.num_heads}, and there is no head_dim"
+                f"config.json: hidden_size = {config.width} is not a multiple of num_attention_heads ="
+                f" {config.num_heads}, and there is no head_dim",
+                field="config.json:hidden_size",
             )
         return config
 
@@ -191,11 +205,21 @@ def _rotary(family: str, hf: dict[str, Any]) -> DecoderConfig:
 def _opt(hf: dict[str, Any]) -> DecoderConfig:
     heads, width = hf["num_attention_heads"], hf["hidden_size"]
     if not hf.get("do_layer_norm_before", True) or (hf.get("word_embed_proj_dim") or width) != width:
-        raise ModelError("OPT with post-norm layers or projected embeddings (350m) is not supported; use another size")
+        raise ModelError(
+            "OPT with post-norm layers or projected embeddings (350m) is not supported",
+            field="config.json:do_layer_norm_before",
+            remedy="use another size",
+        )
     if hf.get("_remove_final_layer_norm"):
-        raise ModelError("OPT without a final layer norm (_remove_final_layer_norm) is not supported")
+        raise ModelError(
+            "OPT without a final layer norm (_remove_final_layer_norm) is not supported",
+            field="config.json:_remove_final_layer_norm",
+        )
     if not hf.get("layer_norm_elementwise_affine", True):
-        raise ModelError("OPT without layer norm parameters (layer_norm_elementwise_affine false) is not supported")
+        raise ModelError(
+            "OPT without layer norm parameters (layer_norm_elementwise_affine false) is not supported",
+            field="config.json:layer_norm_elementwise_affine",
+        )
     bias = hf.get("enable_bias", True)
     return DecoderConfig(
         family="opt",
@@ -229,7 +253,11 @@ def _rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise ModelError(f"config.json: rope type {kind!r} is not supported; use 'default' or 'llama3'")
+        raise ModelError(
+            f"config.json: rope type {kind!r} is not supported",
+            field="config.json:rope_type",
+            remedy="use 'default' or 'llama3'",
+        )
     return theta, RopeScaling(
         factor=scaling["factor"],
         low_frequency_factor=scaling["low_freq_factor"],
@@ -245,7 +273,11 @@ def _activation(hf: dict[str, Any], default: str, gemma: bool) -> Any:
         name = "gelu_pytorch_tanh"
     names = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
     if name not in names:
-        raise ModelError(f"config.json: activation {name!r} is not supported; use one of {', '.join(names)}")
+        raise ModelError(
+            f"config.json: activation {name!r} is not supported",
+            field="config.json:hidden_act",
+            remedy=f"use one of {', '.join(names)}",
+        )
     return names[name]
 
 

@@ -57,9 +57,13 @@ class Decoder(nn.Module):
     def setup(self):
         c = self.config
         if self.remat not in REMAT_POLICIES:
-            raise ConfigError(f"remat={self.remat!r} is unknown; use one of {', '.join(REMAT_POLICIES)}")
+            raise ConfigError(
+                f"remat={self.remat!r} is unknown", field="remat", remedy=f"use one of {', '.join(REMAT_POLICIES)}"
+            )
         if self.attention not in KERNELS:
-            raise ConfigError(f"attention={self.attention!r} is unknown; use one of {', '.join(KERNELS)}")
+            raise ConfigError(
+                f"attention={self.attention!r} is unknown", field="attention", remedy=f"use one of {', '.join(KERNELS)}"
+            )
         self.embedding = self.table("embed", (c.vocab_size, c.width), ("vocab", "embed"))
         if c.rope_theta is None:
             rows = c.max_positions + c.learned_position_offset

@@ -64,10 +64,10 @@ def compare(config: Config) -> dict[str, Any]:
         gates = gates_of(config, pair, checkpoints["lora_gen"], tasks) if "lora_gen" in checkpoints else None
         if jax.process_index() == 0:
             results["checkpoints"] = {method: describe(loaded) for method, loaded in checkpoints.items()}
-            write_json(config.directory / "results.json", results)
-            write_json(config.directory / "report.json", report)
+            write_json(config.directory / "results.json", results, "--workdir")
+            write_json(config.directory / "report.json", report, "--workdir")
             if gates:
-                write_json(config.directory / "gates.json", gates_json(gates))
+                write_json(config.directory / "gates.json", gates_json(gates), "--workdir")
     if jax.process_index() == 0:
         draw_report(report, gates, config.directory / "report.png")
         print_report(report, gates)

@@ -107,7 +107,7 @@ def side_by_side_command(flags: SideBySide) -> None:
     if flags.json is not None:
         found = {"checkpoint": describe(loaded), "edge": loaded.config.edge.source, "chat": flags.chat}
         found |= {"machine": machine(), "versions": versions()}
-        write_json(flags.json, found | {"cases": [dataclasses.asdict(one) for one in compared]}, "name another --json")
+        write_json(flags.json, found | {"cases": [dataclasses.asdict(one) for one in compared]}, "--json")
 
 
 def given_case(flags: SideBySide) -> Case | None:

@@ -55,7 +55,7 @@ def pack_prompts(prompts: list[list[int]], num_meta: int, rows: int, length: int
             exceed `length`.
     """
     if rows < 1 or not prompts or len(prompts) % rows:
-        raise DataError(f"{len(prompts)} prompts cannot be shared evenly by {rows} rows")
+        raise DataError(f"{len(prompts)} prompts cannot be shared evenly by {rows} rows", field="rows")
     per_row = len(prompts) // rows
     shape = (rows, length)
     tokens, positions = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
@@ -66,11 +66,13 @@ def pack_prompts(prompts: list[list[int]], num_meta: int, rows: int, length: int
         start = int(np.sum(positions[row] >= 0))
         middle, end = start + len(prompt), start + len(prompt) + num_meta
         if len(prompt) == 0:
-            raise DataError("a prompt is empty: give the task a description or shots")
+            raise DataError("a prompt is empty", field="prompts", remedy="give the task a description or shots")
         if end > length:
             raise DataError(
                 f"prompts of {end - per_row * num_meta} tokens with {per_row * num_meta} meta tokens do not fit the"
-                f" cloud's {length}: shorten the prompt, take fewer shots, or raise the limit"
+                f" cloud's {length}",
+                field="prompts",
+                remedy="shorten the prompt, take fewer shots, or raise the limit",
             )
         tokens[row, start:middle] = prompt
         positions[row, start:end] = np.arange(end - start)
@@ -114,8 +116,9 @@ class CloudEncoder(nn.Module):
         c, s = self.config, self.settings
         if (packed := prompts.slots_BML.shape[2]) != self.num_meta:
             raise ConfigError(
-                f"the prompts were packed with {packed} meta tokens each, the edge model has {self.num_meta} layers:"
-                f" pack_prompts(prompts, {self.num_meta}, …)"
+                f"the prompts were packed with {packed} meta tokens each, the edge model has {self.num_meta} layers",
+                field="prompts",
+                remedy=f"pack_prompts(prompts, {self.num_meta}, …)",
             )
         count = 1 if s.shared_meta_token else self.num_meta
 

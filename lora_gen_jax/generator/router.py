@@ -190,12 +190,14 @@ class Router(nn.Module):
         """
         if self.routing not in get_args(Routing):
             raise ConfigError(
-                f"a router's routing is {self.routing!r}; it must be one of {', '.join(get_args(Routing))}"
+                f"a router's routing is {self.routing!r}; it must be one of {', '.join(get_args(Routing))}",
+                field="generator.routing",
             )
         if not 1 <= self.top_k <= self.num_experts or self.temperature <= 0:
             raise ConfigError(
                 f"a router has top_k = {self.top_k} of num_experts = {self.num_experts} and temperature ="
-                f" {self.temperature}: top_k must lie between 1 and num_experts, temperature be positive"
+                f" {self.temperature}: top_k must lie between 1 and num_experts, temperature be positive",
+                field="generator.top_k" if self.temperature > 0 else "generator.temperature",
             )
         logits_BLE = self._read(meta_BLC.astype(jnp.float32), train)
         if self.heads is not None:

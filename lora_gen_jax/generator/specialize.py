@@ -45,20 +45,23 @@ def specialize(
     """
     if not isinstance(generator, LoRAGen):
         raise ConfigError(
-            f"{type(generator).__name__} is no generator of LoRA-Gen: load a checkpoint of method lora_gen"
+            f"{type(generator).__name__} is no generator of LoRA-Gen",
+            field="generator",
+            remedy="load a checkpoint of method lora_gen",
         )
     if len(prompts) == 0:
-        raise DataError("there is no prompt to specialise for: give at least one")
+        raise DataError("there is no prompt to specialize for", field="prompts", remedy="give at least one")
     layers = generator.edge.num_layers
     room = generator.cloud.max_positions - layers
     limit = room if limit is None else min(limit, room)
     for i, prompt in enumerate(prompts):
         if len(prompt) > limit:
             raise DataError(
-                f"prompt {i} has {len(prompt)} tokens, the limit is {limit} ({layers} meta tokens follow it):"
-                " shorten it, or give fewer shots"
+                f"prompt {i} has {len(prompt)} tokens, the limit is {limit} ({layers} meta tokens follow it)",
+                field=f"prompts[{i}]",
+                remedy="shorten it, or give fewer shots",
             )
-        check_tokens(prompt, generator.cloud.vocab_size, f"prompt {i}")
+        check_tokens(prompt, generator.cloud.vocab_size, f"prompts[{i}]")
     rows, length = padded_rows(len(prompts), frozen_cloud), bucket(max(map(len, prompts)) + layers)
     # Rows that only fill the bucket repeat the first prompt and are cut off again.
     padded = [list(p) for p in prompts] + [list(prompts[0])] * (rows - len(prompts))

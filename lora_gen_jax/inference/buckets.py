@@ -47,13 +47,13 @@ def pad_rows(rows: Sequence[Sequence[int]], length: int, count: int) -> tuple[np
     return tokens_BT, positions_BT
 
 
-def check_tokens(ids: Sequence[int], vocab_size: int, what: str) -> None:
+def check_tokens(ids: Sequence[int], vocab_size: int, field: str) -> None:
     """Array indexing would clamp an id that the embedding does not have, silently.
 
     Args:
         ids: token ids.
         vocab_size: V, the rows of the embedding.
-        what: where the ids come from, for the message.
+        field: where the ids come from, as the error names it.
 
     Raises:
         DataError: for an id that is no whole number, negative or not below `vocab_size`.
@@ -63,10 +63,11 @@ def check_tokens(ids: Sequence[int], vocab_size: int, what: str) -> None:
     known = np.asarray(ids)
     # Integers beyond 64 bits are objects to NumPy.
     if known.dtype.kind not in "iu" and not (known.dtype.kind == "O" and all(type(one) is int for one in ids)):
-        raise DataError(f"{what} holds something else than whole numbers: give token ids")
+        raise DataError(f"{field} holds something other than whole numbers", field=field, remedy="give token ids")
     for bad in (int(known.min()), int(known.max())):
         if not 0 <= bad < vocab_size:
             raise DataError(
-                f"{what} holds token id {bad}, but the model's embedding has ids 0 to {vocab_size - 1}: "
-                "tokenise it with this model's own tokenizer"
+                f"{field} holds token id {bad}, but the model's embedding has ids 0 to {vocab_size - 1}",
+                field=field,
+                remedy="tokenize it with this model's own tokenizer",
             )

@@ -172,7 +172,7 @@ def _check(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: i
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise DataError(f"prompt {i} is empty: give it at least one token, the model's bos or eos for example")
-        check_tokens(prompt, decoder.config.vocab_size, f"prompt {i}")
+        check_tokens(prompt, decoder.config.vocab_size, f"prompts[{i}]")
         check_length(
             before + len(prompt) + max_new_tokens,
             decoder.config,

@@ -54,7 +54,7 @@ def encode_prefix(decoder: Decoder, params: Any, ids: Sequence[int], adapter: Ad
     limit = decoder.config.max_positions
     if len(ids) >= limit:
         raise DataError(f"the prefix has {len(ids)} tokens, the model reads {limit} in all: use fewer shots")
-    check_tokens(ids, decoder.config.vocab_size, "the prefix")
+    check_tokens(ids, decoder.config.vocab_size, "prefix")
     require_single_prompt(adapter)
     cache = _encode(forward_only(decoder), params, pad_rows([ids], bucket(len(ids)), 1), adapter)
     return Prefix(cache=cache, length=len(ids), ids=tuple(ids))

@@ -80,7 +80,7 @@ def check_requests(requests: Sequence[Request], vocab_size: int, room: int) -> N
     for i, (context, continuations) in enumerate(requests):
         if len(context) == 0:
             raise DataError(f"request {i} has an empty context: pass the model's bos or eos id as its context")
-        check_tokens(context, vocab_size, f"the context of request {i}")
+        check_tokens(context, vocab_size, f"requests[{i}].context")
         for continuation in continuations:
             if len(continuation) == 0:
                 raise DataError(f"request {i} has an empty continuation: there is nothing to score")
@@ -89,7 +89,7 @@ def check_requests(requests: Sequence[Request], vocab_size: int, room: int) -> N
                     f"request {i} has a continuation of {len(continuation)} tokens, the model has room for {room}: "
                     "shorten it or use a model with more positions"
                 )
-            check_tokens(continuation, vocab_size, f"a continuation of request {i}")
+            check_tokens(continuation, vocab_size, f"requests[{i}].continuation")
 
 
 def split_rows(index: int, request: Request, most: int) -> Iterator[Row]:

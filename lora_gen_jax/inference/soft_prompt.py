@@ -37,7 +37,7 @@ def compress(module: Any, variables: Any, params: Any, ids: Sequence[int]) -> ja
     """
     if not ids:
         raise DataError("the prompt is empty: there is nothing to compress")
-    check_tokens(ids, module.edge.vocab_size, "the prompt")
+    check_tokens(ids, module.edge.vocab_size, "prompt")
     needed, limit = module.positions(len(ids)), module.edge.max_positions
     if needed > limit:
         raise DataError(

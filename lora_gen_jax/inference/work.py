@@ -77,7 +77,7 @@ def check_work(work: Work, decoder: Decoder, slots: int) -> None:
             f"the prompt has {len(work.ids)} tokens and max_new_tokens is {work.max_new_tokens}, the context has"
             f" room for {slots} together: shorten the prompt, or ask for fewer new tokens"
         )
-    check_tokens(work.ids, decoder.config.vocab_size, "the prompt")
+    check_tokens(work.ids, decoder.config.vocab_size, "prompt")
     if len(work.stop_ids) > STOPS:
         raise DataError(f"{len(work.stop_ids)} stop ids were given, there is room for {STOPS}")
     if not 0 <= work.seed < 2**32:

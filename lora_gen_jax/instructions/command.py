@@ -190,4 +190,4 @@ def _write(out: Path, sources: "Sequence[Source]", outcomes: "Sequence[Outcome]"
 
 def _write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_text(path, "".join(lines), "choose another --out; finished rows are kept")
+    write_text(path, "".join(lines))

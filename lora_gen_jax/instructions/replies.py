@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lora_gen_jax.data.prompt_sources import check_text
+from lora_gen_jax.data.record_rows import check_text
 from lora_gen_jax.data.tasks import normalise
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.instructions.rows import Outcome, Source
@@ -86,7 +86,7 @@ def _checked(entry: Any, source: Source) -> Outcome:
         value = entry.get(name)
         if not isinstance(value, str) or not value.strip():
             raise DataError(f'"{name}" must be a text that is not empty')
-        check_text(value, f'"{name}"')
+        check_text(value, name)
         texts[name] = value.strip()
     abstract, query = texts["abstract"], texts["query"]
     given = f"{source.instruction}\n{source.input}"

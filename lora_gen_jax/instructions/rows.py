@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_gen_jax.data.jsonl import Row, map_rows, read_rows
-from lora_gen_jax.data.prompt_sources import check_text
-from lora_gen_jax.data.record_rows import SPLITS
+from lora_gen_jax.data.record_rows import SPLITS, check_text
 from lora_gen_jax.data.tasks import normalise
 from lora_gen_jax.errors import DataError
 
@@ -72,7 +71,7 @@ def _source(_: int, row: Row) -> Source:
         value = "" if value is None and name == "input" else value
         if not isinstance(value, str):
             raise DataError(f'"{name}" must be text, found {type(value).__name__}')
-        check_text(value, f'"{name}"')
+        check_text(value, name)
         texts[name] = value
     split = row.get("split")
     if split is not None and split not in SPLITS:

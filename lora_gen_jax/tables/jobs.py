@@ -223,7 +223,7 @@ def write_result(job: Job, values: dict[str, Any]) -> None:
     """Writes result.json, complete or not at all, with what it was made with."""
     job.config.directory.mkdir(parents=True, exist_ok=True)
     made_with = {"settings": settings_of(job), "inputs": inputs_of(job)}
-    write_json(job.result, {"run": job.run, "seed": job.seed, **made_with, **values})
+    write_json(job.result, {"run": job.run, "seed": job.seed, **made_with, **values}, "--workdir")
 
 
 def content_digest(path: Path, nested: bool = False) -> str:

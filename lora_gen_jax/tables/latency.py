@@ -51,12 +51,12 @@ def measure_costs(tables: Tables, rows: Sequence[str]) -> dict[str, Any]:
     if "answers" not in found:
         found = {"settings": asked(tables, configs, own), "machine": machine(), "versions": versions()}
         found |= answers(own, pair, works, configs)
-        write_json(path, found)
+        write_json(path, found, "--workdir")
     work = works[max(works)]
     # A step learns from the answers, so they count as read.
     sizes = (len(work.cloud_prompt), len(work.query) + work.new_tokens)
     found["training"] = training_costs(own, pair, *sizes, TRAINING_REPEATS)
-    write_json(path, found)
+    write_json(path, found, "--workdir")
     return found
 
 

@@ -70,7 +70,7 @@ def write(directory: Path, results: dict[str, Any], costs: dict[str, Any]) -> li
     sheets = all_tables(results, costs, {name: method.traits for name, method in METHODS.items()})
     values = {"tables": [sheet.to_json(one) for one in sheets], "results": results, "costs": costs}
     write_json(directory / VALUES, values)
-    write_text(directory / MARKDOWN, sheet.to_markdown(sheets, foot(results, costs)), "choose another --out")
+    write_text(directory / MARKDOWN, sheet.to_markdown(sheets, foot(results, costs)))
     return sheets
 
 

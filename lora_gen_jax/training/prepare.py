@@ -151,12 +151,15 @@ def prepare_directory(config: Config) -> None:
 def _begin(path: Path, new: dict[str, Any]) -> None:
     if path.exists():
         return
-    remedy = "name another with --workdir"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"workdir {path.parent} cannot be written ({error.strerror}): {remedy}") from error
-    write_text(path, json.dumps(new, indent=2) + "\n", remedy)
+        raise OutputError(
+            f"workdir {path.parent} cannot be written: {error.strerror}",
+            field="--workdir",
+            remedy="choose another --workdir",
+        ) from error
+    write_text(path, json.dumps(new, indent=2) + "\n", "--workdir")
 
 
 def _begin_in_bucket(path: Any, new: dict[str, Any]) -> None:

@@ -72,7 +72,7 @@ class Recorder:
         self.progress.stop()
         if self.file is not None and self.board is not None:
             # What could not be written stays in the file's buffer, and closing tries again.
-            with writing(self.path) if error is None else suppress(OSError):
+            with writing(self.path, "--workdir") if error is None else suppress(OSError):
                 self.file.close()
             self.board.close()
 
@@ -88,7 +88,7 @@ class Recorder:
         """
         if self.file is None or self.board is None:
             return
-        with writing(self.path):
+        with writing(self.path, "--workdir"):
             self.file.write(json.dumps({"step": step, **metrics}) + "\n")
             self.file.flush()
         for name, value in metrics.items():

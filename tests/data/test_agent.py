@@ -8,6 +8,7 @@ from functools import cache
 from itertools import combinations, product
 
 import pytest
+from helpers import raises
 
 from lora_gen_jax.data.pocket import agent
 from lora_gen_jax.data.pocket.agent import ROWS, Toolset, agent_rows, agent_tasks, split_instruction, toolsets
@@ -112,9 +113,9 @@ def test_schema_and_counts() -> None:
             assert all(set(row) == {"id", "instruction", "input", "output"} and row["input"] == "" for row in rows)
             assert len({normalise(_request(row)) for row in rows}) == count
     assert len({row["id"] for _, row in _rows()}) == len(_rows()) == 75 * 38
-    with pytest.raises(DataError, match="unknown split 'dev'"):
+    with raises(DataError, "split", "'dev'"):
         agent_rows(_SETS[0], "dev")
-    with pytest.raises(DataError, match="ask for fewer rows"):
+    with raises(DataError, "count", "tiny"):
         agent_rows(Toolset("tiny", (_BY_NAME["Call"],), True), "validation", 200)
 
 
@@ -270,5 +271,5 @@ def test_split_instruction() -> None:
     assert split_instruction(f"{cloud}\n{again}") == (cloud, again)
     assert split_instruction(edge) == ("", edge)
     for bad in ("", "New input: hi", "Persona. Previous conversation: none", "previous conversation:\nHuman: hi"):
-        with pytest.raises(DataError, match='no line that starts with "Previous conversation:"'):
+        with raises(DataError, "instruction", '"Previous conversation:"'):
             split_instruction(bad)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from helpers import EDGE, logits, random_params
+from helpers import EDGE, logits, raises, random_params
 
 from lora_gen_jax.config import Config, DataConfig, ModelConfig
 from lora_gen_jax.config_check import check
@@ -94,9 +94,9 @@ def test_a_weight_may_name_a_source_without_validation_rows(encoder):
 
     assert sampler("validation", "b=0.2").cumulative.tolist() == [1.0]
     np.testing.assert_allclose(sampler("train", "b=3").cumulative, [0.25, 1.0])
-    with pytest.raises(ConfigError, match=r"every source with validation examples.* or set train.validation_batches"):
+    with raises(ConfigError, "data.source_weights", "train.validation_batches", code="zero"):
         sampler("validation", "a=0")
-    with pytest.raises(ConfigError, match="names 'c'; the sources are a, b"):
+    with raises(ConfigError, "data.source_weights", "'c'", "a, b", code="unknown"):
         sampler("validation", "c=1")
 
 
@@ -127,7 +127,7 @@ def test_queries_give_way_before_shots_and_shots_before_the_last_query(draw):
 
 
 def test_a_prompt_that_leaves_no_room_is_an_error_that_names_the_row(draw):
-    with pytest.raises(DataError, match=r"no query with its prompt fits: .*data\.edge_length \(30\)"):
+    with raises(DataError, "data.query_length", "data.edge_length (30)"):
         draw(description="Say the color. " * 8, edge_length=30, min_shots=0, max_shots=0)
 
 
@@ -147,15 +147,9 @@ def test_only_one_bos_is_read():
     assert beside(edge, [1, 8], queries, 4) == []
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (Config(data=DATA), r"data\.edge_reads_prompt is for the methods lora, lora_moe, mixlora"),
-        (Config(method="lora", compare=("lora", "lora_gen"), data=DATA), r"leave it out, or the others"),
-    ],
-)
-def test_what_cannot_work(config, message):
-    with pytest.raises(ConfigError, match=message):
+@pytest.mark.parametrize("config", [Config(data=DATA), Config(method="lora", compare=("lora", "lora_gen"), data=DATA)])
+def test_what_cannot_work(config):
+    with raises(ConfigError, "data.edge_reads_prompt", "lora, lora_moe, mixlora"):
         check(config)
     for method in ("lora", "lora_moe", "mixlora"):
         assert check(Config(method=method, compare=("base", "icl", method), data=DATA)).data.edge_reads_prompt

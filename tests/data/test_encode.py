@@ -1,7 +1,7 @@
 """Queries as the edge model reads them: plain texts, and conversations through the tokenizer's template."""
 
 import pytest
-from helpers import write_tokenizer
+from helpers import raises, write_tokenizer
 
 from lora_gen_jax.data.encode import Encoder
 from lora_gen_jax.data.tasks import Example
@@ -23,7 +23,7 @@ def encoder(tmp_path):
 def test_a_conversation_is_read_turn_by_turn_as_when_it_is_served(encoder):
     turns = (("user", "red"), ("assistant", "blue"), ("user", "green"))
     example = Example("1", "User: red\nAssistant: blue\nUser: green", "yellow", turns=turns)
-    with pytest.raises(ModelError, match="no chat template"):
+    with raises(ModelError, "chat_template"):
         encoder.query(example, chat=True)
     encoder.tokenizer.chat_template = TEMPLATE
     query, response = encoder.query(example, chat=True)

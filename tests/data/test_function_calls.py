@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from helpers import raises
 
 from lora_gen_jax.data.function_calls import NO_CALL, function_text, load_function_calls, render
 from lora_gen_jax.errors import DataError
@@ -83,19 +84,19 @@ def test_files_directories_and_limits(write, tmp_path):
     found = load_function_calls([tmp_path], limit=2)
     assert [one.category for one in found] == ["irrelevance"] * 2 + ["live_simple"] * 2
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty holds no bfcl_\*\.jsonl"):
+    with raises(DataError, "--bfcl", tmp_path / "empty"):
         load_function_calls([tmp_path / "empty"])
 
 
 @pytest.mark.parametrize(
-    ("bad", "message"),
+    ("bad", "key"),
     [
-        ({"id": "a", "question": [[says("user", "x")]], "function": []}, "the field 'ground_truth' is missing"),
-        (row([says("assistant", "x")], []), "must end with a message of the user"),
-        (row([says("user", "x")], [{"f": {"a": 3}}]), "ground_truth of 'f': \"a\" must be a list"),
-        ({**row([], []), "question": []}, "malformed row"),
+        ({"id": "a", "question": [[says("user", "x")]], "function": []}, ":ground_truth"),
+        (row([says("assistant", "x")], []), ":question"),
+        (row([says("user", "x")], [{"f": {"a": 3}}]), ":ground_truth.f.a"),
+        ({**row([], []), "question": []}, ""),
     ],
 )
-def test_a_bad_row_is_named(write, bad, message):
-    with pytest.raises(DataError, match=rf"bfcl_simple\.jsonl:2: .*{message}"):
+def test_a_bad_row_is_named(write, bad, key):
+    with raises(DataError, f"bfcl_simple.jsonl:2{key}"):
         load_function_calls([write([row([says("user", "x")], []), bad])])

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from helpers import raises
 
 from lora_gen_jax.data.gpt4tools import generated_records, load_gpt4tools, training_records
 from lora_gen_jax.data.pocket.agent import agent_tasks
@@ -64,20 +65,25 @@ def test_training_rows_are_tasks_of_the_users_own(write, tmp_path):
 
 
 BAD = [
-    ({"instruction": "no such line", "input": "", "output": "x"}, r'row 2: .*"Previous conversation:"'),
-    ({"instruction": EDGE, "input": "", "output": "x"}, r"row 2: nothing stands before"),
-    ({"instruction": CLOUD + "\n" + EDGE, "input": "more", "output": "x"}, r'row 2: "input" must be empty'),
-    ({"instruction": CLOUD + "\n" + EDGE, "input": ""}, r'row 2: "output" must be a text'),
-    ({"instruction": 3, "output": "x"}, r'row 2: "instruction" must be a text'),
-    (row("Draw", "b", id=0), r"row 2: the id 'rows/0' occurs twice"),
+    (
+        {"instruction": "no such line", "input": "", "output": "x"},
+        "instruction",
+        "no marker",
+        '"Previous conversation:"',
+    ),
+    ({"instruction": EDGE, "input": "", "output": "x"}, "instruction", "no tools", '"Previous conversation:"'),
+    ({"instruction": CLOUD + "\n" + EDGE, "input": "more", "output": "x"}, "input", None, '"input"'),
+    ({"instruction": CLOUD + "\n" + EDGE, "input": ""}, "output", "text", '"output"'),
+    ({"instruction": 3, "output": "x"}, "instruction", "text", '"instruction"'),
+    (row("Draw", "b", id=0), "id", "taken", "'rows/0'"),
 ]
 
 
-@pytest.mark.parametrize(("bad", "message"), BAD)
-def test_a_bad_row_is_named(write, bad, message):
+@pytest.mark.parametrize(("bad", "field", "code", "fact"), BAD)
+def test_a_bad_row_is_named(write, bad, field, code, fact):
     path = write([row("Draw", "a", id=0), bad], lines=True)
     for read in (lambda p: load_gpt4tools(p, seen=True), training_records):
-        with pytest.raises(DataError, match=r"rows\.json:2: " + message):
+        with raises(DataError, f"rows.json:2:{field}", f"{path}:2", "row 2", fact, code=code):
             read([path])
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from helpers import write_rows
+from helpers import raises, write_rows
 
 from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.pocket.formats import FORMATS
@@ -159,7 +159,7 @@ def test_tasks_are_loaded_by_name_and_by_group():
 
 def test_a_file_may_not_take_an_embedded_name(tmp_path):
     write_rows(tmp_path / "pocket.jsonl", [{"system": "a", "input": "b", "output": "c"}])
-    with pytest.raises(DataError, match="another task is already called 'pocket'"):
+    with raises(DataError, "data.files", "'pocket'", code="taken"):
         load_tasks(("pocket",), files=[tmp_path / "pocket.jsonl"])
 
 
@@ -182,7 +182,7 @@ def test_pretraining_reads_nothing_that_is_held_out(monkeypatch):
 
 @pytest.mark.parametrize("name", ["pocket_unsene", "pocket/sound", "pocket/sound/loud", "pocket/sound/plain/chose"])
 def test_an_unknown_name_is_refused(name):
-    with pytest.raises(DataError, match="unknown task"):
+    with raises(DataError, "data.tasks", repr(name), code="unknown"):
         load_tasks((name,))
 
 

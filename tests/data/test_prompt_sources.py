@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers import write_rows
+from helpers import raises, write_rows
 
 from lora_gen_jax.data.prompt_sources import chat_prompt, prompt_of, read_chat, read_prompts, read_shots, shots_prompt
 from lora_gen_jax.data.prompts import system_prompt
@@ -45,29 +45,29 @@ def test_a_conversation_without_a_system_text_gets_the_generic_one():
 
 
 @pytest.mark.parametrize(
-    ("messages", "words"),
+    ("messages", "field", "code", "facts"),
     [
-        ([], "must be a list of objects"),
-        ("hello", "must be a list of objects"),
-        ({}, "must be a list of objects"),
-        ([1], "message 1: it must be an object"),
-        ([{"role": "tool", "content": "x"}], "message 1: \"role\" is 'tool'"),
-        ([{"role": ["user"], "content": "x"}], 'message 1: "role" is'),
-        ([{"role": "user"}], 'message 1: the field "content" is missing'),
-        ([system("x"), {"role": "user", "content": 3}], 'message 2: "content" must be text, found int'),
-        ([{"role": "user", "content": None}], 'message 1: "content" must be text, found NoneType'),
-        ([system("x"), {"role": "user", "content": " "}], 'message 2: "content" is empty'),
-        ([{"role": "user", "content": "\ud800"}], "message 1: .*surrogate"),
-        ([*turns("a", "b"), system("x")], "message 3: only the first message"),
-        ([*turns("a", "b", "c")], "message 3 is a user's turn without an answer"),
-        ([system("x"), *turns("a")], "message 2 is a user's turn without an answer.*generate --input"),
-        ([*turns("a"), *turns("b")], 'message 2 has the role "user", expected "assistant"'),
-        ([turns("a", "b")[1]], 'message 1 has the role "assistant", expected "user"'),
-        ([system("")], "neither a system text nor"),
+        ([], "messages", "type", ()),
+        ("hello", "messages", "type", ()),
+        ({}, "messages", "type", ()),
+        ([1], "messages[0]", "type", ("message 1",)),
+        ([{"role": "tool", "content": "x"}], "messages[0].role", "unknown", ("message 1", "'tool'")),
+        ([{"role": ["user"], "content": "x"}], "messages[0].role", "unknown", ("message 1",)),
+        ([{"role": "user"}], "messages[0].content", "missing", ("message 1",)),
+        ([system("x"), {"role": "user", "content": 3}], "messages[1].content", "type", ("message 2", "int")),
+        ([{"role": "user", "content": None}], "messages[0].content", "type", ("message 1", "NoneType")),
+        ([system("x"), {"role": "user", "content": " "}], "messages[1].content", "empty", ("message 2",)),
+        ([{"role": "user", "content": "\ud800"}], "messages[0].content", "surrogate", ("message 1",)),
+        ([*turns("a", "b"), system("x")], "messages[2].role", "order", ("message 3", '"system"')),
+        ([*turns("a", "b", "c")], "messages[2]", "unanswered", ("message 3",)),
+        ([system("x"), *turns("a")], "messages[1]", "unanswered", ("message 2", "generate --input")),
+        ([*turns("a"), *turns("b")], "messages[1].role", "turn", ("message 2", '"user"', '"assistant"')),
+        ([turns("a", "b")[1]], "messages[0].role", "turn", ("message 1", '"assistant"', '"user"')),
+        ([system("")], "messages", "empty", ()),
     ],
 )
-def test_a_conversation_that_is_no_prompt_is_refused(messages, words):
-    with pytest.raises(DataError, match=words):
+def test_a_conversation_that_is_no_prompt_is_refused(messages, field, code, facts):
+    with raises(DataError, field, *facts, code=code):
         chat_prompt(messages)
 
 
@@ -80,20 +80,20 @@ def test_shots_become_a_prompt_with_a_description_or_without():
 
 
 @pytest.mark.parametrize(
-    ("shots", "words"),
+    ("shots", "field", "code", "facts"),
     [
-        ([], "at least one"),
-        ("x", "must be a list"),
-        ([{"input": "a", "output": "b"}, "x"], "shot 2: it must be an object"),
-        ([{"input": "a"}], 'shot 1: the field "output" is missing'),
-        ([{"response": "a"}], 'shot 1: the field "query" is missing'),
-        ([{"input": "a", "response": "b"}], 'shot 1: the field "output" is missing'),
-        ([{"input": "a", "output": 4}], 'shot 1: "output" must be text, found int'),
-        ([{"input": "", "output": "b"}], 'shot 1: "input" is empty'),
+        ([], "shots", "type", ()),
+        ("x", "shots", "type", ()),
+        ([{"input": "a", "output": "b"}, "x"], "shots[1]", "type", ("shot 2",)),
+        ([{"input": "a"}], "shots[0].output", "missing", ("shot 1",)),
+        ([{"response": "a"}], "shots[0].query", "missing", ("shot 1",)),
+        ([{"input": "a", "response": "b"}], "shots[0].output", "missing", ("shot 1",)),
+        ([{"input": "a", "output": 4}], "shots[0].output", "type", ("shot 1", "int")),
+        ([{"input": "", "output": "b"}], "shots[0].input", "empty", ("shot 1",)),
     ],
 )
-def test_shots_that_are_none_are_refused(shots, words):
-    with pytest.raises(DataError, match=words):
+def test_shots_that_are_none_are_refused(shots, field, code, facts):
+    with raises(DataError, field, *facts, code=code):
         shots_prompt(shots)
 
 
@@ -105,7 +105,7 @@ def test_files_of_a_conversation_and_of_shots(tmp_path):
     (tmp_path / "beside.json").write_text(json.dumps({"system": CHAT[0]["content"], "messages": CHAT[1:]}))
     assert read_chat(tmp_path / "beside.json") == TEXT
     (tmp_path / "twice.json").write_text(json.dumps({"system": "Be brief.", "messages": CHAT}))
-    with pytest.raises(DataError, match=r'only the first message may have the role "system"'):
+    with raises(DataError, "twice.json:messages[1].role", tmp_path / "twice.json", code="order"):
         read_chat(tmp_path / "twice.json")
     shots = write_rows(
         tmp_path / "shots.jsonl", [{"input": "cow", "output": "calf"}, {"query": "owl", "response": "o"}]
@@ -115,34 +115,34 @@ def test_files_of_a_conversation_and_of_shots(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "place", "code"),
     [
-        (b"[\n{]", ":2: not valid JSON"),
-        (b"[" * 100_000, "not valid JSON"),
-        (b"\xff", ":1: not UTF-8"),
-        (b"", "the file is empty"),
-        (b"3", "must be a list of objects"),
-        (b'{"chat": []}', "must be a list of objects"),
-        (json.dumps(turns("a")).encode(), "message 1 is a user's turn"),
+        (b"[\n{]", ":2", "json"),
+        (b"[" * 100_000, "", "json"),
+        (b"\xff", ":1", "encoding"),
+        (b"", "", "empty"),
+        (b"3", ":messages", "type"),
+        (b'{"chat": []}', ":messages", "type"),
+        (json.dumps(turns("a")).encode(), ":messages[0]", "unanswered"),
     ],
 )
-def test_a_conversation_file_that_is_none_is_named(tmp_path, content, words):
+def test_a_conversation_file_that_is_none_is_named(tmp_path, content, place, code):
     path = tmp_path / "chat.json"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=words) as error:
+    with raises(DataError, f"chat.json{place}", code=code) as error:
         read_chat(path)
     assert str(error.value).startswith(str(path))
 
 
 def test_a_missing_file_is_named(tmp_path):
     for read in (read_chat, read_shots, read_prompts):
-        with pytest.raises(DataError, match=r"gone\.json: cannot be read"):
+        with raises(DataError, "gone.json", tmp_path / "gone.json", code="unreadable"):
             read(tmp_path / "gone.json")
 
 
 def test_a_bad_line_of_shots_is_named(tmp_path):
     path = write_rows(tmp_path / "shots.jsonl", [{"input": "a", "output": "b"}, {"input": "a"}])
-    with pytest.raises(DataError, match=r'shots\.jsonl:2: the field "output" is missing'):
+    with raises(DataError, "shots.jsonl:2:output", f"{path}:2", code="missing"):
         read_shots(path)
 
 
@@ -168,49 +168,49 @@ def test_prompts_without_a_name_are_called_by_their_line_or_by_their_place_in_an
 
 
 @pytest.mark.parametrize(
-    ("row", "words"),
+    ("row", "field", "code", "facts"),
     [
-        ({"name": "../x", "prompt": "a"}, r"\"name\" is '\.\./x'"),
-        ({"name": "/etc", "prompt": "a"}, '"name" is'),
-        ({"name": ".hidden", "prompt": "a"}, '"name" is'),
-        ({"name": "..", "prompt": "a"}, '"name" is'),
-        ({"name": "a/b", "prompt": "a"}, '"name" is'),
-        ({"name": "a\n", "prompt": "a"}, '"name" is'),
-        ({"name": "", "prompt": "a"}, '"name" is'),
-        ({"name": "é", "prompt": "a"}, '"name" is'),
-        ({"name": 3, "prompt": "a"}, '"name" is'),
-        ({"name": "x" * 65, "prompt": "a"}, "1 to 64 letters"),
-        ({"name": "first", "prompt": "a"}, "'first' is taken by line 1"),
-        ({"name": "FIRST", "prompt": "a"}, "'FIRST' is taken by line 1"),
-        ({}, "exactly one of .* found none"),
-        ({"prompt": "a", "shots": []}, 'found "prompt" and "shots"'),
-        ({"prompt": "a", "description": "b"}, 'put it into "prompt"'),
-        ({"prompt": " "}, '"prompt" is empty'),
-        ({"prompt": ["a"]}, '"prompt" must be text, found list'),
-        ({"prompt": None}, '"prompt" must be text, found NoneType'),
-        ({"prompt": "\udc80"}, '"prompt" holds half of a surrogate pair'),
-        ({"promt": "a"}, 'unknown field "promt"'),
-        ({"messages": turns("a")}, "message 1 is a user's turn"),
-        ({"shots": [{"input": "a"}]}, 'shot 1: the field "output" is missing'),
-        ({"shots": [{"input": "a", "output": "b"}], "description": 3}, '"description" must be text'),
+        ({"name": "../x", "prompt": "a"}, "name", "malformed", ("'../x'",)),
+        ({"name": "/etc", "prompt": "a"}, "name", "malformed", ()),
+        ({"name": ".hidden", "prompt": "a"}, "name", "malformed", ()),
+        ({"name": "..", "prompt": "a"}, "name", "malformed", ()),
+        ({"name": "a/b", "prompt": "a"}, "name", "malformed", ()),
+        ({"name": "a\n", "prompt": "a"}, "name", "malformed", ()),
+        ({"name": "", "prompt": "a"}, "name", "malformed", ()),
+        ({"name": "é", "prompt": "a"}, "name", "malformed", ()),
+        ({"name": 3, "prompt": "a"}, "name", "malformed", ()),
+        ({"name": "x" * 65, "prompt": "a"}, "name", "malformed", ("1 to 64",)),
+        ({"name": "first", "prompt": "a"}, "name", "taken", ("'first'", "line 1")),
+        ({"name": "FIRST", "prompt": "a"}, "name", "taken", ("'FIRST'", "line 1")),
+        ({}, "prompt", "count", ('"prompt", "messages"', "none")),
+        ({"prompt": "a", "shots": []}, "prompt", "count", ('"prompt" and "shots"',)),
+        ({"prompt": "a", "description": "b"}, "description", None, ('"prompt"',)),
+        ({"prompt": " "}, "prompt", "empty", ()),
+        ({"prompt": ["a"]}, "prompt", "type", ("list",)),
+        ({"prompt": None}, "prompt", "type", ("NoneType",)),
+        ({"prompt": "\udc80"}, "prompt", "surrogate", ()),
+        ({"promt": "a"}, "promt", "unknown", ("promt", "prompt, messages, shots")),
+        ({"messages": turns("a")}, "messages[0]", "unanswered", ("message 1",)),
+        ({"shots": [{"input": "a"}]}, "shots[0].output", "missing", ("shot 1",)),
+        ({"shots": [{"input": "a", "output": "b"}], "description": 3}, "description", "type", ("int",)),
     ],
 )
-def test_a_bad_row_is_named_with_its_line(tmp_path, row, words):
+def test_a_bad_row_is_named_with_its_line(tmp_path, row, field, code, facts):
     path = write_rows(tmp_path / "many.jsonl", [{"name": "first", "prompt": "a"}, row])
-    with pytest.raises(DataError, match=words) as error:
+    with raises(DataError, f"many.jsonl:2:{field}", *facts, code=code) as error:
         read_prompts(path)
     assert str(error.value).startswith(f"{path}:2: ")
 
 
 def test_a_given_name_that_is_another_rows_line_is_refused(tmp_path):
     path = write_rows(tmp_path / "many.jsonl", [{"name": "2", "prompt": "a"}, {"prompt": "b"}])
-    with pytest.raises(DataError, match=r"many\.jsonl:2: .*'2' is taken by line 1"):
+    with raises(DataError, "many.jsonl:2:name", f"{path}:2", "'2'", "line 1", code="taken"):
         read_prompts(path)
 
 
 def test_a_file_with_a_line_that_is_no_object_is_refused(tmp_path):
     (tmp_path / "many.jsonl").write_text('{"prompt": "a"}\n"b"\n')
-    with pytest.raises(DataError, match=r"many\.jsonl:2: expected a JSON object, found a string"):
+    with raises(DataError, "many.jsonl:2", "string", code="type"):
         read_prompts(tmp_path / "many.jsonl")
 
 

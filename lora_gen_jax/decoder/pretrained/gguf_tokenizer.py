@@ -62,13 +62,18 @@ def _build(file: GGUFFile) -> Tokenizer:
     kind, pre = file.metadata.get("tokenizer.ggml.model"), file.metadata.get("tokenizer.ggml.pre")
     if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
         raise ModelError(
-            f"{file.path}: its tokenizer ({kind}, pre-tokenizer {pre}) cannot be converted; only byte-level BPE with "
-            f"{', '.join(_PRE_TOKENIZERS)} can. Put the model's tokenizer.json and tokenizer_config.json beside the "
-            "file"
+            f"{file.path}: its tokenizer ({kind}, pre-tokenizer {pre}) cannot be converted; only byte-level BPE with"
+            f" {', '.join(_PRE_TOKENIZERS)} can",
+            field=f"{file.path.name}:tokenizer.ggml.pre",
+            remedy="Put the model's tokenizer.json and tokenizer_config.json beside the file",
         )
     missing = [name for name in ("tokens", "merges") if f"tokenizer.ggml.{name}" not in file.metadata]
     if missing:
-        raise ModelError(f"{file.path} lacks the field tokenizer.ggml.{missing[0]}; download it again")
+        raise ModelError(
+            f"{file.path} lacks the field tokenizer.ggml.{missing[0]}",
+            field=f"{file.path.name}:tokenizer.ggml.{missing[0]}",
+            remedy="download it again",
+        )
     tokens: list[str] = file.metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in file.metadata["tokenizer.ggml.merges"]]
     vocabulary = {token: i for i, token in enumerate(tokens)}

@@ -27,7 +27,9 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / "config.json"
     if not path.is_file():
-        raise ModelError(f"{path} does not exist; give a directory saved by transformers (save_pretrained)")
+        raise ModelError(
+            f"{path} does not exist", field=path.name, remedy="give a directory saved by transformers (save_pretrained)"
+        )
     return _read_json(path)
 
 
@@ -68,8 +70,10 @@ class HFCheckpoint:
         """
         if self.stored_dtype(name) not in _FLOATS:
             raise ModelError(
-                f"{self.description}: tensor {name!r} is stored as {self.stored_dtype(name)}; only "
-                f"{', '.join(_FLOATS)} are supported. Use an unquantised checkpoint"
+                f"{self.description}: tensor {name!r} is stored as {self.stored_dtype(name)}; only"
+                f" {', '.join(_FLOATS)} are supported",
+                field=name,
+                remedy="Use an unquantized checkpoint",
             )
         return self._read(name, index)
 
@@ -99,14 +103,20 @@ def _shards(directory: Path) -> list[Path]:
         remedy = "give a directory saved by transformers (save_pretrained)"
         if any(directory.glob("pytorch_model*.bin")):
             remedy = "it has PyTorch weights only: load them in transformers and save them with save_pretrained"
-        raise ModelError(f"{directory} has neither {_SINGLE} nor {_INDEX}; {remedy}")
+        raise ModelError(f"{directory} has neither {_SINGLE} nor {_INDEX}", field=_SINGLE, remedy=remedy)
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{index} has no weight_map; download the checkpoint again")
+        raise ModelError(
+            f"{index} has no weight_map", field=f"{index.name}:weight_map", remedy="download the checkpoint again"
+        )
     shards = [directory / name for name in sorted(set(weight_map.values()))]
     for shard in shards:
         if not shard.is_file():
-            raise ModelError(f"{index} names the shard {shard.name}, which is missing; download the checkpoint again")
+            raise ModelError(
+                f"{index} names the shard {shard.name}, which is missing",
+                field=shard.name,
+                remedy="download the checkpoint again",
+            )
     return shards
 
 
@@ -114,14 +124,18 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is truncated or not a safetensors file ({error}); download it again") from error
+        raise ModelError(
+            f"{path} is truncated or not a safetensors file ({error})", field=path.name, remedy="download it again"
+        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ModelError(f"{path} cannot be read as JSON ({error}); download it again") from error
+        raise ModelError(
+            f"{path} cannot be read as JSON ({error})", field=path.name, remedy="download it again"
+        ) from error
     if not isinstance(value, dict):
-        raise ModelError(f"{path} holds no JSON object; download it again")
+        raise ModelError(f"{path} does not hold a JSON object", field=path.name, remedy="download it again")
     return value

@@ -104,7 +104,9 @@ def cast(values: Any, dtype: Any, name: str) -> np.ndarray:
         stored = np.ascontiguousarray(given, dtype)
     if np.dtype(dtype) == np.float16 and np.isinf(stored).any() and np.isfinite(given).all():
         raise ConfigError(
-            f"dtype float16 cannot hold {name}, whose values reach {np.abs(given).max():.3g}: use bfloat16 or float32"
+            f"dtype float16 cannot hold {name}, whose values reach {np.abs(given).max():.3g}",
+            field="dtype",
+            remedy="use bfloat16 or float32",
         )
     return stored
 

@@ -84,14 +84,15 @@ def resolve(source: str | os.PathLike[str] | Source) -> Source:
         return Source("hf", directory, directory)
     names = ", ".join((*PACKAGED_MODELS, *KNOWN_MODELS))
     raise ModelError(
-        f"model {text!r} is no directory, .gguf file, known name ({names}) or Hugging Face id "
-        "(org/name); check the path"
+        f"model {text!r} is not a directory, a .gguf file, a known name ({names}) or Hugging Face id (org/name)",
+        field="model",
+        remedy="check the path",
     )
 
 
 def _gguf(path: Path) -> Source:
     if not path.is_file():
-        raise ModelError(f"model {path} does not exist; give an existing .gguf file")
+        raise ModelError(f"model {path} does not exist", field="model", remedy="give an existing .gguf file")
     if (path.parent / "tokenizer.json").is_file():
         return Source("gguf", path, path.parent)
     # Named after the file's state: a file that was replaced gets a tokenizer of its own.
@@ -116,16 +117,25 @@ def _from_hub(hub_id: str) -> Path:
     try:
         directory = Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=_HUB_FILES))
     except GatedRepoError as error:
-        raise ModelError(f"{hub_id} asks you to accept its licence: do so on its page, then `hf auth login`") from error
+        raise ModelError(
+            f"{hub_id} asks you to accept its license", field="model", remedy="do so on its page, then `hf auth login`"
+        ) from error
     except RepositoryNotFoundError as error:
-        raise ModelError(f"{hub_id} is neither a directory here nor a model on the Hugging Face hub") from error
+        raise ModelError(
+            f"{hub_id} is neither a directory here nor a model on the Hugging Face hub", field="model"
+        ) from error
     except Exception as error:  # the hub's client lets errors of several HTTP libraries through
         raise ModelError(
-            f"{hub_id} is no directory here and could not be downloaded from the Hugging Face hub "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
-            "Check the network and HF_HUB_OFFLINE, or give a local directory"
+            f"{hub_id} is not a directory here and could not be downloaded from the Hugging Face hub"
+            f" ({str(error).splitlines()[0] if str(error) else type(error).__name__})",
+            field="model",
+            remedy="Check the network and HF_HUB_OFFLINE, or give a local directory",
         ) from error
     weights = ("model.safetensors", "model.safetensors.index.json")
     if not (directory / "config.json").is_file() or not any((directory / name).is_file() for name in weights):
-        raise ModelError(f"{hub_id} has no config.json or no safetensors weights ({directory}); use another model")
+        raise ModelError(
+            f"{hub_id} has no config.json or no safetensors weights ({directory})",
+            field="model",
+            remedy="use another model",
+        )
     return directory

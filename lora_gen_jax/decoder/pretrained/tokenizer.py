@@ -30,12 +30,17 @@ def load_tokenizer(source: str | os.PathLike[str] | Source) -> "PreTrainedTokeni
             gguf_tokenizer(found.model, directory)
         except OSError as error:
             raise ModelError(
-                f"the tokenizer of {found.model} cannot be written to {directory} ({error}); set LORA_GEN_CACHE to a"
-                " directory that can be written"
+                f"the tokenizer of {found.model} cannot be written to {directory} ({error})",
+                field="LORA_GEN_CACHE",
+                remedy="set LORA_GEN_CACHE to a directory that can be written",
             ) from error
     has_json = (directory / "tokenizer.json").is_file()
     if not has_json and not any((directory / name).is_file() for name in ("vocab.json", "tokenizer.model")):
-        raise ModelError(f"{directory} holds no tokenizer; put the model's tokenizer.json and its config there")
+        raise ModelError(
+            f"{directory} holds no tokenizer",
+            field="tokenizer.json",
+            remedy="put the model's tokenizer.json and its config there",
+        )
     with _quiet_transformers():
         # AutoTokenizer imports PyTorch where it can; with a tokenizer.json the general class does the same without.
         if has_json:
@@ -45,7 +50,11 @@ def load_tokenizer(source: str | os.PathLike[str] | Source) -> "PreTrainedTokeni
         try:
             return tokenizer_class.from_pretrained(directory, local_files_only=True)
         except Exception as error:  # tokenizers raises plain Exception for a damaged file
-            raise ModelError(f"the tokenizer in {directory} cannot be read ({error}); download it again") from error
+            raise ModelError(
+                f"the tokenizer in {directory} cannot be read ({error})",
+                field="tokenizer.json",
+                remedy="download it again",
+            ) from error
 
 
 @contextlib.contextmanager

