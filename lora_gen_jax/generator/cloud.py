@@ -166,8 +166,9 @@ class CloudEncoder(nn.Module):
         for layer in self.settings.pooled_layers:
             if not 1 <= layer <= len(means_NBMC):
                 raise ConfigError(
-                    f"generator.pooled_layers names layer {layer}, but the cloud model has {len(means_NBMC)}: name"
-                    " layers from 1 on"
+                    f"generator.pooled_layers names layer {layer}, but the cloud model has {len(means_NBMC)}",
+                    field="generator.pooled_layers",
+                    remedy="name layers from 1 on",
                 )
         return jnp.stack([means_NBMC[layer - 1] for layer in self.settings.pooled_layers], axis=2)
 

@@ -106,7 +106,9 @@ def contrast(
     twins = [places for places in twins if len(places) > 1]
     if len(twins) < 2:
         raise DataError(
-            "fewer than two tasks have two prompts among those the reader was to learn from: raise train.reader_prompts"
+            "fewer than two tasks have two prompts among those the reader was to learn from",
+            field="train.reader_prompts",
+            remedy="raise train.reader_prompts",
         )
     rng, key = np.random.default_rng(seed), jax.random.key(seed)
     optimizer = optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, steps), weight_decay=0.01)
