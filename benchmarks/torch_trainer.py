@@ -149,8 +149,11 @@ def _check(pair: Pair, config: Config) -> None:
     plain = plain and s.batch_norm and not s.shared_meta_token and s.cloud_rank > 0 and s.num_experts > 1
     if not plain or config.method != "lora_gen" or config.data.edge_reads_prompt or families - set(FAMILIES):
         raise ConfigError(
-            f"the step in torch covers method lora_gen with the paper's settings and models of {', '.join(FAMILIES)};"
-            " undo the config's changes to the generator's variant"
+            f"the step in torch covers method lora_gen with the paper's settings and models of {', '.join(FAMILIES)}",
+            field="generator",
+            remedy="undo the config's changes to the generator's variant",
         )
     if s.dropout:
-        raise ConfigError("two libraries do not draw the same dropout: set generator.dropout to 0")
+        raise ConfigError(
+            "two libraries do not draw the same dropout", field="generator.dropout", remedy="set generator.dropout to 0"
+        )

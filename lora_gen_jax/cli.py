@@ -136,14 +136,22 @@ def eval_config(arguments: list[str]) -> tuple[Config, EvalFlags, list[int]]:
         if (text := getattr(flags, name)) is not None:
             updates[name] = tuple(part.strip() for part in text.split(",") if part.strip())
             if not updates[name]:
-                raise ConfigError(f"eval.{name} is {text!r}: give names separated by commas, or leave it out")
+                raise ConfigError(
+                    f"eval.{name} is {text!r}",
+                    field=f"eval.{name}",
+                    remedy="give names separated by commas, or leave it out",
+                )
     if flags.limit is not None:
         updates["limit"] = flags.limit
     shots = [config.eval.shots]
     if flags.shots is not None:
         parts = [part.strip() for part in flags.shots.split(",")]
         if not all(part.isdecimal() for part in parts):
-            raise ConfigError(f"eval.shots is {flags.shots}: give a number, or several separated by commas, as 1,3,5")
+            raise ConfigError(
+                f"eval.shots is {flags.shots}",
+                field="eval.shots",
+                remedy="give a number, or several separated by commas, as 1,3,5",
+            )
         shots = [int(part) for part in parts]
         updates["shots"] = max(shots)
     return check(dataclasses.replace(config, eval=dataclasses.replace(config.eval, **updates))), flags, shots

@@ -115,7 +115,9 @@ def _check_sources(flags: Specialize) -> None:
     if len(given) != 1 and given != ["prompt", "shots"]:
         found = " and ".join(f"--{name}" for name in given) or "none of them"
         raise ConfigError(
-            f"give one of --prompt, --chat, --shots and --prompts (--prompt may describe --shots); found {found}"
+            f"give one of --prompt, --chat, --shots and --prompts (--prompt may describe --shots); found {found}",
+            field="--prompt",
+            code="count",
         )
 
 
@@ -138,7 +140,7 @@ def _specialize_many(specializer: "Specializer", prompts: "Sequence[NamedPrompt]
         try:
             specializer.ids(prompt.text)
         except DataError as error:
-            raise DataError(f"{flags.prompts}: {prompt.name}: {error}") from error
+            raise error.within(f"{flags.prompts}: {prompt.name}") from error
     began = time.monotonic()
     with bar("specialising", len(prompts)) as progress:
         made = specializer.specialize([prompt.text for prompt in prompts], progress)

@@ -74,16 +74,27 @@ def generate_command(flags: Generate) -> None:
 
     given = [name for name in ("input", "requests") if getattr(flags, name) is not None]
     if len(given) != 1:
-        raise ConfigError(f"give one of --input and --requests; found {' and '.join(given) or 'neither'}")
+        raise ConfigError(
+            f"give one of --input and --requests; found {' and '.join(given) or 'neither'}",
+            field="--input",
+            code="count",
+        )
     Sampling(flags.temperature, flags.top_k, flags.top_p).check()
     if flags.requests is not None:
         _answer_requests(flags, flags.requests)
         return
     for name in ("out", "rows", "how"):
         if getattr(flags, name) != getattr(Generate(), name):
-            raise ConfigError(f"--{name} is for --requests; an --input is answered on standard output")
+            raise ConfigError(
+                f"--{name} is for --requests; an --input is answered on standard output", field=f"--{name}"
+            )
     if flags.specialization is None:
-        raise ConfigError("--specialization is missing: name the directory that `specialize` wrote")
+        raise ConfigError(
+            "--specialization is missing",
+            field="--specialization",
+            code="missing",
+            remedy="name the directory that `specialize` wrote",
+        )
     _answer_one(flags, flags.specialization)
 
 
@@ -136,13 +147,20 @@ def _answer_requests(flags: Generate, path: Path) -> None:
     rows, places = _read_requests(flags, path)
     directories = [place for place in places if place is not None]
     if not directories:
-        raise ConfigError("no request names a specialisation: name one in the file, or with --specialization")
+        raise ConfigError(
+            "no request names a specialization",
+            field="--specialization",
+            code="none",
+            remedy="name one in the file, or with --specialization",
+        )
     found, loaded, config = read_specializations(directories, flags.checkpoint, flags.edge)
     first = found[directories[0]]
     if first.direct:
         raise CheckpointError(
-            f"{directories[0]} has factors instead of gates (direct generation), which are not mixed: answer each with"
-            " --input, or export it"
+            f"{directories[0]} has factors instead of gates (direct generation), which are not mixed",
+            field="--specialization",
+            code="direct",
+            remedy="answer each with --input, or export it",
         )
     edge = load_model(config.edge, evaluation_mesh(config.mesh.fsdp))
     adapter = fitted_adapter(first, loaded.variables, config.generator)
@@ -172,15 +190,32 @@ def _check_out(flags: Generate) -> Path:
     """Where the answers go, noticed before anything is computed."""
     out, folder = flags.out, flags.specialization
     if out is None:
-        raise ConfigError("--out is missing: name the JSONL file that --requests are answered in")
+        raise ConfigError(
+            "--out is missing",
+            field="--out",
+            code="missing",
+            remedy="name the JSONL file that --requests are answered in",
+        )
     if out.exists():
-        raise OutputError(f"--out {out} exists already: choose another, or remove it first")
+        raise OutputError(
+            f"--out {out} exists already", field="--out", code="exists", remedy="choose another, or remove it first"
+        )
     if folder is not None and not is_directory(folder):
-        raise CheckpointError(f"--specialization {folder} is no directory: name one that `specialize` wrote")
+        raise CheckpointError(
+            f"--specialization {folder} is no directory",
+            field="--specialization",
+            code="no directory",
+            remedy="name one that `specialize` wrote",
+        )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"--out {out} cannot be written: {error.strerror}; choose another place") from error
+        raise OutputError(
+            f"--out {out} cannot be written: {error.strerror}",
+            field="--out",
+            code="unwritable",
+            remedy="choose another place",
+        ) from error
     return out
 
 
@@ -204,19 +239,35 @@ def _place(flags: Generate, row: dict[str, Any]) -> Path | None:
     text_field(row, "input")
     for name in ("answer", "finish"):
         if name in row:
-            raise DataError(f'"{name}" is there already, and would be written over: call it something else')
+            raise DataError(
+                f'"{name}" is there already, and would be written over',
+                field=name,
+                code="taken",
+                remedy="call it something else",
+            )
     if not _encodes(row):
-        raise DataError("a field holds half of a surrogate pair, which is no text: save the file as UTF-8")
+        raise DataError(
+            "a field holds half of a surrogate pair, which is not text",
+            code="surrogate",
+            remedy="save the file as UTF-8",
+        )
     named, folder = row.get("specialization"), flags.specialization
     if named is None:
         return folder if folder is not None and (folder / TENSORS).is_file() else None
     if not isinstance(named, str) or not named:
-        raise DataError(f'"specialization" must be a directory or a name, found {named!r}')
+        raise DataError(
+            f'"specialization" must be a directory or a name, found {named!r}', field="specialization", code="type"
+        )
     for place in ([] if folder is None else [folder / named]) + [Path(named)]:
         if is_directory(place):
             return place
     below = "" if folder is None else f", neither below {folder}"
-    raise DataError(f"there is no specialisation directory {named[:200]}{below}: write it with `specialize`")
+    raise DataError(
+        f"there is no specialization directory {named[:200]}{below}",
+        field="specialization",
+        code="missing",
+        remedy="write it with `specialize`",
+    )
 
 
 def _encodes(row: dict[str, Any]) -> bool:

@@ -23,5 +23,5 @@ def trained_method(key: str) -> Method:
         ConfigError: for one that nothing is trained for.
     """
     if key not in TRAINED:
-        raise ConfigError(f"method is {key!r}; training can train {', '.join(TRAINED)}")
+        raise ConfigError(f"method is {key!r}; training can train {', '.join(TRAINED)}", field="method")
     return METHODS[key]

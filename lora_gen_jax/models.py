@@ -89,7 +89,9 @@ def make_decoder(settings: ModelConfig, config: DecoderConfig, platform: str, tr
     if platform != needed:
         raise ConfigError(
             f"attention of {settings.source} is {settings.attention!r}, which needs a {needed.upper()}, and this is a"
-            f" {platform.upper()}: leave cloud.attention and edge.attention at auto"
+            f" {platform.upper()}",
+            field="attention",
+            remedy="leave cloud.attention and edge.attention at auto",
         )
     name = settings.dtype
     if name == "auto":
@@ -141,9 +143,11 @@ def end_ids(source: str, model: Model) -> tuple[int, ...]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read ({error}); download it again") from error
+        raise ModelError(
+            f"{path} cannot be read ({error})", field=path.name, code="unreadable", remedy="download it again"
+        ) from error
     if not isinstance(settings, dict):
-        raise ModelError(f"{path} must hold an object; download it again")
+        raise ModelError(f"{path} must hold an object", field=path.name, code="type", remedy="download it again")
     named = settings.get("eos_token_id")
     if named is None and found.kind == "hf":
         named = load_hf_config(found).get("eos_token_id")

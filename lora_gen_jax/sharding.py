@@ -50,7 +50,9 @@ def spec(*axes: str | None) -> PartitionSpec:
     """
     for axis in axes:
         if axis is not None and axis not in LOGICAL_RULES:
-            raise ConfigError(f"unknown logical axis {axis!r}; LOGICAL_RULES has {', '.join(LOGICAL_RULES)}")
+            raise ConfigError(
+                f"unknown logical axis {axis!r}; LOGICAL_RULES has {', '.join(LOGICAL_RULES)}", field=axis
+            )
     return PartitionSpec(*(None if axis is None else LOGICAL_RULES[axis] for axis in axes))
 
 
@@ -122,8 +124,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, devices: Sequence[A
         known *= size if size != -1 else 1
     if sizes.count(-1) > 1 or known < 1 or min(sizes) < -1 or count % known or (-1 not in sizes and known != count):
         raise ConfigError(
-            f"mesh sizes data={data}, fsdp={fsdp}, model={model} do not fit {count} devices: set --mesh.data,"
-            " --mesh.fsdp and --mesh.model to numbers whose product that is; one may be -1"
+            f"mesh sizes data={data}, fsdp={fsdp}, model={model} do not fit {count} devices",
+            field="mesh",
+            remedy="set --mesh.data, --mesh.fsdp and --mesh.model to numbers whose product that is; one may be -1",
         )
     sizes = [count // known if size == -1 else size for size in sizes]
     # Linen's boxed initialisers need Auto axes; jax.make_mesh makes Explicit ones by default.
@@ -132,7 +135,10 @@ def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, devices: Sequence[A
     if slices == 1:
         return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
     if sizes[0] % slices:
-        raise ConfigError(f"mesh.data = {sizes[0]} must be a multiple of the {slices} slices that the devices are on")
+        raise ConfigError(
+            f"mesh.data = {sizes[0]} must be a multiple of the {slices} slices that the devices are on",
+            field="mesh.data",
+        )
     within, across = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
     return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices=devices), MESH_AXES, axis_types=types)
 

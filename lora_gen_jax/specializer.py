@@ -114,11 +114,16 @@ class Specializer:
         """
         check_text(prompt, "prompt")
         if not prompt.strip():
-            raise DataError("the prompt is empty: give a description, examples, or both")
+            raise DataError(
+                "the prompt is empty", field="prompt", code="empty", remedy="give a description, examples, or both"
+            )
         ids = self.pair.cloud.encoder.prompt(prompt)
         if len(ids) > self.limit:
             raise DataError(
-                f"the prompt has {len(ids)} tokens, the limit is {self.limit}: shorten it, or give fewer shots"
+                f"the prompt has {len(ids)} tokens, the limit is {self.limit}",
+                field="prompt",
+                code="too long",
+                remedy="shorten it, or give fewer shots",
             )
         return ids
 
@@ -140,7 +145,11 @@ class Specializer:
                 prompts it says which.
         """
         if isinstance(prompts, str):
-            raise DataError("prompts is one text, of which every letter would be a prompt: give a list of texts")
+            raise DataError(
+                "prompts is one text, of which every letter would be a prompt",
+                field="prompts",
+                remedy="give a list of texts",
+            )
         rows = [self._numbered_ids(prompts, i) for i in range(len(prompts))]
         made: dict[int, Specialization] = {}
         for chunk, size in self._chunks([len(row) for row in rows], batch):
@@ -180,7 +189,7 @@ class Specializer:
         except DataError as error:
             if len(prompts) == 1:
                 raise
-            raise DataError(f"prompt {i + 1} of {len(prompts)}: {error}") from error
+            raise error.within(f"prompt {i + 1} of {len(prompts)}") from error
 
     def _chunks(self, lengths: list[int], batch: int) -> list[tuple[list[int], int]]:
         """(prompts of one batch, the number of rows they are filled up to); of one padded length, of similar ones."""
@@ -229,11 +238,13 @@ def read_specializations(
         try:
             fit.check(specialization)
         except CheckpointError as error:
-            raise CheckpointError(f"{directory}, with the generator {loaded.path}: {error}") from error
+            raise error.within(f"{directory}, with the generator {loaded.path}") from error
         if specialization.fingerprints["edge"] != weights:
             raise CheckpointError(
-                f"{directory} was made for another edge model (fingerprint {specialization.fingerprints['edge']}) than"
-                f" {config.edge.source} ({weights}): give the one that it was made for (--edge)"
+                f"{directory} was made for another edge model (fingerprint {specialization.fingerprints['edge']})"
+                f" than {config.edge.source} ({weights})",
+                field="--edge",
+                remedy="give the one that it was made for (--edge)",
             )
     return found, loaded, config
 
@@ -260,8 +271,10 @@ def find_generator(specialization: Specialization, named: Path | None) -> Loaded
         if pool_fingerprint(loaded.variables) == specialization.fingerprints["pool"]:
             return loaded
     raise CheckpointError(
-        f"the expert pool of this specialisation was not found: no --checkpoint was given, {reason}, and no shipped"
-        " generator has that pool. Give --checkpoint DIR"
+        f"the expert pool of this specialization was not found: no --checkpoint was given, {reason}, and no shipped"
+        " generator has that pool",
+        field="--checkpoint",
+        remedy="Give --checkpoint DIR",
     )
 
 
@@ -277,6 +290,7 @@ def relocate(config: Config, cloud: str | None, edge: str | None) -> Config:
 def _check_makes_gates(loaded: Loaded) -> None:
     if loaded.config.method != "lora_gen":
         raise CheckpointError(
-            f"{loaded.path} was trained with method {loaded.config.method}, which makes no gates of a prompt: give a"
-            " checkpoint of method lora_gen"
+            f"{loaded.path} was trained with method {loaded.config.method}, which makes no gates of a prompt",
+            field="method",
+            remedy="give a checkpoint of method lora_gen",
         )

@@ -198,7 +198,9 @@ def main() -> None:
         scored = scored_questions(flags.data_dir)
         there = [name for name in (*READERS, "metatool") if (flags.sources / name).is_dir()]
         if not there:
-            raise DataError(f"{flags.sources} has none of the folders {', '.join((*READERS, 'metatool'))}")
+            raise DataError(
+                f"{flags.sources} has none of the folders {', '.join((*READERS, 'metatool'))}", field="--sources"
+            )
         flags.out.mkdir(parents=True, exist_ok=True)
         for name in there:
             folder = flags.sources / name

@@ -73,7 +73,10 @@ class AutoCompressor(TrainedModule):
         if prompts is None:
             return Generated(lora)
         if (edge_PX := prompts.edge_PX) is None:
-            raise ConfigError("data.edge_prompt_length is 0: the edge model has no prompt to compress; set it")
+            raise ConfigError(
+                "data.edge_prompt_length is 0: the edge model has no prompt to compress; set it",
+                field="data.edge_prompt_length",
+            )
         # The learned embeddings are of the size of the model's own inputs, whatever those are scaled by.
         summary_KD = summary_KD * jnp.float32(self.edge.embedding_scale)
         lengths_PM = self.lengths(edge_PX, train)
@@ -194,7 +197,9 @@ def build(config: Config, pair: "Pair") -> AutoCompressor:
         if positions > edge.config.max_positions:
             raise ConfigError(
                 f"{field} with {soft} soft tokens needs {positions} positions, the edge model has"
-                f" {edge.config.max_positions}: lower {field} or compressor.summary_tokens"
+                f" {edge.config.max_positions}",
+                field=field,
+                remedy=f"lower {field} or compressor.summary_tokens",
             )
     return module
 

@@ -70,8 +70,9 @@ def check_budget(settings: HubConfig, modules: int) -> None:
     if settings.budget > CANDIDATES_PER_MODULE * modules:
         raise ConfigError(
             f"hub.budget is {settings.budget}; a search over {modules} modules takes at most"
-            f" {CANDIDATES_PER_MODULE * modules} candidates: with more, NGOpt takes methods that fail with this"
-            " NumPy or cannot be repeated"
+            f" {CANDIDATES_PER_MODULE * modules} candidates: with more, NGOpt takes methods that fail with this NumPy"
+            " or cannot be repeated",
+            field="hub.budget",
         )
 
 
@@ -84,7 +85,9 @@ def require_nevergrad() -> Any:
     try:
         import nevergrad
     except ModuleNotFoundError as error:
-        raise ConfigError("nevergrad is not installed: pip install 'lora_gen_jax[hub]'") from error
+        raise ConfigError(
+            "nevergrad is not installed", field="nevergrad", remedy="pip install 'lora_gen_jax[hub]'"
+        ) from error
     return nevergrad
 
 

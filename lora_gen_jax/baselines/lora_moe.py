@@ -144,8 +144,9 @@ class LoRAMoE(TrainedModule):
         knowledge_B = batch.prompts.knowledge_P
         if knowledge_B is None:
             raise DataError(
-                "the batch's prompts have no knowledge_P, which the balance loss of lora_moe needs: pack them with it,"
-                " or set generator.balance_coefficient to 0"
+                "the batch's prompts have no knowledge_P, which the balance loss of lora_moe needs",
+                field="prompts.knowledge_P",
+                remedy="pack them with it, or set generator.balance_coefficient to 0",
             )
         read_BT = jnp.asarray(batch.positions_PT) >= 0
         losses = [balance_loss(p, read_BT, jnp.asarray(knowledge_B), self.margin) for p in records.values()]

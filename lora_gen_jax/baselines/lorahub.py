@@ -65,7 +65,11 @@ class LoRAModules(TrainedModule):
             DataError: for prompts that do not say of which task they are.
         """
         if prompts is None or prompts.tasks_P is None:
-            raise DataError("method lorahub trains a module for each task: pack prompts with their tasks' numbers")
+            raise DataError(
+                "method lorahub trains a module for each task",
+                field="prompts.tasks_P",
+                remedy="pack prompts with their tasks' numbers",
+            )
         s, N, L, factors = self.settings, self.modules, self.edge.num_layers, {}
         tasks_P = jnp.asarray(prompts.tasks_P)
         for site in lora_sites(self.edge, s, SITES):
@@ -87,8 +91,9 @@ def choose_tasks(config: Config, tasks: list[Task]) -> list[Task]:
     having, count = [task for task in tasks if task.train], config.hub.modules
     if len(having) < count:
         raise ConfigError(
-            f"hub.modules is {count}, but only {len(having)} tasks have training rows: lower hub.modules, or name more"
-            " tasks with data.tasks or data.files"
+            f"hub.modules is {count}, but only {len(having)} tasks have training rows",
+            field="hub.modules",
+            remedy="lower hub.modules, or name more tasks with data.tasks or data.files",
         )
     salt = f"modules/{config.train.seed}"
     chosen = {id(task) for task in sorted(having, key=lambda t: stable_hash(salt, t.source, t.name))[:count]}
@@ -118,7 +123,11 @@ def shots_of(edge: "Model", prompt: Prompt | None) -> Pairs:
         DataError: without shots, or for one that exceeds the model's positions.
     """
     if prompt is None or not prompt.shots:
-        raise DataError("method lorahub searches with a task's shots, and there are none: set eval.shots to 1 or more")
+        raise DataError(
+            "method lorahub searches with a task's shots, and there are none",
+            field="eval.shots",
+            remedy="set eval.shots to 1 or more",
+        )
     pairs, end = [], [] if edge.encoder.end is None else [edge.encoder.end]
     for shot in prompt.shots:
         query, response = edge.encoder.query(shot, prompt.chat)
@@ -126,7 +135,9 @@ def shots_of(edge: "Model", prompt: Prompt | None) -> Pairs:
         if len(query) + len(response) > edge.config.max_positions:
             raise DataError(
                 f"shot {shot.id} has {len(query) + len(response)} tokens, but the edge model has"
-                f" {edge.config.max_positions} positions: take other shots with eval.seed, or shorten the task's rows"
+                f" {edge.config.max_positions} positions",
+                field=shot.id,
+                remedy="take other shots with eval.seed, or shorten the task's rows",
             )
     return pairs
 

@@ -63,11 +63,14 @@ def check_tokens(ids: Sequence[int], vocab_size: int, field: str) -> None:
     known = np.asarray(ids)
     # Integers beyond 64 bits are objects to NumPy.
     if known.dtype.kind not in "iu" and not (known.dtype.kind == "O" and all(type(one) is int for one in ids)):
-        raise DataError(f"{field} holds something other than whole numbers", field=field, remedy="give token ids")
+        raise DataError(
+            f"{field} holds something other than whole numbers", field=field, code="type", remedy="give token ids"
+        )
     for bad in (int(known.min()), int(known.max())):
         if not 0 <= bad < vocab_size:
             raise DataError(
                 f"{field} holds token id {bad}, but the model's embedding has ids 0 to {vocab_size - 1}",
                 field=field,
+                code="unknown id",
                 remedy="tokenize it with this model's own tokenizer",
             )

@@ -167,11 +167,21 @@ def stream(
 
 def _check(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, prefix: Prefix | None) -> None:
     if max_new_tokens < 1:
-        raise DataError(f"max_new_tokens={max_new_tokens} generates nothing: use at least 1")
+        raise DataError(
+            f"max_new_tokens={max_new_tokens} generates nothing",
+            field="max_new_tokens",
+            code="range",
+            remedy="use at least 1",
+        )
     before = prefix_length(prefix)
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise DataError(f"prompt {i} is empty: give it at least one token, the model's bos or eos for example")
+            raise DataError(
+                f"prompt {i} is empty",
+                field=f"prompts[{i}]",
+                code="empty",
+                remedy="give it at least one token, the model's bos or eos for example",
+            )
         check_tokens(prompt, decoder.config.vocab_size, f"prompts[{i}]")
         check_length(
             before + len(prompt) + max_new_tokens,

@@ -48,10 +48,14 @@ class Engine:
 
     def __init__(self, decoder: Decoder, params: Any, pool: GatedPool | None, *, rows: int, slots: int):
         if rows < 1:
-            raise ConfigError(f"rows is {rows}: serve at least one sequence at a time")
+            raise ConfigError(f"rows is {rows}", field="rows", remedy="serve at least one sequence at a time")
         if not 2 <= slots <= decoder.config.max_positions:
             most = decoder.config.max_positions
-            raise ConfigError(f"context is {slots} tokens: give 2 to {most}, which the edge model has positions for")
+            raise ConfigError(
+                f"context is {slots} tokens",
+                field="context",
+                remedy=f"give 2 to {most}, which the edge model has positions for",
+            )
         self.decoder, self.params, self.slots = forward_only(decoder), params, slots
         self.rows = padded_rows(rows, params) if mesh_of(params) else rows
         self.pool = None if pool is None else _without_gates(pool)

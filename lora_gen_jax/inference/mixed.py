@@ -32,7 +32,11 @@ def per_row(adapter: Any, rows: int, padded: int) -> Any:
     if prompts == 1:
         return adapter
     if rows % prompts:
-        raise DataError(f"{rows} rows cannot be shared evenly by the adapter's {prompts} prompts: pass as many each")
+        raise DataError(
+            f"{rows} rows cannot be shared evenly by the adapter's {prompts} prompts",
+            field="rows",
+            remedy="pass as many each",
+        )
     prompt_B = np.concatenate([np.arange(rows) // (rows // prompts), np.zeros(padded - rows, np.int64)])
     return adapter.take(prompt_B)
 
@@ -44,4 +48,6 @@ def require_single_prompt(adapter: Any) -> None:
         DataError: when the adapter holds several prompts.
     """
     if (prompts := prompt_count(adapter)) != 1:
-        raise DataError(f"the adapter holds {prompts} prompts where one is needed: pass adapter.select(i)")
+        raise DataError(
+            f"the adapter holds {prompts} prompts where one is needed", field="adapter", remedy="pass adapter.select(i)"
+        )

@@ -58,7 +58,7 @@ def answer_all(
             check_work(work, decoder, slots)
             check_gates(work, decoder, pool)
         except LoraGenError as error:
-            raise type(error)(f"request {i + 1} of {len(works)}: {error}") from error
+            raise error.within(f"request {i + 1} of {len(works)}") from error
     groups = by_specialisation(works)
     mixed = how == "mixed" or (how == "auto" and mixed_is_better([len(group) for group in groups]))
     # Free rows are computed, too: merged, no more are needed than the largest group has.

@@ -28,7 +28,9 @@ def mesh_of(params: Any) -> Mesh | None:
     if missing := [axis for axis in MESH_AXES if axis not in mesh.axis_names]:
         raise ConfigError(
             f"the weights lie on a mesh with the axes {', '.join(map(str, mesh.axis_names))}, without"
-            f" {', '.join(missing)}: make it with lora_gen_jax.sharding.make_mesh"
+            f" {', '.join(missing)}",
+            field="mesh",
+            remedy="make it with lora_gen_jax.sharding.make_mesh",
         )
     return mesh
 

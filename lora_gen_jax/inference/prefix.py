@@ -50,10 +50,15 @@ def encode_prefix(decoder: Decoder, params: Any, ids: Sequence[int], adapter: Ad
             holds several prompts.
     """
     if not ids:
-        raise DataError("the prefix is empty: leave it out")
+        raise DataError("the prefix is empty", field="prefix", code="empty", remedy="leave it out")
     limit = decoder.config.max_positions
     if len(ids) >= limit:
-        raise DataError(f"the prefix has {len(ids)} tokens, the model reads {limit} in all: use fewer shots")
+        raise DataError(
+            f"the prefix has {len(ids)} tokens, the model reads {limit} in all",
+            field="prefix",
+            code="too long",
+            remedy="use fewer shots",
+        )
     check_tokens(ids, decoder.config.vocab_size, "prefix")
     require_single_prompt(adapter)
     cache = _encode(forward_only(decoder), params, pad_rows([ids], bucket(len(ids)), 1), adapter)
@@ -102,4 +107,6 @@ def check_length(tokens: int, config: DecoderConfig, remedy: str) -> None:
         DataError: when it has more tokens than the model has positions; the message ends with the remedy.
     """
     if tokens > config.max_positions:
-        raise DataError(f"{tokens} tokens do not fit the model's {config.max_positions} positions: {remedy}")
+        raise DataError(
+            f"{tokens} tokens do not fit the model's {config.max_positions} positions", field="tokens", remedy=remedy
+        )

@@ -28,11 +28,13 @@ class Sampling(struct.PyTreeNode):
     def check(self) -> None:
         """Raises ConfigError for a value outside its range."""
         if not 0.0 <= float(self.temperature) < float("inf"):
-            raise ConfigError(f"temperature={self.temperature} must be 0 (greedy) or a positive number")
+            raise ConfigError(
+                f"temperature={self.temperature} must be 0 (greedy) or a positive number", field="temperature"
+            )
         if int(self.top_k) != self.top_k or not 0 <= int(self.top_k) < 2**31:
-            raise ConfigError(f"top_k={self.top_k} must be 0 (off) or a positive whole number")
+            raise ConfigError(f"top_k={self.top_k} must be 0 (off) or a positive whole number", field="top_k")
         if not 0.0 < float(self.top_p) <= 1.0:
-            raise ConfigError(f"top_p={self.top_p} must be above 0 and at most 1 (off)")
+            raise ConfigError(f"top_p={self.top_p} must be above 0 and at most 1 (off)", field="top_p")
 
     def checked(self) -> "Sampling":
         """The same settings as typed arrays.

@@ -36,13 +36,15 @@ def compress(module: Any, variables: Any, params: Any, ids: Sequence[int]) -> ja
         DataError: for an empty prompt, one too long for the model, or a token id that the model lacks.
     """
     if not ids:
-        raise DataError("the prompt is empty: there is nothing to compress")
+        raise DataError("the prompt is empty: there is nothing to compress", field="prompt", code="empty")
     check_tokens(ids, module.edge.vocab_size, "prompt")
     needed, limit = module.positions(len(ids)), module.edge.max_positions
     if needed > limit:
         raise DataError(
-            f"a prompt of {len(ids)} tokens needs {needed} positions to be compressed, the edge model has {limit}:"
-            " shorten it, or give fewer shots"
+            f"a prompt of {len(ids)} tokens needs {needed} positions to be compressed, the edge model has {limit}",
+            field="prompt",
+            code="too long",
+            remedy="shorten it, or give fewer shots",
         )
     edge_1X = np.full((1, bucket(len(ids))), -1, np.int32)
     edge_1X[0, : len(ids)] = ids
@@ -70,11 +72,21 @@ def encode_soft(decoder: Decoder, params: Any, soft_ND: jax.Array, adapter: Adap
     """
     (N, D), c = soft_ND.shape, decoder.config
     if D != c.width:
-        raise DataError(f"soft tokens of width {D} do not fit a model of width {c.width}: compress with this model")
+        raise DataError(
+            f"soft tokens of width {D} do not fit a model of width {c.width}",
+            field="soft_ND",
+            code="width",
+            remedy="compress with this model",
+        )
     if N == 0:
-        raise DataError("there are no soft tokens: leave the prefix out")
+        raise DataError("there are no soft tokens", field="soft_ND", code="empty", remedy="leave the prefix out")
     if N >= c.max_positions:
-        raise DataError(f"{N} soft tokens leave no room, the model reads {c.max_positions} in all: use fewer")
+        raise DataError(
+            f"{N} soft tokens leave no room, the model reads {c.max_positions} in all",
+            field="soft_ND",
+            code="too long",
+            remedy="use fewer",
+        )
     require_single_prompt(adapter)
     padded_1SD = jnp.pad(soft_ND, ((0, bucket(N) - N), (0, 0)))[None]
     positions_1S = np.arange(padded_1SD.shape[1], dtype=np.int32)[None]

@@ -69,19 +69,27 @@ def check_work(work: Work, decoder: Decoder, slots: int) -> None:
         ConfigError: for a sampling setting outside its range.
     """
     if len(work.ids) == 0:
-        raise DataError("the prompt is empty: give it at least one token")
+        raise DataError("the prompt is empty", field="prompt", code="empty", remedy="give it at least one token")
     if work.max_new_tokens < 1:
-        raise DataError(f"max_new_tokens={work.max_new_tokens} generates nothing: use at least 1")
+        raise DataError(
+            f"max_new_tokens={work.max_new_tokens} generates nothing",
+            field="max_new_tokens",
+            code="range",
+            remedy="use at least 1",
+        )
     if len(work.ids) + work.max_new_tokens > slots:
         raise DataError(
-            f"the prompt has {len(work.ids)} tokens and max_new_tokens is {work.max_new_tokens}, the context has"
-            f" room for {slots} together: shorten the prompt, or ask for fewer new tokens"
+            f"the prompt has {len(work.ids)} tokens and max_new_tokens is {work.max_new_tokens}, the context has room"
+            f" for {slots} together",
+            field="max_new_tokens",
+            code="too long",
+            remedy="shorten the prompt, or ask for fewer new tokens",
         )
     check_tokens(work.ids, decoder.config.vocab_size, "prompt")
     if len(work.stop_ids) > STOPS:
-        raise DataError(f"{len(work.stop_ids)} stop ids were given, there is room for {STOPS}")
+        raise DataError(f"{len(work.stop_ids)} stop ids were given, there is room for {STOPS}", field="stop_ids")
     if not 0 <= work.seed < 2**32:
-        raise DataError(f"seed={work.seed} must be 0 to 2^32 - 1")
+        raise DataError(f"seed={work.seed} must be 0 to 2^32 - 1", field="seed")
     Sampling(work.temperature, work.top_k, work.top_p).check()
 
 
@@ -94,4 +102,6 @@ def check_gates(work: Work, decoder: Decoder, pool: GatedPool | None) -> None:
     """Raises DataError for gates of another shape than the pool takes, [L, E]."""
     shape = (decoder.config.num_layers, expert_count(pool))
     if work.gates_LE is not None and work.gates_LE.shape != shape:
-        raise DataError(f"gates have the shape {work.gates_LE.shape}, the pool takes {shape} (layers, experts)")
+        raise DataError(
+            f"gates have the shape {work.gates_LE.shape}, the pool takes {shape} (layers, experts)", field="gates"
+        )

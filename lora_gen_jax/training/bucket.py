@@ -16,9 +16,6 @@ from etils import epath
 from lora_gen_jax.errors import ConfigError, OutputError
 
 _ADDRESS = re.compile(r"gs:/+(?P<place>[^/].*)")
-_INSTALL = (
-    "gs:// addresses need gcsfs, which is not installed: pip install gcsfs (or this package with its extra [gcs])"
-)
 
 
 def is_bucket(path: str | Path) -> bool:
@@ -36,7 +33,11 @@ def location(path: str | Path) -> Any:
     if found is None:
         return Path(path)
     if importlib.util.find_spec("gcsfs") is None:
-        raise ConfigError(_INSTALL)
+        raise ConfigError(
+            "gs:// addresses need gcsfs, which is not installed",
+            field="gcsfs",
+            remedy="pip install gcsfs (or this package with its extra [gcs])",
+        )
     import fsspec.config
 
     # What was listed before another process, or Orbax beside gcsfs, wrote there is out of date.
@@ -60,8 +61,10 @@ def writing(path: Any) -> Iterator[None]:
         yield
     except (OSError, *remote_errors(path)) as error:
         raise OutputError(
-            f"{path} cannot be written ({type(error).__name__}: {error}). Is there such a bucket, and may this machine"
-            " write to it (--bucket)?"
+            f"{path} cannot be written ({type(error).__name__}: {error})",
+            field="--bucket",
+            code="unwritable",
+            remedy="Is there such a bucket, and may this machine write to it (--bucket)?",
         ) from error
 
 

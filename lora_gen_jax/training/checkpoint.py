@@ -139,8 +139,10 @@ class Checkpoints:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             cause = "may this machine write to the bucket?" if self._errors else "is the disk full?"
             raise OutputError(
-                f"a checkpoint in {self.directory} cannot be written: {reason}. Mend that ({cause}): the same command"
-                " goes on from the newest checkpoint that is complete"
+                f"a checkpoint in {self.directory} cannot be written: {reason}",
+                field="--bucket" if self._errors else "--workdir",
+                code="unwritable",
+                remedy=f"Mend that ({cause}): the same command goes on from the newest checkpoint that is complete",
             ) from error
 
     @property
@@ -165,8 +167,10 @@ class Checkpoints:
             yield
         except (ValueError, KeyError, OSError, TypeError, *self._errors) as error:
             raise CheckpointError(
-                f"checkpoint {self.manager.directory / str(step)} cannot be restored: {error}. Delete that step's"
-                " directory to go on from the one before"
+                f"checkpoint {self.manager.directory / str(step)} cannot be restored: {error}",
+                field="checkpoint",
+                code="damaged",
+                remedy="Delete that step's directory to go on from the one before",
             ) from error
 
     def restore(self, state: TrainState) -> tuple[TrainState, Any]:
@@ -217,8 +221,11 @@ def step_directory(path: Any) -> Any:
         if steps:
             return max(steps, key=lambda p: int(p.name))
     raise CheckpointError(
-        f"{path} holds no checkpoint: give a run's work directory, one of its checkpoints/<step> directories, what"
-        f" `pack` wrote, or the name of a shipped generator ({', '.join(SHIPPED)})"
+        f"{path} holds no checkpoint",
+        field="--checkpoint",
+        code="none",
+        remedy="give a run's work directory, one of its checkpoints/<step> directories, what `pack` wrote, or the name"
+        f" of a shipped generator ({', '.join(SHIPPED)})",
     )
 
 
@@ -247,7 +254,7 @@ def load_checkpoint(path: str | Path) -> Loaded:
             return Loaded(**load_portable(place))
         directory = absolute(step_directory(place))
     except (OSError, *remote_errors(place)) as error:
-        raise CheckpointError(f"{place} cannot be read: {error}") from error
+        raise CheckpointError(f"{place} cannot be read: {error}", field="--checkpoint", code="unreadable") from error
     try:
         handler = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
         items = ocp.args.Composite(
@@ -265,7 +272,9 @@ def load_checkpoint(path: str | Path) -> Loaded:
             path=directory,
         )
     except (ValueError, KeyError, OSError, TypeError, *remote_errors(directory)) as error:
-        raise CheckpointError(f"checkpoint {directory} is damaged or incomplete: {error}") from error
+        raise CheckpointError(
+            f"checkpoint {directory} is damaged or incomplete: {error}", field="--checkpoint", code="damaged"
+        ) from error
 
 
 def find_checkpoint(config: Config, named: Path | None = None) -> Loaded:
@@ -304,8 +313,9 @@ def check_tasks(expected: dict[str, str], found: dict[str, str], what: str) -> N
     """
     if changed := sorted(source for source in expected if expected[source] != found.get(source)):
         raise CheckpointError(
-            f"{what} was trained on other rows of {', '.join(changed)}: put the data back as it was, or name"
-            " another --workdir"
+            f"{what} was trained on other rows of {', '.join(changed)}",
+            field="data",
+            remedy="put the data back as it was, or name another --workdir",
         )
 
 
@@ -316,7 +326,9 @@ def check_method(loaded: Loaded, method: str) -> None:
         CheckpointError: when it was trained with another one.
     """
     if loaded.config.method != method:
-        raise CheckpointError(f"{loaded.path} was trained with method {loaded.config.method}, not {method}")
+        raise CheckpointError(
+            f"{loaded.path} was trained with method {loaded.config.method}, not {method}", field="method"
+        )
 
 
 def check_models(expected: dict[str, str], found: dict[str, str], what: str) -> None:
@@ -328,6 +340,7 @@ def check_models(expected: dict[str, str], found: dict[str, str], what: str) -> 
     for name in ("cloud", "edge"):
         if expected[name] != found[name]:
             raise CheckpointError(
-                f"{what} was made for another {name} model (fingerprint {expected[name]}, loaded {found[name]}):"
-                f" load the model it was trained on ({name}.source)"
+                f"{what} was made for another {name} model (fingerprint {expected[name]}, loaded {found[name]})",
+                field=f"{name}.source",
+                remedy=f"load the model it was trained on ({name}.source)",
             )

@@ -108,7 +108,7 @@ def method_cost(config: Config, cloud: DecoderConfig, edge: DecoderConfig, batch
     """
     method = trained_method(config.method)
     if method.token_macs is None and config.method != "lora_gen":
-        raise ConfigError(f"method is {config.method}, the multiply-adds of whose step are not counted")
+        raise ConfigError(f"method is {config.method}, the multiply-adds of whose step are not counted", field="method")
     if method.token_macs is None:
         return step_cost(cloud, edge, config.generator, batch)
     return edge_cost(edge, method.token_macs(edge, config), batch)

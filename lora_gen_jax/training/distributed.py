@@ -56,8 +56,10 @@ def start(config: DistributedConfig) -> None:
         )
     except (RuntimeError, ValueError) as error:
         raise LoraGenError(
-            f"the processes of this job did not come together: {error}. Start all of them within {START_SECONDS} s with"
-            " the same distributed.coordinator and distributed.processes, and let them reach each other's ports"
+            f"the processes of this job did not come together: {error}",
+            field="distributed.coordinator",
+            remedy=f"Start all of them within {START_SECONDS} s with the same distributed.coordinator and"
+            " distributed.processes, and let them reach each other's ports",
         ) from error
     _peers = _connect(config.heartbeat_seconds)
 

@@ -247,8 +247,9 @@ class _Pending:
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
         if bad:
             raise TrainingDivergedError(
-                f"step {self.step}: {bad[0]} is {values[bad[0]]}. Training stopped; the last checkpoint is good. Lower"
-                " train.learning_rate, lengthen train.warmup_steps or set train.clip_norm"
+                f"step {self.step}: {bad[0]} is {values[bad[0]]}. Training stopped; the last checkpoint is good",
+                field=bad[0],
+                remedy="Lower train.learning_rate, lengthen train.warmup_steps or set train.clip_norm",
             )
         recorder.record(self.step, values | {"tokens_per_second": self.tokens / seconds, "step_seconds": seconds})
 

@@ -78,7 +78,9 @@ def load_portable(directory: Path) -> dict[str, Any]:
             "path": directory,
         }
     except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"generator {directory} is damaged or incomplete: {error}") from error
+        raise CheckpointError(
+            f"generator {directory} is damaged or incomplete: {error}", field="--checkpoint", code="damaged"
+        ) from error
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -57,8 +57,10 @@ def check_rows(config: Config, mesh: Mesh) -> None:
     if rows % devices:
         raise ConfigError(
             f"data.prompts_per_step / data.prompts_per_row = {rows} rows cannot be split evenly over mesh data·fsdp ="
-            f" {devices} devices: take a multiple of {devices * d.prompts_per_row} prompts, or let devices share a row"
-            " with --mesh.model"
+            f" {devices} devices",
+            field="data.prompts_per_step",
+            remedy=f"take a multiple of {devices * d.prompts_per_row} prompts, or let devices share a row"
+            " with --mesh.model",
         )
 
 
@@ -73,8 +75,9 @@ def check_same_rows(rows: dict[str, str]) -> None:
     """
     if others := distributed.differing(repr(sorted(rows.items()))):
         raise DataError(
-            f"the tasks of process {', '.join(map(str, others))} are not those of process 0: put the same files on all"
-            " machines (data.dir, data.files, data.tfds_dir)"
+            f"the tasks of process {', '.join(map(str, others))} are not those of process 0",
+            field="data",
+            remedy="put the same files on all machines (data.dir, data.files, data.tfds_dir)",
         )
 
 
@@ -95,8 +98,9 @@ def check_shapes(config: Config, pair: Pair) -> None:
     ):
         if tokens > model.max_positions:
             raise ConfigError(
-                f"{field} lets a sequence be {tokens} tokens long, but the model has {model.max_positions} positions:"
-                f" lower {field}"
+                f"{field} lets a sequence be {tokens} tokens long, but the model has {model.max_positions} positions",
+                field=field,
+                remedy=f"lower {field}",
             )
 
 
@@ -144,7 +148,11 @@ def prepare_directory(config: Config) -> None:
     if jax.process_count() > 1:
         distributed.barrier("config.json")
         if not shared.exists():
-            raise ConfigError(f"process 0 wrote {shared}, which process {jax.process_index()} does not see: {SHARED}")
+            raise ConfigError(
+                f"process 0 wrote {shared}, which process {jax.process_index()} does not see",
+                field="--workdir",
+                remedy=SHARED,
+            )
     _compare(shared, new)
 
 
@@ -176,13 +184,19 @@ def _compare(path: Any, new: dict[str, Any]) -> None:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, *remote_errors(path)) as error:
         raise CheckpointError(
-            f"{path}, the config of the run, cannot be read: {error}. Delete that file, and go on with the same config"
+            f"{path}, the config of the run, cannot be read: {error}",
+            field="config.json",
+            code="unreadable",
+            remedy="Delete that file, and go on with the same config",
         ) from error
     # Fields that were added since that run was started count as their defaults.
     if lines := difference(to_json(from_json(saved)), new):
         other = "--bucket" if is_bucket(path) else "--workdir"
         raise CheckpointError(
-            f"{path.parent} holds a run with another config; choose another {other}, or undo:\n  " + "\n  ".join(lines)
+            f"{path.parent} holds a run with another config",
+            field=other,
+            code="another config",
+            remedy=f"choose another {other}, or undo:\n  " + "\n  ".join(lines),
         )
 
 

@@ -61,12 +61,17 @@ class Claim:
             who = f"on {other['host']}, process {other['process']}, since {other['began']}"
         except (OSError, ValueError, KeyError, TypeError, *remote_errors(self.path)) as error:
             raise OutputError(
-                f"{self.path}, which says what run writes there, cannot be read ({type(error).__name__}: {error}):"
-                " start this command again"
+                f"{self.path}, which says what run writes there, cannot be read ({type(error).__name__}: {error})",
+                field="--bucket",
+                code="unreadable",
+                remedy="start this command again",
             ) from error
         raise OutputError(
-            f"another training ({who}) writes to {self.path.parent} now, and this one ends: the other goes on from the"
-            " newest checkpoint. For two runs, name another --bucket"
+            f"another training ({who}) writes to {self.path.parent} now, and this one ends: the other goes on from"
+            " the newest checkpoint",
+            field="--bucket",
+            code="taken",
+            remedy="For two runs, name another --bucket",
         )
 
 
@@ -86,7 +91,10 @@ def sole_run(directory: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise OutputError(
-                    f"another training is writing to {directory}: wait until it ends, or name another --workdir"
+                    f"another training is writing to {directory}",
+                    field="--workdir",
+                    code="taken",
+                    remedy="wait until it ends, or name another --workdir",
                 ) from error
             except OSError as error:
                 log.warning("%s cannot be locked (%s): start no second run there", directory, error.strerror)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import moe_reference as reference
 import numpy as np
 import pytest
-from helpers import EDGE, OPT, SETTINGS, padded, random_params, token_rows
+from helpers import EDGE, OPT, SETTINGS, padded, raises, random_params, token_rows
 from moe_reference import BATCH, KNOWLEDGE, logits, losses, plain, quick_jit, random_module_params
 
 from lora_gen_jax.baselines.lora_moe import METHOD, LoRAMoE, LoRAMoEAdapter, balance_loss
@@ -124,7 +124,7 @@ def test_without_a_coefficient_nothing_is_asked_for_and_nothing_added():
 
 def test_a_batch_that_does_not_tell_the_kinds_of_tasks_is_refused():
     batch = BATCH.replace(prompts=BATCH.prompts.replace(knowledge_P=None))
-    with pytest.raises(DataError, match=r"no knowledge_P.*set generator.balance_coefficient to 0"):
+    with raises(DataError, "prompts.knowledge_P", "generator.balance_coefficient"):
         LoRAMoE(EDGE, BALANCED).auxiliary(None, {}, batch)
 
 

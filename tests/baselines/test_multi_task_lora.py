@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import EDGE, OPT, SETTINGS, filled, logits, random_params, token_rows
+from helpers import EDGE, OPT, SETTINGS, filled, logits, raises, random_params, token_rows
 
 from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.baselines.lora import MultiTaskLoRA
@@ -55,5 +55,5 @@ def test_the_sites_are_the_configs_and_start_at_the_base():
 
 
 def test_it_cannot_be_specialised_by_a_prompt():
-    with pytest.raises(ConfigError, match="MultiTaskLoRA is no generator of LoRA-Gen"):
+    with raises(ConfigError, "generator", "MultiTaskLoRA"):
         specialize(MultiTaskLoRA(EDGE, SETTINGS), {}, None, [[1, 2]])  # pyright: ignore

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import raises
 from inference_models import CONFIGS, make_gates, make_model
 
 from lora_gen_jax.decoder.attention import KVCache
@@ -181,17 +182,17 @@ def test_arrays_are_prompts_too(llama, array):
 
 @pytest.mark.parametrize("function", [generate, stream])
 def test_errors_name_the_remedy(llama, function):
-    with pytest.raises(DataError, match=r"prompt 1 is empty.*at least one token"):
+    with raises(DataError, "prompts[1]", "prompt 1", code="empty"):
         function(*llama, [[1], []], max_new_tokens=4)
-    with pytest.raises(DataError, match="65 tokens do not fit the model's 64 positions: shorten prompt 0"):
+    with raises(DataError, "tokens", 65, 64, "prompt 0"):
         function(*llama, [[1] * 60], max_new_tokens=5)
-    with pytest.raises(DataError, match=r"prompt 0 holds token id 67.*0 to 66"):
+    with raises(DataError, "prompts[0]", 67, "0 to 66", code="unknown id"):
         function(*llama, [[1, 67]], max_new_tokens=4)
-    with pytest.raises(DataError, match=r"max_new_tokens=0.*at least 1"):
+    with raises(DataError, "max_new_tokens", 0, code="range"):
         function(*llama, [[1]], max_new_tokens=0)
-    with pytest.raises(ConfigError, match="top_p"):
+    with raises(ConfigError, "top_p", 2.0):
         function(*llama, [[1]], max_new_tokens=1, sampling=Sampling(1.0, 0, 2.0))
-    with pytest.raises(DataError, match="3 rows cannot be shared evenly by the adapter's 2 prompts"):
+    with raises(DataError, "rows", "3 rows", "2 prompts"):
         function(*llama, [[1]] * 3, max_new_tokens=1, adapter=make_gates(llama.decoder.config, 2))
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from helpers import raises
 from inference_models import CONFIGS, make_gates, make_model
 
 from lora_gen_jax.adapters.merge import merge
@@ -129,12 +130,12 @@ def test_many_queries_are_answered_alike_mixed_and_merged(llama, how):
 def test_a_bad_query_among_many_is_named_before_anything_is_generated(llama):
     adapter = make_gates(llama.decoder.config, prompts=5)
     works = make_works(llama.decoder.config, adapter, 4)
-    for bad, message in (
-        (dataclasses.replace(works[1], ids=[67]), "token id 67"),
-        (dataclasses.replace(works[1], gates_LE=np.zeros((2, 3), np.float32)), r"shape \(2, 3\)"),
+    for bad, field, fact in (
+        (dataclasses.replace(works[1], ids=[67]), "prompt", 67),
+        (dataclasses.replace(works[1], gates_LE=np.zeros((2, 3), np.float32)), "gates", "(2, 3)"),
     ):
         for how in ("mixed", "merged"):
-            with pytest.raises(DataError, match=f"request 2 of 4: .*{message}"):
+            with raises(DataError, field, "request 2 of 4", fact):
                 answer_all(*llama, adapter, [works[0], bad, *works[2:]], how=how, progress=pytest.fail)
 
 
@@ -173,32 +174,34 @@ def test_without_a_pool_the_base_model_is_served():
     work = Work([5, 6, 7], 6)
     engine = Engine(*model, None, rows=1, slots=SLOTS)
     assert_same(run(engine, [work]), [offline(model, None, work)])
-    with pytest.raises(DataError, match="gates have the shape"):
+    with raises(DataError, "gates", "(2, 4)"):
         engine.check(dataclasses.replace(work, gates_LE=np.zeros((2, 4), np.float32)))
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "error", "field", "code", "facts"),
     [
-        ({"ids": ()}, "prompt is empty"),
-        ({"ids": (5, 67)}, "token id 67"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0"),
-        ({"ids": (5,) * 20, "max_new_tokens": 9}, "20 tokens and max_new_tokens is 9.*room for 28"),
-        ({"stop_ids": tuple(range(9))}, "9 stop ids"),
-        ({"gates_LE": np.zeros((3, 4), np.float32)}, r"shape \(3, 4\)"),
-        ({"seed": -1}, "seed=-1"),
-        ({"seed": 2**32}, "seed="),
-        ({"temperature": float("nan")}, "temperature=nan"),
-        ({"top_p": 0.0}, "top_p=0"),
+        ({"ids": ()}, DataError, "prompt", "empty", ()),
+        ({"ids": (5, 67)}, DataError, "prompt", "unknown id", (67,)),
+        ({"max_new_tokens": 0}, DataError, "max_new_tokens", "range", (0,)),
+        ({"ids": (5,) * 20, "max_new_tokens": 9}, DataError, "max_new_tokens", "too long", (20, 9, 28)),
+        ({"stop_ids": tuple(range(9))}, DataError, "stop_ids", None, (9,)),
+        ({"gates_LE": np.zeros((3, 4), np.float32)}, DataError, "gates", None, ("(3, 4)",)),
+        ({"seed": -1}, DataError, "seed", None, (-1,)),
+        ({"seed": 2**32}, DataError, "seed", None, (2**32,)),
+        ({"temperature": float("nan")}, ConfigError, "temperature", None, ("nan",)),
+        ({"top_p": 0.0}, ConfigError, "top_p", None, ("0.0",)),
     ],
 )
-def test_a_work_that_cannot_be_done_is_refused(llama, change, message):
+def test_a_work_that_cannot_be_done_is_refused(llama, change, error, field, code, facts):
     engine = Engine(*llama, make_gates(llama.decoder.config, 1), rows=1, slots=SLOTS)
-    with pytest.raises((DataError, ConfigError), match=message):
+    with raises(error, field, *facts, code=code):
         engine.check(dataclasses.replace(Work((5, 6), 4), **change))
 
 
-@pytest.mark.parametrize(("rows", "slots", "message"), [(0, 8, "rows is 0"), (1, 65, "context is 65.*2 to 64")])
-def test_a_batch_that_the_model_cannot_hold_is_refused(llama, rows, slots, message):
-    with pytest.raises(ConfigError, match=message):
+@pytest.mark.parametrize(
+    ("rows", "slots", "field", "facts"), [(0, 8, "rows", (0,)), (1, 65, "context", (65, "2 to 64"))]
+)
+def test_a_batch_that_the_model_cannot_hold_is_refused(llama, rows, slots, field, facts):
+    with raises(ConfigError, field, *facts):
         Engine(*llama, None, rows=rows, slots=slots)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import raises
 
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.inference.sampling import Sampling, rank_and_filter, row_keys, sample
@@ -126,5 +127,5 @@ def test_greedy_neither_sorts_nor_draws():
     ],
 )
 def test_bad_settings_are_named(settings, field):
-    with pytest.raises(ConfigError, match=field):
+    with raises(ConfigError, field, field):
         settings.checked()

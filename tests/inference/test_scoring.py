@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import raises
 from inference_models import CONFIGS, make_gates, make_model
 
 from lora_gen_jax.decoder.attention import KVCache
@@ -175,26 +176,26 @@ def test_errors_name_the_request(llama):
     def run(request, **options):
         score(*llama, [REQUESTS[0], request], batch_tokens=64, **options)
 
-    with pytest.raises(DataError, match="request 1 has an empty context: pass the model's bos or eos"):
+    with raises(DataError, "requests[1].context", "request 1", code="empty"):
         run(([], [[1]]))
-    with pytest.raises(DataError, match="request 1 has an empty continuation"):
+    with raises(DataError, "requests[1].continuation", "request 1", code="empty"):
         run(([1], [[1], []]))
-    with pytest.raises(DataError, match="request 1 has a continuation of 65 tokens, the model has room for 64"):
+    with raises(DataError, "requests[1].continuation", "request 1", 65, 64, code="too long"):
         run(([1], [[1] * 65]))
-    with pytest.raises(DataError, match="context of request 1 holds token id 67"):
+    with raises(DataError, "requests[1].context", 67, code="unknown id"):
         run(([67], [[1]]))
-    with pytest.raises(DataError, match="continuation of request 1 holds token id -2"):
+    with raises(DataError, "requests[1].continuation", "-2", code="unknown id"):
         run(([1], [[-2]]))
-    with pytest.raises(DataError, match=r"3 prompts where one is needed: pass adapter.select\(i\)"):
+    with raises(DataError, "adapter", "3 prompts"):
         run(([1], [[1]]), adapter=make_gates(llama.decoder.config, 3))
 
 
 def test_prefix_errors(llama):
-    with pytest.raises(DataError, match="the prefix is empty"):
+    with raises(DataError, "prefix", code="empty"):
         encode_prefix(*llama, [])
-    with pytest.raises(DataError, match="the prefix has 64 tokens, the model reads 64 in all: use fewer shots"):
+    with raises(DataError, "prefix", 64, code="too long"):
         encode_prefix(*llama, [1] * 64)
-    with pytest.raises(DataError, match="the prefix holds token id 99"):
+    with raises(DataError, "prefix", 99, code="unknown id"):
         encode_prefix(*llama, [99])
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from bucket_server import BucketServer
+from helpers import raises
 from jobs import ROOT, free_port, largest_difference, metrics, wait_for
 
 from lora_gen_jax.config import Config
@@ -166,7 +167,7 @@ def test_addresses(monkeypatch):
     assert str(location(Path("gs://a/b/"))) == "gs://a/b"
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "gcsfs" else find(name))
-    with pytest.raises(ConfigError, match="need gcsfs, which is not installed: pip install gcsfs"):
+    with raises(ConfigError, "gcsfs", "pip install gcsfs"):
         location("gs://a/b")
 
 
@@ -177,7 +178,7 @@ def test_places_in_a_config():
     assert (inside.workdir, inside.bucket) == (Path("runs/x/lora"), "gs://a/b/lora")
     assert Config(name="x").inside("lora").bucket is None
     for bucket in ("s3://a/b", "gs://a", "runs/a"):
-        with pytest.raises(ConfigError, match=r"it must be gs://NAME/DIR"):
+        with raises(ConfigError, "bucket", repr(bucket), "gs://NAME/DIR"):
             check(Config(name="x", bucket=bucket))
-    with pytest.raises(ConfigError, match=r"a bucket's address: name a directory, and the bucket with --bucket"):
+    with raises(ConfigError, "workdir", "--bucket"):
         check(Config(name="x", workdir=Path("gs://a/b")))

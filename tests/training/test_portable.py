@@ -6,7 +6,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import trained
+from helpers import raises, trained
 
 from lora_gen_jax.errors import CheckpointError, OutputError
 from lora_gen_jax.training import checkpoint, portable
@@ -41,7 +41,7 @@ def test_half_precision_rounds_parameters_and_no_statistics(tmp_path, loaded):
 
 def test_nothing_is_overwritten(tmp_path, loaded):
     (tmp_path / "mine").write_text("x")
-    with pytest.raises(OutputError, match="exists already"):
+    with raises(OutputError, "--out", tmp_path, code="exists"):
         save_portable(loaded, tmp_path, np.float32)
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
@@ -51,7 +51,7 @@ def test_damage_is_named(tmp_path, loaded, name):
     save_portable(loaded, tmp_path / "out", np.float32)
     path = tmp_path / "out" / name
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(CheckpointError, match="out is damaged or incomplete"):
+    with raises(CheckpointError, "--checkpoint", tmp_path / "out", code="damaged"):
         load_checkpoint(tmp_path / "out")
 
 
@@ -63,5 +63,5 @@ def test_the_named_one_is_found_before_the_runs_own_and_that_before_the_shipped_
     assert find_checkpoint(trained(), tmp_path / "named").step == 2
     assert find_checkpoint(trained()).step == loaded.step
     assert find_checkpoint(fresh).step == 1
-    with pytest.raises(CheckpointError, match="fresh holds no checkpoint"):
+    with raises(CheckpointError, "--checkpoint", tmp_path / "fresh", code="none"):
         find_checkpoint(dataclasses.replace(fresh, name="other"))

@@ -6,7 +6,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-import pytest
+from helpers import raises
 
 from lora_gen_jax.errors import OutputError
 from lora_gen_jax.training.progress import Recorder
@@ -41,7 +41,7 @@ def test_a_full_disk_is_named_and_the_run_ends_with_that_error(tmp_path):
             recorder.file = full
             recorder.record(2, {"loss": 1.0})
 
-    ending = pytest.raises(OutputError, match=r"metrics\.jsonl cannot be written: No space left on device")
+    ending = raises(OutputError, "--workdir", tmp_path / "metrics.jsonl", "No space left on device", code="unwritable")
     with suppress(OSError), Path("/dev/full").open("a", encoding="utf-8") as full, ending:
         run(full)
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 2.0}
