@@ -105,8 +105,10 @@ def compare(predicted_text: str, gold_text: str) -> AgentScore:
     # A gold output without any step passes the first test and fails the second.
     if any(call.thought != "Yes" for call in calls) or not (calls or _declines(gold)):
         raise DataError(
-            f"gold output {gold_text!r} cannot be scored: give every Action a Thought that ends in Yes, "
-            "or write one Thought that ends in No, and a line that starts with AI:"
+            f"gold output {gold_text!r} cannot be scored",
+            field="gold_text",
+            remedy="give every Action a Thought that ends in Yes, or write one Thought that ends in No, and a line"
+            " that starts with AI:",
         )
     return _score_calls(predicted, calls) if calls else _score_answer(predicted)
 
@@ -120,7 +122,7 @@ def summarize(scores: Sequence[AgentScore]) -> dict[str, float]:
         DataError: where there are no scores.
     """
     if not scores:
-        raise DataError("there are no agent rows to summarize: score at least one")
+        raise DataError("there are no agent rows to summarize", field="scores", remedy="score at least one")
     successes = [score.success for score in scores]
     means = {
         "sr_t": statistics.fmean(score.thought for score in scores),

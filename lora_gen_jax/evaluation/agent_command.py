@@ -61,7 +61,7 @@ def agent_main(arguments: list[str]) -> None:
         tyro.cli(Annotated[AgentFlags, *options], prog=f"{PROGRAM} CONFIG.py", args=["--help"])  # pyright: ignore
     flags: AgentFlags = tyro.cli(Annotated[AgentFlags, *options], prog=PROGRAM, args=own)  # pyright: ignore
     if flags.limit is not None and flags.limit < 1:
-        raise ConfigError(f"--limit is {flags.limit}; at least 1")
+        raise ConfigError(f"--limit is {flags.limit}; at least 1", field="--limit")
     config = config_from_args(PROGRAM, rest)
     if flags.limit is None:
         flags = dataclasses.replace(flags, limit=config.eval.limit)
@@ -69,7 +69,11 @@ def agent_main(arguments: list[str]) -> None:
         shared = ("bfcl", "checkpoint", "limit", "out")
         fields = [field for field in dataclasses.fields(flags) if field.name not in shared]
         if given := [field.name for field in fields if getattr(flags, field.name) != field.default]:
-            raise ConfigError(f"--{given[0].replace('_', '-')} is not used with --bfcl: leave one of them out")
+            raise ConfigError(
+                f"--{given[0].replace('_', '-')} is not used with --bfcl",
+                field=f"--{given[0].replace('_', '-')}",
+                remedy="leave one of them out",
+            )
         score_function_calls(config, flags.bfcl, flags.checkpoint, flags.limit, flags.out)
         return
     tasks = scored_tasks(config, flags, seen)
@@ -103,7 +107,11 @@ def scored_tasks(config: Config, flags: AgentFlags, rows_are_seen: bool) -> list
         DataError: for rows that are malformed, and unknown tasks.
     """
     if rows_are_seen and not flags.rows:
-        raise ConfigError("--seen-rows without a file says that the tools of --rows are seen: give --rows FILE")
+        raise ConfigError(
+            "--seen-rows without a file says that the tools of --rows are seen",
+            field="--seen-rows",
+            remedy="give --rows FILE",
+        )
     if flags.rows or flags.seen_rows:
         tasks = load_gpt4tools(flags.rows, seen=rows_are_seen) if flags.rows else []
         tasks += load_gpt4tools(flags.seen_rows, seen=True) if flags.seen_rows else []
@@ -112,9 +120,19 @@ def scored_tasks(config: Config, flags: AgentFlags, rows_are_seen: bool) -> list
     tasks = [dataclasses.replace(task, test=tuple(task.test[: flags.limit])) for task in tasks if task.test]
     for task in tasks:
         if not task.descriptions or not task.descriptions[0].strip():
-            raise ConfigError(f"eval.tasks has {task.name}, which has no tools: name pocket_agent, pocket_agent_unseen")
+            raise ConfigError(
+                f"eval.tasks has {task.name}, which has no tools",
+                field="eval.tasks",
+                code="no tools",
+                remedy="name pocket_agent, pocket_agent_unseen",
+            )
     if not tasks:
-        raise ConfigError("eval.tasks names no agent task: name pocket_agent and pocket_agent_unseen, or give --rows")
+        raise ConfigError(
+            "eval.tasks names no agent task",
+            field="eval.tasks",
+            code="none",
+            remedy="name pocket_agent and pocket_agent_unseen, or give --rows",
+        )
     return tasks
 
 
@@ -138,6 +156,11 @@ def with_training_rows(config: Config, flags: AgentFlags) -> Config:
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(path)
     except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}; choose another --workdir") from error
+        raise OutputError(
+            f"{path} cannot be written: {error.strerror}",
+            field="--workdir",
+            code="unwritable",
+            remedy="choose another --workdir",
+        ) from error
     data = dataclasses.replace(config.data, tasks=(), source_weights=(), files=(path,))
     return dataclasses.replace(config, data=data)

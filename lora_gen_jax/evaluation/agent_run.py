@@ -76,7 +76,7 @@ def score_agents(
     """
     for method in methods:
         if method not in METHODS:
-            raise ConfigError(f"--methods has {method!r}; the methods are {', '.join(METHODS)}")
+            raise ConfigError(f"--methods has {method!r}; the methods are {', '.join(METHODS)}", field="--methods")
     if out is not None:
         check_output(out)
     for task in tasks:
@@ -128,7 +128,9 @@ def variants(config: Config, pair: Pair, methods: Sequence[str]) -> dict[str, Co
             if longest + data.query_length > pair.edge.config.max_positions:
                 raise ConfigError(
                     f"the longest tools ({longest} tokens) and data.query_length = {data.query_length} are more than"
-                    f" the {pair.edge.config.max_positions} positions of the edge model: lower data.query_length"
+                    f" the {pair.edge.config.max_positions} positions of the edge model",
+                    field="data.query_length",
+                    remedy="lower data.query_length",
                 )
             length = data.edge_length + bucket(longest)
             data = dataclasses.replace(data, edge_reads_prompt=True, edge_length=length)
@@ -158,8 +160,9 @@ def untrained_generator(pair: Pair, named: Path | None) -> Loaded:
     loaded = load_checkpoint(named or SHIPPED["quickstart"])
     if named is None and loaded.fingerprints != pair.fingerprints:
         raise CheckpointError(
-            "no generator that never saw tools is shipped for these models: name one with --untrained-checkpoint, or"
-            " leave lora_gen_untrained out of --methods"
+            "no generator that never saw tools is shipped for these models",
+            field="--untrained-checkpoint",
+            remedy="name one with --untrained-checkpoint, or leave lora_gen_untrained out of --methods",
         )
     return generator_for(pair, loaded)
 

@@ -90,10 +90,16 @@ def check_comparison(config: Config) -> None:
     """
     check_methods(config.compare, "compare")
     if not config.eval.latency:
-        raise ConfigError("eval.latency is off, but compare draws accuracy against latency: leave it on")
+        raise ConfigError(
+            "eval.latency is off, but compare draws accuracy against latency",
+            field="eval.latency",
+            remedy="leave it on",
+        )
     if any(name.startswith(PREFIX) for name in config.eval.tasks):
         raise ConfigError(
-            f"compare cannot score {PREFIX} tasks after training: take them out of eval.tasks, use eval.py"
+            f"compare cannot score {PREFIX} tasks after training",
+            field="eval.tasks",
+            remedy="take them out of eval.tasks, use eval.py",
         )
     check_controls(config.compare, evaluated_tasks(config))
     check_shots(config.compare, [config.eval.shots])

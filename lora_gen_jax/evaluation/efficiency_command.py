@@ -71,7 +71,11 @@ def sizes_of(text: str) -> list[int]:
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise ConfigError(f"--batch-sizes is {text!r}: give positive numbers separated by commas, as 1,8")
+        raise ConfigError(
+            f"--batch-sizes is {text!r}",
+            field="--batch-sizes",
+            remedy="give positive numbers separated by commas, as 1,8",
+        )
     return [int(part) for part in parts]
 
 
@@ -85,9 +89,13 @@ def run(config: Config, flags: EfficiencyFlags, out: Path) -> dict[str, Any]:
     check_output(out)
     batch_sizes = sizes_of(flags.batch_sizes)
     if flags.repeats < 1:
-        raise ConfigError(f"--repeats is {flags.repeats}: use at least 1")
+        raise ConfigError(f"--repeats is {flags.repeats}", field="--repeats", remedy="use at least 1")
     if (flags.prompt is None) != (flags.input is None):
-        raise ConfigError("--prompt and --input belong together: give both, or neither for random tokens")
+        raise ConfigError(
+            "--prompt and --input belong together",
+            field="--input" if flags.input is None else "--prompt",
+            remedy="give both, or neither for random tokens",
+        )
     pair = load_pair(config)
     work = make_workload(pair, flags)
     setup, generator = make_setup(config, pair, work, flags.checkpoint)
@@ -102,7 +110,11 @@ def run(config: Config, flags: EfficiencyFlags, out: Path) -> dict[str, Any]:
         write_json(temporary / "efficiency.json", results)
     print_report(results)
     if wrong := disagreements(results):
-        raise ConfigError(f"formula and compiler disagree about multiply-adds: {'; '.join(wrong)}. Report this model")
+        raise ConfigError(
+            f"formula and compiler disagree about multiply-adds: {'; '.join(wrong)}",
+            field="edge.source",
+            remedy="Report this model",
+        )
     return results
 
 

@@ -60,9 +60,10 @@ def training_costs(config: Config, pair: Pair, instruction: int, query: int, rep
     """
     if query < ANSWER_SHARE or instruction + query > pair.edge.config.max_positions:
         raise ConfigError(
-            f"a training step on {instruction} + {query} tokens is not possible: the input needs {ANSWER_SHARE} tokens"
-            f" or more, and the edge has {pair.edge.config.max_positions} positions: change --instruction-tokens or"
-            " --input-tokens, or pass --no-training"
+            f"a training step on {instruction} + {query} tokens is not possible: the input needs {ANSWER_SHARE}"
+            f" tokens or more, and the edge has {pair.edge.config.max_positions} positions",
+            field="--input-tokens",
+            remedy="change --instruction-tokens or --input-tokens, or pass --no-training",
         )
     keep_freed_memory()
     prepared, result = {}, {}

@@ -106,7 +106,7 @@ def divide(pair: Pair, rows: Sequence[FunctionRow], prompt_limit: int) -> tuple[
         fitting = [row for row in fitting if not too_long(pair, row, longest, prompt_limit)]
     if not fitting:
         reason = too_long(pair, rows[0], output_limit(pair.edge, [rows[0].task]), prompt_limit)
-        raise DataError(f"none of {len(rows)} rows fits the models; the first: {reason}")
+        raise DataError(f"none of {len(rows)} rows fits the models; the first: {reason}", field="rows")
     left = Counter(row.category for row in rows) - Counter(row.category for row in fitting)
     return fitting, dict(left)
 

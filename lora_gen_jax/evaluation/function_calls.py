@@ -97,7 +97,7 @@ def summarize_calls(scores: Sequence[CallScore]) -> dict[str, float]:
         DataError: where there are no scores.
     """
     if not scores:
-        raise DataError("there are no function calls to summarize: score at least one row")
+        raise DataError("there are no function calls to summarize", field="scores", remedy="score at least one row")
     exact = [score.exact for score in scores]
     return {
         "names": statistics.fmean(score.names for score in scores),

@@ -36,9 +36,15 @@ def check_harness(methods: Sequence[str], names: Sequence[str]) -> None:
         return
     for method in methods:
         if method in CONTROLS:
-            raise ConfigError(f"method {method} gives each task another prompt, which lm_eval/ tasks cannot have")
+            raise ConfigError(
+                f"method {method} gives each task another prompt, which lm_eval/ tasks cannot have",
+                field="eval.methods",
+            )
         if method in METHODS and METHODS[method].needs_shots:
-            raise ConfigError(f"method {method} needs a task's shots apart, which lm_eval/ tasks give as text alone")
+            raise ConfigError(
+                f"method {method} needs a task's shots apart, which lm_eval/ tasks give as text alone",
+                field="eval.methods",
+            )
     _manager(names, {})
 
 
@@ -47,7 +53,9 @@ def _manager(names: Sequence[str], metadata: dict[str, Any]) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as error:
-        raise ConfigError("lm-eval is not installed: pip install 'lora_gen_jax[eval]'") from error
+        raise ConfigError(
+            "lm-eval is not installed", field="lm-eval", remedy="pip install 'lora_gen_jax[eval]'"
+        ) from error
     from lora_gen_jax.evaluation.lm_eval_documents import TASKS
 
     wanted = {name.removeprefix(PREFIX) for name in names}
@@ -55,7 +63,9 @@ def _manager(names: Sequence[str], metadata: dict[str, Any]) -> Any:
         manager = TaskManager(include_path=str(TASKS), include_defaults=all_of_them, metadata=dict(metadata))
         if not (missing := wanted - set(manager.all_tasks)):
             return manager
-    raise ConfigError(f"lm-eval knows no task {min(missing)!r}; `lora-gen lm_eval ls tasks` lists them")
+    raise ConfigError(
+        f"lm-eval knows no task {min(missing)!r}; `lora-gen lm_eval ls tasks` lists them", field="eval.tasks"
+    )
 
 
 def harness_scores(
@@ -126,8 +136,9 @@ def result_of(task: str, metrics: dict[str, Any], higher_is_better: dict[str, An
     main = next((name for name in (*MAIN_METRICS, *shares) if name in shares), None)
     if main is None:
         raise DataError(
-            f"lm_eval/{task} has no figure between 0 and 1 that is better when higher ({', '.join(figures)}): take it"
-            " out of the tasks, and run it with `lora-gen lm_eval`"
+            f"lm_eval/{task} has no figure between 0 and 1 that is better when higher ({', '.join(figures)})",
+            field="eval.tasks",
+            remedy="take it out of the tasks, and run it with `lora-gen lm_eval`",
         )
     return {
         "acc": figures[main],

@@ -26,8 +26,9 @@ def check_lengths(pair: Pair, systems: Mapping[str, System], tasks: Sequence[Tas
         prompt = task_prompt(task, settings) if any(METHODS.get(name) == "lora_gen" for name in systems) else None
         if prompt is not None and (length := len(pair.cloud.encoder.prompt(prompt.text))) > room:
             raise DataError(
-                f"task {task.name}: its prompt with {len(prompt.shots)} shots is {length} cloud tokens, {room} fit:"
-                " lower eval.shots, raise eval.prompt_limit, or take a cloud model with more positions"
+                f"task {task.name}: its prompt with {len(prompt.shots)} shots is {length} cloud tokens, {room} fit",
+                field="eval.prompt_limit",
+                remedy="lower eval.shots, raise eval.prompt_limit, or take a cloud model with more positions",
             )
         if not scored_documents(task, settings)[0].options:
             for name, system in systems.items():
@@ -46,6 +47,8 @@ def check_answers(edge: Model, task: Task, named: tuple[str, System], settings: 
     for document, context in zip(documents, answers.contexts(edge, documents, description, shots), strict=True):
         if len(context) > room:
             raise DataError(
-                f"task {task.name}, document {document.id}: for method {name} it is {len(context)} edge tokens, {room}"
-                " fit beside the longest answer: shorten it, lower eval.shots, or take a model with more positions"
+                f"task {task.name}, document {document.id}: for method {name} it is {len(context)} edge tokens,"
+                f" {room} fit beside the longest answer",
+                field=document.id,
+                remedy="shorten it, lower eval.shots, or take a model with more positions",
             )

@@ -33,7 +33,9 @@ def lm_eval_main(arguments: list[str]) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "lm_eval":
             raise
-        raise ConfigError("lm-eval is not installed: pip install 'lora_gen_jax[eval]'") from error
+        raise ConfigError(
+            "lm-eval is not installed", field="lm-eval", remedy="pip install 'lora_gen_jax[eval]'"
+        ) from error
     # lm-eval looks for no entry points: the model is known by name once this module is imported.
     import lora_gen_jax.evaluation.lm_eval_model  # noqa: F401
     from lora_gen_jax.evaluation.lm_eval_documents import TASKS
@@ -86,6 +88,6 @@ def _data_flags(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
             continue
         value = value if equals or not queue else queue.pop(0)
         if not value:
-            raise ConfigError(f"{flag} needs a directory")
+            raise ConfigError(f"{flag} needs a directory", field=flag)
         metadata[DATA_FLAGS[flag]] = value
     return rest, metadata

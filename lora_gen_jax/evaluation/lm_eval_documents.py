@@ -43,7 +43,7 @@ def documents(
         ConfigError: for a seed that is no whole number.
     """
     if not isinstance(shots_seed, int):
-        raise ConfigError(f"metadata shots_seed={shots_seed!r} must be a whole number")
+        raise ConfigError(f"metadata shots_seed={shots_seed!r} must be a whole number", field="shots_seed")
     task = load_tasks([task_name], data_dir, tfds_dir)[task_name]
     description = f"{task.descriptions[0]}\n\n" if descriptions else ""
     splits = {"test": task.test, "shots": evaluation_shots(task, SHOTS, shots_seed)}

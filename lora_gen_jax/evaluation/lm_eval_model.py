@@ -77,7 +77,11 @@ class LoraGenLM(TemplateLM):
         self.unprompted = frozenset[str]()
         self.tokenizer: Any = self.subject.edge.encoder.tokenizer
         if (self.settings.max_length or 0) > (most := self.subject.edge.config.max_positions):
-            raise ConfigError(f"max_length={self.settings.max_length} exceeds the model's {most} positions: lower it")
+            raise ConfigError(
+                f"max_length={self.settings.max_length} exceeds the model's {most} positions",
+                field="max_length",
+                remedy="lower it",
+            )
         self.runner = self._runner(self.subject)
 
     def _runner(self, subject: Subject) -> Runner:
@@ -117,7 +121,9 @@ class LoraGenLM(TemplateLM):
         for found in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if found is not None:
                 return found
-        raise ModelError("the tokenizer has no begin and no end token: nothing can stand for an empty context")
+        raise ModelError(
+            "the tokenizer has no begin and no end token: nothing can stand for an empty context", field="tokenizer"
+        )
 
     @property
     def tokenizer_name(self) -> str:
@@ -141,9 +147,18 @@ class LoraGenLM(TemplateLM):
             ConfigError: where prompts are to come from the tasks, which cannot be told in a conversation.
         """
         if self.subject.specialise is not None:
-            raise ConfigError("prompt_from_task=true cannot cut conversations: leave --apply_chat_template out")
+            raise ConfigError(
+                "prompt_from_task=true cannot cut conversations",
+                field="prompt_from_task",
+                code="chat",
+                remedy="leave --apply_chat_template out",
+            )
         if not self.tokenizer.chat_template:
-            raise ModelError("the model's tokenizer has no chat template: leave --apply_chat_template out")
+            raise ModelError(
+                "the model's tokenizer has no chat template",
+                field="chat_template",
+                remedy="leave --apply_chat_template out",
+            )
         options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
         try:
             return self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options)
@@ -174,8 +189,10 @@ class LoraGenLM(TemplateLM):
             parts = split_contexts(contexts)
             if parts is None and task not in self.unprompted:
                 raise DataError(
-                    f"the contexts of task {task} do not begin with a prompt that can be cut off: give it a description"
-                    " or shots (--num_fewshot K) with a blank line behind each, and more than one document (--limit)"
+                    f"the contexts of task {task} do not begin with a prompt that can be cut off",
+                    field=task,
+                    remedy="give it a description or shots (--num_fewshot K) with a blank line behind each, and"
+                    " more than one document (--limit)",
                 )
             for i, context in zip(members, contexts, strict=True):
                 prompt, query = ("", context) if parts is None else parts[context]
@@ -200,7 +217,10 @@ class LoraGenLM(TemplateLM):
         """
         if self.subject.specialise is not None:
             raise ConfigError(
-                "prompt_from_task=true needs tasks with contexts; whole texts have none: give prompt=TEXT"
+                "prompt_from_task=true needs tasks with contexts; whole texts have none",
+                field="prompt_from_task",
+                code="whole texts",
+                remedy="give prompt=TEXT",
             )
         windows = []
         for (text,) in (request.args for request in requests):
@@ -228,9 +248,18 @@ class LoraGenLM(TemplateLM):
         """
         if not context or not continuation:
             which = "continuation" if context else "context"
-            raise DataError(f"a request's {which} has no tokens: change the task's texts, or the space between them")
+            raise DataError(
+                f"a request's {which} has no tokens",
+                field=which,
+                code="empty",
+                remedy="change the task's texts, or the space between them",
+            )
         if len(continuation) > self.max_length:
-            raise DataError(f"a continuation has {len(continuation)} tokens, the model reads {self.max_length}")
+            raise DataError(
+                f"a continuation has {len(continuation)} tokens, the model reads {self.max_length}",
+                field="continuation",
+                code="too long",
+            )
         return tuple(context[-(self.max_length + 1 - len(continuation)) :]), tuple(continuation)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
@@ -256,8 +285,9 @@ class LoraGenLM(TemplateLM):
         room = self.max_length - wanted.tokens
         if room < 1:
             raise DataError(
-                f"{wanted.tokens} new tokens leave no room for a context in the model's {self.max_length}:"
-                " lower max_gen_toks with --gen_kwargs"
+                f"{wanted.tokens} new tokens leave no room for a context in the model's {self.max_length}",
+                field="max_gen_toks",
+                remedy="lower max_gen_toks with --gen_kwargs",
             )
         ids = self.tok_encode(context)[-room:]
         return tuple(ids) if ids else (self.prefix_token_id,)

@@ -43,8 +43,10 @@ def split_contexts(contexts: Sequence[str]) -> dict[str, tuple[str, str]] | None
         parts = context.split(DELIMITER)
         if len(parts) <= blocks:
             raise DataError(
-                f"a context has fewer than the {blocks} blank lines that others' prompts have, so that its query cannot"
-                f" be told: {context[:80]!r}; use a task whose shots are the same for all documents"
+                f"a context has fewer than the {blocks} blank lines that others' prompts have, so that its query"
+                f" cannot be told: {context[:80]!r}",
+                field="contexts",
+                remedy="use a task whose shots are the same for all documents",
             )
         found[context] = (DELIMITER.join(parts[:blocks]), DELIMITER.join(parts[blocks:]))
     return found
@@ -76,7 +78,11 @@ class FixedShots(ContextSampler):
             rest = sorted(set(range(len(pool))) - set(order))
             shots += [pool[i] for i in Random(self.seed).sample(rest, len(rest)) if pool[i] != eval_doc]
         if len(shots) < n:
-            raise DataError(f"a task has {len(pool)} documents for shots, too few for {n}: lower --num_fewshot")
+            raise DataError(
+                f"a task has {len(pool)} documents for shots, too few for {n}",
+                field="--num_fewshot",
+                remedy="lower --num_fewshot",
+            )
         return shots[:n]
 
 

@@ -89,28 +89,37 @@ def parse_settings(arguments: dict[str, Any]) -> Settings:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-            raise ConfigError(f"model argument {name!r} is unknown; {hint}")
+            raise ConfigError(f"model argument {name!r} is unknown", field=name, code="unknown", remedy=hint)
     for name in ("batch_tokens", "max_length"):
         if name in given and (not isinstance(given[name], int) or given[name] < 1):
-            raise ConfigError(f"{name}={given[name]} must be a whole number above 0")
+            raise ConfigError(f"{name}={given[name]} must be a whole number above 0", field=name)
     size = str(given.get("batch_size", "auto"))
     if not size.startswith("auto") and not (size.isdecimal() and int(size) > 0):
-        raise ConfigError(f"batch_size={size} must be auto or a whole number above 0")
+        raise ConfigError(f"batch_size={size} must be auto or a whole number above 0", field="batch_size")
     if given.get("dtype", "auto") not in ("auto", "float32", "bfloat16"):
-        raise ConfigError(f"dtype={given['dtype']} must be auto, float32 or bfloat16")
+        raise ConfigError(f"dtype={given['dtype']} must be auto, float32 or bfloat16", field="dtype")
     # lm-eval turns what looks like a number into one.
     texts = ("model", "checkpoint", "prompt", "cloud", "specialization", "cache")
     values: dict[str, Any] = {name: str(value) if name in texts else value for name, value in given.items()}
     settings = Settings(**values)
     if not isinstance(settings.prompt_from_task, bool):
-        raise ConfigError(f"prompt_from_task={settings.prompt_from_task} must be true or false")
+        raise ConfigError(
+            f"prompt_from_task={settings.prompt_from_task} must be true or false", field="prompt_from_task", code="type"
+        )
     sources = ("specialization", "prompt", "prompt_from_task")
     named = [name for name in sources if getattr(settings, name)]
     if len(named) > 1:
-        raise ConfigError(f"{named[0]} and {named[1]} both say what the model is specialised for: leave one out")
+        raise ConfigError(
+            f"{named[0]} and {named[1]} both say what the model is specialized for",
+            field=named[1],
+            code="conflict",
+            remedy="leave one out",
+        )
     if not (settings.model or settings.checkpoint or named):
         raise ConfigError(
-            "there is no model: give --model_args model=DIR, and checkpoint= and prompt= to specialise it"
+            "there is no model",
+            field="model",
+            remedy="give --model_args model=DIR, and checkpoint= and prompt= to specialize it",
         )
     return settings
 
@@ -158,12 +167,19 @@ def _with_generator(settings: Settings) -> Subject:
     method = trained_method(config.method)
     if method.needs_shots:
         raise ConfigError(
-            f"checkpoint {loaded.path} was trained with method {config.method}, which needs a task's shots apart: score"
-            " it with eval.py"
+            f"checkpoint {loaded.path} was trained with method {config.method}, which needs a task's shots apart",
+            field="checkpoint",
+            code="method",
+            remedy="score it with eval.py",
         )
     if prompted != method.depends_on_prompt:
         remedy = "leave the prompt out" if prompted else "give prompt=TEXT, prompt=@FILE or prompt_from_task=true"
-        raise ConfigError(f"checkpoint {loaded.path} was trained with method {config.method}: {remedy}")
+        raise ConfigError(
+            f"checkpoint {loaded.path} was trained with method {config.method}",
+            field="prompt",
+            code="method",
+            remedy=remedy,
+        )
     text = text_argument(settings.prompt, "prompt") if settings.prompt is not None else None
     pair = load_pair(config, evaluation_mesh(config.mesh.fsdp))
     check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")

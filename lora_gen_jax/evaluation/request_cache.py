@@ -42,7 +42,10 @@ class RequestCache:
                     file.write(b"\n")
         except OSError as error:
             raise OutputError(
-                f"the file of finished requests {self.path} cannot be used: {error.strerror}; {remedy}"
+                f"the file of finished requests {self.path} cannot be used: {error.strerror}",
+                field="cache",
+                code="unwritable",
+                remedy=remedy,
             ) from error
         self._read(text.splitlines())
 
@@ -87,5 +90,9 @@ class RequestCache:
             with self.path.open("ab") as file:
                 file.write(lines.encode())
         except OSError as error:
-            message = f"finished requests cannot be written to {self.path}: {error.strerror}; {self.remedy}"
-            raise OutputError(message) from error
+            raise OutputError(
+                f"finished requests cannot be written to {self.path}: {error.strerror}",
+                field="cache",
+                code="unwritable",
+                remedy=self.remedy,
+            ) from error

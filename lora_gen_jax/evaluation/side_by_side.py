@@ -97,7 +97,9 @@ def side_by_side_command(flags: SideBySide) -> None:
     given = given_case(flags)
     loaded = load_checkpoint(flags.checkpoint or DEFAULT)
     if loaded.config.method != "lora_gen":
-        raise CheckpointError(f"{loaded.path} was trained with method {loaded.config.method}, not lora_gen")
+        raise CheckpointError(
+            f"{loaded.path} was trained with method {loaded.config.method}, not lora_gen", field="method"
+        )
     cases = built_in_cases(loaded.config) if given is None else [given]
     sides = Sides(loaded, flags.max_new_tokens, flags.chat)
     compared = []
@@ -120,13 +122,22 @@ def given_case(flags: SideBySide) -> Case | None:
     from lora_gen_jax.files import text_argument
 
     if flags.max_new_tokens < 1:
-        raise DataError(f"--max-new-tokens is {flags.max_new_tokens}; at least 1")
+        raise DataError(f"--max-new-tokens is {flags.max_new_tokens}; at least 1", field="--max-new-tokens")
     if flags.json is not None and (flags.json.is_dir() or not flags.json.absolute().parent.is_dir()):
-        raise OutputError(f"--json {flags.json} cannot be written: name a file in a directory that exists")
+        raise OutputError(
+            f"--json {flags.json} cannot be written",
+            field="--json",
+            code="unwritable",
+            remedy="name a file in a directory that exists",
+        )
     if flags.prompt is None and flags.input is None:
         return None
     if flags.prompt is None or flags.input is None:
-        raise DataError("give both --prompt and --input, or neither for the built-in cases")
+        raise DataError(
+            "give both --prompt and --input, or neither for the built-in cases",
+            field="--input" if flags.input is None else "--prompt",
+            code="missing",
+        )
     return Case("prompt", text_argument(flags.prompt, "--prompt"), text_argument(flags.input, "--input"))
 
 
@@ -189,8 +200,9 @@ class Sides:
             return encoder.chat([{"role": "system", "content": case.prompt}, user]), encoder.chat([user])
         except jinja2.TemplateError as error:
             raise DataError(
-                f"the edge model's chat template cannot say this ({error}): leave --chat out, for models that know no"
-                " system turn"
+                f"the edge model's chat template cannot say this ({error})",
+                field="--chat",
+                remedy="leave --chat out, for models that know no system turn",
             ) from error
 
     def answers(self, sides: Sequence[tuple[Any, list[int]]]) -> list[Side]:

@@ -39,17 +39,23 @@ METHODS: dict[str, str | None] = {
 def check_methods(names: Sequence[str], field: str) -> None:
     """Raises ConfigError for no method or an unknown one."""
     if not names:
-        raise ConfigError(f"{field} is empty; name some of {', '.join(METHODS)}")
+        raise ConfigError(f"{field} is empty", field=field, code="empty", remedy=f"name some of {', '.join(METHODS)}")
     for name in names:
         if name not in METHODS:
-            raise ConfigError(f"{field} has {name!r}; the methods are {', '.join(METHODS)}")
+            raise ConfigError(
+                f"{field} has {name!r}; the methods are {', '.join(METHODS)}", field=field, code="unknown"
+            )
 
 
 def check_shots(names: Sequence[str], shots: Sequence[int]) -> None:
     """Raises ConfigError for no shots, where a method makes nothing of a prompt without them."""
     needing = [name for name in names if name in COMPARED and COMPARED[name].needs_shots]
     if needing and min(shots) < 1:
-        raise ConfigError(f"method {needing[0]} searches with a task's shots: set eval.shots to 1 or more")
+        raise ConfigError(
+            f"method {needing[0]} searches with a task's shots",
+            field="eval.shots",
+            remedy="set eval.shots to 1 or more",
+        )
 
 
 def load_checkpoints(config: Config, names: Sequence[str], named: Path | None) -> dict[str, Loaded]:
@@ -80,8 +86,9 @@ def beside(place: str | Path, method: str) -> Loaded:
     directory = location(place) / method
     if not directory.is_dir():
         raise CheckpointError(
-            f"{place} has no run of method {method}: name {method} in the config's compare and train, or leave it"
-            " out of the methods"
+            f"{place} has no run of method {method}",
+            field="compare",
+            remedy=f"name {method} in the config's compare and train, or leave it out of the methods",
         )
     return load_checkpoint(directory)
 

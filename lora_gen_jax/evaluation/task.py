@@ -140,14 +140,25 @@ def scored_documents(task: Task, settings: EvalConfig) -> list[Example]:
     """
     documents = list(task.test[: settings.limit])
     if not documents:
-        raise DataError(f"task {task.name} has no {settings.split} documents: give it a {settings.split} split")
+        raise DataError(
+            f"task {task.name} has no {settings.split} documents",
+            field="eval.split",
+            code="empty",
+            remedy=f"give it a {settings.split} split",
+        )
     for document in documents:
         if bool(document.options) != bool(documents[0].options):
             raise DataError(
-                f"task {task.name}, document {document.id}: give all documents options to choose from, or none"
+                f"task {task.name}: document {document.id} has options and the first has none, or the other way round",
+                field=document.id,
+                remedy="give all documents options to choose from, or none",
             )
     if task.chat:
-        raise DataError(f'task {task.name}: chats cannot be scored; give "system" and "input" instead of "messages"')
+        raise DataError(
+            f"task {task.name}: chats cannot be scored",
+            field=task.name,
+            remedy='give "system" and "input" instead of "messages"',
+        )
     return documents
 
 

@@ -41,7 +41,7 @@ def torch_model(source: str | Source, model: Model) -> Any:
         ModelError: when the weights do not fit the class that transformers builds.
     """
     if (reason := torch_missing()) is not None:
-        raise ConfigError(reason)
+        raise ConfigError(reason, field="torch")
     import torch
     import transformers
 
@@ -60,8 +60,10 @@ def torch_model(source: str | Source, model: Model) -> Any:
     missing, unexpected = hf.load_state_dict(tensors, strict=False, assign=True)
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise ModelError(
-            f"the weights of {source} do not fit transformers' {type(hf).__name__}: missing {missing},"
-            f" unexpected {unexpected}; use a source whose config.json describes its weights"
+            f"the weights of {source} do not fit transformers' {type(hf).__name__}: missing {missing}, unexpected"
+            f" {unexpected}",
+            field="config.json",
+            remedy="use a source whose config.json describes its weights",
         )
     hf.tie_weights()
     return hf.float().eval()

@@ -67,7 +67,7 @@ def test_a_system_text_beside_messages_or_an_instruction(tmp_path: Path) -> None
     assert chat.descriptions == ("Be brief.",)
     (generic,) = _load(tmp_path / "g.jsonl", {"system": "", "messages": beside})
     assert generic.descriptions == (GENERIC_SYSTEM,)
-    with pytest.raises(DataError, match=r"t\.jsonl:1: the system text stands twice"):
+    with raises(DataError, "t.jsonl:1:system", code="repeated"):
         _load(tmp_path / "t.jsonl", {"system": "Be rude.", "messages": first})
     asked = {"system": "You are a poet.", "instruction": "Name a colour.", "output": "Red"}
     (poet,) = _load(tmp_path / "p.jsonl", asked)
@@ -98,7 +98,7 @@ def test_alpaca_rows_without_an_answer_are_left_out(tmp_path: Path, caplog: pyte
     (task,) = _load(tmp_path / "a.jsonl", empty, {"instruction": "Name a fish.", "output": "Cod"})
     assert [e.response for e in task.train] == ["Cod"]
     assert '1 rows with an "instruction" have an empty "output" and are left out' in caplog.text
-    with pytest.raises(DataError, match='every row has an empty "output"'):
+    with raises(DataError, "data.files", tmp_path / "b.jsonl", code="no rows"):
         _load(tmp_path / "b.jsonl", empty)
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from helpers import raises
 
 from lora_gen_jax.baselines.method import Specialised
 from lora_gen_jax.config import EvalConfig, ModelConfig
@@ -118,7 +119,7 @@ def test_standard_error_by_hand():
 @pytest.mark.parametrize("options", [(), (" a", " b")])
 def test_chats_are_refused(edge, options):
     task = Task("talk", ("be kind",), (), [Example("a", "hello", " a", options, 0)], chat=True, source="x")
-    with pytest.raises(DataError, match="task talk: chats cannot be scored"):
+    with raises(DataError, "talk", "task talk"):
         evaluate_task(edge, task, System(lambda task: Specialised(edge.params)), SETTINGS)
 
 
@@ -140,8 +141,8 @@ def test_documents_and_prompts_that_do_not_fit_are_named_before_anything_is_scor
     )
     systems = {"icl" if reads else "base": System(lambda task: Specialised(edge.params), reads)}
     pair = Pair(edge, edge)
-    message = "document short: for method icl" if reads else "document long: for method base"
-    with pytest.raises(DataError, match=rf"task mine, {message} it is \d+ edge tokens, \d+ fit"):
+    name, method = ("short", "icl") if reads else ("long", "base")
+    with raises(DataError, name, "task mine", f"document {name}", f"method {method}", "edge tokens"):
         check_lengths(pair, systems, [task], EvalConfig(shots=30))
-    with pytest.raises(DataError, match=r"task mine: its prompt with 30 shots is \d+ cloud tokens, 64 fit"):
+    with raises(DataError, "eval.prompt_limit", "task mine", "30 shots", "cloud tokens", 64):
         check_lengths(pair, {"lora_gen": systems.popitem()[1]}, [task], EvalConfig(shots=30, prompt_limit=64))

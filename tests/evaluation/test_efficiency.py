@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import experiment, token_rows, write_config
+from helpers import experiment, raises, token_rows, write_config
 
 from lora_gen_jax.cli import main
 from lora_gen_jax.config import ModelConfig
@@ -248,13 +248,13 @@ def test_a_method_that_does_not_fit_is_left_out_and_named(
     results: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ):
     def fails(setup: Any) -> Any:
-        raise ConfigError("it needs 162 positions")
+        raise ConfigError("it needs 162 positions", field="--instruction-tokens")
 
     made = {key: (lambda setup, key=key: key) for key in METHODS}
     monkeypatch.setattr(efficiency_command, "METHODS", made | {name: fails})
     setup: Any = None  # is not looked at
     if name == "icl":  # what the ratios are about
-        with pytest.raises(ConfigError, match="162 positions"):
+        with raises(ConfigError, "--instruction-tokens", 162):
             made_ready(setup)
         return
     ready, left_out = made_ready(setup)
@@ -300,7 +300,7 @@ def test_bad_input_names_the_flag(config_file: Path, tmp_path: Path):
         (["--new-tokens", "1"], "--new-tokens"),
     ):
         flags, config = flags_and_config("efficiency", EfficiencyFlags, [str(config_file), *arguments])
-        with pytest.raises(ConfigError, match=named):
+        with raises(ConfigError, named, named):
             run(config, flags, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert sizes_of("1, 8") == [1, 8]
@@ -341,5 +341,5 @@ def test_torch_model_needs_torch(monkeypatch: pytest.MonkeyPatch, config_file: P
     source = config_file.parent / "model"
     model = load_model(ModelConfig(str(source), dtype="float32"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install torch"):
+    with raises(ConfigError, "torch", "pip install torch"):
         transformers_peer.torch_model(str(source), model)

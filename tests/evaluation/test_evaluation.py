@@ -7,7 +7,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from helpers import color_rows, experiment, logits, trained, write_rows
+from helpers import color_rows, experiment, logits, raises, trained, write_rows
 
 from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.baselines import lora_gen
@@ -209,13 +209,13 @@ def test_evaluate_writes_the_layout_and_the_specialised_model_has_learnt_its_tas
 
 def test_an_existing_output_is_refused_before_anything_is_loaded(tmp_path):
     (tmp_path / "mine").write_text("x")
-    with pytest.raises(OutputError, match="exists already"):
+    with raises(OutputError, "--out", tmp_path, code="exists"):
         evaluate(dataclasses.replace(trained(), edge=None, cloud=None), None, tmp_path)
 
 
 def test_a_run_without_a_checkpoint_can_be_scored_by_the_methods_that_need_none(tmp_path):
     config = dataclasses.replace(trained(), workdir=tmp_path / "nothing")
-    with pytest.raises(CheckpointError, match="nothing holds no checkpoint"):
+    with raises(CheckpointError, "--checkpoint", tmp_path / "nothing", code="none"):
         evaluate(config, None, tmp_path / "out")
     settings = dataclasses.replace(config.eval, methods=("base",), tasks=("warm",), batch_tokens=64)
     assert list(evaluate(dataclasses.replace(config, eval=settings), None, tmp_path / "out")["methods"]) == ["base"]
@@ -232,7 +232,7 @@ def test_settings_can_be_chosen_on_validation_rows(tmp_path):
     assert task.held_out_keys == tasks["warm"].held_out_keys
     rows = [row for row in color_rows() if row["split"] != "validation"]
     data = dataclasses.replace(config.data, files=(write_rows(tmp_path / "rows.jsonl", rows),))
-    with pytest.raises(DataError, match="task warm has no validation documents: give it a validation split"):
+    with raises(DataError, "eval.split", "task warm", "validation", code="empty"):
         run.evaluated_tasks(dataclasses.replace(config, eval=settings, data=data))
 
 
@@ -247,11 +247,8 @@ def test_a_task_that_cannot_be_scored_is_refused_before_anything_is_scored(tmp_p
     files = (write_rows(tmp_path / "rows.jsonl", rows),)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, files=files))
     monkeypatch.setattr(run, "evaluate_task", lambda *args: pytest.fail("scored before all tasks were checked"))
-    messages = {
-        "no test": "task count has no test documents",
-        "mixed": "task count, document rows-9: give all documents options",
-    }
-    with pytest.raises(DataError, match=messages[case]):
+    wrong = {"no test": ("eval.split", "task count", "test documents"), "mixed": ("rows-9", "task count", "rows-9")}
+    with raises(DataError, wrong[case][0], *wrong[case][1:]):
         evaluate(config, trained().directory, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -260,7 +257,7 @@ def test_a_checkpoint_of_other_models_is_refused(tmp_path, pair):
     config = trained()
     foreign = {"cloud": "0" * 16, "edge": "1" * 16}
     loaded = dataclasses.replace(load_checkpoint(config.directory), fingerprints=foreign)
-    with pytest.raises(CheckpointError, match="was made for another cloud model"):
+    with raises(CheckpointError, "cloud.source", "0" * 16):
         make_systems(config, ["lora_gen"], pair, {"lora_gen": loaded}, [])
 
 
@@ -268,7 +265,7 @@ def test_a_prompt_longer_than_the_limit_is_refused(pair):
     config = dataclasses.replace(trained(), eval=dataclasses.replace(trained().eval, prompt_limit=5))
     task = load_tasks(("warm",), files=config.data.files)["warm"]
     system = specialised_system(config, pair, task)
-    with pytest.raises(DataError, match="the limit is 5"):
+    with raises(DataError, "prompt", 5, code="too long"):
         evaluate_task(pair.edge, task, system, config.eval)
 
 

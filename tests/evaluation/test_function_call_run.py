@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from helpers import trained, write_config, write_rows
+from helpers import raises, trained, write_config, write_rows
 
 from lora_gen_jax.errors import CheckpointError, DataError
 from lora_gen_jax.evaluation import function_call_run
@@ -70,10 +70,10 @@ def test_the_generator_of_the_agent_run_is_found_first(tmp_path, monkeypatch):
     assert asked == [tmp_path / "lora_gen"]
     other = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, method="lora"))
     monkeypatch.setattr(function_call_run, "load_checkpoint", lambda path: other)
-    with pytest.raises(CheckpointError, match="was trained with method lora, not lora_gen"):
+    with raises(CheckpointError, "method", "method lora, not lora_gen"):
         function_call_run.find_generator(config, None)
 
 
 def test_nothing_that_fits_is_an_error(arguments):
-    with pytest.raises(DataError, match=r"none of 4 rows fits the models; the first: task bfcl/d: its tools are"):
+    with raises(DataError, "rows", "4 rows", "task bfcl/d"):
         agent_main([*arguments, "--eval.prompt-limit", "20"])

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from helpers import raises
 from matplotlib import image
 
 from lora_gen_jax.cli import main
@@ -361,40 +362,46 @@ def test_a_second_report_replaces_the_first_and_leaves_nothing_behind(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("files", "words"),
+    ("files", "field", "code", "facts"),
     [
-        ({"results.json": "{"}, r"results\.json cannot be read as JSON.*eval\.py"),
-        ({"results.json": "[]"}, "holds no JSON object"),
-        ({"results.json": '{"methods": {}}'}, r"has not the layout of results\.json"),
-        ({"gates.json": '{"tasks": {"a": [[0.5, 2.0]]}}'}, "task a: its gates are no table"),
-        ({"gates.json": '{"tasks": {"a": [[0.5]], "b": [[0.5, 0.5]]}}'}, "task b: its gates"),
-        ({"gates.json": '{"tasks": {"a": [[null]]}}'}, "task a: its gates"),
-        ({"gates.json": "{}"}, 'has no "tasks"'),
-        ({"report.json": '{"seen": {}}'}, r"has not the layout of report\.json"),
-        ({"efficiency.json": '{"break_even": {"queries": [1, 2], "icl": [3]}}'}, "2 numbers of queries and 1 times"),
-        ({"notes.txt": "x"}, r"holds none of results\.json"),
+        ({"results.json": "{"}, "results.json", "json", ("eval.py",)),
+        ({"results.json": "[]"}, "results.json", "type", ("eval.py",)),
+        ({"results.json": '{"methods": {}}'}, "results.json", "layout", ("eval.py",)),
+        ({"gates.json": '{"tasks": {"a": [[0.5, 2.0]]}}'}, "gates.json:tasks.a", None, ("task a", "0 to 1")),
+        ({"gates.json": '{"tasks": {"a": [[0.5]], "b": [[0.5, 0.5]]}}'}, "gates.json:tasks.b", None, ("task b",)),
+        ({"gates.json": '{"tasks": {"a": [[null]]}}'}, "gates.json:tasks.a", None, ("task a",)),
+        ({"gates.json": "{}"}, "gates.json:tasks", None, ("eval.py",)),
+        ({"report.json": '{"seen": {}}'}, "report.json", "layout", ("report.json",)),
+        (
+            {"efficiency.json": '{"break_even": {"queries": [1, 2], "icl": [3]}}'},
+            "efficiency.json:break_even.icl",
+            None,
+            (2, 1),
+        ),
+        ({"notes.txt": "x"}, "directories", "empty", ("results.json",)),
     ],
 )
-def test_damaged_files_are_refused_with_a_remedy(tmp_path, files, words):
+def test_damaged_files_are_refused_with_a_remedy(tmp_path, files, field, code, facts):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    with pytest.raises(DataError, match=words):
+    with raises(DataError, field, *facts, code=code) as error:
         write_report([tmp_path])
+    assert error.value.remedy
     assert not (tmp_path / "report.html").exists()
 
 
 def test_bad_flags_are_refused(tmp_path):
     write(tmp_path / "eval", results=results(5, METHODS))
-    with pytest.raises(DataError, match="did you mean 'piqa'"):
+    with raises(DataError, "--tasks", "'piqa'", code="unknown"):
         write_report([tmp_path / "eval"], tasks=["piqaa"])
-    with pytest.raises(DataError, match="names 9 tasks"):
+    with raises(DataError, "--tasks", 9, code="too many"):
         write_report([tmp_path / "eval"], tasks=["piqa"] * 9)
-    with pytest.raises(DataError, match="nothing is no directory"):
+    with raises(DataError, "directories", tmp_path / "nothing", code="no directory"):
         write_report([tmp_path / "nothing"])
-    with pytest.raises(DataError, match="name at least one directory"):
+    with raises(DataError, "directories", code="none"):
         write_report([])
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="choose another --out"):
+    with raises(OutputError, "--out", tmp_path / "file", code="unwritable"):
         write_report([tmp_path / "eval"], tmp_path / "file")
 
 

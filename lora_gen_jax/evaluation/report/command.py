@@ -67,7 +67,12 @@ def write_report(directories: Sequence[Path], out: Path | None = None, tasks: Se
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"output {out} cannot be written: {error.strerror}; choose another --out") from error
+        raise OutputError(
+            f"output {out} cannot be written: {error.strerror}",
+            field="--out",
+            code="unwritable",
+            remedy="choose another --out",
+        ) from error
     made = [section for make in sections.SECTIONS if (section := make(found, out, tasks)).parts]
     names = ", ".join(f"<code>{escape(str(directory))}</code>" for directory in directories)
     lead = [f'<p class="note">From {names}. Made by <code>lora-gen report</code>; figures are measured where no'
@@ -82,11 +87,15 @@ def _check_tasks(tasks: Sequence[str], results: Sequence[dict]) -> None:
     from lora_gen_jax.evaluation.report.accuracy import MOST_TASKS
 
     if len(tasks) > MOST_TASKS:
-        raise DataError(f"--tasks names {len(tasks)} tasks; at most {MOST_TASKS} are drawn one by one")
+        raise DataError(
+            f"--tasks names {len(tasks)} tasks; at most {MOST_TASKS} are drawn one by one",
+            field="--tasks",
+            code="too many",
+        )
     methods = [method for values in results for method in (values.get("methods") or {}).values()]
     known = {name for method in methods if isinstance(method, dict) for name in method.get("tasks", ())}
     for name in tasks:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "no results.json of these directories has it"
-            raise DataError(f"--tasks has the unknown task {name!r}; {hint}")
+            raise DataError(f"--tasks has the unknown task {name!r}", field="--tasks", code="unknown", remedy=hint)

@@ -87,8 +87,9 @@ def break_even_of(file: File) -> tuple[list[float], dict[str, list[float]]] | No
     for method, found in lines.items():
         if len(found) != len(queries):
             raise DataError(
-                f"{file.path} has {len(queries)} numbers of queries and {len(found)} times of {method}: write it again"
-                " with `lora-gen efficiency`, or remove it"
+                f"{file.path} has {len(queries)} numbers of queries and {len(found)} times of {method}",
+                field=f"{file.path.name}:break_even.{method}",
+                remedy="write it again with `lora-gen efficiency`, or remove it",
             )
     return ([float(q) for q in queries], lines) if len(queries) > 1 and lines else None
 

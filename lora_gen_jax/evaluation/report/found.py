@@ -81,15 +81,29 @@ def find(directories: Sequence[Path]) -> Found:
         DataError: for no directory, one that does not exist, a damaged file, or when there is nothing to report.
     """
     if not directories:
-        raise DataError("name at least one directory: a run's work directory, or what eval.py wrote")
+        raise DataError(
+            "name at least one directory: a run's work directory, or what eval.py wrote",
+            field="directories",
+            code="none",
+        )
     for directory in directories:
         if not directory.is_dir():
-            raise DataError(f"{directory} is no directory: name a run's work directory, or what eval.py wrote")
+            raise DataError(
+                f"{directory} is no directory",
+                field="directories",
+                code="no directory",
+                remedy="name a run's work directory, or what eval.py wrote",
+            )
     places = {place.resolve(): place for directory in directories for place in (directory, *_inside(directory))}
     paths = [place / name for place in places.values() for name in SOURCES if (place / name).is_file()]
     if not paths:
         names = ", ".join(map(str, directories))
-        raise DataError(f"{names}: holds none of {', '.join(SOURCES)}; name a work directory or an eval output")
+        raise DataError(
+            f"{names}: holds none of {', '.join(SOURCES)}",
+            field="directories",
+            code="empty",
+            remedy="name a work directory or an eval output",
+        )
     labels = _labels([path.parent for path in paths], {directory.resolve() for directory in directories})
     found = Found()
     for path in paths:
@@ -128,9 +142,11 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as JSON ({error}): {again}") from error
+        raise DataError(
+            f"{path} cannot be read as JSON ({error})", field=path.name, code="json", remedy=again
+        ) from error
     if not isinstance(values, dict):
-        raise DataError(f"{path} holds no JSON object: {again}")
+        raise DataError(f"{path} holds no JSON object", field=path.name, code="type", remedy=again)
     return values
 
 
@@ -144,7 +160,7 @@ def read_curves(path: Path) -> dict[str, Curve]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        raise DataError(f"{path} cannot be read: {error}", field=path.name, code="unreadable") from error
     for line in lines:
         try:
             metrics = json.loads(line)

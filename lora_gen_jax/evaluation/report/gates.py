@@ -31,7 +31,11 @@ def gates_of(file: File) -> dict[str, np.ndarray]:
     """
     tasks = file.values.get("tasks")
     if not isinstance(tasks, dict) or not tasks:
-        raise DataError(f'{file.path} has no "tasks": write it again with eval.py, or remove it')
+        raise DataError(
+            f'{file.path} has no "tasks"',
+            field=f"{file.path.name}:tasks",
+            remedy="write it again with eval.py, or remove it",
+        )
     gates: dict[str, np.ndarray] = {}
     for name, rows in tasks.items():
         try:
@@ -42,8 +46,10 @@ def gates_of(file: File) -> dict[str, np.ndarray]:
         inside = np.all((gates_LE >= 0) & (gates_LE <= 1 + 1e-4))
         if gates_LE.ndim != 2 or gates_LE.shape != first.shape or not gates_LE.size or not inside:
             raise DataError(
-                f"{file.path}, task {name}: its gates are no table of layers by experts with numbers from 0 to 1,"
-                " the same for all tasks; write it again with eval.py, or remove it"
+                f"{file.path}, task {name}: its gates are no table of layers by experts with numbers from 0 to 1, the"
+                " same for all tasks",
+                field=f"{file.path.name}:tasks.{name}",
+                remedy="write it again with eval.py, or remove it",
             )
         gates[name] = gates_LE
     return gates

@@ -83,7 +83,10 @@ def gather(files: Sequence[File]) -> list[Scores]:
             _add(made, key, file, names, by_shots)
         except (StopIteration, KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
-                f"{file.path} has not the layout of results.json ({error!r}): write it again with eval.py, or remove it"
+                f"{file.path} has not the layout of results.json ({error!r})",
+                field=file.path.name,
+                code="layout",
+                remedy="write it again with eval.py, or remove it",
             ) from error
     return list(made.values())
 

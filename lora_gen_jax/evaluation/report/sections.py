@@ -39,7 +39,12 @@ def comparison_section(found: Found, out: Path, tasks: Sequence[str]) -> Section
         try:
             section.parts.append(table(tables.comparison_table(file.values)))
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-            raise DataError(f"{file.path} has not the layout of report.json ({error!r}): remove it") from error
+            raise DataError(
+                f"{file.path} has not the layout of report.json ({error!r})",
+                field=file.path.name,
+                code="layout",
+                remedy="remove it",
+            ) from error
         section.parts.append(note(f"From {source_of([file])}."))
     return section
 

@@ -78,7 +78,12 @@ def save(figure: Any, path: Path) -> Path:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {error.strerror}; choose another --out") from error
+        raise OutputError(
+            f"{path} cannot be written: {error.strerror}",
+            field="--out",
+            code="unwritable",
+            remedy="choose another --out",
+        ) from error
     return path
 
 
