@@ -27,7 +27,7 @@ class LoraGenError(Exception):
 
         Args:
             place: put in front of the problem.
-            at: put in front of the field, as "rows.jsonl:3:" or "messages[0].".
+            at: put in front of the field, as "rows.jsonl:3:" or "messages.0.".
             remedy: where the error has none.
         """
         field = f"{at}{self.field or ''}".rstrip(":.") or None

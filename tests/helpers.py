@@ -61,7 +61,7 @@ SETTINGS = GeneratorConfig(
 
 @contextmanager
 def raises(
-    kind: type[LoraGenError], field: str, *facts: object, code: str | None = None
+    kind: type[LoraGenError], field: str | None, *facts: object, code: str | None = None
 ) -> Iterator[pytest.ExceptionInfo[Any]]:
     """The block ends in an error of exactly this kind, about this field, that says the facts.
 

@@ -103,7 +103,7 @@ def _refuse(wrong_L: np.ndarray, values_LK: np.ndarray, field: str, rule: str) -
         layer = int(np.argmax(wrong_L))
         more = " …" if values_LK.shape[1] > 8 else ""
         values = values_LK[layer, :8].tolist()
-        raise CheckpointError(f"layer {layer} has {values}{more}: {rule}", field=f"{field}[{layer}]")
+        raise CheckpointError(f"layer {layer} has {values}{more}: {rule}", field=f"{field}.{layer}")
 
 
 def read_readable(path: Path) -> tuple[str | None, dict[str, str]]:

@@ -52,11 +52,11 @@ def chat_prompt(messages: Any) -> str:
         try:
             role, content = _turn(message)
         except DataError as error:
-            raise error.within(f"message {number}", f"messages[{number - 1}].") from error
+            raise error.within(f"message {number}", f"messages.{number - 1}.") from error
         if role == "system" and number > 1:
             raise DataError(
                 f'message {number}: only the first message may have the role "system"',
-                field=f"messages[{number - 1}].role",
+                field=f"messages.{number - 1}.role",
                 code="order",
             )
         if role == "system":
@@ -67,14 +67,14 @@ def chat_prompt(messages: Any) -> str:
             raise DataError(
                 f'message {number} has the role "{role}", expected "{expected}": after the system text, user and'
                 " assistant take turns",
-                field=f"messages[{number - 1}].role",
+                field=f"messages.{number - 1}.role",
                 code="turn",
             )
         turns.append(content)
     if len(turns) % 2:
         raise DataError(
             f"message {len(messages)} is a user's turn without an answer",
-            field=f"messages[{len(messages) - 1}]",
+            field=f"messages.{len(messages) - 1}",
             code="unanswered",
             remedy="leave it out, it is what the specialized edge model is asked later (generate --input)",
         )
@@ -108,7 +108,7 @@ def shots_prompt(shots: Any, description: str = "") -> str:
         try:
             examples.append(_shot(shot))
         except DataError as error:
-            raise error.within(f"shot {number}", f"shots[{number - 1}].") from error
+            raise error.within(f"shot {number}", f"shots.{number - 1}.") from error
     return system_prompt(description, examples)
 
 

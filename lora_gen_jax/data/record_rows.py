@@ -89,21 +89,21 @@ def _messages(row: Row) -> tuple[str, tuple[tuple[str, str], ...], str | None]:
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
             raise DataError(
-                'every message must be an object with "role" and "content"', field=f"messages[{i}]", code="type"
+                'every message must be an object with "role" and "content"', field=f"messages.{i}", code="type"
             )
         role = message.get("role")
         if role not in _ROLES:
             raise DataError(
                 f"unknown role {role!r}; it must be one of {', '.join(_ROLES)}",
-                field=f"messages[{i}].role",
+                field=f"messages.{i}.role",
                 code="unknown",
             )
         if role == "system" and turns:
             raise DataError(
-                "only the first message may have the role 'system'", field=f"messages[{i}].role", code="order"
+                "only the first message may have the role 'system'", field=f"messages.{i}.role", code="order"
             )
         empty_system = role == "system" and message.get("content") == ""
-        turns.append((role, GENERIC_SYSTEM if empty_system else text_field(message, "content", f"messages[{i}].")))
+        turns.append((role, GENERIC_SYSTEM if empty_system else text_field(message, "content", f"messages.{i}.")))
     beside = _system(row)
     if beside is not None and turns[0][0] == "system":
         raise DataError(

@@ -82,18 +82,37 @@ class Made(NamedTuple):
 
 def _check_flags(flags: Export) -> None:
     if flags.base and flags.format != "merged":
-        raise ConfigError(f"--base writes a whole model, not an adapter of format {flags.format}: use --format merged")
+        raise ConfigError(
+            f"--base writes a whole model, not an adapter of format {flags.format}",
+            field="--format",
+            remedy="use --format merged",
+        )
     if flags.specialization is None and not (flags.base and flags.edge):
         raise ConfigError(
-            "--specialization is missing: name a directory that `lora-gen specialize` wrote (with --base, --edge alone"
-            " will do)"
+            "--specialization is missing",
+            field="--specialization",
+            code="missing",
+            remedy="name a directory that `lora-gen specialize` wrote (with --base, --edge alone will do)",
         )
     if not 0 < flags.max_shard_size_gb < float("inf"):
-        raise ConfigError(f"--max-shard-size-gb is {flags.max_shard_size_gb}: use a number above 0")
+        raise ConfigError(
+            f"--max-shard-size-gb is {flags.max_shard_size_gb}",
+            field="--max-shard-size-gb",
+            code="range",
+            remedy="use a number above 0",
+        )
     if flags.format != "merged" and flags.max_shard_size_gb != Export.max_shard_size_gb:
-        raise ConfigError(f"--max-shard-size-gb is for --format merged; a {flags.format} adapter is one file")
+        raise ConfigError(
+            f"--max-shard-size-gb is for --format merged; a {flags.format} adapter is one file",
+            field="--max-shard-size-gb",
+            code="conflict",
+        )
     if flags.specialization is None and flags.checkpoint is not None:
-        raise ConfigError("--checkpoint is where a specialisation's pool is: name a --specialization, or leave it out")
+        raise ConfigError(
+            "--checkpoint is where a specialization's pool is",
+            field="--checkpoint",
+            remedy="name a --specialization, or leave it out",
+        )
 
 
 def _adapter(flags: Export, made: Made) -> tuple[str, str]:

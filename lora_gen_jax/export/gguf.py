@@ -31,7 +31,9 @@ def check_gguf(config: DecoderConfig) -> None:
     """
     if config.family not in _ARCHITECTURES:
         raise ConfigError(
-            f"format gguf: llama.cpp has no architecture for {config.family} models: use --format peft or merged"
+            f"format gguf: llama.cpp has no architecture for {config.family} models",
+            field="--format",
+            remedy="use --format peft or merged",
         )
 
 

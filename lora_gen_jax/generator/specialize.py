@@ -58,10 +58,10 @@ def specialize(
         if len(prompt) > limit:
             raise DataError(
                 f"prompt {i} has {len(prompt)} tokens, the limit is {limit} ({layers} meta tokens follow it)",
-                field=f"prompts[{i}]",
+                field=f"prompts.{i}",
                 remedy="shorten it, or give fewer shots",
             )
-        check_tokens(prompt, generator.cloud.vocab_size, f"prompts[{i}]")
+        check_tokens(prompt, generator.cloud.vocab_size, f"prompts.{i}")
     rows, length = padded_rows(len(prompts), frozen_cloud), bucket(max(map(len, prompts)) + layers)
     # Rows that only fill the bucket repeat the first prompt and are cut off again.
     padded = [list(p) for p in prompts] + [list(prompts[0])] * (rows - len(prompts))

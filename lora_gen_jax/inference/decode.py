@@ -178,11 +178,11 @@ def _check(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: i
         if len(prompt) == 0:
             raise DataError(
                 f"prompt {i} is empty",
-                field=f"prompts[{i}]",
+                field=f"prompts.{i}",
                 code="empty",
                 remedy="give it at least one token, the model's bos or eos for example",
             )
-        check_tokens(prompt, decoder.config.vocab_size, f"prompts[{i}]")
+        check_tokens(prompt, decoder.config.vocab_size, f"prompts.{i}")
         check_length(
             before + len(prompt) + max_new_tokens,
             decoder.config,

@@ -81,26 +81,26 @@ def check_requests(requests: Sequence[Request], vocab_size: int, room: int) -> N
         if len(context) == 0:
             raise DataError(
                 f"request {i} has an empty context",
-                field=f"requests[{i}].context",
+                field=f"requests.{i}.context",
                 code="empty",
                 remedy="pass the model's bos or eos id as its context",
             )
-        check_tokens(context, vocab_size, f"requests[{i}].context")
+        check_tokens(context, vocab_size, f"requests.{i}.context")
         for continuation in continuations:
             if len(continuation) == 0:
                 raise DataError(
                     f"request {i} has an empty continuation: there is nothing to score",
-                    field=f"requests[{i}].continuation",
+                    field=f"requests.{i}.continuation",
                     code="empty",
                 )
             if len(continuation) > room:
                 raise DataError(
                     f"request {i} has a continuation of {len(continuation)} tokens, the model has room for {room}",
-                    field=f"requests[{i}].continuation",
+                    field=f"requests.{i}.continuation",
                     code="too long",
                     remedy="shorten it or use a model with more positions",
                 )
-            check_tokens(continuation, vocab_size, f"requests[{i}].continuation")
+            check_tokens(continuation, vocab_size, f"requests.{i}.continuation")
 
 
 def split_rows(index: int, request: Request, most: int) -> Iterator[Row]:

@@ -98,13 +98,16 @@ def _check_numbers(flags: Instructions) -> None:
     for name in ("rows_per_request", "concurrency", "attempts", "limit"):
         value = getattr(flags, name)
         if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is {value}; it must be 1 or more", field=f"--{name.replace('_', '-')}"
+            )
     if flags.retries < 0 or not 0 < flags.timeout < 1e6:
         raise ConfigError(
-            f"--retries is {flags.retries}, --timeout {flags.timeout}; neither may be below 0, or no time"
+            f"--retries is {flags.retries}, --timeout {flags.timeout}; neither may be below 0, or no time",
+            field="--retries" if flags.retries < 0 else "--timeout",
         )
     if not flags.model.strip():
-        raise ConfigError("--model is empty: name a model of the endpoint")
+        raise ConfigError("--model is empty", field="--model", remedy="name a model of the endpoint")
 
 
 def _beside(out: Path, what: str) -> Path:
@@ -114,15 +117,25 @@ def _beside(out: Path, what: str) -> Path:
 def _check_out(out: Path) -> None:
     """The outputs must not exist, but for what the same command has left behind."""
     if out.suffix != ".jsonl":
-        raise ConfigError(f"--out is {out}: name a .jsonl file")
+        raise ConfigError(f"--out is {out}", field="--out", code="suffix", remedy="name a .jsonl file")
     taken = [out] if _beside(out, "partial").exists() else [out, _beside(out, "rejected")]
     for path in taken:
         if path.exists():
-            raise OutputError(f"output {path} exists already: choose another --out, or remove it first")
+            raise OutputError(
+                f"output {path} exists already",
+                field="--out",
+                code="exists",
+                remedy="choose another --out, or remove it first",
+            )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"--out {out} cannot be written: {error.strerror}; choose another place") from error
+        raise OutputError(
+            f"--out {out} cannot be written: {error.strerror}",
+            field="--out",
+            code="unwritable",
+            remedy="choose another place",
+        ) from error
 
 
 def _show(flags: Instructions, asker: "Asker", sources: "Sequence[Source]") -> None:
@@ -132,7 +145,7 @@ def _show(flags: Instructions, asker: "Asker", sources: "Sequence[Source]") -> N
 
     first = [source for source in sources if not unusable(source)][: flags.rows_per_request]
     if not first:
-        raise DataError("no row has an instruction and an output: there is nothing to ask")
+        raise DataError("no row has an instruction and an output: there is nothing to ask", field="rows", code="empty")
     body = asker.endpoint.body(first_messages(asker.template, first), max_tokens(first))
     print(json.dumps({"url": asker.endpoint.settings.url, "body": body}, indent=2, ensure_ascii=False))
 
@@ -181,7 +194,12 @@ def _write(out: Path, sources: "Sequence[Source]", outcomes: "Sequence[Outcome]"
         _write_rows(_beside(out, "rejected"), rejected)
         aside = f"; {len(rejected)} rows were set aside in {_beside(out, 'rejected')}, with the reasons"
     if not rows:
-        raise DataError(f"none of the {len(sources)} rows came out{aside}: try a more capable --model")
+        raise DataError(
+            f"none of the {len(sources)} rows came out{aside}",
+            field="rows",
+            code="rejected",
+            remedy="try a more capable --model",
+        )
     _write_rows(out, rows)
     sizes = Counter(row["task"] for row in rows)
     single = sum(size == 1 for size in sizes.values())

@@ -91,7 +91,11 @@ class Endpoint:
                 continue
             failures += 1
             if failures > self.settings.retries:
-                raise EndpointError(f"{self._place()} {reason}, {failures} times; the same command goes on later")
+                raise EndpointError(
+                    f"{self._place()} {reason}, {failures} times; the same command goes on later",
+                    field="--endpoint",
+                    code="unanswered",
+                )
             self._pause(failures, asked, reason)
 
     def _send(self, body: dict[str, Any]) -> bytes:
@@ -113,20 +117,26 @@ class Endpoint:
             key, name = self.settings.key, self.settings.key_name or "an environment variable"
             has = "was refused" if key else "is missing"
             raise EndpointError(
-                f"{self._place()} answered with status {code}{said}. The key {has}: put a valid one into {name}"
-                " (--api-key-env names the variable)"
+                f"{self._place()} answered with status {code}{said}",
+                field="--api-key-env",
+                remedy=f"The key {has}: put a valid one into {name} (--api-key-env names the variable)",
             )
         if code == 404:
             raise EndpointError(
-                f"{self._place()} answered with status 404{said}. Either there is no model {self.settings.model!r}"
-                " (--model), or the address is no chat completions' (--endpoint, as http://localhost:8000/v1)"
+                f"{self._place()} answered with status 404{said}",
+                field="--endpoint",
+                code="not found",
+                remedy=f"Either there is no model {self.settings.model!r} (--model), or the address is no chat"
+                " completions' (--endpoint, as http://localhost:8000/v1)",
             )
         if code in (400, 413, 422):
             if self.answered:
-                raise RequestRefused(f"the endpoint refused the request with status {code}{said}")
+                raise RequestRefused(
+                    f"the endpoint refused the request with status {code}{said}", field="rows", code="refused"
+                )
             if self._leave_out(message):
                 return None
-        raise EndpointError(f"{self._place()} answered with status {code}{said}")
+        raise EndpointError(f"{self._place()} answered with status {code}{said}", field="--endpoint", code="status")
 
     def _leave_out(self, message: str) -> bool:
         """Leaves out the optional field that the message names, or else the one that servers know least."""
@@ -150,7 +160,12 @@ class Endpoint:
         # A connection that was there and is lost passes; one that never was, or a page instead of JSON, does not.
         first = isinstance(error, _Malformed) or not isinstance(cause, ConnectionResetError | http.client.HTTPException)
         if first and not self.answered:
-            raise EndpointError(f"{self._place()} {words}: check the address and that the server is running") from error
+            raise EndpointError(
+                f"{self._place()} {words}",
+                field="--endpoint",
+                code="unreachable",
+                remedy="check the address and that the server is running",
+            ) from error
         return words
 
     def _pause(self, failures: int, asked: str | None, reason: str) -> None:
@@ -159,7 +174,9 @@ class Endpoint:
         if wanted is not None:
             if wanted > _LONGEST_ASKED:
                 raise EndpointError(
-                    f"{self._place()} {reason}, and asks to wait {wanted:.0f} s; the command goes on then"
+                    f"{self._place()} {reason}, and asks to wait {wanted:.0f} s; the command goes on then",
+                    field="--endpoint",
+                    code="asks to wait",
                 )
             seconds = wanted
         log.info("the endpoint %s; sent again in %.1f s", reason, seconds)

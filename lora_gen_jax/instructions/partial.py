@@ -79,12 +79,19 @@ class Partial:
         except ValueError:
             found = None
         if not isinstance(found, dict) or found.keys() != self.identity.keys():
-            raise DataError(f"{self.path} is no file of finished rows: choose another --out, or remove it")
+            raise DataError(
+                f"{self.path} is no file of finished rows",
+                field="--out",
+                code="no partial",
+                remedy="choose another --out, or remove it",
+            )
         other = [name for name, value in self.identity.items() if found[name] != value]
         if other:
             raise DataError(
-                f"{self.path} holds finished rows of another {' and another '.join(other)}: give the command that wrote"
-                " it to go on, choose another --out, or remove it to begin anew"
+                f"{self.path} holds finished rows of another {' and another '.join(other)}",
+                field="--out",
+                code="another run",
+                remedy="give the command that wrote it to go on, choose another --out, or remove it to begin anew",
             )
 
     def _read(self, number: int, line: str) -> None:
@@ -97,8 +104,18 @@ class Partial:
             if not good or not (outcome.rejected or (outcome.abstract and outcome.query)):
                 raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{self.path}:{number}: damaged; remove this line, and its row is asked again") from error
+            raise DataError(
+                f"{self.path}:{number}: damaged",
+                field=f"{self.path.name}:{number}",
+                code="damaged",
+                remedy="remove this line, and its row is asked again",
+            ) from error
         self.done[row] = outcome
 
     def _unusable(self, error: OSError) -> OutputError:
-        return OutputError(f"{self.path} cannot be used: {error.strerror}; choose another --out")
+        return OutputError(
+            f"{self.path} cannot be used: {error.strerror}",
+            field="--out",
+            code="unwritable",
+            remedy="choose another --out",
+        )

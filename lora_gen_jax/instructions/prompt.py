@@ -65,8 +65,9 @@ def read_template(path: Path | None) -> str:
     for name in _PLACEHOLDERS:
         if name not in text:
             raise DataError(
-                f"--template {path} has no {name}: {{rows}} is where the rows stand, {{form}} where the reply's form is"
-                " described"
+                f"--template {path} has no {name}: {{rows}} is where the rows stand, {{form}} where the reply's form"
+                " is described",
+                field="--template",
             )
     return text
 

@@ -38,7 +38,7 @@ def read_reply(text: str, sources: Mapping[int, Source], many: bool) -> tuple[di
     for number, source in sources.items():
         try:
             if number not in found:
-                raise DataError('it is missing in "rows"')
+                raise DataError('it is missing in "rows"', field="rows", code="missing")
             outcomes[number] = _checked(found[number], source)
         except DataError as error:
             problems[number] = str(error)
@@ -56,7 +56,7 @@ def _object(text: str) -> dict[str, Any]:
             return decoder.raw_decode(text, start)[0]
         except (ValueError, RecursionError):
             start = text.find("{", start + 1)
-    raise DataError("the reply is not a JSON object")
+    raise DataError("the reply is not a JSON object", field="reply", code="json")
 
 
 def _entries(value: dict[str, Any], sources: Mapping[int, Source], many: bool) -> dict[int, Any]:
@@ -64,14 +64,14 @@ def _entries(value: dict[str, Any], sources: Mapping[int, Source], many: bool) -
         return {1: value}
     rows = value.get("rows")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataError('the reply has no list "rows" of objects')
+        raise DataError('the reply has no list "rows" of objects', field="rows", code="type")
     if not any("row" in row for row in rows) and len(rows) == len(sources):
         return dict(zip(sources, rows, strict=True))
     numbers = [row.get("row") for row in rows]
     if any(not isinstance(number, int) or isinstance(number, bool) for number in numbers):
-        raise DataError('an entry of "rows" has no number "row"')
+        raise DataError('an entry of "rows" has no number "row"', field="rows.row", code="missing")
     if len(set(numbers)) < len(numbers):
-        raise DataError('two entries of "rows" have the same number "row"')
+        raise DataError('two entries of "rows" have the same number "row"', field="rows.row", code="repeated")
     return {row["row"]: row for row in rows}
 
 
@@ -85,25 +85,39 @@ def _checked(entry: Any, source: Source) -> Outcome:
     for name in ("abstract", "query"):
         value = entry.get(name)
         if not isinstance(value, str) or not value.strip():
-            raise DataError(f'"{name}" must be a text that is not empty')
+            raise DataError(f'"{name}" must be a text that is not empty', field=name, code="text")
         check_text(value, name)
         texts[name] = value.strip()
     abstract, query = texts["abstract"], texts["query"]
     given = f"{source.instruction}\n{source.input}"
     longest = max(MAX_ABSTRACT, len(source.instruction))
     if len(abstract) > longest:
-        raise DataError(f'"abstract" has {len(abstract)} characters, at most {longest} are allowed')
+        raise DataError(
+            f'"abstract" has {len(abstract)} characters, at most {longest} are allowed',
+            field="abstract",
+            code="too long",
+        )
     if len(query) > len(given) + _QUERY_SLACK:
-        raise DataError('"query" is much longer than the row\'s instruction and input together')
+        raise DataError(
+            '"query" is much longer than the row\'s instruction and input together', field="query", code="too long"
+        )
     if contains(abstract, query):
-        raise DataError('"abstract" contains the whole "query", which is particular to the row')
+        raise DataError(
+            '"abstract" contains the whole "query", which is particular to the row',
+            field="abstract",
+            code="contains query",
+        )
     # Labels to choose from stand in the instruction, and belong into the abstract one.
     if contains(abstract, source.output) and not contains(source.instruction, source.output):
         other = _CHOICES.get(normalise(source.output))
         if other is None or not contains(abstract, other):
-            raise DataError('"abstract" contains the row\'s output')
+            raise DataError('"abstract" contains the row\'s output', field="abstract", code="contains output")
     if contains(query, source.output) and not contains(given, source.output):
-        raise DataError('"query" contains the row\'s output, which its instruction and input do not')
+        raise DataError(
+            '"query" contains the row\'s output, which its instruction and input do not',
+            field="query",
+            code="contains output",
+        )
     return Outcome(abstract=abstract, query=query)
 
 

@@ -61,21 +61,30 @@ def read_sources(paths: Sequence[Path], limit: int | None = None) -> list[Source
 def _source(_: int, row: Row) -> Source:
     if "instruction" not in row:
         if "system" in row or "messages" in row:
-            raise DataError('rows with "system" or "messages" need no abstracting: give the file to --data.files')
-        raise DataError('the field "instruction" is missing: a row is {"instruction", "input", "output"}')
+            raise DataError(
+                'rows with "system" or "messages" need no abstracting',
+                field="instruction",
+                code="needless",
+                remedy="give the file to --data.files",
+            )
+        raise DataError(
+            'the field "instruction" is missing: a row is {"instruction", "input", "output"}',
+            field="instruction",
+            code="missing",
+        )
     if "output" not in row:
-        raise DataError('the field "output" is missing')
+        raise DataError('the field "output" is missing', field="output", code="missing")
     texts: dict[str, str] = {}
     for name in ("instruction", "input", "output"):
         value = row.get(name)
         value = "" if value is None and name == "input" else value
         if not isinstance(value, str):
-            raise DataError(f'"{name}" must be text, found {type(value).__name__}')
+            raise DataError(f'"{name}" must be text, found {type(value).__name__}', field=name, code="type")
         check_text(value, name)
         texts[name] = value
     split = row.get("split")
     if split is not None and split not in SPLITS:
-        raise DataError(f'"split" is {split!r}; it must be one of {", ".join(SPLITS)}')
+        raise DataError(f'"split" is {split!r}; it must be one of {", ".join(SPLITS)}', field="split", code="unknown")
     return Source(**texts, split=split)
 
 

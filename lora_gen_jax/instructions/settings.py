@@ -40,9 +40,19 @@ def chat_url(endpoint: str) -> str:
     except ValueError:
         known, parts = False, urllib.parse.urlsplit("")
     if "@" in endpoint.partition("?")[0]:
-        raise ConfigError("--endpoint holds a user or password: give keys by an environment variable, --api-key-env")
+        raise ConfigError(
+            "--endpoint holds a user or password",
+            field="--endpoint",
+            code="password",
+            remedy="give keys by an environment variable, --api-key-env",
+        )
     if not known or not endpoint.isascii() or not endpoint.isprintable() or " " in endpoint:
-        raise ConfigError(f"--endpoint is {endpoint!r}: give the address of a server, as http://localhost:8000/v1")
+        raise ConfigError(
+            f"--endpoint is {endpoint!r}",
+            field="--endpoint",
+            code="address",
+            remedy="give the address of a server, as http://localhost:8000/v1",
+        )
     path = parts.path.rstrip("/")
     if not path.endswith("/chat/completions"):
         path = (path or "/v1") + "/chat/completions"
@@ -58,8 +68,17 @@ def api_key(name: str, given: bool) -> str | None:
     key = os.environ.get(name, "").strip() if name else ""
     if not key:
         if name and given:
-            raise ConfigError(f"--api-key-env names {name}, which is not set: put the endpoint's key there")
+            raise ConfigError(
+                f"--api-key-env names {name}, which is not set",
+                field="--api-key-env",
+                code="unset",
+                remedy="put the endpoint's key there",
+            )
         return None
     if not (key.isascii() and key.isprintable()):
-        raise ConfigError(f"the environment variable {name} (--api-key-env) holds characters that no key has")
+        raise ConfigError(
+            f"the environment variable {name} (--api-key-env) holds characters that no key has",
+            field="--api-key-env",
+            code="characters",
+        )
     return key

@@ -49,14 +49,16 @@ def run(config: Config, flags: CompileFlags) -> dict[str, Any]:
     """
     names = tuple(name.strip() for name in flags.programs.split(",") if name.strip())
     if not names or not set(names) <= set(NAMES):
-        raise ConfigError(f"--programs is {flags.programs!r}; name some of {', '.join(NAMES)}")
+        raise ConfigError(
+            f"--programs is {flags.programs!r}", field="--programs", remedy=f"name some of {', '.join(NAMES)}"
+        )
     if config.method != "lora_gen" and flags.programs == CompileFlags.programs:
         names = tuple(name for name in names if name != "specialise")
     if not flags.topology:
-        raise ConfigError("name the chips to compile for: --topology v5e:4x4")
+        raise ConfigError("name the chips to compile for: --topology v5e:4x4", field="--topology", code="missing")
     sizes = Sizes(flags.rows, flags.input_tokens, flags.cache_slots)
     if min(dataclasses.astuple(sizes)) < 1:
-        raise ConfigError("--rows, --input-tokens and --cache-slots must be at least 1")
+        raise ConfigError("--rows, --input-tokens and --cache-slots must be at least 1", field="--rows")
     topology = get_topology(flags.topology)
     pair = shapes_pair(config)
     results: dict[str, tuple[Program, Costs]] = {}
@@ -87,8 +89,11 @@ def compile_program(program: Program, topology: Topology, flops: float) -> Costs
             raise
         line = next(line for line in str(error).splitlines() if "RESOURCE_EXHAUSTED" in line)
         raise ConfigError(
-            f"{program.name} does not fit {topology.name}: {line.strip()} Take more chips, spread the weights with"
-            " --mesh.fsdp, keep less with --cloud.remat full and --edge.remat full, or take fewer rows a chip"
+            f"{program.name} does not fit {topology.name}: {line.strip()}",
+            field="--topology",
+            code="too small",
+            remedy="Take more chips, spread the weights with --mesh.fsdp, keep less with --cloud.remat full and"
+            " --edge.remat full, or take fewer rows a chip",
         ) from error
     return costs(compiled, program, topology.chip, flops, time.perf_counter() - began)
 

@@ -222,7 +222,9 @@ def parse(text: str) -> Module:
             instruction = _instruction(line, found)
             instructions[instruction.name] = instruction
     if not entry:
-        raise LoraGenError("the compiler's program could not be read: it has no entry computation")
+        raise LoraGenError(
+            "the compiler's program could not be read: it has no entry computation", field="program", code="no entry"
+        )
     return Module(computations, entry)
 
 
@@ -260,4 +262,8 @@ def _closing(text: str, opening: int) -> int:
         depth += 1 if match[0] == "(" else -1
         if depth == 0:
             return match.start()
-    raise LoraGenError(f"the compiler's program could not be read: unbalanced parentheses in {text[:80]!r}")
+    raise LoraGenError(
+        f"the compiler's program could not be read: unbalanced parentheses in {text[:80]!r}",
+        field="program",
+        code="unbalanced",
+    )

@@ -167,7 +167,9 @@ def _chip_bytes(x: Any) -> float:
 def specialise(config: Config, pair: Pair, mesh: Mesh) -> Program:
     """One prompt of data.cloud_length tokens, meta tokens included, to merged edge weights; the base is kept."""
     if config.method != "lora_gen":
-        raise ConfigError(f"method {config.method} does not specialise: leave specialise out of --programs")
+        raise ConfigError(
+            f"method {config.method} does not specialize", field="method", remedy="leave specialise out of --programs"
+        )
     generator, layers = make_generator(config, pair), pair.edge.config.num_layers
     prompts = prompt_shapes(1, 1, config.data.cloud_length, layers)
     keys = dict.fromkeys(("params", "dropout", "gumbel"), jax.random.key(0))

@@ -56,11 +56,14 @@ def get_topology(name: str) -> Topology:
     found = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+)*)", name)
     if found is None or found[2] not in CHIPS or (found[1] and int(found[1]) < 1):
         raise ConfigError(
-            f"topology {name!r} is not understood: write chip:AxB, as v5e:4x4 or v5p:2x2x4, or 2*v5e:4x4 for two"
-            f" slices; chips are {', '.join(CHIPS)}"
+            f"topology {name!r} is not understood",
+            field="--topology",
+            code="unknown",
+            remedy="write chip:AxB, as v5e:4x4 or v5p:2x2x4, or 2*v5e:4x4 for two slices; chips are"
+            f" {', '.join(CHIPS)}",
         )
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError(f"compiling for a TPU needs libtpu, which has the compiler: {REMEDY}")
+        raise ConfigError("compiling for a TPU needs libtpu, which has the compiler", field="libtpu", remedy=REMEDY)
     _stay_on_the_host()
     from jax.experimental import topologies
 
@@ -75,7 +78,10 @@ def get_topology(name: str) -> Topology:
     except Exception as error:
         line = str(error).splitlines()[0]
         raise ConfigError(
-            f"topology {name!r} does not exist ({line}): choose a size that the chip is sold in"
+            f"topology {name!r} does not exist ({line})",
+            field="--topology",
+            code="no such size",
+            remedy="choose a size that the chip is sold in",
         ) from error
     return Topology(name, CHIPS[chip], list(topology.devices), slices)
 

@@ -106,16 +106,18 @@ def _check(flags: Serve) -> None:
     for name in (*sizes, "timeout", "shutdown_timeout"):
         if not 0 < getattr(flags, name) < float("inf"):
             flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag} is {getattr(flags, name)}: give a number above 0")
+            raise ConfigError(f"--{flag} is {getattr(flags, name)}", field=f"--{flag}", remedy="give a number above 0")
     if not 0 <= flags.port < 65536:
-        raise ConfigError(f"--port is {flags.port}: give 1 to 65535, or 0 for a free one")
+        raise ConfigError(f"--port is {flags.port}", field="--port", remedy="give 1 to 65535, or 0 for a free one")
 
 
 def _check_installed() -> None:
     """Raises ConfigError where the packages of the extra are missing."""
     missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f"serving needs {', '.join(missing)}: pip install 'lora_gen_jax[serve]'")
+        raise ConfigError(
+            f"serving needs {', '.join(missing)}", field=missing[0], remedy="pip install 'lora_gen_jax[serve]'"
+        )
 
 
 def _api_key(flags: Serve) -> str | None:
@@ -126,7 +128,11 @@ def _api_key(flags: Serve) -> str | None:
         return None
     key = text_argument(key, "--api-key").strip()
     if not key.isascii() or not key.isprintable() or " " in key:
-        raise ConfigError("--api-key must be printable ASCII without spaces: it is sent in a header")
+        raise ConfigError(
+            "--api-key must be printable ASCII without spaces: it is sent in a header",
+            field="--api-key",
+            code="characters",
+        )
     return key
 
 
@@ -139,8 +145,11 @@ def _specializer(flags: Serve) -> "Specializer":
     if loaded.config.method != "lora_gen" or loaded.config.generator.generator == "direct":
         what = "direct generation" if loaded.config.method == "lora_gen" else f"method {loaded.config.method}"
         raise CheckpointError(
-            f"{loaded.path} was trained with {what}: the server mixes specialisations by their gates, which it has none"
-            " of. Use `lora-gen export --format merged` and serve the merged model"
+            f"{loaded.path} was trained with {what}: the server mixes specializations by their gates, which it has"
+            " none of",
+            field="--checkpoint",
+            code="method",
+            remedy="Use `lora-gen export --format merged` and serve the merged model",
         )
     return Specializer.of(loaded, flags.cloud, flags.edge)
 
@@ -159,7 +168,9 @@ def read_registry(flags: Serve, specializer: "Specializer") -> "Registry":
     given = read_entries(flags.specializations, served)
     if len(given) > flags.max_specializations:
         raise CheckpointError(
-            f"{len(given)} specialisations are given, --max-specializations is {flags.max_specializations}: raise it"
+            f"{len(given)} specializations are given, --max-specializations is {flags.max_specializations}",
+            field="--max-specializations",
+            remedy="raise it",
         )
     registry = Registry(flags.max_specializations, flags.store)
     # Kept ones are clients': they are neither left out nor a reason not to start.

@@ -22,8 +22,7 @@ class ApiError(LoraGenError):
 
     Attributes:
         status: of HTTP.
-        message: what is wrong, and the remedy.
-        param: the request's field, if it is about one.
+        field: the request's, which OpenAI's JSON calls "param"; None where it is about none.
         code: for programs, as "model_not_found".
         headers: of the answer.
     """
@@ -36,15 +35,15 @@ class ApiError(LoraGenError):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ):
-        super().__init__(message)
-        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers or {}
+        super().__init__(message, field=param, code=code)
+        self.status, self.headers = status, headers or {}
 
     @property
     def body(self) -> dict[str, Any]:
         """OpenAI's JSON."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = "rate_limit_error" if self.status == 429 else kind
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": str(self), "type": kind, "param": self.field, "code": self.code}}
 
 
 class ClientGone(ApiError):

@@ -179,12 +179,17 @@ class Served:
         s = specialization
         if s.direct:
             raise CheckpointError(
-                "it has factors instead of gates (direct generation): use `lora-gen export --format merged`"
+                "it has factors instead of gates (direct generation)",
+                field="specialization",
+                code="direct",
+                remedy="use `lora-gen export --format merged`",
             )
         if s.fingerprints["edge"] != self.edge:
             raise CheckpointError(
                 f"it was made for another edge model (fingerprint {s.fingerprints['edge']}, this server's is"
-                f" {self.edge}): give the --checkpoint and --edge that it was made with"
+                f" {self.edge})",
+                field="--edge",
+                remedy="give the --checkpoint and --edge that it was made with",
             )
         self.fit.check(s)
         tokens = len(self.encoder.prompt(s.prompt))

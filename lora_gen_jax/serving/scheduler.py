@@ -135,12 +135,21 @@ class Scheduler:
         tickets = [Ticket(self, work, listener) for work, listener in zip(works, listeners, strict=True)]
         with self._changed:
             if self._failed:
-                raise Failed("the programs on the device have failed: the server must be started again")
+                raise Failed(
+                    "the programs on the device have failed: the server must be started again",
+                    field="server",
+                    code="failed",
+                )
             if self._closing:
-                raise Closing("the server is shutting down: ask another one, or later")
+                raise Closing(
+                    "the server is shutting down", field="server", code="closing", remedy="ask another one, or later"
+                )
             if len(self._waiting) + len(tickets) > self.queue_limit:
                 raise QueueFull(
-                    f"{len(self._waiting)} sequences wait, there is room for {self.queue_limit}: try again later"
+                    f"{len(self._waiting)} sequences wait, there is room for {self.queue_limit}",
+                    field="queue",
+                    code="queue_full",
+                    remedy="try again later",
                 )
             self._waiting.extend(tickets)
             self._changed.notify()

@@ -53,7 +53,8 @@ def bind(host: str, port: int) -> socket.socket:
 
 def _unusable(what: str, error: Exception) -> ConfigError:
     reason = getattr(error, "strerror", None) or str(error)
-    return ConfigError(f"{what} cannot be listened on: {reason}; choose others")
+    field = "--host" if isinstance(error, socket.gaierror | UnicodeError) else "--port"
+    return ConfigError(f"{what} cannot be listened on: {reason}", field=field, remedy="choose others")
 
 
 class Server(uvicorn.Server):

@@ -189,7 +189,7 @@ class Service:
         try:
             prompt = prompt_of(request.row)
         except DataError as error:
-            raise api_error(error) from error
+            raise api_error(error, error.field) from error
         name = request.name if request.name is not None else f"specialization-{secrets.token_hex(6)}"
         # Shielded: a specialisation that was begun is finished and kept, whether its client waits or not.
         task = asyncio.ensure_future(self._make(name, prompt))

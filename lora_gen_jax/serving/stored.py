@@ -42,9 +42,19 @@ def read_store(store: Path, served: Served) -> list[Entry]:
         store.mkdir(parents=True, exist_ok=True)
         children = sorted(store.iterdir())
     except OSError as error:
-        raise OutputError(f"--store {store} cannot be used: {error.strerror}; choose another") from error
+        raise OutputError(
+            f"--store {store} cannot be used: {error.strerror}",
+            field="--store",
+            code="unusable",
+            remedy="choose another",
+        ) from error
     if (store / TENSORS).is_file():
-        raise ConfigError(f"--store {store} is a specialisation: name the directory around it, or --specializations")
+        raise ConfigError(
+            f"--store {store} is a specialization",
+            field="--store",
+            code="specialization",
+            remedy="name the directory around it, or --specializations",
+        )
     for child in children:
         if child.name.startswith(".") and _REMOVED in child.name:
             shutil.rmtree(child, ignore_errors=True)
@@ -67,7 +77,9 @@ def remove_directory(directory: Path) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise OutputError(f"{directory} cannot be removed: {error.strerror}") from error
+        raise OutputError(
+            f"{directory} cannot be removed: {error.strerror}", field="--store", code="unwritable"
+        ) from error
 
 
 def _entries(directories: Iterable[Path], served: Served) -> list[Entry]:
@@ -79,10 +91,16 @@ def _entries(directories: Iterable[Path], served: Served) -> list[Entry]:
             check_new_name(name)
             entry = served.entry(name, load_specialization(directory))
         except LoraGenError as error:
-            raise CheckpointError(f"specialisation {directory} cannot be served: {error}") from error
+            problem = f"specialization {directory} cannot be served: {error.problem}"
+            raise CheckpointError(problem, field=error.field, code=error.code, remedy=error.remedy) from error
         if name.lower() in entries:
             other = entries[name.lower()][0]
-            raise CheckpointError(f"{directory} and {other} would have the same name: rename one of them")
+            raise CheckpointError(
+                f"{directory} and {other} would have the same name",
+                field="name",
+                code="taken",
+                remedy="rename one of them",
+            )
         entries[name.lower()] = directory, entry
     return [entry for _, entry in entries.values()]
 
@@ -91,11 +109,21 @@ def _directories(path: Path) -> list[Path]:
     if (path / TENSORS).is_file():
         return [path]
     if not path.is_dir():
-        raise CheckpointError(f"{path} is no directory: give specialisations that `lora-gen specialize` wrote")
+        raise CheckpointError(
+            f"{path} is no directory",
+            field="--specializations",
+            code="no directory",
+            remedy="give specializations that `lora-gen specialize` wrote",
+        )
     # Those with a dot are being written, or were when a server was killed.
     found = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
     if not found:
-        raise CheckpointError(f"{path} holds no specialisation: give directories that `lora-gen specialize` wrote")
+        raise CheckpointError(
+            f"{path} holds no specialization",
+            field="--specializations",
+            code="empty",
+            remedy="give directories that `lora-gen specialize` wrote",
+        )
     return found
 
 

@@ -59,7 +59,7 @@ def table_main(arguments: list[str]) -> None:
         do_job(jobs, job)
         return
     if flags.jobs is not None and flags.jobs < 1:
-        raise ConfigError(f"--jobs is {flags.jobs}; at least 1")
+        raise ConfigError(f"--jobs is {flags.jobs}; at least 1", field="--jobs")
     if flags.out is not None:
         check_output(flags.out)
     for method in {method for job in jobs if job.run != AGENT for n in job.shots for method in job.methods(n)}:
@@ -118,12 +118,17 @@ def tables_from_args(flags: TableFlags, rest: Sequence[str]) -> Tables:
         ConfigError: where no file is named, as `read_tables`, and for flags that cannot work.
     """
     if not rest or rest[0].startswith("-"):
-        raise ConfigError(f"name a config file first: {PROGRAM} configs/tables/pocket.py [--any.field VALUE …]")
+        raise ConfigError(
+            f"name a config file first: {PROGRAM} configs/tables/pocket.py [--any.field VALUE …]",
+            field="config",
+            code="none",
+        )
     tables = read_tables(Path(rest[0]))
     own, agent = divided(rest[1:])
     changes: dict[str, Any] = {"base": overridden(tables.base, f"{PROGRAM} {rest[0]}", own)}
     if agent and tables.agent is None:
-        raise ConfigError(f"{rest[0]} has no agent table: leave {agent[0].replace('--', f'--{AGENT}.', 1)} out")
+        flag = agent[0].replace("--", f"--{AGENT}.", 1)
+        raise ConfigError(f"{rest[0]} has no agent table", field=flag, remedy=f"leave {flag} out")
     if tables.agent is not None:
         changes[AGENT] = overridden(tables.agent, f"{PROGRAM} {rest[0]} --{AGENT}", agent)
     if flags.seeds is not None:
@@ -152,7 +157,7 @@ def numbers(text: str) -> tuple[int, ...]:
     """
     parts = split(text)
     if not parts or not all(part.isdecimal() for part in parts):
-        raise ConfigError(f"--seeds is {text!r}: give numbers separated by commas, as 0,1,2")
+        raise ConfigError(f"--seeds is {text!r}", field="--seeds", remedy="give numbers separated by commas, as 0,1,2")
     return tuple(dict.fromkeys(map(int, parts)))
 
 
@@ -169,7 +174,11 @@ def do_job(jobs: Sequence[Job], name: str) -> None:
     found = [job for job in jobs if job.name == name]
     if not found:
         near = difflib.get_close_matches(name, [job.name for job in jobs], n=1)
-        raise ConfigError(f"--job has {name!r}, which is no RUN/SEED" + (f"; did you mean {near[0]}?" if near else ""))
+        raise ConfigError(
+            f"--job has {name!r}, which is no RUN/SEED",
+            field="--job",
+            remedy=f"did you mean {near[0]}?" if near else None,
+        )
     pool.end_with_parent()
     from lora_gen_jax.tables.work import do
 

@@ -82,9 +82,12 @@ def make_jobs(tables: Tables) -> list[Job]:
         ConfigError: as `config_of`, and for numbers of seeds, shots or jobs that cannot work.
     """
     if not tables.seeds or not tables.shots or min(tables.shots) < 0:
-        raise ConfigError(f"seeds are {tables.seeds} and shots {tables.shots}: give one of each or more, shots >= 0")
+        raise ConfigError(
+            f"seeds are {tables.seeds} and shots {tables.shots}: give one of each or more, shots >= 0",
+            field="shots" if tables.seeds else "seeds",
+        )
     if tables.jobs is not None and tables.jobs < 1:
-        raise ConfigError(f"jobs is {tables.jobs}; at least 1, or left out")
+        raise ConfigError(f"jobs is {tables.jobs}; at least 1, or left out", field="jobs")
     jobs = []
     for run in tables.names:
         many = run == UNTRAINED or run in MANY_SHOTS
@@ -105,7 +108,7 @@ def chosen(tables: Tables, jobs: Sequence[Job], only: Sequence[str]) -> list[Job
         if name not in tables.names:
             near = difflib.get_close_matches(name, tables.names, n=1)
             hint = f"; did you mean {near[0]}?" if near else "."
-            raise ConfigError(f"--only has {name!r}{hint} The runs are {', '.join(tables.names)}")
+            raise ConfigError(f"--only has {name!r}{hint} The runs are {', '.join(tables.names)}", field="--only")
     return [job for job in jobs if not only or job.run in only]
 
 
@@ -214,8 +217,10 @@ def refuse(job: Job, lines: Sequence[str]) -> None:
     """Raises CheckpointError where there are lines about what differs."""
     if lines:
         raise CheckpointError(
-            f"{job.config.directory} holds a run with another config; choose another --workdir, or undo:\n  "
-            + "\n  ".join(lines)
+            f"{job.config.directory} holds a run with another config",
+            field="--workdir",
+            code="another config",
+            remedy="choose another --workdir, or undo:\n  " + "\n  ".join(lines),
         )
 
 
@@ -239,7 +244,9 @@ def content_digest(path: Path, nested: bool = False) -> str:
         known = [(file.name, _digest(file, file.stat().st_mtime_ns, file.stat().st_size)) for file in files]
     except OSError as error:
         field = "data.dir" if nested else "data.files"
-        raise DataError(f"{error.filename} cannot be read: {error.strerror} ({field})") from error
+        raise DataError(
+            f"{error.filename} cannot be read: {error.strerror} ({field})", field=field, code="unreadable"
+        ) from error
     return known[0][1] if known and not path.is_dir() else hashlib.sha256(repr(known).encode()).hexdigest()[:16]
 
 

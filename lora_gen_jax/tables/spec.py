@@ -105,7 +105,10 @@ def changed(config: Any, change: Change, run: str) -> Any:
     known, values = {field.name for field in dataclasses.fields(config)}, {}
     for field, value in change.items():
         if field not in known:
-            raise ConfigError(f"run {run} changes {field!r}, which is no field of {type(config).__name__}")
+            raise ConfigError(
+                f"run {run} changes {field!r}, which is no field of {type(config).__name__}",
+                field=f"runs.{run}.{field}",
+            )
         nested = isinstance(value, Mapping)
         values[field] = changed(getattr(config, field), value, run) if nested else value
     return dataclasses.replace(config, **values)
@@ -134,4 +137,4 @@ def config_of(tables: Tables, run: str, seed: int) -> Config:
     try:
         return check(changed(changed(base, change, run), seeded, run))
     except ConfigError as error:
-        raise ConfigError(f"run {run}: {error}") from error
+        raise error.within(f"run {run}") from error

@@ -50,19 +50,19 @@ def test_a_conversation_without_a_system_text_gets_the_generic_one():
         ([], "messages", "type", ()),
         ("hello", "messages", "type", ()),
         ({}, "messages", "type", ()),
-        ([1], "messages[0]", "type", ("message 1",)),
-        ([{"role": "tool", "content": "x"}], "messages[0].role", "unknown", ("message 1", "'tool'")),
-        ([{"role": ["user"], "content": "x"}], "messages[0].role", "unknown", ("message 1",)),
-        ([{"role": "user"}], "messages[0].content", "missing", ("message 1",)),
-        ([system("x"), {"role": "user", "content": 3}], "messages[1].content", "type", ("message 2", "int")),
-        ([{"role": "user", "content": None}], "messages[0].content", "type", ("message 1", "NoneType")),
-        ([system("x"), {"role": "user", "content": " "}], "messages[1].content", "empty", ("message 2",)),
-        ([{"role": "user", "content": "\ud800"}], "messages[0].content", "surrogate", ("message 1",)),
-        ([*turns("a", "b"), system("x")], "messages[2].role", "order", ("message 3", '"system"')),
-        ([*turns("a", "b", "c")], "messages[2]", "unanswered", ("message 3",)),
-        ([system("x"), *turns("a")], "messages[1]", "unanswered", ("message 2", "generate --input")),
-        ([*turns("a"), *turns("b")], "messages[1].role", "turn", ("message 2", '"user"', '"assistant"')),
-        ([turns("a", "b")[1]], "messages[0].role", "turn", ("message 1", '"assistant"', '"user"')),
+        ([1], "messages.0", "type", ("message 1",)),
+        ([{"role": "tool", "content": "x"}], "messages.0.role", "unknown", ("message 1", "'tool'")),
+        ([{"role": ["user"], "content": "x"}], "messages.0.role", "unknown", ("message 1",)),
+        ([{"role": "user"}], "messages.0.content", "missing", ("message 1",)),
+        ([system("x"), {"role": "user", "content": 3}], "messages.1.content", "type", ("message 2", "int")),
+        ([{"role": "user", "content": None}], "messages.0.content", "type", ("message 1", "NoneType")),
+        ([system("x"), {"role": "user", "content": " "}], "messages.1.content", "empty", ("message 2",)),
+        ([{"role": "user", "content": "\ud800"}], "messages.0.content", "surrogate", ("message 1",)),
+        ([*turns("a", "b"), system("x")], "messages.2.role", "order", ("message 3", '"system"')),
+        ([*turns("a", "b", "c")], "messages.2", "unanswered", ("message 3",)),
+        ([system("x"), *turns("a")], "messages.1", "unanswered", ("message 2", "generate --input")),
+        ([*turns("a"), *turns("b")], "messages.1.role", "turn", ("message 2", '"user"', '"assistant"')),
+        ([turns("a", "b")[1]], "messages.0.role", "turn", ("message 1", '"assistant"', '"user"')),
         ([system("")], "messages", "empty", ()),
     ],
 )
@@ -84,12 +84,12 @@ def test_shots_become_a_prompt_with_a_description_or_without():
     [
         ([], "shots", "type", ()),
         ("x", "shots", "type", ()),
-        ([{"input": "a", "output": "b"}, "x"], "shots[1]", "type", ("shot 2",)),
-        ([{"input": "a"}], "shots[0].output", "missing", ("shot 1",)),
-        ([{"response": "a"}], "shots[0].query", "missing", ("shot 1",)),
-        ([{"input": "a", "response": "b"}], "shots[0].output", "missing", ("shot 1",)),
-        ([{"input": "a", "output": 4}], "shots[0].output", "type", ("shot 1", "int")),
-        ([{"input": "", "output": "b"}], "shots[0].input", "empty", ("shot 1",)),
+        ([{"input": "a", "output": "b"}, "x"], "shots.1", "type", ("shot 2",)),
+        ([{"input": "a"}], "shots.0.output", "missing", ("shot 1",)),
+        ([{"response": "a"}], "shots.0.query", "missing", ("shot 1",)),
+        ([{"input": "a", "response": "b"}], "shots.0.output", "missing", ("shot 1",)),
+        ([{"input": "a", "output": 4}], "shots.0.output", "type", ("shot 1", "int")),
+        ([{"input": "", "output": "b"}], "shots.0.input", "empty", ("shot 1",)),
     ],
 )
 def test_shots_that_are_none_are_refused(shots, field, code, facts):
@@ -105,7 +105,7 @@ def test_files_of_a_conversation_and_of_shots(tmp_path):
     (tmp_path / "beside.json").write_text(json.dumps({"system": CHAT[0]["content"], "messages": CHAT[1:]}))
     assert read_chat(tmp_path / "beside.json") == TEXT
     (tmp_path / "twice.json").write_text(json.dumps({"system": "Be brief.", "messages": CHAT}))
-    with raises(DataError, "twice.json:messages[1].role", tmp_path / "twice.json", code="order"):
+    with raises(DataError, "twice.json:messages.1.role", tmp_path / "twice.json", code="order"):
         read_chat(tmp_path / "twice.json")
     shots = write_rows(
         tmp_path / "shots.jsonl", [{"input": "cow", "output": "calf"}, {"query": "owl", "response": "o"}]
@@ -123,7 +123,7 @@ def test_files_of_a_conversation_and_of_shots(tmp_path):
         (b"", "", "empty"),
         (b"3", ":messages", "type"),
         (b'{"chat": []}', ":messages", "type"),
-        (json.dumps(turns("a")).encode(), ":messages[0]", "unanswered"),
+        (json.dumps(turns("a")).encode(), ":messages.0", "unanswered"),
     ],
 )
 def test_a_conversation_file_that_is_none_is_named(tmp_path, content, place, code):
@@ -190,8 +190,8 @@ def test_prompts_without_a_name_are_called_by_their_line_or_by_their_place_in_an
         ({"prompt": None}, "prompt", "type", ("NoneType",)),
         ({"prompt": "\udc80"}, "prompt", "surrogate", ()),
         ({"promt": "a"}, "promt", "unknown", ("promt", "prompt, messages, shots")),
-        ({"messages": turns("a")}, "messages[0]", "unanswered", ("message 1",)),
-        ({"shots": [{"input": "a"}]}, "shots[0].output", "missing", ("shot 1",)),
+        ({"messages": turns("a")}, "messages.0", "unanswered", ("message 1",)),
+        ({"shots": [{"input": "a"}]}, "shots.0.output", "missing", ("shot 1",)),
         ({"shots": [{"input": "a", "output": "b"}], "description": 3}, "description", "type", ("int",)),
     ],
 )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import CLOUD, EDGE, logits, random_params
+from helpers import CLOUD, EDGE, logits, raises, random_params
 
 from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.adapters.specialization import Specialization, save_specialization
@@ -180,9 +180,7 @@ def test_half_precision_rounds_the_merged_weights_once(case, tmp_path):
 
 
 def test_numbers_beyond_half_precision_are_refused():
-    with pytest.raises(
-        ConfigError, match=r"float16 cannot hold layer\.weight, whose values reach 7e\+04: use bfloat16"
-    ):
+    with raises(ConfigError, "dtype", "layer.weight", "7e+04", "bfloat16"):
         save.cast(np.array([7e4], np.float32), np.float16, "layer.weight")
     np.testing.assert_array_equal(save.cast(np.array([6e4], np.float32), np.float16, "x"), np.array([6e4], np.float16))
 
@@ -190,7 +188,7 @@ def test_numbers_beyond_half_precision_are_refused():
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_directory_that_holds_something_is_left_as_it_is(case, tmp_path, form):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(OutputError, match="exists already: choose another --out"):
+    with raises(OutputError, "--out", tmp_path, code="exists"):
         export_command(Export(form, tmp_path, case("llama").directory))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
@@ -219,14 +217,14 @@ def test_what_is_interrupted_leaves_nothing(case, tmp_path, monkeypatch, form, p
 
 def test_flags_that_do_not_fit_together_are_named(case, tmp_path):
     one, out = case("llama"), tmp_path / "out"
-    with pytest.raises(ConfigError, match="--base writes a whole model, not an adapter of format peft"):
+    with raises(ConfigError, "--format", "--base", "peft"):
         export_command(Export("peft", out, one.directory, base=True))
     for flags in (Export("peft", out), Export("merged", out, base=True), Export("merged", out, edge="pocket-edge")):
-        with pytest.raises(ConfigError, match="--specialization is missing"):
+        with raises(ConfigError, "--specialization", code="missing"):
             export_command(flags)
-    with pytest.raises(ConfigError, match="--max-shard-size-gb is 0: use a number above 0"):
+    with raises(ConfigError, "--max-shard-size-gb", 0, code="range"):
         export_command(Export("merged", out, one.directory, max_shard_size_gb=0))
-    with pytest.raises(ModelError, match="is no directory"):
+    with raises(ModelError, "model", "'nowhere'"):
         export_command(Export("merged", out, edge="nowhere", base=True))
     assert not out.exists()
 
@@ -234,7 +232,7 @@ def test_flags_that_do_not_fit_together_are_named(case, tmp_path):
 @pytest.mark.parametrize("form", FORMATS)
 def test_another_edge_model_is_refused(case, tmp_path, form):
     one = case("llama")
-    with pytest.raises(CheckpointError, match="was made for another edge model"):
+    with raises(CheckpointError, "--edge", one.directory):
         export_command(Export(form, tmp_path / "out", one.directory, one.checkpoint, str(case("llama_biased").edge)))
     assert not (tmp_path / "out").exists()
 

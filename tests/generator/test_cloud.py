@@ -193,9 +193,9 @@ def test_prompts_of_one_length_bucket_compile_once(frozen, generators):
 def test_a_prompt_beyond_the_limit_or_the_models_positions_is_refused(frozen, generators):
     generator, variables = generators("shared")
     long = token_rows([5, 62], CLOUD.vocab_size)
-    with raises(DataError, "prompts[1]", "prompt 1", 62, 61, 3):
+    with raises(DataError, "prompts.1", "prompt 1", 62, 61, 3):
         specialize(generator, variables, frozen, long)
-    with raises(DataError, "prompts[0]", "prompt 0", 5, 4):
+    with raises(DataError, "prompts.0", "prompt 0", 5, 4):
         specialize(generator, variables, frozen, long[:1], limit=4)
     # The longest that fits is read.
     assert specialize(generator, variables, frozen, [long[1][:61]]).gates_PLE.shape == (1, L, 4)
@@ -217,7 +217,7 @@ def test_specialising_nothing_is_refused(frozen, generators):
 @pytest.mark.parametrize("bad", [-1, CLOUD.vocab_size])
 def test_a_prompt_with_a_token_beyond_the_clouds_embedding_is_refused(frozen, bad, generators):
     generator, variables = generators("shared")
-    with raises(DataError, "prompts[1]", bad, "0 to 52"):
+    with raises(DataError, "prompts.1", bad, "0 to 52"):
         specialize(generator, variables, frozen, [[4, 5], [6, bad]])
 
 

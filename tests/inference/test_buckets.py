@@ -45,27 +45,27 @@ def test_rows_are_padded_to_the_right():
 
 @pytest.mark.parametrize("ids", [[3, 10], [3, -1]])
 def test_ids_outside_the_embedding_are_named(ids):
-    with raises(DataError, "prompts[4]", ids[1], "0 to 9", code="unknown id"):
-        check_tokens(ids, 10, "prompts[4]")
+    with raises(DataError, "prompts.4", ids[1], "0 to 9", code="unknown id"):
+        check_tokens(ids, 10, "prompts.4")
 
 
 def test_ids_inside_the_embedding_pass():
-    check_tokens([0, 9], 10, "prompts[0]")
-    check_tokens([], 10, "prompts[0]")
+    check_tokens([0, 9], 10, "prompts.0")
+    check_tokens([], 10, "prompts.0")
 
 
 @pytest.mark.parametrize("ids", [[1.5], [True], ["a"], np.array([0.0])])
 def test_ids_that_are_no_whole_numbers_are_refused(ids):
-    with raises(DataError, "prompts[0]", code="type"):
-        check_tokens(ids, 10, "prompts[0]")
+    with raises(DataError, "prompts.0", code="type"):
+        check_tokens(ids, 10, "prompts.0")
 
 
 def test_ids_may_be_an_array():
-    check_tokens(np.array([0, 9]), 10, "prompts[0]")
-    with raises(DataError, "prompts[0]", 10, code="unknown id"):
-        check_tokens(np.array([0, 10]), 10, "prompts[0]")
+    check_tokens(np.array([0, 9]), 10, "prompts.0")
+    with raises(DataError, "prompts.0", 10, code="unknown id"):
+        check_tokens(np.array([0, 10]), 10, "prompts.0")
 
 
 def test_an_id_of_more_than_64_bits_is_beyond_the_embedding():
-    with raises(DataError, "prompts[0]", 10**21, code="unknown id"):
-        check_tokens([0, 10**21], 10, "prompts[0]")
+    with raises(DataError, "prompts.0", 10**21, code="unknown id"):
+        check_tokens([0, 10**21], 10, "prompts.0")

@@ -182,11 +182,11 @@ def test_arrays_are_prompts_too(llama, array):
 
 @pytest.mark.parametrize("function", [generate, stream])
 def test_errors_name_the_remedy(llama, function):
-    with raises(DataError, "prompts[1]", "prompt 1", code="empty"):
+    with raises(DataError, "prompts.1", "prompt 1", code="empty"):
         function(*llama, [[1], []], max_new_tokens=4)
     with raises(DataError, "tokens", 65, 64, "prompt 0"):
         function(*llama, [[1] * 60], max_new_tokens=5)
-    with raises(DataError, "prompts[0]", 67, "0 to 66", code="unknown id"):
+    with raises(DataError, "prompts.0", 67, "0 to 66", code="unknown id"):
         function(*llama, [[1, 67]], max_new_tokens=4)
     with raises(DataError, "max_new_tokens", 0, code="range"):
         function(*llama, [[1]], max_new_tokens=0)

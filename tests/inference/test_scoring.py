@@ -176,15 +176,15 @@ def test_errors_name_the_request(llama):
     def run(request, **options):
         score(*llama, [REQUESTS[0], request], batch_tokens=64, **options)
 
-    with raises(DataError, "requests[1].context", "request 1", code="empty"):
+    with raises(DataError, "requests.1.context", "request 1", code="empty"):
         run(([], [[1]]))
-    with raises(DataError, "requests[1].continuation", "request 1", code="empty"):
+    with raises(DataError, "requests.1.continuation", "request 1", code="empty"):
         run(([1], [[1], []]))
-    with raises(DataError, "requests[1].continuation", "request 1", 65, 64, code="too long"):
+    with raises(DataError, "requests.1.continuation", "request 1", 65, 64, code="too long"):
         run(([1], [[1] * 65]))
-    with raises(DataError, "requests[1].context", 67, code="unknown id"):
+    with raises(DataError, "requests.1.context", 67, code="unknown id"):
         run(([67], [[1]]))
-    with raises(DataError, "requests[1].continuation", "-2", code="unknown id"):
+    with raises(DataError, "requests.1.continuation", "-2", code="unknown id"):
         run(([1], [[-2]]))
     with raises(DataError, "adapter", "3 prompts"):
         run(([1], [[1]]), adapter=make_gates(llama.decoder.config, 3))

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import raises
 
 from lora_gen_jax.errors import LoraGenError
 from lora_gen_jax.scaling.collectives import by_kind, find_collectives, replica_groups
@@ -86,7 +87,7 @@ def test_a_loop_whose_end_is_data_counts_once():
 
 
 def test_text_that_is_no_program_is_an_error():
-    with pytest.raises(LoraGenError, match="no entry"):
+    with raises(LoraGenError, "program", code="no entry"):
         parse("HloModule nothing")
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import pytest
+from helpers import raises
 from serving_tools import PROMPTS, Puppet, say_at_once
 
 from lora_gen_jax.adapters.specialization import load_specialization
@@ -293,10 +294,10 @@ def test_long_texts_do_not_hold_the_event_loop_up(counting, monkeypatch):
 def test_a_reserved_name_counts(made, specializer):
     registry = Registry(2)
     registry.reserve("a")
-    with pytest.raises(ApiError, match="already"):
+    with raises(ApiError, "name", "'A'", code="name_taken"):
         registry.reserve("A")
     registry.reserve("b")
-    with pytest.raises(ApiError, match="the limit"):
+    with raises(ApiError, None, 2, code="too_many_specializations"):
         registry.reserve("c")
     registry.release("b")
     registry.reserve("c")

@@ -5,6 +5,7 @@ import threading
 
 import numpy as np
 import pytest
+from helpers import raises
 
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.inference.engine import Engine
@@ -94,10 +95,10 @@ def test_all_of_a_request_is_accepted_or_nothing():
     busy, _ = submit(scheduler, 2)
     assert engine.admitted.wait(20)
     waiting, _ = submit(scheduler, 3)
-    with pytest.raises(QueueFull, match="3 sequences wait, there is room for 4"):
+    with raises(QueueFull, "queue", "3 sequences", 4, code="queue_full"):
         submit(scheduler, 2)
     assert scheduler.waiting == 3
-    with pytest.raises(DataError, match="prompt is empty"):
+    with raises(DataError, "prompt", code="empty"):
         scheduler.submit_all([Work([1], 2), Work([], 2)], [Listener(), Listener()])
     assert scheduler.waiting == 3
     engine.allowed.release(100)
@@ -143,7 +144,7 @@ def test_when_the_engine_fails_everybody_is_told_and_nothing_more_is_accepted(fa
     assert [listener.end()[1] for listener in listeners] == ["failed"] * 4
     assert not scheduler.close(20)
     assert not scheduler.alive
-    with pytest.raises(Failed, match="must be started again"):
+    with raises(Failed, "server", code="failed"):
         submit(scheduler, 1)
     assert "no room" in caplog.text
 
@@ -158,7 +159,7 @@ def test_closing_finishes_what_was_accepted_and_accepts_nothing_more():
     thread.start()
     while not scheduler._closing:
         pass
-    with pytest.raises(Closing, match="shutting down"):
+    with raises(Closing, "server", code="closing"):
         submit(scheduler, 1)
     engine.allowed.release(100)
     assert [listener.end()[1] for listener in listeners] == ["length"] * 4
@@ -178,8 +179,8 @@ def test_what_is_unfinished_when_the_time_is_over_is_cancelled():
 def test_works_of_a_real_engine_are_checked_before_they_are_accepted(specializer):
     edge = specializer.pair.edge
     scheduler = Scheduler(Engine(edge.decoder, edge.params, None, rows=1, slots=16), queue_limit=2)
-    with pytest.raises(DataError, match="room for 16"):
+    with raises(DataError, "max_new_tokens", 16, code="too long"):
         scheduler.submit(Work([5] * 10, 7), Listener())
-    with pytest.raises(DataError, match="gates have the shape"):
+    with raises(DataError, "gates", "(2, 4)"):
         scheduler.submit(Work([5], 2, np.zeros((2, 4), np.float32)), Listener())
     assert scheduler.close(20)

@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+from helpers import raises
 
 from lora_gen_jax.errors import CheckpointError, ConfigError, OutputError
 from lora_gen_jax.tables import command, pool, work
@@ -41,13 +42,13 @@ def test_the_same_command_goes_on_and_a_changed_one_does_not(path, started, caps
     table_main([str(path), "--only", "lora", "--seeds", "0,1"])
     assert len(started["commands"]) == 3
     assert "everything is trained and scored" in capsys.readouterr().err
-    with pytest.raises(CheckpointError, match=r"train\.steps: 2 -> 3"):
+    with raises(CheckpointError, "--workdir", "train.steps: 2 -> 3", code="another config"):
         table_main([str(path), "--only", "lora", "--seeds", "0", "--train.steps", "3"])
 
 
 def test_a_run_of_other_settings_is_refused_before_anything_starts_though_it_is_not_chosen(path, started):
     table_main([str(path), "--only", "lora", "--seeds", "0"])
-    with pytest.raises(CheckpointError, match=r"lora/seed-0 .*\n.*train\.steps: 2 -> 3"):
+    with raises(CheckpointError, "--workdir", "lora/seed-0", "train.steps: 2 -> 3", code="another config"):
         table_main([str(path), "--only", "lora_gen", "--seeds", "0", "--train.steps", "3"])
     assert len(started["commands"]) == 1
 
@@ -89,22 +90,22 @@ def test_out_takes_the_tables(path, started, tmp_path):
     table_main([str(path), "--only", "lora", "--out", str(tmp_path / "there")])
     assert sorted(p.name for p in (tmp_path / "there").iterdir()) == ["tables.json", "tables.md"]
     assert not (tmp_path / "run" / "tables.md").exists()
-    with pytest.raises(OutputError, match="there exists already"):
+    with raises(OutputError, "--out", tmp_path / "there", code="exists"):
         table_main([str(path), "--out", str(tmp_path / "there")])
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "field", "fact"),
     [
-        (["--seeds", "a"], "--seeds is 'a'"),
-        (["--jobs", "0"], "--jobs is 0"),
-        (["--only", "loar"], "did you mean lora"),
-        (["--train.steps", "0"], r"train\.steps is 0"),
-        (["--agent.train.beta2", "1"], r"train\.beta2 is 1"),
+        (["--seeds", "a"], "--seeds", "'a'"),
+        (["--jobs", "0"], "--jobs", 0),
+        (["--only", "loar"], "--only", "lora"),
+        (["--train.steps", "0"], "train.steps", 0),
+        (["--agent.train.beta2", "1"], "train.beta2", "1.0"),
     ],
 )
-def test_wrong_flags_are_errors_before_anything_starts(path, started, flags, message):
-    with pytest.raises(ConfigError, match=message):
+def test_wrong_flags_are_errors_before_anything_starts(path, started, flags, field, fact):
+    with raises(ConfigError, field, fact):
         table_main([str(path), *flags])
     assert started["commands"] == []
 
@@ -113,7 +114,7 @@ def test_a_misspelt_flag_and_no_file(path):
     with pytest.raises(SystemExit) as raised:
         table_main([str(path), "--train.stepz", "3"])
     assert raised.value.code == 2
-    with pytest.raises(ConfigError, match="name a config file first"):
+    with raises(ConfigError, "config", code="none"):
         table_main(["--seeds", "0"])
 
 
@@ -121,7 +122,7 @@ def test_agent_flags_without_an_agent_table(path):
     path.write_text(path.read_text().replace("{}}, agent,", "{}},"))
     flags, rest = parsed([str(path), "--agent.train.steps", "3"])
     assert flags == TableFlags()
-    with pytest.raises(ConfigError, match=r"has no agent table: leave --agent\.train\.steps out"):
+    with raises(ConfigError, "--agent.train.steps", "--agent.train.steps"):
         tables_from_args(flags, rest)
 
 
@@ -134,7 +135,7 @@ def test_one_job_is_done_in_this_process(path, monkeypatch):
     assert [job.name for job in done] == ["lora_gen/1"]
     assert done[0].config.train.steps == 5
     assert pinned == [1]
-    with pytest.raises(ConfigError, match="did you mean lora/1"):
+    with raises(ConfigError, "--job", "'lroa/1'", "lora/1"):
         table_main([str(path), "--job", "lroa/1"])
     assert one_job(["few.py"]) == (["few.py"], None)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers import raises
 
 from lora_gen_jax.data.pocket.suite import GROUPS
 from lora_gen_jax.errors import ConfigError
@@ -121,15 +122,12 @@ def test_published_hyper_parameters_at_the_papers_scale():
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("get_tables = 3\n", "needs a function get_tables"),
-        ("1 / 0\n", "failed: ZeroDivisionError"),
-    ],
+    ("text", "code", "fact"),
+    [("get_tables = 3\n", "no function", "get_tables()"), ("1 / 0\n", "failed", "ZeroDivisionError")],
 )
-def test_a_wrong_file_says_why(tmp_path, text, message):
+def test_a_wrong_file_says_why(tmp_path, text, code, fact):
     (tmp_path / "wrong.py").write_text(text)
-    with pytest.raises(ConfigError, match=message):
+    with raises(ConfigError, "config", fact, code=code):
         read_tables(tmp_path / "wrong.py")
-    with pytest.raises(ConfigError, match="does not exist"):
+    with raises(ConfigError, "config", tmp_path / "missing.py", code="missing"):
         read_tables(tmp_path / "missing.py")

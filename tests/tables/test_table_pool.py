@@ -64,9 +64,10 @@ def test_a_signal_ends_all_processes(tables):
         return made[-1]
 
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(pool.TablesStopped, match="stopped by SIGTERM: the same command goes on") as raised:
+    with pytest.raises(pool.TablesStopped) as raised:
         pool.run_jobs(jobs, start, 2, lambda line: None)
     assert raised.value.signal == signal.SIGTERM
+    assert "SIGTERM" in str(raised.value)
     assert [process.told for process in made] == [["terminate", "kill"]] * 2
     assert signal.getsignal(signal.SIGTERM) is before
 
