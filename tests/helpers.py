@@ -9,7 +9,7 @@ import functools
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,9 +77,36 @@ def raises(
     assert code in (None, error.code), f"{error.code}: {error}"
     assert error.problem.strip()
     assert error.remedy is None or error.remedy.strip()
-    # "5" is not said by "15" or "0.5".
+    assert unsaid(str(error), facts) == [], str(error)
+
+
+def unsaid(text: str, facts: Iterable[object]) -> list[object]:
+    """The facts that a text does not hold. "5" is not said by "15" or "0.5"."""
     patterns = {fact: rf"(?<![\w.]){re.escape(str(fact))}(?!\.?\w)" for fact in facts}
-    assert [fact for fact, pattern in patterns.items() if not re.search(pattern, str(error))] == [], str(error)
+    return [fact for fact, pattern in patterns.items() if not re.search(pattern, text)]
+
+
+def refused(capsys: pytest.CaptureFixture[str], command: Callable[[list[str]], Any], args: Any, *facts: object) -> str:
+    """A command ends with status 2, nothing on standard output, and one error on standard error that says the facts.
+
+    Args:
+        capsys, command, args: what is run, and how.
+        facts: as of `raises`: a flag's or a field's name, values, paths.
+
+    Returns:
+        what it said. Of flags that are not known the parser draws a box.
+    """
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        command([str(a) for a in args])
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    if isinstance(stop.value.__context__, LoraGenError):
+        assert sum(line.startswith("error: ") for line in err.splitlines()) == 1, err
+    assert unsaid(" ".join(err.replace("│", " ").split()), facts) == [], err
+    return err
 
 
 def noise_like(tree: Any, seed: int) -> Any:

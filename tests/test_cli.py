@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import color_rows, experiment, trained, write_config, write_model, write_rows
+from helpers import color_rows, experiment, refused, trained, write_config, write_model, write_rows
 
 from lora_gen_jax.cli import eval_main, main, next_directory, train_main
 
@@ -34,18 +34,6 @@ def config_file(tmp_path):
     shutil.copy(source / "rows.jsonl", tmp_path / "in" / "rows.jsonl")
     config = experiment(tmp_path / "in", tmp_path / "run")
     return config, write_config(tmp_path / "tiny.py", config)
-
-
-def refused(capsys, command, args):
-    """What a command that ends with status 2 says on standard error."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        command([str(a) for a in args])
-    assert stop.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "Traceback" not in err
-    return err
 
 
 def test_specialise_then_generate_answers_as_the_task_asks(special, capsys):
@@ -100,23 +88,21 @@ def test_generate_streams_as_many_tokens_as_asked_and_draws_by_its_seed(special,
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "facts"),
     [
-        (["--prompt", " "], ["--prompt is empty", "@FILE"]),
-        (["--prompt", "@no/such.txt"], ["--prompt names the file no/such.txt, which cannot be read"]),
-        (["--prompt", "red " * 200], ["200 tokens, the limit is 128", "shorten it"]),
-        (["--checkpoint", "no/such"], ["no/such holds no checkpoint"]),
+        (["--prompt", " "], ["--prompt", "@FILE"]),
+        (["--prompt", "@no/such.txt"], ["--prompt", "no/such.txt"]),
+        (["--prompt", "red " * 200], ["prompt", "200 tokens", 128]),
+        (["--checkpoint", "no/such"], ["checkpoint", "no/such"]),
         (["--cloud", "no/such/model"], ["no/such/model"]),
         (["--promt", "x"], ["--promt", "--prompt"]),
     ],
     ids=["empty", "file", "long", "checkpoint", "model", "misspelt"],
 )
-def test_specialise_refuses_bad_input_and_writes_nothing(capsys, tmp_path, flags, words):
+def test_specialise_refuses_bad_input_and_writes_nothing(capsys, tmp_path, flags, facts):
     defaults = {"--checkpoint": str(trained().directory), "--prompt": PROMPT, "--out": str(tmp_path / "out")}
     defaults |= dict(zip(flags[::2], flags[1::2], strict=True))
-    err = refused(capsys, main, ["specialize", *(x for pair in defaults.items() for x in pair)])
-    for word in words:
-        assert word in err
+    refused(capsys, main, ["specialize", *(x for pair in defaults.items() for x in pair)], *facts)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -172,114 +158,101 @@ def test_many_prompts_make_a_directory_each_and_one_line_says_what_they_took(spe
 def test_a_bad_prompt_among_many_is_named_and_nothing_is_written(capsys, tmp_path):
     base = ["specialize", "--checkpoint", trained().directory, "--out", tmp_path / "out", "--prompts"]
     path = write_rows(tmp_path / "many.jsonl", [{"prompt": "red"}, {"prompt": "red " * 200}])
-    err = refused(capsys, main, [*base, path])
-    assert f"{path}: 2: the prompt has 200 tokens, the limit is 128" in err
+    refused(capsys, main, [*base, path], f"{path}: 2", "prompt", "200 tokens", 128)
     write_rows(path, [{"prompt": "red"}, {"prompt": "red", "name": "../up"}])
-    assert f"{path}:2: \"name\" is '../up'" in refused(capsys, main, [*base, path])
+    refused(capsys, main, [*base, path], f"{path}:2", '"name"', "'../up'")
     assert [p.name for p in tmp_path.iterdir()] == ["many.jsonl"]
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "fact"),
     [
-        ([], "found none of them"),
+        ([], "--prompt, --chat, --shots and --prompts"),
         (["--prompt", "x", "--chat", "c.json"], "found --prompt and --chat"),
         (["--shots", "s.jsonl", "--chat", "c.json"], "found --chat and --shots"),
         (["--prompt", "x", "--prompts", "p.jsonl"], "found --prompt and --prompts"),
-        (["--chat", "no/such.json"], "no/such.json: cannot be read"),
-        (["--shots", "no/such.jsonl"], "no/such.jsonl: cannot be read"),
-        (["--prompts", "no/such.jsonl"], "no/such.jsonl: cannot be read"),
+        (["--chat", "no/such.json"], "no/such.json"),
+        (["--shots", "no/such.jsonl"], "no/such.jsonl"),
+        (["--prompts", "no/such.jsonl"], "no/such.jsonl"),
     ],
 )
-def test_specialise_takes_one_source_of_prompts_and_checks_it_before_any_model_is_read(capsys, tmp_path, flags, words):
+def test_specialise_takes_one_source_of_prompts_and_checks_it_before_any_model_is_read(capsys, tmp_path, flags, fact):
     args = ["specialize", "--checkpoint", "no/such", "--out", tmp_path / "out", *flags]
-    assert words in refused(capsys, main, args)
+    refused(capsys, main, args, fact)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_prompt_file_that_is_no_text_is_refused(capsys, tmp_path):
     (tmp_path / "p.txt").write_bytes(b"\xff\xfe\x00")
     args = ["--checkpoint", trained().directory, "--prompt", f"@{tmp_path / 'p.txt'}", "--out", tmp_path / "out"]
-    assert "it is not UTF-8 text" in refused(capsys, main, ["specialize", *args])
+    refused(capsys, main, ["specialize", *args], "--prompt", tmp_path / "p.txt", "UTF-8")
 
 
 def test_an_existing_output_is_refused_before_any_model_is_read(capsys, tmp_path):
     (tmp_path / "mine").write_text("x")
     args = ["--checkpoint", "no/such", "--prompt", PROMPT, "--out", tmp_path]
-    assert "exists already: choose another --out" in refused(capsys, main, ["specialize", *args])
+    refused(capsys, main, ["specialize", *args], "--out", tmp_path)
 
 
 def test_a_checkpoint_of_another_base_model_is_refused(capsys, tmp_path):
     write_model(tmp_path / "other", seed=5)
     args = ["--checkpoint", trained().directory, "--prompt", PROMPT, "--out", tmp_path / "out"]
-    err = refused(capsys, main, ["specialize", *args, "--cloud", tmp_path / "other"])
-    assert "was made for another cloud model" in err
-    assert "cloud.source" in err
+    refused(capsys, main, ["specialize", *args, "--cloud", tmp_path / "other"], "cloud.source")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_specialisation_refuses_another_edge_model_another_pool_and_a_lost_checkpoint(capsys, special, tmp_path):
     write_model(tmp_path / "other", seed=5)
     args = ["generate", "--specialization", special, "--input", QUESTION]
-    err = refused(capsys, main, [*args, "--edge", tmp_path / "other"])
-    assert "was made for another edge model" in err
+    refused(capsys, main, [*args, "--edge", tmp_path / "other"], "--edge")
     earlier = trained().directory / "checkpoints" / "12"
-    err = refused(capsys, main, [*args, "--checkpoint", earlier])
-    assert "made with another expert pool" in err
-    assert "--checkpoint" in err
+    refused(capsys, main, [*args, "--checkpoint", earlier], "--checkpoint", earlier, "pool")
     lost = Path(shutil.copytree(special, tmp_path / "lost"))
     readable = json.loads((lost / "specialization.json").read_text()) | {"checkpoint": "gone/24"}
     (lost / "specialization.json").write_text(json.dumps(readable))
-    err = refused(capsys, main, ["generate", "--specialization", lost, "--input", QUESTION])
-    for words in ("--checkpoint was given", "(gone/24) is gone", "no shipped generator"):
-        assert words in err
+    refused(capsys, main, ["generate", "--specialization", lost, "--input", QUESTION], "--checkpoint DIR", "gone/24")
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "facts"),
     [
-        (["--input", ""], "--input is empty"),
-        (["--temperature", "-1"], "temperature"),
-        (["--top-p", "0"], "top_p"),
-        (["--max-new-tokens", "0"], "max_new_tokens=0"),
-        (["--max-new-tokens", "500"], "lower max_new_tokens"),
-        (["--specialization", "no/such"], "no/such is no specialisation"),
-        (["--chat", ""], "chat template"),
+        (["--input", ""], ["--input"]),
+        (["--temperature", "-1"], ["temperature=-1.0"]),
+        (["--top-p", "0"], ["top_p=0.0"]),
+        (["--max-new-tokens", "0"], ["max_new_tokens=0"]),
+        (["--max-new-tokens", "500"], ["max_new_tokens", "160 positions"]),
+        (["--specialization", "no/such"], ["no/such", "specialization.safetensors"]),
+        (["--chat", ""], ["chat template"]),
     ],
 )
-def test_generate_refuses_bad_input(capsys, special, flags, words):
+def test_generate_refuses_bad_input(capsys, special, flags, facts):
     defaults = {"--specialization": str(special), "--input": QUESTION} | dict(zip(flags[::2], flags[1::2], strict=True))
     args = [x for pair in defaults.items() for x in pair if x or pair[0] == "--input"]
-    assert words in refused(capsys, main, ["generate", *args])
+    refused(capsys, main, ["generate", *args], *facts)
 
 
 def test_unknown_commands_name_the_nearest(capsys):
-    assert "unknown command 'specialise'; did you mean specialize?" in refused(capsys, main, ["specialise"])
-    assert "usage: lora-gen COMMAND" in refused(capsys, main, ["xyz"])
+    refused(capsys, main, ["specialise"], "'specialise'", "specialize?")
+    refused(capsys, main, ["xyz"], "lora-gen COMMAND")
     main([])
     assert "lora-gen COMMAND --help" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "facts"),
     [
         (["--generator.top_kk", "3"], ["--generator.top-k"]),
-        (["--generator.top-k", "9"], ["generator.top_k is 9; at most generator.num_experts = 4"]),
-        (["--generator.top-k", "two"], ["top-k", "two"]),
+        (["--generator.top-k", "9"], ["generator.top_k", 9, "generator.num_experts = 4"]),
+        (["--generator.top-k", "two"], ["--generator.top-k", "two"]),
         (["--generator.routing", "softmax"], ["keep_top_k", "gumbel_top_k"]),
-        (
-            ["--data.tasks", "arc_easy", "--data.dir", "no/such"],
-            ["data directory no/such does not exist", "--data.dir"],
-        ),
-        (["--data.tasks", "wam"], ["unknown task 'wam'; did you mean 'warm'"]),
-        (["--edge.source", "nowhere"], ["model 'nowhere' is no directory, .gguf file, known name"]),
+        (["--data.tasks", "arc_easy", "--data.dir", "no/such"], ["no/such", "--data.dir"]),
+        (["--data.tasks", "wam"], ["'wam'", "'warm'"]),
+        (["--edge.source", "nowhere"], ["'nowhere'", "smollm2-135m"]),
     ],
 )
-def test_training_refuses_bad_flags_and_leaves_no_directory(capsys, config_file, flags, words):
+def test_training_refuses_bad_flags_and_leaves_no_directory(capsys, config_file, flags, facts):
     config, path = config_file
-    err = " ".join(refused(capsys, train_main, [path, *flags]).replace("│", " ").split())
-    for word in words:
-        assert word in err
+    refused(capsys, train_main, [path, *flags], *facts)
     assert not config.directory.exists()
 
 
@@ -287,36 +260,34 @@ def test_training_refuses_damaged_inputs_and_leaves_no_directory(capsys, config_
     config, path = config_file
     root = path.parent / "in"
     write_rows(root / "rows.jsonl", [*color_rows(), {"system": "x", "input": 3, "output": "y"}])
-    assert f'{root / "rows.jsonl"}:21: "input" must be text' in refused(capsys, train_main, [path])
+    refused(capsys, train_main, [path], f"{root / 'rows.jsonl'}:21", '"input"')
     write_rows(root / "rows.jsonl", color_rows())
     weights = root / "model" / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    assert f"{weights} is truncated" in refused(capsys, train_main, [path])
+    refused(capsys, train_main, [path], weights)
     weights.write_bytes(whole)
     settings = json.loads((root / "model" / "config.json").read_text())
     (root / "model" / "config.json").write_text(json.dumps({**settings, "model_type": "mamba"}))
-    assert "model_type 'mamba' is not supported" in refused(capsys, train_main, [path])
+    refused(capsys, train_main, [path], "config.json", "model_type 'mamba'")
     assert not config.directory.exists()
 
 
 def test_commands_of_one_process_take_no_flags_for_several(capsys, tmp_path):
     path = write_config(tmp_path / "tiny.py", trained())
     for command in ("bench", "efficiency", "compile", "agent"):
-        err = refused(capsys, main, [command, path, "--distributed.coordinator", "10.0.0.1:8476"])
-        assert f"lora-gen {command} {path} runs in one process: leave the distributed flags" in err
+        args = [command, path, "--distributed.coordinator", "10.0.0.1:8476"]
+        refused(capsys, main, args, f"lora-gen {command} {path}", "distributed", "train.py", "eval.py")
 
 
 def test_training_needs_a_config_file(capsys):
-    assert "name a config file first" in refused(capsys, train_main, [])
-    assert "config file no.py does not exist" in refused(capsys, train_main, ["no.py"])
+    refused(capsys, train_main, [], "config", "train.py configs/smollm2_135m.py")
+    refused(capsys, train_main, ["no.py"], "config", "no.py")
 
 
 def test_another_config_in_a_finished_runs_directory_is_refused_by_the_command(capsys, tmp_path):
     path = write_config(tmp_path / "tiny.py", trained())
-    err = refused(capsys, train_main, [path, "--train.seed", "4"])
-    assert "holds a run with another config" in err
-    assert "train.seed: 0 -> 4" in err
+    refused(capsys, train_main, [path, "--train.seed", "4"], trained().directory, "--workdir", "train.seed: 0 -> 4")
 
 
 def test_eval_writes_results_and_its_flags_override_the_config(capsys, tmp_path):
@@ -336,35 +307,37 @@ def test_eval_writes_results_and_its_flags_override_the_config(capsys, tmp_path)
 def test_a_comparison_needs_latencies_and_a_later_evaluation_does_not(capsys, tmp_path):
     path = write_config(tmp_path / "tiny.py", dataclasses.replace(trained(), compare=("base", "lora_gen")))
     flags = [str(path), "--eval.latency", "False"]
-    assert "eval.latency is off, but compare draws accuracy against latency" in refused(capsys, train_main, flags)
+    refused(capsys, train_main, flags, "eval.latency", "compare")
     eval_main([*flags, "--methods", "base", "--limit", "1", "--out", str(tmp_path / "out")])
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["methods"]["base"]["tasks"]["warm"]["latency_ms"] is None
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "facts"),
     [
         (
             ["--methods", "base,mixlor"],
-            "eval.methods has 'mixlor'; the methods are base, icl, lora, lora_moe, mixlora, lorahub, autocompressor,"
-            " lora_gen, paraphrase, description, shots, shuffled, gibberish, empty",
+            [
+                *("eval.methods", "'mixlor'"),
+                "base, icl, lora, lora_moe, mixlora, lorahub, autocompressor, lora_gen, paraphrase, description, shots",
+            ],
         ),
-        (["--methods", ""], "eval.methods"),
-        (["--tasks", " ,"], "eval.tasks is ' ,': give names"),
-        (["--tasks", "wam"], "unknown task 'wam'; did you mean 'warm'"),
-        (["--limit", "0"], "eval.limit is 0"),
-        (["--shots", "-1"], "eval.shots is -1"),
-        (["--limit", "many"], "many"),
-        (["--checkpoint", "no/such"], "no/such holds no checkpoint"),
-        (["--eval.shotz", "2"], "--eval.shots"),
+        (["--methods", ""], ["eval.methods"]),
+        (["--tasks", " ,"], ["eval.tasks", "' ,'"]),
+        (["--tasks", "wam"], ["'wam'", "'warm'"]),
+        (["--limit", "0"], ["eval.limit", 0]),
+        (["--shots", "-1"], ["eval.shots", -1]),
+        (["--limit", "many"], ["many"]),
+        (["--checkpoint", "no/such"], ["checkpoint", "no/such"]),
+        (["--eval.shotz", "2"], ["--eval.shots"]),
     ],
 )
-def test_eval_refuses_bad_flags_and_writes_nothing(capsys, tmp_path, flags, words):
+def test_eval_refuses_bad_flags_and_writes_nothing(capsys, tmp_path, flags, facts):
     config = dataclasses.replace(trained(), workdir=tmp_path / "run")
     path = write_config(tmp_path / "tiny.py", config)
     args = [path, "--checkpoint", trained().directory, "--out", tmp_path / "out", *flags]
-    assert words in refused(capsys, eval_main, args)
+    refused(capsys, eval_main, args, *facts)
     assert {p.name for p in tmp_path.iterdir()} == {"tiny.py"}
 
 

@@ -9,7 +9,7 @@ import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import logits
+from helpers import logits, refused
 
 from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.adapters.specialization_fit import adapter_of
@@ -146,8 +146,7 @@ def test_half_precision_is_the_nearest_of_every_number(case, tmp_path, dtype):
 
 
 def test_a_family_that_llama_cpp_lacks_is_refused_before_anything_is_written(case, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        guarded(lambda: export(case("opt"), tmp_path / "out", "gguf"))
-    assert stopped.value.code == 2
-    assert "no architecture for opt models: use --format peft or merged" in capsys.readouterr().err
+    refused(
+        capsys, lambda _: guarded(lambda: export(case("opt"), tmp_path / "out", "gguf")), [], "opt", "--format peft"
+    )
     assert list(tmp_path.iterdir()) == []

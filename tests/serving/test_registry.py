@@ -92,33 +92,34 @@ def test_a_prompt_a_conversation_and_shots_become_specialisations(counting, made
 def test_bad_prompts_and_names_are_errors(counting):
     service = Service(Puppet(), counting, Registry(10))
     cases = [
-        ({}, 400, "exactly one"),
-        ({"prompt": "a", "shots": [{"input": "a", "output": "b"}]}, 400, "exactly one"),
-        ({"prompt": " "}, 400, "prompt"),
-        ({"prompt": "cat " * 400}, 400, "tokens, the limit is"),
-        ({"prompt": 3}, 400, "string"),
-        ({"messages": messages("say red")}, 400, "without an answer"),
-        ({"shots": [3]}, 400, "shot 1"),
-        ({"shots": "a"}, 400, "shots: give a list"),
-        ({"shots": [{"input": "a"}]}, 400, "output"),
-        ({"prompt": "a", "name": "../up"}, 400, "letters"),
-        ({"prompt": "a", "name": "a/b"}, 400, "letters"),
-        ({"prompt": "a", "name": ".hidden"}, 400, "letters"),
-        ({"prompt": "a", "name": ""}, 400, "letters"),
-        ({"prompt": "a", "name": "x" * 65}, 400, "letters"),
-        ({"prompt": "a", "name": "base"}, 400, "reserved"),
-        ({"prompt": "a", "name": "Auto"}, 400, "reserved"),
-        ({"prompt": "a", "name": "auto-0123"}, 400, "reserved"),
-        ({"prompt": "a", "model": "x"}, 400, "unknown field"),
+        ({}, "prompt", None, "none"),
+        ({"prompt": "a", "shots": [{"input": "a", "output": "b"}]}, "prompt", None, '"prompt" and "shots"'),
+        ({"prompt": " "}, "prompt", None, "prompt"),
+        ({"prompt": "cat " * 400}, None, None, "tokens"),
+        ({"prompt": 3}, "prompt", "invalid_value", "string"),
+        ({"messages": messages("say red")}, "messages.0", None, "message 1"),
+        ({"shots": [3]}, "shots.0", None, "shot 1"),
+        ({"shots": "a"}, "shots", "invalid_value", "list"),
+        ({"shots": [{"input": "a"}]}, "shots.0.output", None, '"output"'),
+        *(
+            ({"prompt": "a", "name": name}, "name", "invalid_name", "1 to 64")
+            for name in ("../up", "a/b", ".hidden", "", "x" * 65)
+        ),
+        *(
+            ({"prompt": "a", "name": name}, "name", "invalid_name", repr(name))
+            for name in ("base", "Auto", "auto-0123")
+        ),
+        ({"prompt": "a", "model": "x"}, "model", "unknown_field", "model"),
     ]
 
     async def conversation(client):
-        for fields, status, words in cases:
+        for fields, param, code, fact in cases:
             answer = await make(client, **fields)
-            assert answer.status_code == status, fields
-            message = answer.json()["error"]["message"]
-            assert words in message, fields
-            assert "--" not in message  # a flag, which a client does not have
+            assert answer.status_code == 400, fields
+            error = answer.json()["error"]
+            assert (error["param"], error["code"]) == (param, code), fields
+            assert fact in error["message"], fields
+            assert "--" not in error["message"]  # a flag, which a client does not have
         assert (await client.get("/v1/specializations")).json()["data"] == []
         # Nothing of what failed holds a name.
         assert (await make(client, name="x", prompt="cat " * 400)).status_code == 400
