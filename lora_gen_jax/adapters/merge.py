@@ -169,7 +169,10 @@ def merge_over(held: Any, params: Any, adapter: Mergeable) -> Any:
     base, targets = kernels_of(params, sites), kernels_of(held, sites)
     if any(targets[site] is base[site] for site in sites):
         raise ConfigError(
-            "the weights to write over are the base's own", field="held", remedy="start with merge(params, adapter)"
+            "the weights to write over are the base's own",
+            field="held",
+            code="base",
+            remedy="start with merge(params, adapter)",
         )
     others = [site for site in SITES if site not in sites and site in params["layers"][GROUP_OF_SITE[site]]]
     own, found = kernels_of(params, others), kernels_of(held, others)

@@ -1,9 +1,7 @@
 """A specialisation on disk: small, complete or absent, bound to its pool, and the same adapter when read again."""
 
 import dataclasses
-import errno
 import json
-import os
 from typing import Any
 
 import jax
@@ -168,7 +166,7 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path):
 
 def test_an_output_whose_parent_is_a_file_is_named(tmp_path):
     (tmp_path / "file").write_text("x")
-    with raises(OutputError, "--out", tmp_path / "file" / "s", os.strerror(errno.ENOTDIR)):
+    with raises(OutputError, "--out", tmp_path / "file" / "s", code="unwritable"):
         save_specialization(synthetic(), tmp_path / "file" / "s")
 
 
@@ -186,7 +184,7 @@ def test_a_damaged_specialisation_is_named(tmp_path, name, damage):
         path.unlink()
     else:
         path.write_bytes(b"[]" if damage == "list" else path.read_bytes()[: -9 if name != "prompt.txt" else -1])
-    with raises(CheckpointError, name, tmp_path / "s") as error:
+    with raises(CheckpointError, "prompt.txt:sha256" if (name, damage) == ("prompt.txt", "list") else name) as error:
         load_specialization(tmp_path / "s")
     assert str(tmp_path / "s") in str(error.value)
 

@@ -189,7 +189,7 @@ def test_not_a_gguf_file(tmp_path):
     path.write_bytes(b"x" * 5000)
     with raises(ModelError, path.name, path):
         pretrained.load_config(path)
-    with raises(ModelError, "absent.gguf", tmp_path / "absent.gguf"):
+    with raises(ModelError, "model", tmp_path / "absent.gguf"):
         pretrained.load_config(tmp_path / "absent.gguf")
 
 
