@@ -327,7 +327,7 @@ def test_an_adapter_of_another_depth_is_refused(make, count):
 def test_an_adapter_of_another_width_or_of_other_layers_is_refused():
     params, adapter = random_params(EDGE), lora(EDGE)
     narrow = {site: {**pair, "a": pair["a"][:, :1]} for site, pair in adapter.scanned.items()}
-    with raises(ConfigError, "adapter.down", "(1, "):
+    with raises(ConfigError, "adapter.down", "(1, 16)"):
         merge(params, adapter.replace(scanned=narrow))
     with raises(ConfigError, "adapter", "q, k, v"):
         merge(params, adapter.replace(scanned={"up_proj": adapter.scanned["up"]}))
