@@ -123,10 +123,16 @@ def refine(
     """
     adapter = generated.adapter
     if not isinstance(adapter, GatedPool | RefinedPool):
-        raise ConfigError("this generator makes factors directly: only a specialization with gates can be refined")
+        raise ConfigError(
+            "this generator makes factors directly: only a specialization with gates can be refined", field="generator"
+        )
     count = adapter.prompts
     if len(examples) != count:
-        raise DataError(f"there are examples of {len(examples)} prompts and {count} specializations: give as many")
+        raise DataError(
+            f"there are examples of {len(examples)} prompts and {count} specializations",
+            field="examples",
+            remedy="give as many",
+        )
     check_examples(examples, decoder.config.vocab_size, decoder.config.max_positions)
     P = padded_rows(count, params)
     index = np.concatenate([np.arange(count), np.zeros(P - count, np.int64)])
@@ -148,7 +154,11 @@ def _start(adapter: Any, generated: Generated, index: np.ndarray, config: Refine
         return _start_factors(adapter, config.rank)
     values_PLE = generated.logits_PLE
     if values_PLE is None:
-        raise ConfigError("refining gates starts from the router's logits: pass what the generator gave, with them")
+        raise ConfigError(
+            "refining gates starts from the router's logits",
+            field="generated.logits_PLE",
+            remedy="pass what the generator gave, with them",
+        )
     return {"gates": jnp.asarray(values_PLE, jnp.float32)[index].transpose(1, 0, 2)}
 
 

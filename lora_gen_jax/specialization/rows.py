@@ -48,13 +48,28 @@ def check_examples(examples: Sequence[Sequence[Pair]], vocab_size: int, max_posi
     """
     for p, pairs in enumerate(examples, start=1):
         if not pairs:
-            raise DataError(f"prompt {p} has no examples to refine on: give at least one, or do not refine")
+            raise DataError(
+                f"prompt {p} has no examples to refine on",
+                field=f"examples.{p - 1}",
+                code="empty",
+                remedy="give at least one, or do not refine",
+            )
         for i, (query, answer) in enumerate(pairs, start=1):
             where = f"example {i} of prompt {p}"
             if not query or not answer:
-                raise DataError(f"{where} has an empty {'answer' if query else 'query'}: give both")
+                raise DataError(
+                    f"{where} has an empty {'answer' if query else 'query'}",
+                    field=f"examples.{p - 1}.{i - 1}",
+                    code="empty",
+                    remedy="give both",
+                )
             if (length := len(query) + len(answer) - 1) > max_positions:
-                raise DataError(f"{where} has {length} tokens, the edge model {max_positions} positions: shorten it")
+                raise DataError(
+                    f"{where} has {length} tokens, the edge model {max_positions} positions",
+                    field=f"examples.{p - 1}.{i - 1}",
+                    code="too long",
+                    remedy="shorten it",
+                )
             check_tokens([*query, *answer], vocab_size, where)
 
 

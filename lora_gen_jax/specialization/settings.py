@@ -42,7 +42,10 @@ class RefineConfig:
     def __post_init__(self) -> None:
         for name, allowed in (("kind", get_args(Kind)), ("stopping", get_args(Stopping))):
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"refine.{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+                raise ConfigError(
+                    f"refine.{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}",
+                    field=f"refine.{name}",
+                )
         _whole("steps", self.steps, 0, MOST_STEPS)
         _whole("folds", self.folds, 2, 64)
         _whole("rank", self.rank, 1, 256)
@@ -51,7 +54,9 @@ class RefineConfig:
         if self.rate * self.pull > 1:
             raise ConfigError(
                 f"refine.pull is {self.pull}: times the learning rate {self.rate} it exceeds 1, and a step would"
-                " overshoot the start; lower it"
+                " overshoot the start",
+                field="refine.pull",
+                remedy="lower it",
             )
 
     @property
@@ -67,10 +72,14 @@ class RefineConfig:
 
 def _whole(name: str, value: int | None, least: int, most: int) -> None:
     if value is not None and (type(value) is not int or not least <= value <= most):
-        raise ConfigError(f"refine.{name} is {value!r}; it must be a whole number from {least} to {most}")
+        raise ConfigError(
+            f"refine.{name} is {value!r}; it must be a whole number from {least} to {most}", field=f"refine.{name}"
+        )
 
 
 def _number(name: str, value: float | None, least: float) -> None:
     fits = isinstance(value, int | float) and not isinstance(value, bool)
     if value is not None and not (fits and least <= value < math.inf):
-        raise ConfigError(f"refine.{name} is {value!r}; it must be a number of at least {least:g}")
+        raise ConfigError(
+            f"refine.{name} is {value!r}; it must be a number of at least {least:g}", field=f"refine.{name}"
+        )
