@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from helpers import trained
+from helpers import raises, trained
 
 from lora_gen_jax.config import EvalConfig, ModelConfig
 from lora_gen_jax.data.load import load_tasks
@@ -89,9 +89,9 @@ def test_variants_of_a_task_do_not_lend_each_other_their_prompts(encoder):
 
 def test_controls_that_the_tasks_have_nothing_for_are_refused():
     one = make_task("sun", "sky", ("Say it.",))
-    with pytest.raises(ConfigError, match="score at least two tasks"):
+    with raises(ConfigError, "eval.tasks", "shuffled"):
         check_controls(["shuffled"], [one])
-    with pytest.raises(ConfigError, match="no task has two"):
+    with raises(ConfigError, "eval.methods", "paraphrase"):
         check_controls(["paraphrase"], [one])
 
 
