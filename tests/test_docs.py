@@ -15,6 +15,7 @@ import pytest
 import lora_gen_jax
 from lora_gen_jax.cli import COMMANDS, EvalFlags
 from lora_gen_jax.config import Config
+from lora_gen_jax.errors import LoraGenError
 from lora_gen_jax.evaluation.agent_command import AgentFlags
 from lora_gen_jax.evaluation.efficiency_command import EfficiencyFlags
 from lora_gen_jax.evaluation.lm_eval_command import DATA_FLAGS, FIXED_SHOTS
@@ -177,8 +178,12 @@ def test_quoted_errors_are_the_programs_own():
 
 
 def messages_of(file):
-    """Every text of a module on one line, with … for what is filled in; texts that are added are one."""
+    """Every text of a module on one line, with … for what is filled in; texts that are added, and a problem and its
+    remedy, are one."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and node.args and (problem := text_of(node.args[0])):
+            for remedy in (keyword.value for keyword in node.keywords if keyword.arg == "remedy"):
+                yield " ".join(str(LoraGenError(problem, remedy=text_of(remedy) or "…")).split())
         if isinstance(node, ast.JoinedStr | ast.Constant | ast.BinOp) and (text := text_of(node)) is not None:
             yield " ".join(text.split())
 

@@ -22,7 +22,7 @@ BAD = [
     ({"model": 3}, "model", "invalid_value", "model"),
     ({"model": "auto"}, "model", None, "/v1/chat/completions"),
     ({"prompt": None}, "prompt", "missing_field", "prompt"),
-    ({"prompt": ""}, "prompt", "invalid_value", "prompt"),
+    ({"prompt": ""}, "prompt", None, "text"),
     ({"prompt": []}, "prompt", "invalid_value", "prompt"),
     ({"prompt": [[]]}, "prompt", "invalid_value", "prompt"),
     ({"prompt": ["a", 1]}, "prompt", "invalid_value", "prompt"),

@@ -84,7 +84,7 @@ def resolve(source: str | os.PathLike[str] | Source) -> Source:
         return Source("hf", directory, directory)
     names = ", ".join((*PACKAGED_MODELS, *KNOWN_MODELS))
     raise ModelError(
-        f"model {text!r} is not a directory, a .gguf file, a known name ({names}) or Hugging Face id (org/name)",
+        f"model {text!r} is not a directory, a .gguf file, a known name ({names}) or a Hugging Face id (org/name)",
         field="model",
         remedy="check the path",
     )
