@@ -32,7 +32,7 @@ def check_output(path: Path) -> None:
         )
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise OutputError(
-            f"output {path} exists already",
+            f"output {path} already exists",
             field="--out",
             code="exists",
             remedy="choose another --out, or remove it first",

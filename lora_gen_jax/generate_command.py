@@ -198,11 +198,11 @@ def _check_out(flags: Generate) -> Path:
         )
     if out.exists():
         raise OutputError(
-            f"--out {out} exists already", field="--out", code="exists", remedy="choose another, or remove it first"
+            f"--out {out} already exists", field="--out", code="exists", remedy="choose another, or remove it first"
         )
     if folder is not None and not is_directory(folder):
         raise CheckpointError(
-            f"--specialization {folder} is no directory",
+            f"--specialization {folder} is not a directory",
             field="--specialization",
             code="no directory",
             remedy="name one that `specialize` wrote",
@@ -240,7 +240,7 @@ def _place(flags: Generate, row: dict[str, Any]) -> Path | None:
     for name in ("answer", "finish"):
         if name in row:
             raise DataError(
-                f'"{name}" is there already, and would be written over',
+                f'"{name}" is already there, and would be written over',
                 field=name,
                 code="taken",
                 remedy="call it something else",

@@ -32,7 +32,7 @@ def changed_sites(params: Any, adapter: Mergeable) -> list[str]:
     """
     if not isinstance(params, Mapping) or "layers" not in params:
         raise ConfigError(
-            "these are no parameters of a decoder, which have an entry layers",
+            "these are not the parameters of a decoder, which have an entry layers",
             field="params.layers",
             remedy='pass a model\'s params, of Flax variables those under "params"',
         )

@@ -107,7 +107,7 @@ def _messages(row: Row) -> tuple[str, tuple[tuple[str, str], ...], str | None]:
     beside = _system(row)
     if beside is not None and turns[0][0] == "system":
         raise DataError(
-            'the system text stands twice: as "system" and as the first message',
+            'the system text is given twice: as "system" and as the first message',
             field="system",
             code="repeated",
             remedy="leave one out",

@@ -45,7 +45,7 @@ def specialize(
     """
     if not isinstance(generator, LoRAGen):
         raise ConfigError(
-            f"{type(generator).__name__} is no generator of LoRA-Gen",
+            f"{type(generator).__name__} is not a generator of LoRA-Gen",
             field="generator",
             remedy="load a checkpoint of method lora_gen",
         )

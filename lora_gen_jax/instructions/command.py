@@ -122,7 +122,7 @@ def _check_out(out: Path) -> None:
     for path in taken:
         if path.exists():
             raise OutputError(
-                f"output {path} exists already",
+                f"output {path} already exists",
                 field="--out",
                 code="exists",
                 remedy="choose another --out, or remove it first",

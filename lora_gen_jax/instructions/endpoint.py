@@ -126,8 +126,8 @@ class Endpoint:
                 f"{self._place()} answered with status 404{said}",
                 field="--endpoint",
                 code="not found",
-                remedy=f"Either there is no model {self.settings.model!r} (--model), or the address is no chat"
-                " completions' (--endpoint, as http://localhost:8000/v1)",
+                remedy=f"Either there is no model {self.settings.model!r} (--model), or the address is not that of chat"
+                " completions (--endpoint, as http://localhost:8000/v1)",
             )
         if code in (400, 413, 422):
             if self.answered:
@@ -201,7 +201,7 @@ def _content(data: bytes) -> str:
         content = json.loads(data)["choices"][0]["message"]["content"]
     except (ValueError, RecursionError, LookupError, TypeError):
         shown = data[:_SHOWN].decode("utf-8", "replace")
-        raise _Malformed(f"answered with something that is no chat completion, {shown!r}") from None
+        raise _Malformed(f"answered with something other than a chat completion, {shown!r}") from None
     return content if isinstance(content, str) else ""
 
 

@@ -80,7 +80,7 @@ class Partial:
             found = None
         if not isinstance(found, dict) or found.keys() != self.identity.keys():
             raise DataError(
-                f"{self.path} is no file of finished rows",
+                f"{self.path} is not a file of finished rows",
                 field="--out",
                 code="no partial",
                 remedy="choose another --out, or remove it",

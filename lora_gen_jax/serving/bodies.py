@@ -71,7 +71,7 @@ def read_request(kind: type[Request], body: bytes) -> Request:
 
 def _object(body: bytes) -> dict[str, Any]:
     def no_number(text: str) -> Any:
-        raise ValueError(f"{text} is no JSON number")
+        raise ValueError(f"{text} is not a JSON number")
 
     try:
         # Bytes alone would be read as UTF-16, too, and halves of surrogate pairs let through.

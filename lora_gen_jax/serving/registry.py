@@ -99,7 +99,7 @@ class Registry:
         if name.lower() in self._entries or name.lower() in self._reserved:
             raise ApiError(
                 409,
-                f"there is a specialisation {name!r} already: choose another name, or delete it",
+                f"there is already a specialization {name!r}: choose another name, or delete it",
                 "name",
                 "name_taken",
             )
@@ -108,7 +108,7 @@ class Registry:
             if oldest is None:
                 raise ApiError(
                     429,
-                    f"there are {self.limit} specialisations, the limit: delete one",
+                    f"there are already {self.limit} specializations, the limit: delete one",
                     None,
                     "too_many_specializations",
                 )

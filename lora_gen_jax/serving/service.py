@@ -103,7 +103,7 @@ class Service:
         found = self.registry.get(name)
         if found is None or name in self._removing:
             known = "GET /v1/models lists what there is, POST /v1/specializations makes more"
-            raise ApiError(404, f"there is no specialisation {name[:80]!r}: {known}", "model", "model_not_found")
+            raise ApiError(404, f"there is no specialization {name[:80]!r}: {known}", "model", "model_not_found")
         return found
 
     def gates(self, model: str) -> np.ndarray | None:
@@ -163,7 +163,7 @@ class Service:
         others = [turn for turn in turns if turn["role"] != "system"]
         if not system.strip() or not others:
             missing = "system message: add one, or use model base" if others else "message of a user: add one"
-            message = f"model auto specialises for the system message and answers the others: there is no {missing}"
+            message = f"model auto specializes for the system message and answers the others: there is no {missing}"
             raise invalid(message, "messages")
         name = AUTOMATIC + hashlib.sha256(system.encode()).hexdigest()[:16]
         if (found := self.registry.get(name)) is not None:

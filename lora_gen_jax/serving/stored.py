@@ -110,7 +110,7 @@ def _directories(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise CheckpointError(
-            f"{path} is no directory",
+            f"{path} is not a directory",
             field="--specializations",
             code="no directory",
             remedy="give specializations that `lora-gen specialize` wrote",

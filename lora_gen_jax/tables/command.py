@@ -175,7 +175,7 @@ def do_job(jobs: Sequence[Job], name: str) -> None:
     if not found:
         near = difflib.get_close_matches(name, [job.name for job in jobs], n=1)
         raise ConfigError(
-            f"--job has {name!r}, which is no RUN/SEED",
+            f"--job has {name!r}, which is not a RUN/SEED",
             field="--job",
             remedy=f"did you mean {near[0]}?" if near else None,
         )

@@ -106,7 +106,7 @@ def changed(config: Any, change: Change, run: str) -> Any:
     for field, value in change.items():
         if field not in known:
             raise ConfigError(
-                f"run {run} changes {field!r}, which is no field of {type(config).__name__}",
+                f"run {run} changes {field!r}, which is not a field of {type(config).__name__}",
                 field=f"runs.{run}.{field}",
             )
         nested = isinstance(value, Mapping)

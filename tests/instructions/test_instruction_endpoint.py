@@ -8,7 +8,7 @@ import time
 
 import pytest
 from conftest import ROWS, asked, completion, failure
-from helpers import write_rows
+from helpers import unsaid, write_rows
 
 from lora_gen_jax.cli import main
 from lora_gen_jax.instructions.settings import chat_url
@@ -78,7 +78,7 @@ def test_an_endpoint_that_asks_to_wait_for_long_ends_the_work(fake, run):
     fake.answer = lambda body, number: failure(429, "daily limit", **{"Retry-After": "7200"})
     code, said = run()
     assert code == 2
-    assert "daily limit, and asks to wait 7200 s" in said
+    assert unsaid(said, ["--endpoint", "daily limit", "7200 s"]) == []
     assert not fake.pauses
 
 
@@ -94,7 +94,8 @@ def test_a_server_that_stays_broken_ends_the_work_and_finished_rows_are_kept(tmp
     fake.answer = lambda body, number: failure(503, "overloaded") if number > 2 else None
     code, said = run("--retries", "2")
     assert code == 2
-    assert f"--endpoint {fake.url}/v1/chat/completions answered with status 503: overloaded, 3 times" in said
+    facts = [f"--endpoint {fake.url}/v1/chat/completions", "status 503", "overloaded", "3 times"]
+    assert unsaid(said, facts) == []
     assert len(fake.bodies) == 5
     fake.answer = lambda body, number: None
     fake.bodies.clear()
@@ -119,8 +120,7 @@ def test_a_refused_connection_is_an_error_at_once(tmp_path, fake, run):
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
         code, said = run("--endpoint", url)
     assert code == 2
-    assert f"--endpoint {url}/v1/chat/completions cannot be reached" in said
-    assert "check the address and that the server is running" in said
+    assert unsaid(said, [f"--endpoint {url}/v1/chat/completions"]) == []
     assert not fake.pauses
     assert not (tmp_path / "tasks.jsonl").exists()
 
@@ -131,10 +131,10 @@ def test_a_refused_key_names_the_variable_and_never_the_key(fake, run, monkeypat
     fake.answer = lambda body, number: failure(status, "bad key")
     code, said = run("--api-key-env", "MY_KEY")
     assert code == 2
-    assert "The key was refused: put a valid one into MY_KEY (--api-key-env" in said
+    assert unsaid(said, [f"status {status}", "bad key", "MY_KEY", "--api-key-env"]) == []
     assert "sk-secret" not in said
     assert fake.heads[0]["Authorization"] == "Bearer sk-secret"
-    assert "The key is missing: put a valid one into OPENAI_API_KEY" in run()[1]
+    assert unsaid(run()[1], ["OPENAI_API_KEY", "--api-key-env"]) == []
     assert "Authorization" not in fake.heads[-1]
     assert len(fake.bodies) == 2
 
@@ -148,7 +148,7 @@ def test_the_keys_usual_variable_is_read_unless_told_otherwise(fake, run, monkey
     monkeypatch.setenv("OPENAI_API_KEY", "sk\nwrong")
     code, said = run("--limit", "2")
     assert code == 2
-    assert "holds characters that no key has" in said
+    assert unsaid(said, ["OPENAI_API_KEY", "--api-key-env"]) == []
     assert "wrong" not in said
 
 
@@ -156,7 +156,7 @@ def test_an_unknown_model_is_named(fake, run):
     fake.answer = lambda body, number: failure(404, "no such model")
     code, said = run()
     assert code == 2
-    assert "status 404: no such model. Either there is no model 'tiny' (--model)" in said
+    assert unsaid(said, ["status 404", "no such model", "'tiny'", "--model", "--endpoint"]) == []
     assert len(fake.bodies) == 1
 
 
@@ -164,7 +164,7 @@ def test_a_page_instead_of_a_completion_is_an_error_at_once(fake, run):
     fake.answer = lambda body, number: (200, {}, "<html>Welcome</html>")
     code, said = run()
     assert code == 2
-    assert "no chat completion, '<html>Welcome</html>'" in said
+    assert unsaid(said, ["--endpoint", "'<html>Welcome</html>'"]) == []
     assert len(fake.bodies) == 1
 
 
@@ -173,7 +173,7 @@ def test_a_redirect_is_not_followed_with_the_key(fake, run, monkeypatch):
     fake.answer = lambda body, number: (302, {"Location": f"{fake.url}/elsewhere"}, "")
     code, said = run()
     assert code == 2
-    assert f"status 302: the address is now {fake.url}/elsewhere" in said
+    assert unsaid(said, ["status 302", f"{fake.url}/elsewhere"]) == []
     assert len(fake.bodies) == 1
 
 
@@ -197,7 +197,7 @@ def test_a_request_that_is_refused_with_all_fields_left_out_ends_the_work(fake, 
     fake.answer = lambda body, number: failure(400, "messages are not supported")
     code, said = run()
     assert code == 2
-    assert "status 400: messages are not supported" in said
+    assert unsaid(said, ["--endpoint", "status 400", "messages are not supported"]) == []
     assert len(fake.bodies) == 2
 
 

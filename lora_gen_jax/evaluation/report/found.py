@@ -89,7 +89,7 @@ def find(directories: Sequence[Path]) -> Found:
     for directory in directories:
         if not directory.is_dir():
             raise DataError(
-                f"{directory} is no directory",
+                f"{directory} is not a directory",
                 field="directories",
                 code="no directory",
                 remedy="name a run's work directory, or what eval.py wrote",
@@ -146,7 +146,7 @@ def read_object(path: Path) -> dict[str, Any]:
             f"{path} cannot be read as JSON ({error})", field=path.name, code="json", remedy=again
         ) from error
     if not isinstance(values, dict):
-        raise DataError(f"{path} holds no JSON object", field=path.name, code="type", remedy=again)
+        raise DataError(f"{path} does not hold a JSON object", field=path.name, code="type", remedy=again)
     return values
 
 
