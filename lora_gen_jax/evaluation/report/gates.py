@@ -46,8 +46,8 @@ def gates_of(file: File) -> dict[str, np.ndarray]:
         inside = np.all((gates_LE >= 0) & (gates_LE <= 1 + 1e-4))
         if gates_LE.ndim != 2 or gates_LE.shape != first.shape or not gates_LE.size or not inside:
             raise DataError(
-                f"{file.path}, task {name}: its gates are not a table of layers by experts with numbers from 0 to 1, the"
-                " same for all tasks",
+                f"{file.path}, task {name}: its gates are not a table of layers by experts with numbers from 0 to 1,"
+                " the same for all tasks",
                 field=f"{file.path.name}:tasks.{name}",
                 remedy="write it again with eval.py, or remove it",
             )
