@@ -49,7 +49,7 @@ BAD = [
     ({"stop": [""]}, "stop", "invalid_value", "stop"),
     ({"stop": "x" * 1001}, "stop", "invalid_value", "1000"),
     ({"stream": "yes"}, "stream", "invalid_value", "stream"),
-    ({"stream_options": {"usage": True}}, "stream_options.usage", "unknown_field", "include_usage"),
+    ({"stream_options": {"usage": True}}, "stream_options.usage", "unknown_field", "stream_options.usage"),
     ({"logprobs": 5}, "logprobs", "invalid_value", "logprobs"),
     ({"echo": True}, "echo", "unsupported_value", "echo"),
     ({"best_of": 4}, "best_of", "unsupported_value", "best_of"),

@@ -97,7 +97,7 @@ def test_bad_prompts_and_names_are_errors(counting):
         ({"prompt": " "}, "prompt", None, "prompt"),
         ({"prompt": "cat " * 400}, None, None, "tokens"),
         ({"prompt": 3}, "prompt", "invalid_value", "string"),
-        ({"messages": messages("say red")}, "messages.0", None, "message 1"),
+        ({"messages": messages("say red")}, "messages.1", None, "message 2"),
         ({"shots": [3]}, "shots.0", None, "shot 1"),
         ({"shots": "a"}, "shots", "invalid_value", "list"),
         ({"shots": [{"input": "a"}]}, "shots.0.output", None, '"output"'),

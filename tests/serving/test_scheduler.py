@@ -25,7 +25,7 @@ class Puppet:
 
     def check(self, work):
         if len(work.ids) == 0:
-            raise DataError("the prompt is empty")
+            raise DataError("the prompt is empty", field="prompt", code="empty")
 
     def admit(self, works):
         if self.failing == "admit":
