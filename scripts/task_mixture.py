@@ -75,7 +75,12 @@ def mixture(tasks: Iterable[Base], unseen: Sequence[TaskFile]) -> Iterator[Base]
     evaluated = {pair for task in unseen for pair in (*task.train, *task.test)}
     for task in tasks:
         if task.name in names:
-            raise DataError(f"two tasks are called {task.name!r}: rename the one in the task files")
+            raise DataError(
+                f"two tasks are called {task.name!r}",
+                field="name",
+                code="taken",
+                remedy="rename the one in the task files",
+            )
         names.add(task.name)
         if found := twin(task, unseen):
             print(f"left out: {task.name} answers as {found}, which is evaluated")
@@ -130,7 +135,7 @@ def main() -> None:
     flags = parser.parse_args()
     try:
         if flags.rows < FEWEST:
-            raise DataError(f"--rows is {flags.rows}; it must be at least {FEWEST}")
+            raise DataError(f"--rows is {flags.rows}; it must be at least {FEWEST}", field="--rows")
         seen, unseen = read_tasks(flags.tasks), read_tasks(flags.evaluate)
         from_files = (task.base(flags.seed, flags.rows) for task in seen)
         kept = list(mixture((*generated(flags.seed, flags.rows), *from_files), unseen))

@@ -49,7 +49,7 @@ def read_tasks(folders: Iterable[Path]) -> list[TaskFile]:
     for folder in folders:
         paths = sorted(folder.glob("*.json"))
         if not paths:
-            raise DataError(f"{folder} holds no .json file: name a directory of task files")
+            raise DataError(f"{folder} holds no .json file", field="--tasks", remedy="name a directory of task files")
         tasks += map(read_task, paths)
     return tasks
 
@@ -62,13 +62,19 @@ def read_task(path: Path) -> TaskFile:
         task = TaskFile(name, wordings, clean(train), clean(test), found["source"], license_of(found))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
-            f'{path} is no task file ({type(error).__name__}: {error}); it needs "name" and "source" (texts), '
-            '"license", "descriptions" (texts), "train" and "test" (pairs of input and output)'
+            f'{path} is not a task file ({type(error).__name__}: {error}); it needs "name" and "source" (texts),'
+            ' "license", "descriptions" (texts), "train" and "test" (pairs of input and output)',
+            field=path.name,
+            code="form",
         ) from error
     if not all(isinstance(text, str) and text for text in (task.source, task.license)):
-        raise DataError(f'{path}: "source" and "license" must be texts')
+        raise DataError(f'{path}: "source" and "license" must be texts', field=f"{path.name}:source")
     if "/" not in task.name or not task.wordings or not all(task.wordings) or not task.train:
-        raise DataError(f'{path}: "name" must be GROUP/NAME, "descriptions" and "train" must not be empty')
+        wrong = "name" if "/" not in task.name else "train" if task.wordings and all(task.wordings) else "descriptions"
+        raise DataError(
+            f'{path}: "name" must be GROUP/NAME, "descriptions" and "train" must not be empty',
+            field=f"{path.name}:{wrong}",
+        )
     return task
 
 

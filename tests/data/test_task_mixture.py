@@ -10,12 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers import unsaid
 
 import lora_gen_jax
 from lora_gen_jax.data.encode import Encoder
 from lora_gen_jax.data.prompts import separator
 from lora_gen_jax.data.records import load_records
 from lora_gen_jax.decoder.pretrained import load_tokenizer
+from lora_gen_jax.errors import DataError
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 WORDS = [
@@ -465,26 +467,33 @@ def test_the_same_seed_writes_the_same_and_a_further_task_moves_no_other(made, w
     assert all(text != texts(made.out)[name] for name, text in texts(tmp_path / "other").items())
 
 
+def ended(field, fact, call):
+    """The call ends in one line about this field that says the fact."""
+    with pytest.raises(SystemExit) as stop:
+        call()
+    error = stop.value.__context__
+    assert isinstance(error, DataError)
+    assert (error.field, str(stop.value)) == (field, f"error: {error}")
+    assert unsaid(str(error), [fact]) == []
+
+
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "field", "fact"),
     [
-        ({"descriptions": []}, '"descriptions" and "train" must not be empty'),
-        ({"name": "alone"}, '"name" must be GROUP/NAME'),
-        ({"train": [["a"]]}, "toy__x.json is no task file"),
-        ({"source": None}, '"source" and "license" must be texts'),
-        ({"name": "words/copy"}, "two tasks are called 'words/copy'"),
+        ({"descriptions": []}, "toy__x.json:descriptions", "toy__x.json"),
+        ({"name": "alone"}, "toy__x.json:name", "toy__x.json"),
+        ({"train": [["a"]]}, "toy__x.json", "toy__x.json"),
+        ({"source": None}, "toy__x.json:source", "toy__x.json"),
+        ({"name": "words/copy"}, "name", "'words/copy'"),
     ],
 )
-def test_a_malformed_task_file_is_named(write, tmp_path, fields, message):
+def test_a_malformed_task_file_is_named(write, tmp_path, fields, field, fact):
     write_task(tmp_path / "tasks", "toy/x", [(w, w.upper()) for w in WORDS])
     path = tmp_path / "tasks" / "toy__x.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-    with pytest.raises(SystemExit, match=message):
-        write(tmp_path / "out", "--tasks", tmp_path / "tasks")
+    ended(field, fact, lambda: write(tmp_path / "out", "--tasks", tmp_path / "tasks"))
 
 
 def test_bad_flags_say_what_to_do(write, tmp_path):
-    with pytest.raises(SystemExit, match="--rows is 5; it must be at least 12"):
-        write(tmp_path / "out", "--rows", "5")
-    with pytest.raises(SystemExit, match=r"holds no \.json file: name a directory of task files"):
-        write(tmp_path / "out", "--tasks", tmp_path)
+    ended("--rows", 12, lambda: write(tmp_path / "out", "--rows", "5"))
+    ended("--tasks", tmp_path, lambda: write(tmp_path / "out", "--tasks", tmp_path))
