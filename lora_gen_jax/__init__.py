@@ -6,6 +6,9 @@ Shape letters, used as suffixes of array names everywhere:
     L edge layers       C cloud width       D edge width            F edge FFN width    H router width, head size
     E experts           R rank              K top-k                 V vocabulary        N heads, G kv heads
 
+What must not be rounded to bfloat16 has the type `float`, JAX's own: float32, or float64 under JAX_ENABLE_X64, in which
+the tests compare programs that should be the same function.
+
 The pieces, each usable alone:
 
     Decoder, DecoderConfig          the language model (`lora_gen_jax.decoder`)

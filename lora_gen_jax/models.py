@@ -80,7 +80,8 @@ def make_decoder(settings: ModelConfig, config: DecoderConfig, platform: str, tr
     """A model's module as a platform ("cpu", "gpu", "tpu") runs it.
 
     "auto" is bfloat16 on an accelerator. On a CPU it is float32, but for training mixed where the processor multiplies
-    bfloat16 in hardware (`multiplies_bfloat16`). Its attention is the flash kernel on a TPU.
+    bfloat16 in hardware (`multiplies_bfloat16`). Its attention is the flash kernel on a TPU. What computes in float32
+    does so in float64 under JAX_ENABLE_X64.
 
     Raises:
         ConfigError: for a kernel that the platform lacks.
@@ -98,7 +99,8 @@ def make_decoder(settings: ModelConfig, config: DecoderConfig, platform: str, tr
         on_cpu = "mixed" if training and multiplies_bfloat16() else "float32"
         name = on_cpu if platform == "cpu" else "bfloat16"
     mixed = name == "mixed"
-    dtype: Any = jnp.float32 if mixed else jnp.dtype(name).type
+    full = jax.dtypes.canonicalize_dtype(float).type
+    dtype: Any = full if name in ("float32", "mixed") else jnp.dtype(name).type
     kernel = "splash" if settings.attention == "auto" and platform == "tpu" else settings.attention
     return Decoder(config, dtype, settings.remat, settings.unroll, kernel, jnp.bfloat16 if mixed else None)
 

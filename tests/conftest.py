@@ -16,23 +16,42 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 import jax
 import pytest
 
-jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# The exact matmul: parity with other libraries is judged in fp32.
+# The exact matmul, where float32 is compared with other libraries.
 jax.config.update("jax_default_matmul_precision", "highest")
 # Compiling is most of what tests take, XLA's costliest passes a third of that. Processes that tests start keep them,
-# as users have them, and so do files that compare two programs to the last digits or follow a search;
-# `JAX_DISABLE_MOST_OPTIMIZATIONS=0 python -m pytest` keeps them everywhere.
-SKIP_PASSES = "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ
-LAST_DIGITS = ("test_lorahub", "test_specializer")
+# as users have them; `JAX_DISABLE_MOST_OPTIMIZATIONS=0 python -m pytest` keeps them everywhere.
+if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+def _compute_in_double(double):
+    jax.config.update("jax_enable_x64", double)
+    jax.config.update("jax_numpy_dtype_promotion", "standard" if double else "strict")
+
+
+_compute_in_double(False)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _compiler(request):
-    if SKIP_PASSES:
-        jax.config.update("jax_disable_most_optimizations", request.path.stem not in LAST_DIGITS)
+def _numbers(request):
+    """How a file's tests compute: `pytestmark = pytest.mark.float64` for those that compare programs with each other.
+
+    Two programs for one function differ by rounding, and by how much depends on the processor and on the compiler. In
+    float64 that is far below what any mistake makes (`helpers.SAME`). Strict promotion is of the numbers that users
+    compute with: in float64 JAX counts in int64, and does not mix that with int32.
+    """
+    _compute_in_double(request.node.get_closest_marker("float64") is not None)
     yield
+    _compute_in_double(False)  # fixtures of a session are made before those of the next file
     jax.clear_caches()  # which also bounds the memory of what was compiled
+
+
+@pytest.fixture
+def float32():
+    """For what is said of float32 in a file that computes in float64."""
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("strict"):
+        yield
 
 
 # Files whose tests start training jobs or train for long. Begun last, one of them would run while the other process of

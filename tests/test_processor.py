@@ -2,12 +2,12 @@
 
 import jax.numpy as jnp
 import pytest
+from helpers import EDGE
 
 from lora_gen_jax import models
 from lora_gen_jax.config import ModelConfig
 from lora_gen_jax.models import make_decoder, precision_of
 from lora_gen_jax.processor import multiplies_bfloat16
-from tests.helpers import EDGE
 
 PLAIN = "processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512_vnni\nbugs\t\t: avx512_bf16\n"
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CLOUD, EDGE, SETTINGS, generator_variables, prompts_of, raises, random_params
+from helpers import CLOUD, EDGE, SAME, SETTINGS, generator_variables, prompts_of, raises, random_params
 from jax.sharding import PartitionSpec as P
 
 from lora_gen_jax import sharding
@@ -16,6 +16,8 @@ from lora_gen_jax.generator.lora_gen import LoRAGen
 from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.models import init_params
 from lora_gen_jax.sharding import constrain, divided_spec, make_mesh, mesh_size, param_shardings, spec
+
+pytestmark = pytest.mark.float64
 
 
 def test_a_misspelt_axis_is_an_error_with_and_without_a_mesh():
@@ -100,7 +102,7 @@ def test_a_decoder_on_a_mesh_gives_what_it_gives_on_one_device(sizes):
     assert shardings["embed"]["embedding"].shard_shape((53, 16)) == (53, 16 // sizes[1])
     with jax.set_mesh(mesh):
         got = jax.jit(logits)(jax.device_put(params, shardings))
-    np.testing.assert_allclose(got, jax.jit(logits)(params), atol=2e-5)
+    np.testing.assert_allclose(got, jax.jit(logits)(params), **SAME)
 
 
 def test_specialising_on_a_mesh_gives_the_gates_of_one_device():
@@ -111,4 +113,4 @@ def test_specialising_on_a_mesh_gives_the_gates_of_one_device():
     mesh = make_mesh(1, 4, 1)
     shardings = param_shardings(mesh, lambda: init_params(Decoder(CLOUD)))
     got = specialize(generator, variables, jax.device_put(frozen, shardings), prompts)
-    np.testing.assert_allclose(got.gates_PLE, want.gates_PLE, atol=1e-5)
+    np.testing.assert_allclose(got.gates_PLE, want.gates_PLE, **SAME)

@@ -20,6 +20,9 @@ from lora_gen_jax.specializer import Specializer, find_generator, read_specializ
 from lora_gen_jax.training.checkpoint import load_checkpoint, versions
 from lora_gen_jax.training.portable import SHIPPED
 
+pytestmark = pytest.mark.float64
+# Computed in float64, where two ways differ by 1e-13, and stored in float32, whose numbers below 1 are 2^-24 apart.
+CLOSE = {"atol": 2.0**-24, "rtol": 0}
 PROMPT = "say the color of the sun\n\nwhat kind is the star ?\nred"
 
 
@@ -59,7 +62,7 @@ def test_forty_prompts_at_once_get_the_gates_of_one_by_one_in_their_order(specia
     made, _, _ = forty
     assert [one.prompt for one in made] == prompts
     alone = [specializer.specialize([prompt])[0] for prompt in prompts]
-    np.testing.assert_allclose(gates_of(made), gates_of(alone), atol=1e-6, rtol=0)
+    np.testing.assert_allclose(gates_of(made), gates_of(alone), **CLOSE)
     assert len(np.unique(gates_of(made).round(4), axis=0)) > 30
 
 
@@ -90,7 +93,7 @@ def test_batches_hold_no_more_tokens_than_scoring_ones(specializer):
 def test_several_devices_give_the_gates_of_one(prompts, short, forty, sizes):
     several = Specializer.load(trained().directory, mesh=make_mesh(*sizes))
     found = several.specialize([prompts[i] for i in short[:7]])
-    np.testing.assert_allclose(gates_of(found), gates_of(forty[0])[short[:7]], atol=1e-6, rtol=0)
+    np.testing.assert_allclose(gates_of(found), gates_of(forty[0])[short[:7]], **CLOSE)
 
 
 def test_the_rows_of_a_batch_are_split_over_the_devices(monkeypatch):
@@ -133,7 +136,7 @@ def test_threads_get_what_one_thread_gets(specializer, prompts, short, forty):
     for thread in threads:
         thread.join()
     for half in (0, 1):
-        np.testing.assert_allclose(gates_of(found[half]), gates_of(forty[0])[halves[half]], atol=1e-6, rtol=0)
+        np.testing.assert_allclose(gates_of(found[half]), gates_of(forty[0])[halves[half]], **CLOSE)
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ class GatedPool(AdapterBase):
         """ΔW of one layer in fp32, [inputs, outputs]; for a single prompt."""
         if site not in self.pool:
             return None
-        a, b, gates_PE = (x.astype(jnp.float32) for x in self.gated(site))
+        a, b, gates_PE = (x.astype(float) for x in self.gated(site))
         require_single(gates_PE.shape[0])
         if self.mix == "factors":
             return mixed_factors(gates_PE[0], a, b, self.scale)

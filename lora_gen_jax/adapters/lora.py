@@ -24,7 +24,7 @@ def factor_a_init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     init = jax.nn.initializers.variance_scaling(
         1 / 3, "fan_in", "uniform", in_axis=-2, out_axis=-1, batch_axis=tuple(range(len(shape) - 2))
     )
-    return init(key, shape, jnp.float32)
+    return init(key, shape, float)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -79,7 +79,7 @@ class LoRA(AdapterBase):
         """(α/r)·A·B of one layer in fp32, [inputs, outputs]."""
         if site not in self.scanned:
             return None
-        a, b = (self.scanned[site][name].astype(jnp.float32) for name in ("a", "b"))
+        a, b = (self.scanned[site][name].astype(float) for name in ("a", "b"))
         return self.scale * jnp.matmul(a, b, precision="highest")
 
 
@@ -114,7 +114,7 @@ class PromptLoRA(AdapterBase):
         """(α/r)·A·B of one layer in fp32, [inputs, outputs]; for a single prompt."""
         if site not in self.scanned:
             return None
-        a, b = (self.scanned[site][name].astype(jnp.float32) for name in ("a", "b"))
+        a, b = (self.scanned[site][name].astype(float) for name in ("a", "b"))
         require_single(a.shape[0])
         return self.scale * jnp.matmul(a[0], b[0], precision="highest")
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from lora_gen_jax.adapters.protocol import SITES, Mergeable
 from lora_gen_jax.errors import ConfigError
@@ -102,7 +101,7 @@ def _add(targets: Kernels | None, kernels: Kernels, adapter: Mergeable, sign: fl
         def site(name: str) -> jax.Array:
             delta = one.weight_delta(name)
             assert delta is not None
-            merged = read[name][layer].astype(jnp.float32) + sign * delta
+            merged = read[name][layer].astype(float) + sign * delta
             return written[name].at[layer].set(merged.astype(written[name].dtype))
 
         return {name: site(name) for name in written}

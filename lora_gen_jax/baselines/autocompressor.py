@@ -52,7 +52,7 @@ class AutoCompressor(TrainedModule):
     settings: Any
     compressor: Any
     end_id: int | None = None
-    dtype: jax.typing.DTypeLike = jnp.float32
+    dtype: jax.typing.DTypeLike = float
     remat: str = "none"
     unroll: int = 1
     attention: str = "auto"
@@ -78,10 +78,10 @@ class AutoCompressor(TrainedModule):
                 field="data.edge_prompt_length",
             )
         # The learned embeddings are of the size of the model's own inputs, whatever those are scaled by.
-        summary_KD = summary_KD * jnp.float32(self.edge.embedding_scale)
+        summary_KD = summary_KD * jnp.asarray(self.edge.embedding_scale, float)
         lengths_PM = self.lengths(edge_PX, train)
         (P, M), (K, D), read = lengths_PM.shape, summary_KD.shape, []
-        starts_PM, soft_PND = jnp.cumsum(lengths_PM, axis=1) - lengths_PM, jnp.zeros((P, 0, D), jnp.float32)
+        starts_PM, soft_PND = jnp.cumsum(lengths_PM, axis=1) - lengths_PM, jnp.zeros((P, 0, D), float)
         for i in range(M):
             slots = self._slots(edge_PX.shape[1], i * K, train)
             segment = take_segment(edge_PX, starts_PM[:, i], lengths_PM[:, i], slots)
@@ -90,7 +90,7 @@ class AutoCompressor(TrainedModule):
             x_PTD, positions_PT = join(soft_PND, embedded, segment.length_P, summary_KD)
             hidden_PTD = self._read(frozen, lora, x_PTD, positions_PT, train)
             read.append((hidden_PTD[:, i * K : i * K + slots], segment))
-            soft_PND = jnp.concatenate([soft_PND, hidden_PTD[:, i * K + slots :].astype(jnp.float32)], axis=1)
+            soft_PND = jnp.concatenate([soft_PND, hidden_PTD[:, i * K + slots :].astype(float)], axis=1)
         losses = {"segments": self._loss(frozen, read)} if train else None
         return Generated(lora, soft_PND=self._detached(soft_PND, M), losses=losses)
 
@@ -155,7 +155,7 @@ class AutoCompressor(TrainedModule):
             if frozen is None or self.end_id is None:
                 return nn.initializers.normal(0.02)(key, shape)
             row_D = frozen["embed"]["embedding"][self.end_id]
-            return jnp.broadcast_to(row_D.astype(jnp.float32)[None], shape)
+            return jnp.broadcast_to(row_D.astype(float)[None], shape)
 
         return self.param("summary_embedding", init, (self.compressor.summary_tokens, self.edge.width))
 

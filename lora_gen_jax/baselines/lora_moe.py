@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def router_logits(x_BTD: jax.Array, router_DE: jax.Array) -> jax.Array:
     """What a bias-free router says about every token, [B, T, E]; in fp32 whatever the type of x."""
-    return product(x_BTD.astype(jnp.float32), router_DE)
+    return product(x_BTD.astype(float), router_DE)
 
 
 def weighed(h_BTX: jax.Array, weight_BTE: jax.Array) -> jax.Array:
@@ -96,9 +96,9 @@ def balance_loss(probability_LBTE: jax.Array, read_BT: jax.Array, knowledge_B: j
     L, B, _, E = probability_LBTE.shape
     if B * E == 1:
         return jnp.zeros(L)
-    sum_LBE = jnp.einsum("lbte,bt->lbe", probability_LBTE, read_BT.astype(jnp.float32))
+    sum_LBE = jnp.einsum("lbte,bt->lbe", probability_LBTE, read_BT.astype(float))
     own_BE = knowledge_B[:, None] == (jnp.arange(E) < E // 2)[None]
-    q_LX = (sum_LBE * jnp.where(own_BE, 1 + margin, 1 - margin).astype(jnp.float32)[None]).reshape(L, B * E)
+    q_LX = (sum_LBE * jnp.where(own_BE, 1 + margin, 1 - margin).astype(float)[None]).reshape(L, B * E)
     return jnp.var(q_LX, axis=1, ddof=1) / (jnp.mean(q_LX, axis=1) ** 2 + 1e-10)
 
 

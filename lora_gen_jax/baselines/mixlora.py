@@ -123,7 +123,7 @@ def balance_loss(logits_LBTE: jax.Array, read_BT: jax.Array, k: int) -> jax.Arra
     probability_LBTE = jax.nn.softmax(logits_LBTE, axis=-1)
     _, index_LBTK = jax.lax.top_k(probability_LBTE, k)
     chosen_LBTE = jnp.sum(jax.nn.one_hot(index_LBTK, E), axis=-2)
-    read_BT = read_BT.astype(jnp.float32)
+    read_BT = read_BT.astype(float)
     tokens = jnp.maximum(L * jnp.sum(read_BT), 1.0)
     share_E = jnp.einsum("lbte,bt->e", chosen_LBTE, read_BT) / tokens
     mean_E = jnp.einsum("lbte,bt->e", probability_LBTE, read_BT) / tokens

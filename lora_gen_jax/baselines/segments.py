@@ -73,7 +73,7 @@ def take_segment(edge_PX: jax.Array, start_P: jax.Array, length_P: jax.Array, sl
 
     next_PS = ids(at_PS + 1)
     weight_PS = (offset_1S < length_P[:, None]) & (next_PS >= 0)
-    return Segment(jnp.maximum(ids(at_PS), 0), length_P, jnp.maximum(next_PS, 0), weight_PS.astype(jnp.float32))
+    return Segment(jnp.maximum(ids(at_PS), 0), length_P, jnp.maximum(next_PS, 0), weight_PS.astype(float))
 
 
 def join(

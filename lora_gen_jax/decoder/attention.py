@@ -150,7 +150,7 @@ def _matmul_rows(x_GBXY: jax.Array, y_GBYZ: jax.Array, operands: Any) -> jax.Arr
     if y_GBYZ.shape[1] != B:
         x_GBXY = x_GBXY.reshape(G, 1, B * X, Y)
     if operands is None:
-        z_GBXZ = jnp.matmul(x_GBXY, y_GBYZ, preferred_element_type=jnp.float32)
+        z_GBXZ = jnp.matmul(x_GBXY, y_GBYZ, preferred_element_type=float)
     else:
         z_GBXZ = product(x_GBXY, y_GBYZ, operands)
     return z_GBXZ.reshape(G, B, X, -1)

@@ -154,5 +154,5 @@ class Layer(nn.Module):
         y = FFN(c, self.dtype, self.operands, name="ffn")(norm("ffn_norm", x), adapter)
         x = constrain(x + (norm("post_ffn_norm", y) if c.post_norms else y), "batch", "length", None)
         if context.pool_BMT is not None and not self.is_initializing():
-            self.sow(RECORDS, POOLED, jnp.einsum("bmt,btd->bmd", context.pool_BMT, x.astype(jnp.float32)))
+            self.sow(RECORDS, POOLED, jnp.einsum("bmt,btd->bmd", context.pool_BMT, x.astype(float)))
         return (x, kv), None

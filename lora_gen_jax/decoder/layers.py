@@ -39,7 +39,7 @@ class Linear(nn.Module):
     features: int
     axes: tuple[str, str]
     use_bias: bool = False
-    dtype: jax.typing.DTypeLike = jnp.float32
+    dtype: jax.typing.DTypeLike = float
     out_dtype: jax.typing.DTypeLike | None = None
     operands: jax.typing.DTypeLike | None = None
 
@@ -92,24 +92,24 @@ class Norm(nn.Module):
     """RMS norm with scale (offset + w), or LayerNorm with a bias, computed in fp32."""
 
     config: DecoderConfig
-    dtype: jax.typing.DTypeLike = jnp.float32
+    dtype: jax.typing.DTypeLike = float
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         c = self.config
-        x = x_BTD.astype(jnp.float32)
+        x = x_BTD.astype(float)
         # Random initial weights of families with an offset start at scale 1, as the others do.
         init = partitioned(nn.initializers.constant(1.0 - c.norm_offset), "norm")
         scale = self.param("scale", init, (x.shape[-1],))
         if c.norm == "layer":
             x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + c.norm_eps)
-        x = x * (c.norm_offset + scale.astype(jnp.float32))[None, None]
+        x = x * (c.norm_offset + scale.astype(float))[None, None]
         if c.norm == "layer":
             init = partitioned(nn.initializers.zeros_init(), "norm")
             bias = self.param("bias", init, (x.shape[-1],))
-            x = x + bias.astype(jnp.float32)[None, None]
+            x = x + bias.astype(float)[None, None]
         return x.astype(self.dtype)
 
 
@@ -121,19 +121,19 @@ def rotary_angles(config: DecoderConfig, positions_BT: jax.Array) -> tuple[jax.A
     and interpolated in between.
     """
     assert config.rope_theta is not None
-    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    exponent = jnp.arange(0, config.head_dim, 2, dtype=float) / config.head_dim
     frequency = 1.0 / (config.rope_theta**exponent)
     if (s := config.rope_scaling) is not None:
         turns = s.original_max_positions * frequency / (2 * jnp.pi)
         smooth = (turns - s.low_frequency_factor) / (s.high_frequency_factor - s.low_frequency_factor)
         smooth = jnp.clip(smooth, 0.0, 1.0)
         frequency = frequency * (smooth + (1 - smooth) / s.factor)
-    angles = positions_BT.astype(jnp.float32)[..., None, None] * frequency[None, None, None]
+    angles = positions_BT.astype(float)[..., None, None] * frequency[None, None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x_BTNH: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates the pairs (i, i + H/2) of every head, in fp32."""
     cos, sin = cos_sin
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(x_BTNH.astype(float), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)

@@ -48,7 +48,7 @@ class Decoder(nn.Module):
     """
 
     config: DecoderConfig
-    dtype: jax.typing.DTypeLike = jnp.float32
+    dtype: jax.typing.DTypeLike = float
     remat: str = "none"
     unroll: int = 1
     attention: str = "auto"
@@ -90,7 +90,7 @@ class Decoder(nn.Module):
         self.final_norm = Norm(c, self.dtype)
         if not c.tied_embeddings:
             self.unembed = Linear(
-                c.vocab_size, ("embed", "vocab"), dtype=self.dtype, out_dtype=jnp.float32, operands=self.operands
+                c.vocab_size, ("embed", "vocab"), dtype=self.dtype, out_dtype=float, operands=self.operands
             )
 
     def table(self, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> nn.Module:
@@ -188,7 +188,7 @@ class Decoder(nn.Module):
         )
         per_layer = PerLayer(
             adapter=None if adapter is None else adapter.scanned,
-            index=jnp.arange(c.num_layers),
+            index=jnp.arange(c.num_layers, dtype=jnp.int32),
             windowed=None if window is None else jnp.array(c.windowed_layers),
             prefix=None if prefix is None else (prefix.k_LBSGH, prefix.v_LBSGH),
         )
@@ -240,4 +240,4 @@ class _Table(nn.Module):
         table = constrain(self.embedding.astype(stored), self.axes[0], None)
         if operands is not None:
             return product(hidden_BTD, table.T, operands)
-        return jnp.einsum("btd,vd->btv", hidden_BTD, table, preferred_element_type=jnp.float32)
+        return jnp.einsum("btd,vd->btv", hidden_BTD, table, preferred_element_type=float)

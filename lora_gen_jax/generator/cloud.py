@@ -96,7 +96,7 @@ class CloudEncoder(nn.Module):
     config: DecoderConfig
     num_meta: int
     settings: Any
-    dtype: jax.typing.DTypeLike = jnp.float32
+    dtype: jax.typing.DTypeLike = float
     remat: str = "none"
     unroll: int = 1
     attention: str = "auto"
@@ -132,7 +132,7 @@ class CloudEncoder(nn.Module):
         decoder = Decoder(c, self.dtype, self.remat, self.unroll, self.attention, self.operands, parent=None)
         x_BTC: Any = decoder.apply({"params": frozen}, prompts.tokens_BT, method="embed")
         # The learned embeddings are of the size of the model's own inputs, whatever those are scaled by.
-        scale = jnp.asarray(c.embedding_scale, jnp.float32)
+        scale = jnp.asarray(c.embedding_scale, float)
         own_BTC = (meta_LC * scale)[jnp.maximum(prompts.meta_BT, 0) % count].astype(self.dtype)
         x_BTC = jnp.where((prompts.meta_BT >= 0)[..., None], own_BTC, x_BTC)
         rngs = {"dropout": self.make_rng("dropout")} if train and s.dropout > 0 else {}
@@ -151,7 +151,7 @@ class CloudEncoder(nn.Module):
         B, M, L = prompts.slots_BML.shape
         hidden_BTC = constrain(hidden_BTC, "batch", None, None)
         meta_BXC = jnp.take_along_axis(hidden_BTC, prompts.slots_BML.reshape(B, M * L, 1), axis=1)
-        states_PLX = meta_BXC.reshape(B * M, L, c.width).astype(jnp.float32)
+        states_PLX = meta_BXC.reshape(B * M, L, c.width).astype(float)
         if s.pooled_layers:
             pooled_P1X = self._pooled(records_of(collections)[POOLED]).reshape(B * M, 1, -1)
             if s.router_input == "pooled":
@@ -185,4 +185,4 @@ def mean_weights(prompts: PackedPrompts) -> jax.Array:
     places_M = jnp.arange(1, prompts.slots_BML.shape[1] + 1)
     own_BMT = (prompts.segments_BT[:, None, :] == places_M[None, :, None]) & (prompts.meta_BT < 0)[:, None, :]
     count_BM1 = jnp.sum(own_BMT, axis=-1, keepdims=True)
-    return own_BMT.astype(jnp.float32) / jnp.maximum(count_BM1, 1).astype(jnp.float32)
+    return own_BMT.astype(float) / jnp.maximum(count_BM1, 1).astype(float)

@@ -9,7 +9,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from lora_gen_jax.adapters.gated_pool import GatedPool
 from lora_gen_jax.adapters.lora import PromptLoRA, factor_a_init
@@ -90,7 +89,7 @@ class LoRAGen(TrainedModule):
     cloud: DecoderConfig
     edge: DecoderConfig
     settings: Any
-    dtype: jax.typing.DTypeLike = jnp.float32
+    dtype: jax.typing.DTypeLike = float
     remat: str = "none"
     unroll: int = 1
     attention: str = "auto"

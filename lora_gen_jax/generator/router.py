@@ -94,9 +94,9 @@ class BatchNorm(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """[..., E] -> [..., E]; with `train`, statistics of this batch (of all hosts), else the running ones."""
         shape_out, E = x.shape, x.shape[-1]
-        x = x.astype(jnp.float32).reshape(-1, E)
+        x = x.astype(float).reshape(-1, E)
         running = {
-            name: self.variable("batch_stats", name, jnp.zeros, shape, jnp.float32)
+            name: self.variable("batch_stats", name, jnp.zeros, shape, float)
             for name, shape in (("mean", (E,)), ("var", (E,)), ("weight", ()))
         }
         scale = self.param("scale", nn.initializers.ones_init(), (E,))
@@ -128,8 +128,8 @@ class Standardize(nn.Module):
     def __call__(self, x_BLC: jax.Array) -> jax.Array:
         """[B, L, C] -> [B, L, C] in fp32; as it is before statistics were set."""
         shape = x_BLC.shape[1:]
-        mean_LC = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32).value
-        deviation_LC = self.variable("batch_stats", "deviation", jnp.ones, shape, jnp.float32).value
+        mean_LC = self.variable("batch_stats", "mean", jnp.zeros, shape, float).value
+        deviation_LC = self.variable("batch_stats", "deviation", jnp.ones, shape, float).value
         return (x_BLC - mean_LC[None]) / deviation_LC[None]
 
 
@@ -199,7 +199,7 @@ class Router(nn.Module):
                 f" {self.temperature}: top_k must lie between 1 and num_experts, temperature be positive",
                 field="generator.top_k" if self.temperature > 0 else "generator.temperature",
             )
-        logits_BLE = self._read(meta_BLC.astype(jnp.float32), train)
+        logits_BLE = self._read(meta_BLC.astype(float), train)
         if self.heads is not None:
             by_head = nn.initializers.lecun_normal(batch_axis=(0,))
             heads = self.param("heads", by_head, (self.heads, self.point, self.num_experts))

@@ -84,13 +84,13 @@ def empty_rows(config: DecoderConfig, shape: tuple[int, int, int], dtype: jax.ty
     zeros_B = jnp.zeros(B, jnp.int32)
     return Rows(
         cache=KVCache.empty(config, B, S, dtype),
-        gates_LBE=jnp.zeros((config.num_layers, B, E), jnp.float32),
+        gates_LBE=jnp.zeros((config.num_layers, B, E), float),
         newest_B=zeros_B,
         position_B=zeros_B - 1,
         left_B=zeros_B,
         count_B=zeros_B,
         stop_BX=jnp.full((B, STOPS), -1, jnp.int32),
-        sampling=Sampling(jnp.zeros(B, jnp.float32), zeros_B, jnp.ones(B, jnp.float32)),
+        sampling=Sampling(jnp.zeros(B, float), zeros_B, jnp.ones(B, float)),
         key_B=jax.vmap(jax.random.key)(jnp.zeros(B, jnp.uint32)),
     )
 
@@ -148,7 +148,7 @@ def decode(decoder: Decoder, params: Any, pool: Any, rows: Rows, eager: jax.Arra
     """Decodes until there are `STEPS` new tokens a row, all rows have ended or, if `eager`, one has."""
     B, S = rows.cache.position_BS.shape
     nothing_B = jnp.zeros(B, jnp.int32)
-    drawn = Drawn(jnp.zeros((B, STEPS), jnp.int32), jnp.zeros((B, STEPS), jnp.float32), nothing_B, nothing_B)
+    drawn = Drawn(jnp.zeros((B, STEPS), jnp.int32), jnp.zeros((B, STEPS), float), nothing_B, nothing_B)
     adapter = with_gates(pool, rows.gates_LBE)
 
     def unfinished(carry: tuple[jax.Array, Rows, Drawn]) -> jax.Array:
@@ -192,7 +192,7 @@ def release(rows: Rows, row: jax.Array) -> Rows:
 
 def _of_busy(sampling: Sampling, busy_B: jax.Array) -> Sampling:
     """Free rows are greedy: what they last drew with would make all rows pay for sorting."""
-    off = Sampling(jnp.float32(0.0), jnp.int32(0), jnp.float32(1.0))
+    off = Sampling(jnp.asarray(0.0, float), jnp.int32(0), jnp.asarray(1.0, float))
     return jax.tree.map(lambda x, y: jnp.where(busy_B, x, y), sampling, off)
 
 

@@ -236,7 +236,7 @@ def _prefill(decoder: Decoder, slots: int, inputs: Inputs, batch: tuple[Any, Any
         done_B=length_B == 0,
         count_B=jnp.zeros((B,), jnp.int32),
         tokens_BS=jnp.zeros((B, slots), jnp.int32),
-        logprobs_BS=jnp.zeros((B, slots), jnp.float32),
+        logprobs_BS=jnp.zeros((B, slots), float),
         length_B=length_B,
         cache=grow_cache(cache, slots),
     )

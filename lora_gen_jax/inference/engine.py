@@ -188,7 +188,7 @@ class Engine:
         def column(values: Sequence[Any], fill: Any, dtype: Any) -> np.ndarray:
             return np.array([*values, *[fill] * (padded - count)], dtype)
 
-        gates_LRE = np.zeros((layers, padded, self.experts), np.float32)
+        gates_LRE = np.zeros((layers, padded, self.experts))
         stop_RX = np.full((padded, STOPS), -1, np.int32)
         for i, work in enumerate(works):
             if work.gates_LE is not None:
@@ -202,9 +202,9 @@ class Engine:
             left_R=column([work.max_new_tokens for work in works], 0, np.int32),
             stop_RX=stop_RX,
             sampling=Sampling(
-                column([work.temperature for work in works], 0.0, np.float32),
+                column([work.temperature for work in works], 0.0, float),
                 column([work.top_k for work in works], 0, np.int32),
-                column([work.top_p for work in works], 1.0, np.float32),
+                column([work.top_p for work in works], 1.0, float),
             ),
             seed_R=column([work.seed for work in works], 0, np.uint32),
         )

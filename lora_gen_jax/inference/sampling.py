@@ -43,7 +43,7 @@ class Sampling(struct.PyTreeNode):
             ConfigError: for a value outside its range.
         """
         self.check()
-        return Sampling(jnp.float32(self.temperature), jnp.int32(self.top_k), jnp.float32(self.top_p))
+        return Sampling(jnp.asarray(self.temperature, float), jnp.int32(self.top_k), jnp.asarray(self.top_p, float))
 
 
 def row_keys(key: jax.Array, step: jax.Array | int, rows: int) -> jax.Array:

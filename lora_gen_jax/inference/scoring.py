@@ -183,4 +183,4 @@ def _score_batch(
         return jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice(old, x, start), results, new)
 
     chunks = (batch.used + chunk - 1) // chunk
-    return jax.lax.fori_loop(0, chunks, score_chunk, (jnp.zeros(M, jnp.float32), jnp.zeros(M, bool)))
+    return jax.lax.fori_loop(0, chunks, score_chunk, (jnp.zeros(M, float), jnp.zeros(M, bool)))

@@ -159,7 +159,7 @@ def _start(adapter: Any, generated: Generated, index: np.ndarray, config: Refine
             field="generated.logits_PLE",
             remedy="pass what the generator gave, with them",
         )
-    return {"gates": jnp.asarray(values_PLE, jnp.float32)[index].transpose(1, 0, 2)}
+    return {"gates": jnp.asarray(values_PLE, float)[index].transpose(1, 0, 2)}
 
 
 def _start_factors(adapter: Any, rank: int) -> dict[str, dict[str, jax.Array]]:
@@ -173,7 +173,7 @@ def _start_factors(adapter: Any, rank: int) -> dict[str, dict[str, jax.Array]]:
         inputs, outputs = pair["a"].shape[-2], pair["b"].shape[-1]
         a = factor_a_init(jax.random.fold_in(jax.random.key(0), number), (L, inputs, rank))
         a = jnp.broadcast_to(a[:, None], (L, P, inputs, rank))
-        factors[site] = {"a": a, "b": jnp.zeros((L, P, rank, outputs), jnp.float32)}
+        factors[site] = {"a": a, "b": jnp.zeros((L, P, rank, outputs), float)}
     return factors
 
 

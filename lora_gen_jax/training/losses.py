@@ -66,7 +66,7 @@ def _cross_entropy(logits_of, chunk, frozen, hidden_PSD, targets_PS):
 
 
 def _loss(logits_of, frozen, hidden_PXD, targets_PX):
-    logits_PXV = logits_of(frozen, hidden_PXD).astype(jnp.float32)
+    logits_PXV = logits_of(frozen, hidden_PXD).astype(float)
     picked_PX = jnp.take_along_axis(logits_PXV, targets_PX[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits_PXV, axis=-1) - picked_PX
 

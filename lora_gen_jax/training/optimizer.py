@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from lora_gen_jax.config import TrainConfig
@@ -15,7 +16,8 @@ from lora_gen_jax.config import TrainConfig
 def schedule(config: TrainConfig) -> optax.Schedule:
     """Learning rate of update number n = 0, 1, …: linear to the peak, cosine towards zero, never exactly zero."""
     curve = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup, config.steps + 1)
-    return lambda count: curve(count + 1)
+    # Of an integer of 32 bits, Optax would compute the rate in float32 whatever the parameters are.
+    return lambda count: curve(jnp.asarray(count, float) + 1)
 
 
 def decayed(params: Any) -> Any:

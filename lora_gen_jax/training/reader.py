@@ -154,4 +154,4 @@ def contrastive_loss(layers: Layers, x_BLX: jax.Array, tasks_B: jax.Array, key: 
     itself_BB = jnp.eye(len(x_BLX), dtype=bool)
     log_share_BB = jax.nn.log_softmax(jnp.where(itself_BB, -jnp.inf, point_BN @ point_BN.T / TEMPERATURE), axis=1)
     twin_BB = (tasks_B[:, None] == tasks_B[None, :]) & ~itself_BB
-    return -jnp.sum(jnp.where(twin_BB, log_share_BB, 0.0)) / jnp.sum(twin_BB.astype(jnp.float32))
+    return -jnp.sum(jnp.where(twin_BB, log_share_BB, 0.0)) / jnp.sum(twin_BB.astype(float))

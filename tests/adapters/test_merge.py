@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import EDGE, OPT, logits, noise_like, raises, random_params, token_rows
+from helpers import EDGE, OPT, SAME, logits, noise_like, raises, random_params, token_rows
 
 from lora_gen_jax.adapters import gated_pool as gated_pool_module
 from lora_gen_jax.adapters import merge as merging
@@ -20,15 +20,15 @@ from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.models import init_params
 from lora_gen_jax.sharding import make_mesh, param_shardings
 
+pytestmark = pytest.mark.float64
+# ΔW is of the weights' own order, so that an error in it cannot hide.
 E, R, P = 4, 3, 2
-# ΔW of the weights' own order, so that an error in it cannot hide; sums of a few dozen fp32 products of order 1.
-TOLERANCE = 2e-5
 
 
 def _pair(rng, lead, inputs, outputs):
     return {
-        "a": jnp.asarray(0.4 * rng.standard_normal((*lead, inputs, R), np.float32)),
-        "b": jnp.asarray(0.4 * rng.standard_normal((*lead, R, outputs), np.float32)),
+        "a": jnp.asarray(0.4 * rng.standard_normal((*lead, inputs, R))),
+        "b": jnp.asarray(0.4 * rng.standard_normal((*lead, R, outputs))),
     }
 
 
@@ -36,9 +36,9 @@ def gated_pool(config, pool="shared", mix="products", top_k=2, gumbel=False, see
     rng, layers = np.random.default_rng(seed), config.num_layers
     lead = (layers, E) if pool == "per_layer" else (E,)
     experts = {site: _pair(rng, lead, *config.site_shape(site)) for site in config.ffn_sites}
-    gates = rng.random((layers, P, E), np.float32) + np.float32(0.05)
+    gates = rng.random((layers, P, E)) + 0.05
     if not gumbel:
-        gates = np.where(gates >= np.sort(gates)[..., -top_k, None], gates, np.float32(0))
+        gates = np.where(gates >= np.sort(gates)[..., -top_k, None], gates, 0.0)
     gates = jnp.asarray(gates / gates.sum(-1, keepdims=True))
     scanned = {"gates": gates, "pool": experts} if pool == "per_layer" else {"gates": gates}
     shared = None if pool == "per_layer" else {"pool": experts}
@@ -69,6 +69,11 @@ ADAPTERS = {
     "lora": lora,
 }
 TOKENS = np.asarray(token_rows([9] * 4, EDGE.vocab_size), np.int32)
+
+
+def copied(params):
+    """Copies: `np.asarray` shows the same memory, and holding it keeps JAX from donating it."""
+    return jax.tree.map(lambda x: np.array(x, copy=True), params)
 
 
 def single(adapter, prompt=0):
@@ -111,7 +116,7 @@ def test_the_merged_model_says_what_the_side_path_says(params_of, name, config):
     for prompt in range(P):
         rows = slice(2 * prompt, 2 * prompt + 2)
         merged = logits(decoder, merge(params, single(adapter, prompt)), TOKENS[rows])
-        np.testing.assert_allclose(merged, side[rows], atol=10 * TOLERANCE)
+        np.testing.assert_allclose(merged, side[rows], **SAME)
 
 
 @pytest.mark.parametrize(("name", "config"), CASES, ids=[f"{name} {c.family}" for name, c in CASES])
@@ -127,7 +132,7 @@ def test_merging_adds_the_equations_delta_to_the_sites_of_the_method_alone(param
                 continue
             for layer in range(config.num_layers):
                 expected = np.asarray(leaf["kernel"][layer], np.float64) + plain_delta(adapter, site, layer, 1)
-                np.testing.assert_allclose(new["kernel"][layer], expected, atol=TOLERANCE)
+                np.testing.assert_allclose(new["kernel"][layer], expected, **SAME)
             if "bias" in leaf:
                 np.testing.assert_array_equal(new["bias"], leaf["bias"])
     rest = [k for k in params["layers"] if k not in ("attention", "ffn")]
@@ -135,14 +140,22 @@ def test_merging_adds_the_equations_delta_to_the_sites_of_the_method_alone(param
         np.array_equal, params["layers"][k], merged["layers"][k])) for k in rest)  # fmt: skip
 
 
-def test_products_and_factors_are_different_mixtures(params_of):
-    one, other = gated_pool(EDGE), gated_pool(EDGE, mix="factors")
-    difference = plain_delta(one, "up", 0, 0) - plain_delta(other, "up", 0, 0)
-    assert np.max(np.abs(difference)) > 0.05
+def test_mixed_factors_add_the_cross_terms_of_the_experts():
+    """(Σ G·A)·(Σ G·B) - Σ G·A·B = Σ_{i≠j} G_i·G_j·A_i·B_j + Σ (G²-G)·A·B, beside the token and merged."""
+    adapter, x_BTD = gated_pool(EDGE).select(0), noise_like(np.zeros((1, 5, EDGE.width)), 1)
+    layer = adapter.replace(scanned=jax.tree.map(lambda x: x[0], adapter.scanned))
+    mixed = layer.replace(mix="factors")
+    gates, (a, b) = np.asarray(layer.scanned["gates"][0]), (np.asarray(adapter.pool["up"][k]) for k in ("a", "b"))
+    pairs = np.outer(gates, gates) - np.diag(gates)
+    cross = adapter.scale * sum(pairs[i, j] * a[i] @ b[j] for i in range(E) for j in range(E))
+    assert np.max(np.abs(cross)) > 0.05
+    np.testing.assert_allclose(mixed.weight_delta("up") - layer.weight_delta("up"), cross, **SAME)
+    beside = mixed.delta("up", x_BTD, None) - layer.delta("up", x_BTD, None)
+    np.testing.assert_allclose(beside, np.asarray(x_BTD) @ cross, **SAME)
 
 
 @pytest.mark.parametrize("name", ["shared products K=2", "per-layer factors K=2", "lora"])
-def test_weights_stored_in_bf16_are_rounded_once_after_an_fp32_sum(params_of, name):
+def test_weights_stored_in_bf16_are_rounded_once_after_an_exact_sum(params_of, name):
     adapter = ADAPTERS[name](EDGE)
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params_of(EDGE))
     merged = merge(params, single(adapter))
@@ -152,7 +165,8 @@ def test_weights_stored_in_bf16_are_rounded_once_after_an_fp32_sum(params_of, na
         assert got.dtype == ml_dtypes.bfloat16
         exact = np.stack([kernel[i] + plain_delta(adapter, site, i, 0) for i in range(EDGE.num_layers)])
         rounded = exact.astype(np.float32).astype(ml_dtypes.bfloat16)
-        # fp32 sums may fall on the other side of a rounding boundary now and then; bf16 sums would nearly always.
+        # Half of bf16's 2^-8. Rounding to fp32 on the way may fall on the other side now and then; sums in bf16 nearly
+        # always.
         assert np.mean(got != rounded) < 2e-3
         error = np.abs(got.astype(np.float64) - exact)
         assert np.all(error <= np.abs(exact) * 2.0**-8 * 1.001 + 1e-6)
@@ -161,12 +175,12 @@ def test_weights_stored_in_bf16_are_rounded_once_after_an_fp32_sum(params_of, na
 @pytest.mark.parametrize("name", ["shared products K=2", "per-layer products K=2", "direct"])
 def test_the_base_stays_as_it_was_and_subtraction_returns_to_it_within_rounding(params_of, name):
     adapter, params = single(ADAPTERS[name](EDGE)), params_of(EDGE)
-    before = jax.tree.map(lambda x: np.array(x, copy=True), params)
+    before = copied(params)
     merged = merge(params, adapter)
     jax.tree.map(np.testing.assert_array_equal, params, before)
     back = unmerge(merged, adapter)
-    # Weights and ΔW are below 8: half a unit in the last place of fp32, twice.
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=8 * 2.0**-23), back, params)
+    # Weights and ΔW are below 8: half a unit in the last place of float64, twice.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=8 * 2.0**-52), back, params)
     jax.tree.map(np.testing.assert_array_equal, params, before)
 
 
@@ -225,7 +239,7 @@ def test_merging_keeps_the_shardings_of_the_weights(params_of, sizes):
         assert after.sharding.is_equivalent_to(before.sharding, before.ndim), after.sharding
     expected = merge(params_of(config), adapter)
     # Matmuls split over devices may sum in another order.
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=TOLERANCE), merged, expected)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **SAME), merged, expected)
 
 
 @pytest.mark.parametrize("name", ["shared products K=2", "gumbel products", "direct"])
@@ -257,11 +271,16 @@ def test_sites_without_an_adapter_are_left_alone():
     assert adapter.delta("q", jnp.ones((1, 1, 16)), None) is None
 
 
-def test_adapters_pass_through_boxed_initialisation_unchanged():
-    """Decoder.init accepts an adapter-free call alone; its boxed tree is what `param_shardings` reads."""
-    boxed = jax.eval_shape(lambda: init_params(Decoder(EDGE)))
-    axes = nn.get_partition_spec(boxed)["layers"]["ffn"]["up"]["kernel"]
-    assert tuple(axes) == ("layers", "embed", "mlp")
+@pytest.mark.parametrize("name", ["shared products K=2", "direct", "lora"])
+def test_an_adapter_at_initialisation_changes_neither_parameters_nor_their_axes(name):
+    """A decoder's boxed tree is what `param_shardings` reads; an adapter's arrays are no parameters of it."""
+    decoder, key = Decoder(EDGE), jax.random.key(0)
+    plain = jax.eval_shape(decoder.init, key, TOKENS)
+    boxed = jax.eval_shape(lambda: decoder.init(key, TOKENS, adapter=ADAPTERS[name](EDGE)))
+    # The structure holds the boxes, and so the names of the axes.
+    assert jax.tree.structure(boxed) == jax.tree.structure(plain)
+    assert jax.tree.leaves(boxed) == jax.tree.leaves(plain)
+    assert tuple(nn.get_partition_spec(boxed)["params"]["layers"]["ffn"]["up"]["kernel"]) == ("layers", "embed", "mlp")
 
 
 SWAPPED = [name for name in ADAPTERS if name != "lora"]
@@ -270,7 +289,7 @@ SWAPPED = [name for name in ADAPTERS if name != "lora"]
 @pytest.mark.parametrize("name", SWAPPED)
 def test_a_merged_model_is_written_over_by_the_next(params_of, name):
     adapter, params = ADAPTERS[name](EDGE), params_of(EDGE)
-    before = jax.tree.map(np.asarray, params)
+    before = copied(params)
     held = merge_over(merge(params, adapter.select(0)), params, adapter.select(1))
     jax.tree.map(np.testing.assert_array_equal, held, merge(params, adapter.select(1)))
     jax.tree.map(np.testing.assert_array_equal, params, before)
@@ -278,7 +297,7 @@ def test_a_merged_model_is_written_over_by_the_next(params_of, name):
 
 def test_ten_thousand_swaps_leave_the_bits_of_a_fresh_merge(params_of):
     adapter, params = gated_pool(EDGE), params_of(EDGE)
-    before = jax.tree.map(np.asarray, params)
+    before = copied(params)
     each = [adapter.select(0), adapter.select(1)]
     held = merge(params, each[0])
     for i in range(10_000):
@@ -307,7 +326,7 @@ def test_all_experts_side_by_side_and_the_chosen_ones_say_the_same(monkeypatch):
         for few in (0, 4):
             monkeypatch.setattr(gated_pool_module, "FEW_TOKENS", few)
             said[few] = one.delta("up", x_BTD, None)
-        np.testing.assert_allclose(said[0], said[4], atol=TOLERANCE)
+        np.testing.assert_allclose(said[0], said[4], **SAME)
         assert np.abs(said[0]).max() > 0.1
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import EDGE, filled, raises, random_params, token_rows
+from helpers import EDGE, SAME, filled, raises, random_params, token_rows
 
 from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.baselines.autocompressor import AutoCompressor, build, specialise
@@ -27,6 +27,7 @@ from lora_gen_jax.inference.soft_prompt import compress, encode_soft
 from lora_gen_jax.training.optimizer import decayed
 from lora_gen_jax.training.step import objective
 
+pytestmark = pytest.mark.float64
 # Compiling is all that these tests cost: few layers, and few with a LoRA.
 LLAMA = dataclasses.replace(EDGE, num_layers=1)
 # Learned positions, and Gemma's scale of the embeddings.
@@ -37,13 +38,6 @@ SHORT = dataclasses.replace(COMPRESSOR, segments=2)
 CUTS = [[5, 6, 6], [2, 2, 0]]
 PROMPTS = token_rows([17, 4, 1], LLAMA.vocab_size, seed=5)
 KEY = jax.random.key(3)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def prompts_of(rows, length=20):
@@ -87,7 +81,7 @@ class Rendering(NamedTuple):
         """
         K, losses, at = len(self.summary_KD), [], 0
         soft_ND = jnp.zeros((0, self.decoder.config.width))
-        scale = jnp.float32(self.decoder.config.embedding_scale)
+        scale = jnp.asarray(self.decoder.config.embedding_scale, float)
         for i, length in enumerate(lengths):
             soft_ND = soft_ND if detached is None else jnp.where(detached[1][i], detached[0][: i * K], soft_ND)
             hidden_TD = self.hidden([soft_ND, self.embed(ids[at : at + length]), self.summary_KD * scale])
@@ -133,7 +127,7 @@ def test_a_batch_equals_each_prompt_alone_segment_by_segment():
     assert got.losses is None
     assert got.soft_PND.shape == (2, 9, OPT.width)
     for soft_ND, (want_ND, _) in zip(got.soft_PND, rendered(module, base, variables, CUTS), strict=True):
-        np.testing.assert_allclose(soft_ND, want_ND, atol=1e-5)
+        np.testing.assert_allclose(soft_ND, want_ND, **SAME)
 
 
 def test_training_reads_random_segments_and_weighs_every_token_alike(llama):
@@ -144,10 +138,10 @@ def test_training_reads_random_segments_and_weighs_every_token_alike(llama):
     assert len(set(cuts[0])) > 1, "an even cut would not show a mix-up of segments"
     want = rendered(module, base, variables, cuts)
     for soft_ND, (want_ND, _) in zip(got.soft_PND, want, strict=True):
-        np.testing.assert_allclose(soft_ND, want_ND, atol=1e-5)
+        np.testing.assert_allclose(soft_ND, want_ND, **SAME)
     losses = jnp.concatenate([losses for _, losses in want])
     assert len(losses) == 16 + 3
-    np.testing.assert_allclose(got.losses["segments"], jnp.mean(losses), rtol=1e-5)
+    np.testing.assert_allclose(got.losses["segments"], jnp.mean(losses), **SAME)
 
 
 @pytest.mark.parametrize("segments", [1, 3])
@@ -233,11 +227,11 @@ def test_the_objective_and_its_gradient_within_substeps(llama, slow_gradients, s
     gradient_fn = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     (loss, (_, metrics)), got = gradient_fn(variables["params"], {}, {"edge": base}, BATCH, KEY)
     (want_loss, (prompt_loss, _)), want = slow_gradients[substep]
-    np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
-    np.testing.assert_allclose(metrics["segment_loss"], prompt_loss, rtol=1e-5)
-    np.testing.assert_allclose(metrics["loss"], want_loss - prompt_loss, rtol=1e-5)
+    np.testing.assert_allclose(loss, want_loss, **SAME)
+    np.testing.assert_allclose(metrics["segment_loss"], prompt_loss, **SAME)
+    np.testing.assert_allclose(metrics["loss"], want_loss - prompt_loss, **SAME)
     for name, gradient in want.items():
-        np.testing.assert_allclose(got[name], gradient, atol=1e-5 * float(jnp.max(jnp.abs(gradient))))
+        np.testing.assert_allclose(got[name], gradient, **SAME)
     # With the other substep all would differ.
     for name, gradient in slow_gradients[6 - substep][1].items():
         size = float(jnp.max(jnp.abs(want[name])))
@@ -281,6 +275,7 @@ def test_summary_tokens_start_from_the_end_token(llama):
     assert 0.01 < float(np.std(without)) < 0.03
 
 
+@pytest.mark.usefixtures("float32")
 def test_shapes_alone_are_enough_and_the_compute_type_is_kept():
     """bfloat16 weights, dropout and the flash kernel's whole blocks, traced with its gradient and never run."""
     config = Config(generator=dataclasses.replace(SETTINGS, dropout=0.1), data=DATA, compressor=COMPRESSOR)
@@ -307,14 +302,14 @@ def test_without_prompts_it_is_the_lora_and_without_edge_prompts_an_error(llama)
 def test_a_query_behind_the_prefix_of_soft_tokens_equals_one_forward_pass():
     module, base = AutoCompressor(OPT, SETTINGS, COMPRESSOR), random_params(OPT, 4)
     rendering = rendering_of(module, base, variables_of(module, base)["params"])
-    soft_ND = jnp.asarray(np.random.default_rng(0).standard_normal((7, OPT.width), np.float32))
+    soft_ND = jnp.asarray(np.random.default_rng(0).standard_normal((7, OPT.width)))
     prefix = encode_soft(rendering.decoder, base, soft_ND, rendering.adapter)
     assert (prefix.length, prefix.ids, prefix.cache.position_BS.shape) == (7, (), (1, 16))
     requests = [Request([3, 9, 11], [[4, 8], [5]])]
     got = score(rendering.decoder, base, requests, batch_tokens=64, adapter=rendering.adapter, prefix=prefix)
     answer = jax.jit(lambda: [[rendering.answer(soft_ND, q, r) for r in responses] for q, responses in requests])
     for want, scored in zip(answer(), got, strict=True):
-        np.testing.assert_allclose(scored.logprobs, [-x.sum() for x in want], atol=1e-5)
+        np.testing.assert_allclose(scored.logprobs, [-x.sum() for x in want], **SAME)
 
 
 def test_errors_of_soft_tokens(llama):
@@ -336,7 +331,7 @@ def test_compress_pads_to_few_lengths_and_says_what_it_cannot_read(llama, monkey
         compress(module, variables, base, ids)
     assert traced == [(1, 32), (1, 16)]
     ((want_ND, _),) = rendered(module, base, variables, [[17]])
-    np.testing.assert_allclose(compress(module, variables, base, PROMPTS[0]), want_ND, atol=1e-5)
+    np.testing.assert_allclose(compress(module, variables, base, PROMPTS[0]), want_ND, **SAME)
     # 9 soft tokens and a third of the prompt are read in 64 positions.
     assert llama[0].positions(165) == module.positions(61) == 64
     assert compress(module, variables, base, [5] * 61).shape == (3, LLAMA.width)
@@ -391,4 +386,4 @@ def test_specialised_is_the_merged_edge_behind_the_soft_tokens(llama):
 
     for found, want in zip((special, plain), answers(), strict=True):
         got = score(Decoder(LLAMA), found.params, [Request([3, 9, 11], [[4, 8]])], batch_tokens=64, prefix=found.prefix)
-        np.testing.assert_allclose(got[0].logprobs, [-want], atol=1e-5)
+        np.testing.assert_allclose(got[0].logprobs, [-want], **SAME)

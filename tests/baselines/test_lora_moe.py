@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import moe_reference as reference
 import numpy as np
 import pytest
-from helpers import EDGE, OPT, SETTINGS, padded, raises, random_params, token_rows
+from helpers import EDGE, OPT, SAME, SETTINGS, padded, raises, random_params, token_rows
 from moe_reference import BATCH, KNOWLEDGE, logits, losses, plain, quick_jit, random_module_params
 
 from lora_gen_jax.baselines.lora_moe import METHOD, LoRAMoE, LoRAMoEAdapter, balance_loss
@@ -20,6 +20,7 @@ from lora_gen_jax.errors import DataError
 from lora_gen_jax.inference.cost import Pass, count_pass
 from lora_gen_jax.inference.decode import generate
 
+pytestmark = pytest.mark.float64
 E, R, MARGIN = SETTINGS.num_experts, SETTINGS.rank, 0.3
 SCALE = SETTINGS.alpha / SETTINGS.rank
 BALANCED = dataclasses.replace(SETTINGS, balance_coefficient=0.5)
@@ -43,13 +44,13 @@ def test_every_site_mixes_its_own_experts_by_its_own_router(config):
     _, params, adapter = made(config)
     method, rng = reference.LoRAMoE(plain(params), SCALE), np.random.default_rng(5)
     for site in config.ffn_sites:
-        x = rng.standard_normal((2, 4, config.site_shape(site)[0]), np.float32)
+        x = rng.standard_normal((2, 4, config.site_shape(site)[0]))
         for layer in range(config.num_layers):
             said, one = {}, one_layer(adapter, layer)
             want = method.delta(site, layer, x.reshape(8, -1).astype(np.float64), said)
             assert np.max(np.abs(want)) > 0.3
-            np.testing.assert_allclose(one.delta(site, jnp.asarray(x), None), want.reshape(2, 4, -1), atol=1e-5)
-            np.testing.assert_allclose(one.record(site, jnp.asarray(x)), said[site][0].reshape(2, 4, E), atol=1e-6)
+            np.testing.assert_allclose(one.delta(site, jnp.asarray(x), None), want.reshape(2, 4, -1), **SAME)
+            np.testing.assert_allclose(one.record(site, jnp.asarray(x)), said[site][0].reshape(2, 4, E), **SAME)
 
 
 def test_no_other_site_is_touched():
@@ -65,7 +66,7 @@ def test_the_model_with_the_adapter_says_what_the_equations_say(config):
     frozen = random_params(config)
     model, method = reference.Model(config, plain(frozen)), reference.LoRAMoE(plain(params), SCALE)
     got = np.asarray(logits(Decoder(config), frozen, TOKENS, adapter))
-    np.testing.assert_allclose(got, [model.run(row, method)[0] for row in TOKENS], atol=5e-5)
+    np.testing.assert_allclose(got, [model.run(row, method)[0] for row in TOKENS], **SAME)
     assert np.max(np.abs(got - np.asarray(logits(Decoder(config), frozen, TOKENS)))) > 0.1
 
 
@@ -100,7 +101,7 @@ def test_the_balance_loss_is_that_of_the_tokens_alone_and_of_each_rows_kind_of_t
     rows = reference.said_of_the_batch(model, method)
     want = reference.lora_moe_balance(rows, KNOWLEDGE, MARGIN)
     _, added = quick_jit(lambda p: losses(module, Decoder(EDGE), frozen, p))(params)
-    np.testing.assert_allclose(added, BALANCED.balance_coefficient * want, rtol=1e-5)
+    np.testing.assert_allclose(added, BALANCED.balance_coefficient * want, **SAME)
     # The kinds matter, and so does the margin.
     assert abs(reference.lora_moe_balance(rows, [not k for k in KNOWLEDGE], MARGIN) / want - 1) > 1e-3
     assert abs(reference.lora_moe_balance(rows, KNOWLEDGE, 0.0) / want - 1) > 1e-2
@@ -112,7 +113,7 @@ def test_the_balance_loss_by_hand():
     read, knowledge = jnp.array([[True, True], [True, False]]), jnp.array([True, False])
     q = np.array([2.1, 0.3, 0.15, 1.05])
     want = np.var(q, ddof=1) / np.mean(q) ** 2
-    np.testing.assert_allclose(balance_loss(probability, read, knowledge, 0.5), [want], rtol=1e-6)
+    np.testing.assert_allclose(balance_loss(probability, read, knowledge, 0.5), [want], **SAME)
     # A single row of a single expert has nothing to balance, and no variance.
     np.testing.assert_array_equal(balance_loss(probability[:, :1, :, :1], read[:1], knowledge[:1], 0.5), [0.0])
 
@@ -129,9 +130,9 @@ def test_a_batch_that_does_not_tell_the_kinds_of_tasks_is_refused():
 
 
 def test_the_unweighted_loss_is_logged(frozen):
-    records = {"up": jax.nn.softmax(jnp.asarray(np.random.default_rng(0).standard_normal((3, 4, 24, E), np.float32)))}
+    records = {"up": jax.nn.softmax(jnp.asarray(np.random.default_rng(0).standard_normal((3, 4, 24, E))))}
     added, metrics = LoRAMoE(EDGE, BALANCED, MARGIN).auxiliary(None, records, BATCH)
-    np.testing.assert_allclose(added, BALANCED.balance_coefficient * metrics["balance"], rtol=1e-6)
+    np.testing.assert_allclose(added, BALANCED.balance_coefficient * metrics["balance"], **SAME)
 
 
 def per_layer(leaf):
@@ -142,7 +143,7 @@ def per_layer(leaf):
 def test_the_answers_teach_routers_and_experts_of_every_layer(frozen):
     module, params, _ = made(EDGE)
     for name, leaf in quick_jit(jax.grad(lambda p: losses(module, Decoder(EDGE), frozen, p)[0]))(params).items():
-        assert leaf.dtype == jnp.float32
+        assert leaf.dtype == params[name].dtype
         assert np.all(per_layer(leaf) > 1e-6), name
 
 
@@ -164,14 +165,15 @@ def test_the_balance_loss_alone_teaches_the_routers_of_every_layer(balance_gradi
     for site in EDGE.ffn_sites:
         assert np.all(per_layer(found[1][f"{site}_router"]) > 1e-4), site
     if remat != "none":
-        close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+        close = functools.partial(np.testing.assert_allclose, **SAME)
         jax.tree.map(close, found, balance_gradient("none"))
 
 
+@pytest.mark.usefixtures("float32")
 def test_gradients_stay_fp32_where_activations_are_bf16():
     """A sum over 4096 tokens that bf16 would round: the gradient equals that of the same rounded inputs in fp32."""
     one = one_layer(made(EDGE)[2], 1)
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((4, 1024, EDGE.width), np.float32)).astype(jnp.bfloat16)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((4, 1024, EDGE.width))).astype(jnp.bfloat16)
 
     def total(scanned, x):
         y = one.replace(scanned=scanned).delta("up", x, None)
@@ -196,7 +198,7 @@ def test_greedy_decoding_with_a_cache_is_the_full_forward_pass(frozen):
     for row, (prompt, one) in enumerate(zip(prompts, got, strict=True)):
         said = full[row, len(prompt) - 1 : len(prompt) + 3]
         assert one.ids == said.argmax(-1).tolist()
-        np.testing.assert_allclose(one.logprobs, said.max(-1), atol=2e-5)
+        np.testing.assert_allclose(one.logprobs, said.max(-1), **SAME)
 
 
 @FAMILIES
@@ -210,7 +212,7 @@ def test_macs_are_those_of_the_program(config):
 
 def test_dropout_spares_the_router_and_keeps_the_mean():
     one = one_layer(made(EDGE)[2].replace(dropout_rate=0.25), 0)
-    x = jnp.asarray(np.random.default_rng(2).standard_normal((1, 3, EDGE.width), np.float32))
+    x = jnp.asarray(np.random.default_rng(2).standard_normal((1, 3, EDGE.width)))
     calm = one.delta("gate", x, None)
     draw = quick_jit(jax.vmap(lambda key: one.delta("gate", x, key)))
     drawn = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
@@ -244,4 +246,4 @@ def test_the_decoder_records_every_layer_at_every_site(frozen):
     want = reference.Model(EDGE, plain(frozen)).run(TOKENS[1], reference.LoRAMoE(plain(params), SCALE))[1]
     assert sorted(records) == sorted(EDGE.ffn_sites)
     for site, layers in want.items():
-        np.testing.assert_allclose(records[site][:, 1], layers, atol=1e-5)
+        np.testing.assert_allclose(records[site][:, 1], layers, **SAME)

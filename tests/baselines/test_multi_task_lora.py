@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import EDGE, OPT, SETTINGS, filled, logits, raises, random_params, token_rows
+from helpers import EDGE, OPT, SAME, SETTINGS, filled, logits, raises, random_params, token_rows
 
 from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.baselines.lora import MultiTaskLoRA
@@ -14,6 +14,7 @@ from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.generator.specialize import specialize
 
+pytestmark = pytest.mark.float64
 TOKENS = np.array(token_rows([7, 7], EDGE.vocab_size), np.int32)
 
 
@@ -29,7 +30,7 @@ def test_merged_equals_the_side_path_and_changes_the_model(config):
     _, generated = made(config)
     base, decoder = random_params(config), Decoder(config)
     beside = logits(decoder, base, TOKENS, adapter=generated.adapter)
-    np.testing.assert_allclose(logits(decoder, merge(base, generated.adapter), TOKENS), beside, atol=2e-5)
+    np.testing.assert_allclose(logits(decoder, merge(base, generated.adapter), TOKENS), beside, **SAME)
     assert float(jnp.max(jnp.abs(beside - logits(decoder, base, TOKENS)))) > 0.1
 
 
@@ -38,7 +39,7 @@ def test_the_equation_by_hand():
     layer = jax.tree.map(lambda x: x[1], generated.adapter.scanned)
     delta = generated.adapter.replace(scanned=layer).weight_delta("q")
     a, b = np.asarray(params["q_a"][1]), np.asarray(params["q_b"][1])
-    np.testing.assert_allclose(delta, SETTINGS.alpha / SETTINGS.rank * a @ b, rtol=1e-5)
+    np.testing.assert_allclose(delta, SETTINGS.alpha / SETTINGS.rank * a @ b, **SAME)
     assert generated.gates_PLE is None
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from helpers import EDGE, logits, raises, random_params
+from helpers import EDGE, SAME, logits, raises, random_params
 
 from lora_gen_jax.config import Config, DataConfig, ModelConfig
 from lora_gen_jax.config_check import check
@@ -20,6 +20,7 @@ from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.models import load_model
 from lora_gen_jax.training.step import edge_loss
 
+pytestmark = pytest.mark.float64
 SHAPES = DataConfig(prompts_per_step=2, prompts_per_row=1, cloud_length=24, edge_length=32, response_slots=8)
 DATA = DataConfig(
     prompts_per_step=1,
@@ -55,7 +56,7 @@ def test_a_row_that_begins_with_its_prompt_has_the_loss_of_separate_rows():
                 at = row[len(group.prefix) + len(query) + i - 1]
                 separate.append(np.log(np.sum(np.exp(at - at.max()))) + at.max() - at[target])
     packed = pack_groups(groups, SHAPES, EDGE.num_layers)
-    np.testing.assert_allclose(loss_of(packed), np.mean(separate), rtol=1e-6)
+    np.testing.assert_allclose(loss_of(packed), np.mean(separate), **SAME)
     without = loss_of(pack_groups(_groups(prefixed=False), SHAPES, EDGE.num_layers))
     assert abs(float(without) - np.mean(separate)) > 1e-2
 

@@ -17,6 +17,11 @@ from lora_gen_jax.sharding import make_mesh
 CONFIG = dataclasses.replace(EDGE, num_heads=4, num_kv_heads=2, head_dim=40, attention_scale=0.2)
 LENGTHS = (100, 120)  # two segments; the rest of the 256 slots is padding
 USED = sum(LENGTHS)
+# The kernel computes in float32. A score is a sum of 40 products, its softmax one of up to 120 and the mean of the
+# values another, each rounded by 2^-24 a term; scores and values are of order 1, the values at most 4.
+ROUNDING = 4 * (40 + 120 + 120) * 2.0**-24
+# Behind three layers of seven sums of at most 120 terms, of which the final norm leaves numbers of order 1.
+LAYERS = 3 * 7 * 120 * 2.0**-24
 
 
 def packed(rows=2):
@@ -50,7 +55,7 @@ def plain(q, k, v, cap):
 def test_it_is_causal_attention_within_segments(qkv, cap):
     config = dataclasses.replace(CONFIG, attention_softcap=cap)
     y = flash_attention(*qkv, jnp.asarray(packed(4)), config, interpret=True)
-    np.testing.assert_allclose(y[:, :USED], plain(*qkv, cap), atol=2e-6)
+    np.testing.assert_allclose(y[:, :USED], plain(*qkv, cap), atol=ROUNDING)
 
 
 @pytest.mark.parametrize("sizes", [(4, 1, 1), (2, 2, 1), (1, 2, 2), (1, 1, 4)])
@@ -59,14 +64,14 @@ def test_rows_and_heads_may_lie_on_several_devices(qkv, sizes):
     segments = jnp.asarray(packed(4))
     with jax.set_mesh(make_mesh(*sizes)):
         y = jax.jit(lambda *x: flash_attention(*x, segments, CONFIG, interpret=True))(*qkv)
-    np.testing.assert_allclose(y[:, :USED], plain(*qkv, None), atol=2e-6)
+    np.testing.assert_allclose(y[:, :USED], plain(*qkv, None), atol=ROUNDING)
 
 
 def test_heads_that_do_not_divide_among_the_devices_stay_together(qkv):
     q, k, v = (jnp.concatenate([x, x[:, :, : x.shape[2] // 2]], axis=2) for x in qkv)  # 6 and 3 heads
     with jax.set_mesh(make_mesh(1, 1, 4)):
         y = jax.jit(lambda *x: flash_attention(*x, jnp.asarray(packed(4)), CONFIG, interpret=True))(q, k, v)
-    np.testing.assert_allclose(y[:, :USED], plain(q, k, v, None), atol=2e-6)
+    np.testing.assert_allclose(y[:, :USED], plain(q, k, v, None), atol=ROUNDING)
 
 
 def test_what_the_kernel_cannot_do():
@@ -105,11 +110,11 @@ def test_the_decoder_takes_it_for_packed_rows_alone(interpreted):
         return decoder.apply({"params": params}, *args, segments_BT=segments, **kwargs)[0][:, :USED]
 
     splash, want = Decoder(EDGE, attention="splash"), hidden(Decoder(EDGE))
-    np.testing.assert_allclose(hidden(splash, packed=True), want, atol=1e-5)
+    np.testing.assert_allclose(hidden(splash, packed=True), want, atol=LAYERS)
     assert set(interpreted) == {256}
     interpreted.clear()
-    np.testing.assert_allclose(hidden(splash), want, atol=1e-5)
-    np.testing.assert_allclose(hidden(Decoder(EDGE, attention="xla")), want, atol=1e-5)
+    np.testing.assert_allclose(hidden(splash), want, atol=LAYERS)
+    np.testing.assert_allclose(hidden(Decoder(EDGE, attention="xla")), want, atol=LAYERS)
     assert not interpreted
 
 
@@ -128,7 +133,7 @@ def test_gradients_pass_through_it(interpreted):
     embedded = Decoder(EDGE).apply({"params": params}, tokens, method="embed")
     got, want = (jax.grad(total)(embedded, Decoder(EDGE, attention=name)) for name in ("splash", "grouped"))
     assert interpreted
-    np.testing.assert_allclose(got[:, :USED], want[:, :USED], atol=1e-5 * float(jnp.max(jnp.abs(want))))
+    np.testing.assert_allclose(got[:, :USED], want[:, :USED], atol=2 * LAYERS * float(jnp.max(jnp.abs(want))))
 
 
 def test_an_unknown_kernel_is_refused():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import EDGE, logits, padded, raises, random_params, token_rows
+from helpers import EDGE, SAME, logits, padded, raises, random_params, token_rows
 
 from lora_gen_jax.adapters.lora import LoRA
 from lora_gen_jax.decoder import attention
@@ -19,8 +19,10 @@ from lora_gen_jax.errors import ConfigError, ModelError
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-# Logits are of order 1; fp32 sums of a few dozen terms in another order differ by some 1e-6.
-TOLERANCE = 1e-4
+pytestmark = pytest.mark.float64
+# transformers computes norms and angles in float32 whatever its weights are. Its logits are of order 1 and lie behind
+# at most four layers of seven sums of at most 48 products, each of which it rounds by 2^-24.
+PARITY = 4 * 7 * 48 * 2.0**-24
 SIZES = {
     "vocab_size": 61,
     "hidden_size": 32,
@@ -120,7 +122,7 @@ def test_logits_are_those_of_transformers_at_every_real_position(model_of, name,
     theirs, real = _reference_logits(reference, tokens, positions), positions >= 0
     assert np.all(np.isfinite(ours)), "padding must stay finite"
     assert 0.3 < np.std(theirs[real]) < 5
-    assert np.max(np.abs(ours - theirs)[real]) <= TOLERANCE
+    assert np.max(np.abs(ours - theirs)[real]) <= PARITY
 
 
 def test_all_three_bands_of_llama3_scaling_occur_in_the_test_model(model_of):
@@ -156,7 +158,7 @@ def test_each_peculiarity_of_a_family_matters_in_the_test_model(model_of, name, 
     tokens, positions = padded(ROWS, 14)
     changed = Decoder(dataclasses.replace(decoder.config, **without))
     difference = np.asarray(logits(changed, params, tokens, positions)) - logits(decoder, params, tokens, positions)
-    assert np.max(np.abs(difference[positions >= 0])) > 100 * TOLERANCE
+    assert np.max(np.abs(difference[positions >= 0])) > 100 * PARITY
 
 
 def test_gemma_config_that_says_gelu_means_the_tanh_approximation():
@@ -183,17 +185,17 @@ def test_cached_decode_gives_the_logits_of_a_full_forward_pass(model_of, name, s
     first = [7, 4, 1]
 
     tokens, positions = padded([row[:n].tolist() for row, n in zip(ids, first, strict=True)], 8, side)
-    cache = attention.KVCache.empty(decoder.config, 3, 8 + 1 + 1 + 3 + 2, jnp.float32)
+    cache = attention.KVCache.empty(decoder.config, 3, 8 + 1 + 1 + 3 + 2, float)
     got, cache = _step(decoder, params, (tokens, positions), cache)
     for b in range(3):
-        assert np.max(np.abs(got[b][positions[b] >= 0] - full[b, : first[b]])) <= TOLERANCE
+        np.testing.assert_allclose(got[b][positions[b] >= 0], full[b, : first[b]], **SAME)
     read = np.array(first)
     for count in (1, 1, 3):
         at = read[:, None] + np.arange(count)[None]
         tokens = np.take_along_axis(ids, at, axis=1)
         got, cache = _step(decoder, params, (tokens.astype(np.int32), at.astype(np.int32)), cache)
         expected = np.take_along_axis(full, at[..., None], axis=1)
-        assert np.max(np.abs(got - expected)) <= TOLERANCE
+        np.testing.assert_allclose(got, expected, **SAME)
         read += count
     assert int(cache.used) == 8 + 5
 
@@ -206,7 +208,7 @@ def test_sequences_packed_into_a_row_do_not_see_each_other(model_of, name):
     positions = np.concatenate([*(np.arange(n) for n in LENGTHS[:3]), [-1, -1]]).astype(np.int32)[None]
     segments = np.repeat([1, 2, 3, 0], [*LENGTHS[:3], 2]).astype(np.int32)[None]
     together = np.asarray(logits(decoder, params, packed, positions, segments_BT=segments))[0]
-    assert np.max(np.abs(together[: sum(LENGTHS[:3])] - np.concatenate(alone))) <= TOLERANCE
+    np.testing.assert_allclose(together[: sum(LENGTHS[:3])], np.concatenate(alone), **SAME)
 
 
 def test_segment_zero_is_a_prefix_that_every_segment_sees(model_of):
@@ -217,7 +219,7 @@ def test_segment_zero_is_a_prefix_that_every_segment_sees(model_of):
     segments = np.repeat([0, 1, 2], [7, 4, 3]).astype(np.int32)[None]
     row = np.asarray([prefix + a + b], np.int32)
     together = np.asarray(logits(decoder, params, row, positions, segments_BT=segments))[0, 7:]
-    assert np.max(np.abs(together - np.concatenate(alone))) <= TOLERANCE
+    np.testing.assert_allclose(together, np.concatenate(alone), **SAME)
 
 
 def _loss(decoder, params, factors):
@@ -233,7 +235,7 @@ def test_recomputation_and_unrolling_change_no_value_and_no_gradient():
     for site in ("q", "v", "up", "down"):
         inputs, outputs = EDGE.site_shape(site)
         shapes = {"a": (EDGE.num_layers, inputs, 2), "b": (EDGE.num_layers, 2, outputs)}
-        factors[site] = {k: jnp.asarray(0.3 * rng.standard_normal(s, np.float32)) for k, s in shapes.items()}
+        factors[site] = {k: jnp.asarray(0.3 * rng.standard_normal(s)) for k, s in shapes.items()}
 
     def values(**variant):
         return jax.jit(jax.value_and_grad(partial(_loss, Decoder(EDGE, **variant), params)))(factors)
@@ -242,28 +244,27 @@ def test_recomputation_and_unrolling_change_no_value_and_no_gradient():
     for variant in ({"remat": "dots"}, {"remat": "full"}, {"unroll": 2}):
         for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(values(**variant)), strict=True):
             assert np.max(np.abs(one)) > 1e-3
-            # The same operations, fused otherwise: a few units in the last place of the largest entry.
-            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * float(np.max(np.abs(one))))
+            np.testing.assert_allclose(one, other, **SAME)
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
 def test_the_cpus_attention_is_the_accelerators(heads):
     N, G = heads
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.standard_normal((3, 9, n, 8), np.float32)) for n in (N, G, G))
+    q, k, v = (jnp.asarray(rng.standard_normal((3, 9, n, 8))) for n in (N, G, G))
     positions = padded([[1] * 9, [1] * 5, [1] * 7], 9)[1]
     mask = attention.visible(positions, positions)
     config = dataclasses.replace(EDGE, attention_scale=0.7)
     ours = attention.attend(q, [(k, v)], mask, config)
     theirs = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=0.7)
     real = positions >= 0
-    assert np.max(np.abs(np.asarray(ours - theirs)[real])) <= 1e-5
+    np.testing.assert_allclose(ours[real], theirs[real], **SAME)
     assert np.all(np.isfinite(ours))
 
 
 def test_attention_is_a_plain_loop_over_visible_keys():
     rng = np.random.default_rng(1)
-    q, k, v = (rng.standard_normal((1, 5, n, 4)).astype(np.float32) for n in (4, 2, 2))
+    q, k, v = (rng.standard_normal((1, 5, n, 4)) for n in (4, 2, 2))
     positions = np.array([[0, 1, 2, 3, 4]], np.int32)
     mask = attention.visible(positions, positions) & attention.within_window(positions, positions, 2)
     config = dataclasses.replace(EDGE, attention_scale=0.9, attention_softcap=1.5)
@@ -274,14 +275,14 @@ def test_attention_is_a_plain_loop_over_visible_keys():
             score = np.array([1.5 * np.tanh(0.9 * float(q[0, t, n] @ k[0, s, n // 2]) / 1.5) for s in keys])
             weight = np.exp(score) / np.exp(score).sum()
             expected = sum(w * v[0, s, n // 2] for w, s in zip(weight, keys, strict=True))
-            np.testing.assert_allclose(ours[0, t, n], expected, atol=1e-5)
+            np.testing.assert_allclose(ours[0, t, n], expected, **SAME)
 
 
 @pytest.mark.parametrize("cap", [None, 2.0])
 def test_keys_that_rows_share_are_as_if_each_row_had_them(cap):
     rng = np.random.default_rng(2)
-    q, k, v = (jnp.asarray(rng.standard_normal((3, 5, n, 4), np.float32)) for n in (4, 2, 2))
-    shared = [jnp.asarray(rng.standard_normal((1, 6, 2, 4), np.float32)) for _ in range(2)]
+    q, k, v = (jnp.asarray(rng.standard_normal((3, 5, n, 4))) for n in (4, 2, 2))
+    shared = [jnp.asarray(rng.standard_normal((1, 6, 2, 4))) for _ in range(2)]
     mask = jnp.asarray(rng.random((3, 5, 11)) < 0.6).at[:, :, 0].set(True)
     config = dataclasses.replace(EDGE, attention_scale=0.9, attention_softcap=cap)
     repeated = [
@@ -289,19 +290,21 @@ def test_keys_that_rows_share_are_as_if_each_row_had_them(cap):
     ]
     whole = attention.attend(q, [tuple(repeated)], mask, config)
     parts = attention.attend(q, [tuple(shared), (k, v)], mask, config)
-    np.testing.assert_allclose(parts, whole, atol=1e-6)
+    np.testing.assert_allclose(parts, whole, **SAME)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_logits_of_bf16_models_are_not_rounded_to_bf16(tied):
     config = dataclasses.replace(EDGE, tied_embeddings=tied)
-    decoder, params = Decoder(config, dtype=jnp.bfloat16), random_params(config)
-    hidden_BTD = jax.random.normal(jax.random.key(1), (2, 8, EDGE.width), jnp.bfloat16)
-    found = np.asarray(decoder.apply({"params": params}, hidden_BTD, method="logits"))
+    with jax.enable_x64(False):
+        decoder, params = Decoder(config, dtype=jnp.bfloat16), random_params(config)
+        hidden_BTD = jax.random.normal(jax.random.key(1), (2, 8, EDGE.width), jnp.bfloat16)
+        found = np.asarray(decoder.apply({"params": params}, hidden_BTD, method="logits"))
     table = params["embed"]["embedding"].T if tied else params["unembed"]["kernel"]
-    wanted = np.asarray(hidden_BTD, np.float32) @ np.asarray(table.astype(jnp.bfloat16), np.float32)
+    hidden, table = (np.asarray(x.astype(jnp.bfloat16)).astype(np.float64) for x in (hidden_BTD, table))
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    # Products of two bf16 numbers are exact in fp32, and their sums are rounded by 2^-24 sixteen times.
+    assert np.all(np.abs(found - hidden @ table) <= EDGE.width * 2.0**-24 * (np.abs(hidden) @ np.abs(table)))
 
 
 def test_an_unknown_recomputation_policy_is_named():

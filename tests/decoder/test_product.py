@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import EDGE, random_params, token_rows
 from jax.extend.core import jaxprs_in_params
 
 from lora_gen_jax.decoder import layers
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.decoder.product import kept, product
-from tests.helpers import EDGE, random_params, token_rows
 
 # Rounding to the nearest bf16 changes a number by this share of it at most; an fp32 sum of n products by n times the
 # second.

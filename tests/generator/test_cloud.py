@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CLOUD, EDGE, OPT, SETTINGS, generator_variables, prompts_of, raises, random_params, token_rows
+from helpers import CLOUD, EDGE, OPT, SAME, SETTINGS, generator_variables, prompts_of, raises, random_params, token_rows
 
 from lora_gen_jax.adapters.gated_pool import GatedPool
 from lora_gen_jax.adapters.lora import PromptLoRA, factor_a_init
@@ -17,6 +17,7 @@ from lora_gen_jax.generator.cloud import CloudEncoder, pack_prompts
 from lora_gen_jax.generator.lora_gen import ExpertPool, LoRAGen
 from lora_gen_jax.generator.specialize import specialize
 
+pytestmark = pytest.mark.float64
 L = EDGE.num_layers
 
 
@@ -59,7 +60,7 @@ def test_meta_embeddings_start_around_the_embedding_of_a_token(frozen):
     started = CloudEncoder(CLOUD, L, SETTINGS, meta_start=7).init(jax.random.key(0), frozen, prompts)
     noise = CloudEncoder(CLOUD, L, SETTINGS).init(jax.random.key(0), frozen, prompts)
     gap = started["params"]["meta_embedding"] - noise["params"]["meta_embedding"]
-    np.testing.assert_allclose(gap, np.tile(frozen["embed"]["embedding"][7], (L, 1)), atol=1e-6)
+    np.testing.assert_allclose(gap, np.tile(frozen["embed"]["embedding"][7], (L, 1)), **SAME)
     assert np.std(noise["params"]["meta_embedding"]) == pytest.approx(0.02, rel=0.3)
 
 
@@ -74,7 +75,7 @@ def test_prompts_packed_into_rows_give_the_meta_tokens_of_each_alone(encoder, fr
     assert together.shape == (6, L, CLOUD.width)
     for p, length in enumerate(lengths):
         alone = meta_tokens(encoder, frozen, pack_prompts([prompts[p]], L, 1, length + L))
-        np.testing.assert_allclose(together[p], alone[0], atol=1e-5)
+        np.testing.assert_allclose(together[p], alone[0], **SAME)
     assert np.max(np.abs(together[0] - together[1])) > 0.01
 
 
@@ -93,7 +94,7 @@ def test_meta_tokens_are_the_hidden_states_after_the_prompt_in_one_causal_pass(e
     positions = jnp.arange(6 + L, dtype=jnp.int32)[None]
     hidden, _ = Decoder(CLOUD).apply({"params": merged}, x, positions, method="encode")
     got = meta_tokens(encoder, frozen, pack_prompts([prompt], L, 1, 16))
-    np.testing.assert_allclose(got[0], hidden[0, 6:], atol=1e-5)
+    np.testing.assert_allclose(got[0], hidden[0, 6:], **SAME)
 
 
 def test_padding_of_a_row_changes_nothing(encoder, frozen):
@@ -115,7 +116,7 @@ def test_meta_embeddings_are_scaled_as_the_models_own_are(config, frozen):
     got = module.apply(variables, frozen, packed)[0]
     tokens = np.concatenate([packed.tokens_BT[0, :4], ids]).astype(np.int32)[None]
     hidden, _ = Decoder(config).apply({"params": frozen}, tokens)
-    np.testing.assert_allclose(got, hidden[0, 4:], atol=1e-5)
+    np.testing.assert_allclose(got, hidden[0, 4:], **SAME)
 
 
 def test_a_shared_meta_token_is_one_embedding_at_every_slot(frozen):
@@ -126,7 +127,7 @@ def test_a_shared_meta_token_is_one_embedding_at_every_slot(frozen):
     plain = CloudEncoder(CLOUD, L, SETTINGS)
     packed = prompts_of([4, 6], 1, 24)
     one, other = module.apply(variables, frozen, packed), plain.apply({"params": repeated}, frozen, packed)
-    np.testing.assert_array_equal(one, other)
+    np.testing.assert_allclose(one, other, **SAME)
 
 
 def test_packing_places_prompts_and_meta_slots_by_hand():
@@ -158,7 +159,7 @@ def test_specialising_several_prompts_at_once_gives_each_its_own_adapter(name, f
         alone = specialize(generator, variables, frozen, [prompt])
         one, other = together.adapter.select(p), alone.adapter
         assert jax.tree.structure(one) == jax.tree.structure(other)
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), one, other)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **SAME), one, other)
     if name == "direct":
         assert isinstance(together.adapter, PromptLoRA)
         assert together.gates_PLE is None
@@ -178,7 +179,7 @@ def test_specialising_has_no_dropout_and_is_deterministic(frozen, generators):
     first, second = (specialize(dropping, variables, frozen, prompts) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
     calm = specialize(generator, variables, frozen, prompts)
-    np.testing.assert_array_equal(first.gates_PLE, calm.gates_PLE)
+    np.testing.assert_allclose(first.gates_PLE, calm.gates_PLE, **SAME)
 
 
 def test_prompts_of_one_length_bucket_compile_once(frozen, generators):

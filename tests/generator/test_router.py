@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from helpers import raises
+from helpers import SAME, raises
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -15,11 +15,12 @@ from hypothesis.extra import numpy as hnp
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.generator.router import BatchNorm, Router, cv_squared, gate_entropy, gumbel_softmax, keep_top_k
 
+pytestmark = pytest.mark.float64
 B, L, C, H, E = 3, 2, 5, 4, 4
 
 
 def _meta(seed=0, shape=(B, L, C)):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return np.random.default_rng(seed).standard_normal(shape)
 
 
 def _variables(router, meta, seed=0):
@@ -27,8 +28,8 @@ def _variables(router, meta, seed=0):
     variables = router.init(jax.random.key(seed), meta)
     rng, features = np.random.default_rng(seed), variables["params"]["norm"]["scale"].size
     norm = {
-        "scale": jnp.asarray(1 + rng.random(features), jnp.float32),
-        "bias": jnp.asarray(rng.standard_normal(features), jnp.float32),
+        "scale": jnp.asarray(1 + rng.random(features)),
+        "bias": jnp.asarray(rng.standard_normal(features)),
     }
     return {**variables, "params": {**variables["params"], "norm": norm}}
 
@@ -72,7 +73,7 @@ def test_training_gates_are_the_equations_with_the_batchs_statistics(k):
     variables = _variables(router, meta)
     gates, _ = router.apply(variables, meta, True, mutable=["batch_stats"])
     expected, _ = _plain_gates(variables["params"], meta, k)
-    np.testing.assert_allclose(gates, expected, atol=1e-5)
+    np.testing.assert_allclose(gates, expected, **SAME)
 
 
 def test_inference_gates_are_the_equations_with_debiased_running_statistics():
@@ -88,7 +89,7 @@ def test_inference_gates_are_the_equations_with_debiased_running_statistics():
         weight = 0.9 * weight + 0.1
     meta = _meta(9, (1, L, C))
     expected, _ = _plain_gates(variables["params"], meta, k, mean / weight, var / weight)
-    np.testing.assert_allclose(router.apply(variables, meta), expected, atol=1e-5)
+    np.testing.assert_allclose(router.apply(variables, meta), expected, **SAME)
 
 
 def test_one_training_step_makes_inference_on_the_same_batch_the_same():
@@ -97,14 +98,14 @@ def test_one_training_step_makes_inference_on_the_same_batch_the_same():
     router, meta = Router(num_experts=E, top_k=2, width=H, variance="biased"), 50 * _meta()
     variables = _variables(router, meta)
     gates, updates = router.apply(variables, meta, True, mutable=["batch_stats"])
-    np.testing.assert_allclose(router.apply({**variables, **updates}, meta), gates, atol=1e-5)
+    np.testing.assert_allclose(router.apply({**variables, **updates}, meta), gates, **SAME)
 
 
 def test_inference_before_any_training_step_is_finite_and_uses_mean_0_and_variance_1():
     router, meta = Router(num_experts=E, top_k=2, width=H), _meta()
     variables = _variables(router, meta)
     expected, _ = _plain_gates(variables["params"], meta, 2, np.zeros(E), np.ones(E))
-    np.testing.assert_allclose(router.apply(variables, meta), expected, atol=1e-5)
+    np.testing.assert_allclose(router.apply(variables, meta), expected, **SAME)
 
 
 def test_initialisation_counts_as_no_batch():
@@ -119,7 +120,7 @@ def test_a_row_of_a_single_prompt_does_not_depend_on_its_neighbours_at_inference
     variables = {**variables, **updates}
     together = router.apply(variables, meta)
     alone = jnp.concatenate([router.apply(variables, meta[b : b + 1]) for b in range(B)])
-    np.testing.assert_allclose(together, alone, atol=1e-6)
+    np.testing.assert_allclose(together, alone, **SAME)
 
 
 def test_statistics_by_layer_are_those_of_a_router_that_sees_that_layer_alone():
@@ -133,9 +134,9 @@ def test_statistics_by_layer_are_those_of_a_router_that_sees_that_layer_alone():
     for layer in range(L):
         own = {name: values.reshape(L, E)[layer] for name, values in norm.items()}
         expected, _ = _plain_gates({**variables["params"], "norm": own}, meta[:, layer : layer + 1], 2)
-        np.testing.assert_allclose(gates[:, layer : layer + 1], expected, atol=1e-5)
-    np.testing.assert_allclose(router.apply(trained, meta), gates, atol=1e-5)
-    np.testing.assert_allclose(router.apply(trained, meta[:1]), gates[:1], atol=1e-5)
+        np.testing.assert_allclose(gates[:, layer : layer + 1], expected, **SAME)
+    np.testing.assert_allclose(router.apply(trained, meta), gates, **SAME)
+    np.testing.assert_allclose(router.apply(trained, meta[:1]), gates[:1], **SAME)
 
 
 def test_router_without_batch_norm_takes_the_softmax_of_the_logits():
@@ -146,7 +147,7 @@ def test_router_without_batch_norm_takes_the_softmax_of_the_logits():
     params = {**variables["params"], "norm": {"scale": np.ones(E), "bias": np.zeros(E)}}
     # Variance 1 - 1e-5 makes the reference's normalisation the identity.
     expected, _ = _plain_gates(params, meta, E, np.zeros(E), np.full(E, 1 - 1e-5))
-    np.testing.assert_allclose(router.apply(variables, meta), expected, atol=1e-5)
+    np.testing.assert_allclose(router.apply(variables, meta), expected, **SAME)
 
 
 def test_batch_statistics_are_those_of_torch_and_flax():
@@ -154,17 +155,19 @@ def test_batch_statistics_are_those_of_torch_and_flax():
     x = 3 + 2 * _meta(4, (B, L, E))
     variables = BatchNorm().init(jax.random.key(0), x, True)
     ours, updates = BatchNorm().apply(variables, x, True, mutable=["batch_stats"])
-    theirs = torch.nn.BatchNorm1d(E, eps=1e-5, momentum=0.1)(torch.tensor(x.reshape(-1, E))).detach().numpy()
-    np.testing.assert_allclose(np.asarray(ours).reshape(-1, E), theirs, atol=1e-5)
+    norm = torch.nn.BatchNorm1d(E, eps=1e-5, momentum=0.1, dtype=torch.float64)
+    theirs = norm(torch.tensor(x.reshape(-1, E))).detach().numpy()
+    np.testing.assert_allclose(np.asarray(ours).reshape(-1, E), theirs, **SAME)
     flax_norm = nn.BatchNorm(use_running_average=False, momentum=0.9, use_fast_variance=False)
-    start = flax_norm.init(jax.random.key(0), x)
+    # Its start is float32, in which 0.9 times the variance 1 would be rounded.
+    start = jax.tree.map(lambda value: value.astype(float), flax_norm.init(jax.random.key(0), x))
     theirs, flax_updates = flax_norm.apply(start, x, mutable=["batch_stats"])
-    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    np.testing.assert_allclose(ours, theirs, **SAME)
     # Flax starts at (0, 1) and keeps 0.9 of that; ours starts at 0 and counts its weight.
     stats, other = updates["batch_stats"], flax_updates["batch_stats"]
-    np.testing.assert_allclose(stats["mean"], other["mean"], rtol=1e-5)
-    np.testing.assert_allclose(stats["var"], (other["var"] - 0.9) * (B * L) / (B * L - 1), atol=1e-5)
-    np.testing.assert_allclose(stats["weight"], 0.1, rtol=1e-5)
+    np.testing.assert_allclose(stats["mean"], other["mean"], **SAME)
+    np.testing.assert_allclose(stats["var"], (other["var"] - 0.9) * (B * L) / (B * L - 1), **SAME)
+    np.testing.assert_allclose(stats["weight"], 0.1, **SAME)
 
 
 @pytest.mark.parametrize("rows", [2, 3, 16])
@@ -172,7 +175,8 @@ def test_inference_after_batches_of_few_rows_is_torchs(rows):
     """Torch's start (mean 0, variance 1, of weight 0.9 to the number of steps) taken out, as ours never has it."""
     torch = pytest.importorskip("torch")
     batches, x = [5 + 3 * _meta(step, (rows, E)) for step in range(4)], _meta(9, (7, E))
-    theirs, variables = torch.nn.BatchNorm1d(E, eps=1e-5, momentum=0.1), BatchNorm().init(jax.random.key(0), x, True)
+    theirs = torch.nn.BatchNorm1d(E, eps=1e-5, momentum=0.1, dtype=torch.float64)
+    variables = BatchNorm().init(jax.random.key(0), x, True)
     for batch in batches:
         theirs(torch.tensor(batch))
         variables |= BatchNorm().apply(variables, batch, True, mutable=["batch_stats"])[1]
@@ -180,17 +184,17 @@ def test_inference_after_batches_of_few_rows_is_torchs(rows):
     theirs.running_mean /= 1 - start
     theirs.running_var.sub_(start).div_(1 - start)
     expected = theirs.eval()(torch.tensor(x)).detach().numpy()
-    np.testing.assert_allclose(BatchNorm().apply(variables, x, False), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(BatchNorm().apply(variables, x, False), expected, **SAME)
 
 
 def test_the_biased_variance_is_that_of_the_rows_themselves():
-    batches = [_meta(step, (3, E)).astype(np.float64) for step in range(2)]
+    batches = [_meta(step, (3, E)) for step in range(2)]
     norm = BatchNorm(variance="biased")
     variables = norm.init(jax.random.key(0), batches[0], True)
     for batch in batches:
         variables |= norm.apply(variables, batch, True, mutable=["batch_stats"])[1]
     expected = 0.09 * batches[0].var(0) + 0.1 * batches[1].var(0)
-    np.testing.assert_allclose(variables["batch_stats"]["var"], expected, rtol=1e-5)
+    np.testing.assert_allclose(variables["batch_stats"]["var"], expected, **SAME)
 
 
 def test_a_batch_of_one_row_has_no_variance_and_leaves_the_statistics_finite():
@@ -206,15 +210,16 @@ def test_gradients_through_batch_norm_are_torchs():
     variables = BatchNorm().init(jax.random.key(0), x, True)
     ours = jax.grad(lambda x: jnp.sum(BatchNorm().apply(variables, x, True, mutable=["batch_stats"])[0] * pull))(x)
     inputs = torch.tensor(x.reshape(-1, E), requires_grad=True)
-    (torch.nn.BatchNorm1d(E)(inputs) * torch.tensor(pull.reshape(-1, E))).sum().backward()
-    np.testing.assert_allclose(np.asarray(ours).reshape(-1, E), inputs.grad.numpy(), atol=2e-5)
+    (torch.nn.BatchNorm1d(E, dtype=torch.float64)(inputs) * torch.tensor(pull.reshape(-1, E))).sum().backward()
+    np.testing.assert_allclose(np.asarray(ours).reshape(-1, E), inputs.grad.numpy(), **SAME)
 
 
 def test_a_large_mean_does_not_swallow_a_small_variance():
     rng = np.random.default_rng(0)
     x = (100 + 0.01 * rng.standard_normal((64, 2, 3))).astype(np.float32)
-    variables = BatchNorm().init(jax.random.key(0), x, True)
-    y, _ = BatchNorm().apply(variables, x, True, mutable=["batch_stats"])
+    with jax.enable_x64(False):  # float64 would hide it
+        variables = BatchNorm().init(jax.random.key(0), x, True)
+        y, _ = BatchNorm().apply(variables, x, True, mutable=["batch_stats"])
     exact = x.astype(np.float64).reshape(-1, 3)
     expected = (exact - exact.mean(0)) / np.sqrt(exact.var(0) + 1e-5)
     # fp32 holds 100.01 to 8e-6, a hundredth of 0.01's standard deviation over √(0.01² + 1e-5) = 0.0105.
@@ -232,7 +237,8 @@ def test_every_row_keeps_exactly_k_gates_that_sum_to_one(logits, k):
     assert np.all(np.sum(gates > 0, axis=-1) == k)
     assert np.all(gates >= 0)
     if k > 1:
-        np.testing.assert_allclose(gates.sum(-1), 1, atol=1e-6)
+        # Five fp32 quotients below 1 and their sum: at most nine roundings by 2^-24.
+        np.testing.assert_allclose(gates.sum(-1), 1, atol=9 * 2.0**-24)
     else:
         np.testing.assert_array_equal(gates.sum(-1), p.max(-1))
     assert np.all(np.where(gates > 0, p, np.inf).min(-1) >= np.where(gates > 0, -np.inf, p).max(-1))
@@ -267,8 +273,8 @@ def _plain_cv(gates):
 
 
 def test_cv_is_the_unbiased_variance_of_importance_over_its_squared_mean():
-    gates = np.random.default_rng(0).random((B, L, E)).astype(np.float32)
-    np.testing.assert_allclose(cv_squared(jnp.asarray(gates)), _plain_cv(gates), rtol=1e-5)
+    gates = np.random.default_rng(0).random((B, L, E))
+    np.testing.assert_allclose(cv_squared(jnp.asarray(gates)), _plain_cv(gates), **SAME)
     # By hand: importance (3, 1), mean 2, unbiased variance 2.
     assert float(cv_squared(jnp.array([[[1.0, 1.0]], [[2.0, 0.0]]]))) == pytest.approx(0.5)
 
@@ -307,7 +313,7 @@ def test_gumbel_gates_mix_all_experts_and_draw_noise_in_training_alone():
 
     calm, noisy = router.apply(variables, meta), train(1)
     for gates in (calm, noisy):
-        np.testing.assert_allclose(np.sum(gates, axis=-1), 1, atol=1e-6)
+        np.testing.assert_allclose(np.sum(gates, axis=-1), 1, **SAME)
         assert np.all(np.asarray(gates) > 0)
     np.testing.assert_array_equal(router.apply(variables, meta), calm)
     np.testing.assert_array_equal(train(1), noisy)
@@ -327,7 +333,7 @@ def test_gumbel_top_k_is_the_soft_gates_of_the_same_noise_with_the_k_largest_kep
 
     for train in (True, False):
         expected = np.array([[_plain_top_k(list(row), k) for row in prompt] for prompt in gates(soft, train)])
-        np.testing.assert_allclose(gates(router, train), expected, rtol=1e-5)
+        np.testing.assert_allclose(gates(router, train), expected, **SAME)
         assert np.all(np.count_nonzero(gates(router, train), axis=-1) == k)
     chosen = [gates(router, True, seed) > 0 for seed in range(4)]
     assert any(np.any(one != chosen[0]) for one in chosen[1:])
@@ -348,9 +354,9 @@ def test_gumbel_top_k_draws_experts_without_replacement():
 
 
 def test_gumbel_softmax_without_noise_divides_by_the_temperature():
-    logits = np.array([[[1.0, 0.5, -2.0]]], np.float32)
+    logits = np.array([[[1.0, 0.5, -2.0]]])
     weights = np.exp(logits[0, 0].astype(np.float64) / 0.5)
-    np.testing.assert_allclose(gumbel_softmax(logits, None, 0.5)[0, 0], weights / weights.sum(), rtol=1e-5)
+    np.testing.assert_allclose(gumbel_softmax(logits, None, 0.5)[0, 0], weights / weights.sum(), **SAME)
 
 
 def test_gumbel_noise_follows_the_softmaxs_distribution():

@@ -1,6 +1,7 @@
 """Small random models of every family, and what they say token by token without a cache."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -78,13 +79,18 @@ def _full(decoder, params, tokens_BT, adapter):
 
 def make_model(config: DecoderConfig, seed: int = 0) -> Model:
     """Weights large enough for tokens to matter, and biases and norms that do something."""
-    decoder = Decoder(config)
-    init = jax.jit(lambda key: nn.unbox(decoder.init(key, jnp.zeros((1, 2), jnp.int32)))["params"])
-    params = init(jax.random.key(seed))
-    leaves, tree = jax.tree.flatten(params)
+    return Model(Decoder(config), jax.tree.map(lambda x: jnp.asarray(x, float), _weights(config, seed)))
+
+
+@functools.cache
+def _weights(config: DecoderConfig, seed: int) -> Any:
+    """In float32, the same numbers for files that compute in float64."""
+    with jax.enable_x64(False):
+        init = jax.jit(lambda key: nn.unbox(Decoder(config).init(key, jnp.zeros((1, 2), jnp.int32)))["params"])
+        leaves, tree = jax.tree.flatten(init(jax.random.key(seed)))
     rng = np.random.default_rng(seed)
-    leaves = [x + 0.15 * rng.standard_normal(x.shape, np.float32) for x in leaves]
-    return Model(decoder, jax.tree.unflatten(tree, leaves))
+    leaves = [np.asarray(x) + np.float32(0.15) * rng.standard_normal(x.shape, np.float32) for x in leaves]
+    return jax.tree.unflatten(tree, leaves)
 
 
 def make_gates(config: DecoderConfig, prompts: int) -> GatedPool:
@@ -94,9 +100,9 @@ def make_gates(config: DecoderConfig, prompts: int) -> GatedPool:
     for site in config.ffn_sites:
         inputs, outputs = config.site_shape(site)
         pool[site] = {
-            "a": jnp.asarray(rng.standard_normal((4, inputs, 3), np.float32)),
-            "b": jnp.asarray(0.3 * rng.standard_normal((4, 3, outputs), np.float32)),
+            "a": jnp.asarray(rng.standard_normal((4, inputs, 3), np.float32), float),
+            "b": jnp.asarray(0.3 * rng.standard_normal((4, 3, outputs), np.float32), float),
         }
     gates = rng.random((config.num_layers, prompts, 4), np.float32)
-    gates = jnp.asarray(np.where(gates >= np.sort(gates)[..., -2:-1], gates, np.float32(0)))
+    gates = jnp.asarray(np.where(gates >= np.sort(gates)[..., -2:-1], gates, np.float32(0)), float)
     return GatedPool(scanned={"gates": gates}, shared={"pool": pool}, scale=1.0, top_k=2)

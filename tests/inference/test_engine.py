@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from helpers import raises
+from helpers import SAME, raises
 from inference_models import CONFIGS, make_gates, make_model
 
 from lora_gen_jax.adapters.merge import merge
@@ -18,6 +18,7 @@ from lora_gen_jax.inference.sampling import Sampling
 from lora_gen_jax.inference.work import Work
 from lora_gen_jax.sharding import make_mesh, param_shardings
 
+pytestmark = pytest.mark.float64
 SLOTS = 28
 
 
@@ -65,7 +66,7 @@ def assert_same(found, expected):
     for got, wanted in zip(found, expected, strict=True):
         assert got.ids == wanted.ids
         assert got.finish == wanted.finish
-        np.testing.assert_allclose(got.logprobs, wanted.logprobs, atol=1e-4)
+        np.testing.assert_allclose(got.logprobs, wanted.logprobs, **SAME)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
@@ -120,7 +121,7 @@ def test_a_cancelled_row_is_free_and_leaves_nothing_behind(llama):
 def test_many_queries_are_answered_alike_mixed_and_merged(llama, how):
     adapter = make_gates(llama.decoder.config, prompts=5)
     works, seen = make_works(llama.decoder.config, adapter, 12), []
-    before = jax.tree.map(np.asarray, llama.params)
+    before = jax.tree.map(lambda x: np.array(x, copy=True), llama.params)
     found = answer_all(*llama, adapter, works, rows=3, how=how, progress=lambda *done: seen.append(done))
     assert_same(found, [offline(llama, adapter, work) for work in works])
     assert seen == [(i + 1, 12) for i in range(12)]

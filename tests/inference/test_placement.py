@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from helpers import raises
+from helpers import SAME, raises
 from inference_models import make_gates
 
 from lora_gen_jax.errors import ConfigError
@@ -15,6 +15,7 @@ from lora_gen_jax.inference.scoring import score
 from lora_gen_jax.models import init_params
 from lora_gen_jax.sharding import make_mesh, param_shardings
 
+pytestmark = pytest.mark.float64
 PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9], [3] * 7, [8]]
 REQUESTS = [Request([1, 2, 3], [[4, 5], [6]]), Request([9], [[2]]), Request([7] * 9, [[1, 2, 3]])]
 
@@ -32,7 +33,7 @@ def test_texts_are_those_of_one_device(llama, placed):
         got = generate(llama.decoder, placed, PROMPTS, max_new_tokens=6, adapter=adapter)
         assert [one.ids for one in got] == [one.ids for one in want]
         for a, b in zip(got, want, strict=True):
-            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+            np.testing.assert_allclose(a.logprobs, b.logprobs, **SAME)
 
 
 @pytest.mark.parametrize("ids", [None, [5, 6, 7, 8]])
@@ -42,7 +43,7 @@ def test_scores_are_those_of_one_device(llama, placed, ids):
         return score(llama.decoder, params, REQUESTS, batch_tokens=64, prefix=prefix)
 
     for a, b in zip(scores(placed), scores(llama.params), strict=True):
-        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, **SAME)
         assert a.is_greedy == b.is_greedy
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import raises
+from helpers import SAME, raises
 from inference_models import CONFIGS, make_gates, make_model
 
 from lora_gen_jax.decoder.attention import KVCache
@@ -17,6 +17,7 @@ from lora_gen_jax.inference.prefix import Prefix, encode_prefix
 from lora_gen_jax.inference.rows import Request, batches, pack, split_rows
 from lora_gen_jax.inference.scoring import score
 
+pytestmark = pytest.mark.float64
 REQUESTS = [
     Request([5, 9, 60, 3, 22, 8, 41], [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]]),
     Request([2], [[7], [8], [9, 9]]),
@@ -36,7 +37,7 @@ def assert_scores(scores, model, requests, adapter=None, before=()):
     assert len(scores) == len(requests)
     for got, (context, continuations) in zip(scores, requests, strict=True):
         want = [plain_score(model, [*before, *context], c, adapter) for c in continuations]
-        np.testing.assert_allclose(got.logprobs, [w[0] for w in want], atol=1e-4, rtol=0)
+        np.testing.assert_allclose(got.logprobs, [w[0] for w in want], **SAME)
         assert got.is_greedy == tuple(w[1] for w in want)
 
 
@@ -60,7 +61,7 @@ def test_a_prefix_is_read_once_and_changes_nothing(family):
     assert_scores(got, model, REQUESTS, adapter, before=shots)
     whole = [Request(shots + list(r.context), r.continuations) for r in REQUESTS]
     for a, b in zip(got, score(*model, whole, batch_tokens=64, adapter=adapter), strict=True):
-        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, **SAME)
 
 
 def test_greedy_continuations_are_recognised(llama):
@@ -83,7 +84,7 @@ def test_logits_are_computed_in_chunks(llama, monkeypatch):
     chunked = score(*llama, REQUESTS, batch_tokens=64)
     jax.clear_caches()
     for a, b in zip(whole, chunked, strict=True):
-        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, **SAME)
         assert a.is_greedy == b.is_greedy
 
 
@@ -101,23 +102,23 @@ def test_a_long_request_loses_context_from_the_left(caplog):
         got = score(*model, requests, batch_tokens=64)
     assert "1 of 3 requests exceed the model's 12 positions" in caplog.text
     # lm-eval keeps the last 12 + 1 tokens of context and continuation together and reads all but the last.
-    np.testing.assert_allclose(got[0].logprobs[0], plain_score(model, context[-10:], [1, 2, 3])[0], atol=1e-4)
-    np.testing.assert_allclose(got[0].logprobs[1], plain_score(model, context[-12:], [4])[0], atol=1e-4)
+    np.testing.assert_allclose(got[0].logprobs[0], plain_score(model, context[-10:], [1, 2, 3])[0], **SAME)
+    np.testing.assert_allclose(got[0].logprobs[1], plain_score(model, context[-12:], [4])[0], **SAME)
     assert_scores(got[1:], model, requests[1:])
     # With a prefix, the prefix goes first.
     split = [Request(context[15:], [[1, 2, 3], [4]]), requests[1]]
     again = score(*model, split, batch_tokens=64, prefix=encode_prefix(*model, context[:5]))
     np.testing.assert_allclose(
-        again[0].logprobs[0], plain_score(model, (context[:5] + context[15:])[-10:], [1, 2, 3])[0], atol=1e-4
+        again[0].logprobs[0], plain_score(model, (context[:5] + context[15:])[-10:], [1, 2, 3])[0], **SAME
     )
 
 
 def test_nothing_of_a_soft_prompt_is_cut():
     model = make_model(dataclasses.replace(CONFIGS["llama"], max_positions=12))
     decoder, params = model
-    soft_1TD = jnp.asarray(np.random.default_rng(1).standard_normal((1, 4, 32), np.float32))
+    soft_1TD = jnp.asarray(np.random.default_rng(1).standard_normal((1, 4, 32)))
     positions = np.arange(4, dtype=np.int32)[None]
-    cache = KVCache.empty(decoder.config, 1, 4, jnp.float32)
+    cache = KVCache.empty(decoder.config, 1, 4, float)
     _, cache = decoder.apply({"params": params}, soft_1TD, positions, cache=cache, method="encode")
     context, continuation = list(range(20, 30)), [1, 2, 3]
     embedded = decoder.apply({"params": params}, jnp.array([[*context[-6:], 1, 2]]), method="embed")
@@ -129,7 +130,7 @@ def test_nothing_of_a_soft_prompt_is_cut():
     )
     logprobs = jax.nn.log_softmax(decoder.apply({"params": params}, hidden, method="logits")[0, 9:], axis=-1)
     got = score(*model, [Request(context, [continuation])], batch_tokens=64, prefix=Prefix(cache, length=4))
-    np.testing.assert_allclose(got[0].logprobs[0], logprobs[np.arange(3), continuation].sum(), atol=1e-4)
+    np.testing.assert_allclose(got[0].logprobs[0], logprobs[np.arange(3), continuation].sum(), **SAME)
 
 
 def test_one_compilation_per_bucket(llama):

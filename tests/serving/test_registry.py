@@ -84,8 +84,9 @@ def test_a_prompt_a_conversation_and_shots_become_specialisations(counting, made
         assert len((await client.get("/v1/specializations")).json()["data"]) == 3
 
     talk(service, conversation)
-    # Together with other prompts or alone: the same but for rounding.
-    np.testing.assert_allclose(service.entry("first").gates_LE, made["red"].gates(4), atol=1e-6)
+    # Together with other prompts or alone: the same but for the rounding of float32, and no other prompt's.
+    far = min(np.max(np.abs(made[name].gates(4) - made["red"].gates(4))) for name in made if name != "red")
+    assert np.max(np.abs(service.entry("first").gates_LE - made["red"].gates(4))) < 0.01 * far
     assert counting.most == 1
 
 

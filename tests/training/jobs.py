@@ -24,6 +24,8 @@ class Jobs:
 
     def __init__(self, root: Path):
         self.root, self.running = root, []
+        # Less to compile, where what is compiled is not the question.
+        self.environment = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
         root.mkdir(parents=True)
 
     def config(self, name: str, **train: Any) -> Path:
@@ -36,11 +38,14 @@ class Jobs:
         """A process that trains; its output goes to a file, which `said` reads. `notes` are noted_train.py's."""
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_ENABLE_X64": str(int(jax.config.jax_enable_x64)),
+            # Of a flag that is given twice the last counts.
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
             "JAX_DEFAULT_MATMUL_PRECISION": "highest",
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
         }
+        environment |= self.environment
         environment |= {name.upper(): str(int(value) if value is True else value) for name, value in notes.items()}
         command = [sys.executable, str(script), str(config), *flags]
         with open(self.log(config, name), "w") as log:
@@ -82,6 +87,12 @@ class Jobs:
         process = self.start(config, *flags, devices=devices)
         assert process.wait(timeout=240) == 0, self.said(config)
         return config.with_suffix("")
+
+    def finish_all(self, *runs: tuple[Path, tuple[str, ...]], devices: int = 1) -> list[Path]:
+        """Trains (config, flags) one after the other in one process; their work directories. The first has the log."""
+        arguments = [arg for config, flags in runs for arg in ("--then", str(config), *flags)]
+        self.finish(runs[0][0], *arguments[2:], devices=devices)
+        return [config.with_suffix("") for config, _ in runs]
 
     def close(self) -> None:
         """Kills what still runs."""

@@ -1,5 +1,6 @@
 """train.py, which also notes each step's batch: a line with the step and a hash, in CONFIG.batches.
 
+Several runs are made one after the other, their arguments with --then between them.
 STEP_SECONDS in the environment makes every step take so long at least, so that a test can act between two of them.
 TOLD_EARLY has process 1 receive SIGTERM after the checkpoint was restored and before the first step.
 """
@@ -17,11 +18,11 @@ from lora_gen_jax.cli import train_main
 from lora_gen_jax.training import loop
 
 if __name__ == "__main__":
-    place = loop.Run.place
+    place, running = loop.Run.place, ""
 
     def noted(run, batch):
         digest = hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in jax.tree.leaves(batch)))
-        with open(f"{sys.argv[1]}.batches", "a") as file:
+        with open(f"{running}.batches", "a") as file:
             file.write(f"{run.batches.next} {digest.hexdigest()}\n")
         time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
         return place(run, batch)
@@ -38,4 +39,9 @@ if __name__ == "__main__":
     loop.Run.place = noted
     if os.environ.get("TOLD_EARLY") == "1":
         loop.set_up = set_up_and_told
-    train_main()
+    left = sys.argv[1:]
+    while left:
+        end = left.index("--then") if "--then" in left else len(left)
+        arguments, left = left[:end], left[end + 1 :]
+        running = arguments[0]
+        train_main(arguments)

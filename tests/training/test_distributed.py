@@ -20,32 +20,64 @@ from lora_gen_jax.sharding import make_mesh
 from lora_gen_jax.training import distributed
 from lora_gen_jax.training.prepare import check_same_rows, shard_of
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.float64]
 MESHES = {"data": ("--mesh.data", "4", "--mesh.model", "2"), "all": ("--mesh.fsdp", "2", "--mesh.model", "2")}
 
 
 @pytest.fixture(scope="module")
-def alone(jobs):
-    """Six steps on one device: the work directory."""
-    return jobs.finish(jobs.config("alone"))
+def spread(jobs):
+    """Six steps on eight devices, and by two processes with two devices each: work directories by name."""
+    found = jobs.finish_all(*((jobs.config(name), flags) for name, flags in MESHES.items()), devices=8)
+    # The frozen weights of two processes lie in pieces over both.
+    pieces = jobs.finish_together(jobs.config("processes"), "--mesh.data", "1", "--mesh.fsdp", "4", devices=2)
+    return dict(zip(MESHES, found, strict=True)) | {"processes": pieces}
 
 
 @pytest.fixture(scope="module")
-def spread(jobs):
-    """The same six steps on eight devices, and by two processes with two devices each."""
-    found = {name: jobs.finish(jobs.config(name), *flags, devices=8) for name, flags in MESHES.items()}
-    # The frozen weights of two processes lie in pieces over both.
-    pieces = jobs.finish_together(jobs.config("processes"), "--mesh.data", "1", "--mesh.fsdp", "4", devices=2)
-    return found | {"processes": pieces}
+def resumed(jobs, spread):
+    """Runs of `spread` that go on from step 3, on eight devices in other meshes or the same: {(before, mesh): …}."""
+    pairs = [("processes", "all"), ("data", "all"), *((mesh, mesh) for mesh in MESHES)]
+    runs = [(half(jobs, spread[before], f"{before}_then_{mesh}"), MESHES[mesh]) for before, mesh in pairs]
+    found = dict(zip(pairs, jobs.finish_all(*runs, devices=8), strict=True))
+    assert jobs.said(runs[0][0]).count("resuming at step 3") == len(pairs)
+    return found
+
+
+@pytest.fixture(scope="module")
+def on_one_device(jobs, spread):
+    """The same six steps on one device, and a run of eight that goes on there."""
+    config = jobs.config("alone")
+    alone, rest = jobs.finish_all((config, ()), (half(jobs, spread["all"], "all_then_one"), ()))
+    assert jobs.said(config).count("resuming at step 3") == 1
+    return alone, rest
+
+
+@pytest.fixture(scope="module")
+def alone(on_one_device):
+    return on_one_device[0]
+
+
+def half(jobs, whole: Path, name: str) -> Path:
+    """The config of a copy of a run whose last three steps are not made yet."""
+    config = jobs.config(name)
+    shutil.copytree(whole, config.with_suffix(""))
+    shutil.rmtree(config.with_suffix("") / "checkpoints" / "6")
+    return config
+
+
+# Six AdamW steps at 1e-2 in float64. Gradients are below 1 here and sums of a few hundred terms, off by 1e-15; AdamW
+# divides by √v + 1e-8, so that where a gradient is zero but for rounding, a step moves a parameter by 1e-2·1e-15/1e-8.
+CLOSE = 6 * 1e-2 * 1e-15 / 1e-8
 
 
 def same_training(one: Path, other: Path) -> None:
-    assert largest_difference(saved(one), saved(other)) <= 1e-5
+    assert largest_difference(saved(one), saved(other)) <= CLOSE
     for name in ("loss", "cv", "grad_norm", "validation_loss"):
         steps, values = zip(*metrics(one, name), strict=True)
         others, found = zip(*metrics(other, name), strict=True)
         assert steps == others
-        np.testing.assert_allclose(found, values, rtol=0, atol=1e-5)
+        # A gradient's norm follows the parameters by the loss's curvature, which is below 100 here.
+        np.testing.assert_allclose(found, values, rtol=0, atol=100 * CLOSE)
 
 
 @pytest.mark.parametrize("how", ["data", "all", "processes"])
@@ -63,26 +95,20 @@ def test_two_processes_take_each_a_part_of_a_batch(alone, spread, jobs):
     assert "done:" in jobs.said(jobs.root / "processes.py", "process0")
 
 
-@pytest.mark.parametrize(
-    ("before", "flags", "devices"), [("processes", MESHES["all"], 8), ("all", (), 1), ("data", MESHES["all"], 8)]
-)
-def test_a_run_goes_on_from_step_3_with_other_devices(alone, spread, jobs, before, flags, devices):
+@pytest.mark.parametrize("before", ["processes", "data"])
+def test_a_run_goes_on_from_step_3_with_other_devices(alone, resumed, before):
     """From two processes to one, and from one mesh to another."""
-    config = jobs.config(f"{before}_then_{devices}")
-    shutil.copytree(spread[before], config.with_suffix(""))
-    shutil.rmtree(config.with_suffix("") / "checkpoints" / "6")
-    same_training(alone, jobs.finish(config, *flags, devices=devices))
-    assert "resuming at step 3" in jobs.said(config)
+    same_training(alone, resumed[before, "all"])
+
+
+def test_a_run_of_eight_devices_goes_on_with_one(on_one_device):
+    same_training(*on_one_device)
 
 
 @pytest.mark.parametrize("mesh", sorted(MESHES))
-def test_on_the_same_devices_a_run_goes_on_bit_for_bit(spread, jobs, mesh):
+def test_on_the_same_devices_a_run_goes_on_bit_for_bit(spread, resumed, mesh):
     """With weights and activations split over devices, too."""
-    config = jobs.config(f"{mesh}_again")
-    shutil.copytree(spread[mesh], config.with_suffix(""))
-    shutil.rmtree(config.with_suffix("") / "checkpoints" / "6")
-    again = jobs.finish(config, *MESHES[mesh], devices=8)
-    assert "resuming at step 3" in jobs.said(config)
+    again = resumed[mesh, mesh]
     jax.tree.map(np.testing.assert_array_equal, saved(again), saved(spread[mesh]))
     for name in ("loss", "grad_norm", "validation_loss"):
         assert metrics(again, name) == metrics(spread[mesh], name)

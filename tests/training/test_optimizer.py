@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CLOUD, EDGE, SETTINGS, prompts_of
+from helpers import CLOUD, EDGE, SAME, SETTINGS, prompts_of
 
 from lora_gen_jax.config import TrainConfig
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.generator.lora_gen import LoRAGen
 from lora_gen_jax.models import init_params
 from lora_gen_jax.training.optimizer import decayed, make_optimizer, schedule
+
+pytestmark = pytest.mark.float64
 
 
 def expected_rate(n, peak, warmup, steps):
@@ -28,7 +30,7 @@ def test_the_rate_warms_up_linearly_and_decays_by_cosine(warmup, steps):
     rate = schedule(TrainConfig(steps=steps, learning_rate=0.5, warmup_steps=warmup))
     rates = [float(rate(jnp.asarray(n))) for n in range(steps)]
     expected = [expected_rate(n + 1, 0.5, warmup, steps) for n in range(steps)]
-    np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(rates, expected, **SAME)
     assert min(rates) > 0, "no update is wasted"
 
 
@@ -37,8 +39,7 @@ def test_a_warmup_that_does_not_fit_is_half_of_the_run(warmup, steps, fits):
     config = TrainConfig(steps=steps, learning_rate=0.5, warmup_steps=warmup)
     assert config.warmup == fits
     rates = [float(schedule(config)(jnp.asarray(n))) for n in range(steps)]
-    expected = [expected_rate(n + 1, 0.5, fits, steps) for n in range(steps)]
-    np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(rates, [expected_rate(n + 1, 0.5, fits, steps) for n in range(steps)], **SAME)
 
 
 @pytest.mark.parametrize("variant", [{}, {"pool": "per_layer"}, {"generator": "direct"}])
@@ -64,14 +65,14 @@ def test_updates_are_adamws():
     config = TrainConfig(steps=10, learning_rate=0.1, warmup_steps=2, beta1=0.8, beta2=0.9, weight_decay=0.3)
     rng = np.random.default_rng(0)
     params = {"w": rng.standard_normal((2, 3)), "b": rng.standard_normal(3)}
-    ours = {k: jnp.asarray(v, jnp.float32) for k, v in params.items()}
+    ours = {k: jnp.asarray(v) for k, v in params.items()}
     optimizer = make_optimizer(config)
     state = optimizer.init(ours)
     first, second = ({k: np.zeros_like(v) for k, v in params.items()} for _ in range(2))
     for n in range(1, 4):
         gradients = {k: rng.standard_normal(v.shape) for k, v in params.items()}
         with jax.numpy_dtype_promotion("standard"):
-            given = {k: jnp.asarray(g, jnp.float32) for k, g in gradients.items()}
+            given = {k: jnp.asarray(g) for k, g in gradients.items()}
             updates, state = optimizer.update(given, state, ours)
         ours = {k: ours[k] + updates[k] for k in ours}
         for k, g in gradients.items():
@@ -80,7 +81,7 @@ def test_updates_are_adamws():
             step = first[k] / (1 - 0.8**n) / (np.sqrt(second[k] / (1 - 0.9**n)) + 1e-8)
             decay = 0.3 * params[k] if k == "w" else 0.0
             params[k] = params[k] - expected_rate(n, 0.1, 2, 10) * (step + decay)
-            np.testing.assert_allclose(ours[k], params[k], atol=1e-5)
+            np.testing.assert_allclose(ours[k], params[k], **SAME)
 
 
 def test_gradients_are_clipped_to_the_global_norm_where_asked_for():
@@ -96,5 +97,5 @@ def test_gradients_are_clipped_to_the_global_norm_where_asked_for():
             return np.asarray(optimizer.update(gradient, state, params)[0]["w"])
 
     # A gradient of norm 200 clipped to 0.2 is the small one again, whose norm is 0.2.
-    np.testing.assert_allclose(second_update(0.2, large), second_update(None, small), rtol=1e-4)
+    np.testing.assert_allclose(second_update(0.2, large), second_update(None, small), **SAME)
     assert abs(second_update(None, large)[0, 0] / second_update(None, small)[0, 0] - 1) > 0.1

@@ -47,58 +47,54 @@ def last_step(directory):
     return max((step for step, _ in metrics(directory)), default=0)
 
 
-def test_a_run_that_is_killed_three_times_ends_as_if_it_had_not_been(jobs, whole):
-    config = jobs.config("killed", **SETTINGS)
-    directory, rng = config.with_suffix(""), random.Random(0)
-    for at, writing in ((rng.randint(5, 15), False), (rng.randint(18, 30), True), (rng.randint(35, 50), False)):
-
-        def moment(at=at, writing=writing):
-            saving = any((directory / "checkpoints").glob("*tmp*"))
-            return last_step(directory) >= at and (saving or not writing)
-
-        process = jobs.start(config, step_seconds=0.02)
-        assert wait_for(moment, process), "the run ended before it could be killed"
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
+def test_a_run_that_is_killed_and_stopped_ends_as_if_it_had_not_been(jobs, whole):
+    config = jobs.config("disturbed", **SETTINGS)
+    killed(jobs, config, at=random.Random(0).randint(3, 6), workers=2)
+    stopped(jobs, config, signal.SIGTERM, 143, at=12, workers=1)
+    killed(jobs, config, at=20, writing=True)
+    stopped(jobs, config, signal.SIGINT, 130, at=45, workers=1)
     jobs.finish(config)
     assert "resuming at step" in jobs.said(config)
     same_run(config, whole)
 
 
-def test_a_signal_saves_the_step_it_came_in(jobs, whole):
-    """SIGTERM in step 6 or 7, and Ctrl-C forty steps later."""
-    config = jobs.config("stopped", **SETTINGS)
+def killed(jobs, config, at, writing=False, workers=0):
+    """A run that gets to step `at` and is killed, if asked for while it writes; its workers end with it."""
     directory = config.with_suffix("")
-    for number, name, status, at in ((15, "SIGTERM", 143, 5), (2, "SIGINT", 130, 45)):
-        process = jobs.start(config, "--data.workers", "1", step_seconds=0.3 if at == 5 else 0.05)
-        assert wait_for(lambda at=at: last_step(directory) >= at, process)
-        seen = last_step(directory)
-        process.send_signal(number)
-        assert process.wait(timeout=60) == status
-        # A step is known when the next one runs; the signal may find the start of the one after that.
-        step = saved_steps(directory)[-1]
-        assert step in (seen + 1, seen + 2)
-        assert last_step(directory) == step
-        said = jobs.said(config)
-        end = f"stopped by {name} at step {step}: the checkpoint is saved, the same command goes on"
-        assert said.splitlines()[-1] == end
-        assert "Traceback" not in said
-    jobs.finish(config)
-    same_run(config, whole)
 
+    def moment():
+        saving = any((directory / "checkpoints").glob("*tmp*"))
+        return last_step(directory) >= at and (saving or not writing)
 
-def test_workers_end_with_the_process_that_they_build_for(jobs):
-    config = jobs.config("orphans", **SETTINGS)
-    process = jobs.start(config, "--data.workers", "2", step_seconds=0.2)
-    assert wait_for(lambda: last_step(config.with_suffix("")) >= 2, process)
-    workers = [pid for pid in _children(process.pid) if "spawn_main" in _command(pid)]
-    assert len(workers) == 2
+    process = jobs.start(config, "--data.workers", str(workers), step_seconds=0.02 if writing else 0.2)
+    assert wait_for(moment, process), "the run ended before it could be killed"
+    building = [pid for pid in _children(process.pid) if "spawn_main" in _command(pid)]
+    assert len(building) == workers
     process.kill()
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
     end = time.monotonic() + 20
-    while any("spawn_main" in _command(pid) for pid in workers):
+    while any("spawn_main" in _command(pid) for pid in building):
         assert time.monotonic() < end, "a worker outlived its parent"
         time.sleep(0.1)
+
+
+def stopped(jobs, config, number, status, at, workers=0):
+    """A run that is told to stop at about step `at`, and saves the step that the signal came in."""
+    directory = config.with_suffix("")
+    process = jobs.start(config, "--data.workers", str(workers), step_seconds=0.2)
+    assert wait_for(lambda: last_step(directory) >= at, process)
+    before = last_step(directory)
+    process.send_signal(number)
+    after = last_step(directory)
+    assert process.wait(timeout=120) == status
+    # A step is known when the next one runs; the signal may find the start of the one after that.
+    step = saved_steps(directory)[-1]
+    assert before + 1 <= step <= after + 2
+    assert last_step(directory) == step
+    said = jobs.said(config)
+    end = f"stopped by {number.name} at step {step}: the checkpoint is saved, the same command goes on"
+    assert said.splitlines()[-1] == end
+    assert "Traceback" not in said
 
 
 def _children(parent):
