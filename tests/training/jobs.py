@@ -82,16 +82,16 @@ class Jobs:
     def said(self, config: Path, name: str = "job") -> str:
         return self.log(config, name).read_text()
 
-    def finish(self, config: Path, *flags: str, devices: int = 1) -> Path:
+    def finish(self, config: Path, *flags: str, devices: int = 1, runs: int = 1) -> Path:
         """Trains to the end; the work directory."""
         process = self.start(config, *flags, devices=devices)
-        assert process.wait(timeout=240) == 0, self.said(config)
+        assert process.wait(timeout=240 * runs) == 0, self.said(config)
         return config.with_suffix("")
 
     def finish_all(self, *runs: tuple[Path, tuple[str, ...]], devices: int = 1) -> list[Path]:
         """Trains (config, flags) one after the other in one process; their work directories. The first has the log."""
         arguments = [arg for config, flags in runs for arg in ("--then", str(config), *flags)]
-        self.finish(runs[0][0], *arguments[2:], devices=devices)
+        self.finish(runs[0][0], *arguments[2:], devices=devices, runs=len(runs))
         return [config.with_suffix("") for config, _ in runs]
 
     def close(self) -> None:
