@@ -43,8 +43,8 @@ class Specialize:
     (the line's number if not)."""
     checkpoint: Path | None = None
     """A run's work directory (its newest checkpoint is taken), one checkpoints/<step> directory, or a generator that
-    `pack` wrote; left out, the one that is shipped for SmolLM2-135M (`smollm2_135m`); `quickstart`
-    is the name of the one for the pocket pair."""
+    `pack` wrote; left out, the one shipped for SmolLM2-135M (`smollm2_tasks`). Also shipped: `smollm2_135m`,
+    trained on the reasoning tasks, and `quickstart`, for the pocket pair."""
     cloud: str | None = None
     """Where the cloud model is, if not where it was when the generator was trained."""
     edge: str | None = None

@@ -24,10 +24,11 @@ _PACKAGE = Path(__file__).parents[1]
 # By the name of the config that a generator belongs to; ``--checkpoint`` takes the names, too.
 SHIPPED = {
     "quickstart": _PACKAGE / "pocket" / "generator",
+    "smollm2_tasks": _PACKAGE / "smollm2" / "tasks",
     "smollm2_135m": _PACKAGE / "smollm2" / "generator",
 }
 # Where no checkpoint is named.
-DEFAULT = SHIPPED["smollm2_135m"]
+DEFAULT = SHIPPED["smollm2_tasks"]
 
 
 def save_portable(loaded: Any, directory: Path, dtype: Any) -> None:
