@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from lora_gen_jax.specialization.settings import RefineConfig
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -290,8 +292,9 @@ class EvalConfig:
     Attributes:
         tasks: what eval.py scores, and train.py with compare; left out, all eight reasoning tasks. eval.py takes
             lm_eval/NAME for a task of lm-evaluation-harness.
-        methods: base, icl, lora, lora_moe, mixlora, lorahub, autocompressor, lora_gen, and LoRA-Gen under another
-            prompt: paraphrase, description, shots, shuffled (another task's), gibberish, empty.
+        methods: base, icl, task_vector, lora, lora_moe, mixlora, lorahub, autocompressor, lora_gen; steps on the
+            prompt's own shots: refined, refined_lora, equal_refined, shots_lora; and LoRA-Gen under another prompt:
+            paraphrase, description, shots, shuffled (another task's), gibberish, empty.
         shots: shots in the system prompt: read by the cloud, and by the edge for icl.
         split: documents that are scored: test, or validation (held out of training too) for choosing settings.
         limit: documents a task, the first ones; left out, all.
@@ -299,6 +302,10 @@ class EvalConfig:
         batch_tokens: tokens of one scoring batch.
         prompt_limit: longest system prompt, in cloud tokens; a longer one is an error.
         latency: measure the time of an answer, too; of no use while other work shares the machine.
+        vector_layer: after which share of the edge model's layers task_vector reads and puts its vector.
+        refine: steps of methods refined and equal_refined, on gates.
+        refine_lora: steps of method refined_lora, on factors beside the generated update.
+        lora_steps, lora_rate: steps and Adam's learning rate of method shots_lora.
     """
 
     tasks: tuple[str, ...] = ()
@@ -310,6 +317,11 @@ class EvalConfig:
     batch_tokens: int = 8192
     prompt_limit: int = 2048
     latency: bool = True
+    vector_layer: float = 2 / 3
+    refine: RefineConfig = dataclasses.field(default_factory=lambda: RefineConfig("gates"))
+    refine_lora: RefineConfig = dataclasses.field(default_factory=lambda: RefineConfig("lora"))
+    lora_steps: int = 10
+    lora_rate: float = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)

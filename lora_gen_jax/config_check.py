@@ -285,6 +285,17 @@ def _run_rules(config: Config) -> list[tuple[bool, str]]:
         (t.warmup_steps >= 0, f"train.warmup_steps is {t.warmup_steps}; it must be 0 or more"),
         (t.clip_norm is None or t.clip_norm > 0, f"train.clip_norm is {t.clip_norm}; it must be positive or left out"),
         (e.shots >= 0, f"eval.shots is {e.shots}; it must be 0 or more"),
+        (
+            0 < e.vector_layer <= 1,
+            f"eval.vector_layer is {e.vector_layer}; a share of the layers, at most 1",
+        ),
+        (0 < e.lora_steps <= 1000, f"eval.lora_steps is {e.lora_steps}; it must be from 1 to 1000"),
+        (e.lora_rate > 0, f"eval.lora_rate is {e.lora_rate}; it must be positive"),
+        (
+            (e.refine.kind, e.refine_lora.kind) == ("gates", "lora"),
+            f"eval.refine.kind is {e.refine.kind!r}, of methods that train gates, and eval.refine_lora.kind"
+            f" {e.refine_lora.kind!r}, of one that trains factors: leave both out",
+        ),
         (e.limit is None or e.limit > 0, f"eval.limit is {e.limit}; at least 1"),
         (
             e.split == "test" or not any(name.startswith("lm_eval/") for name in e.tasks),

@@ -3,12 +3,26 @@
 In: a key. Out: its `Method`. To add one, write its file in `lora_gen_jax/baselines/` and its line here.
 """
 
-from lora_gen_jax.baselines import autocompressor, icl, lora, lora_gen, lora_moe, lorahub, mixlora
+from lora_gen_jax.baselines import autocompressor, icl, lora, lora_gen, lora_moe, lorahub, mixlora, refined, task_vector
 from lora_gen_jax.baselines.method import Method
 from lora_gen_jax.errors import ConfigError
 
 METHODS: dict[str, Method] = {
-    part.METHOD.key: part.METHOD for part in (icl, lora, lora_moe, mixlora, lorahub, autocompressor, lora_gen)
+    method.key: method
+    for method in (
+        icl.METHOD,
+        task_vector.METHOD,
+        lora.METHOD,
+        lora_moe.METHOD,
+        mixlora.METHOD,
+        lorahub.METHOD,
+        autocompressor.METHOD,
+        lora_gen.METHOD,
+        refined.REFINED,
+        refined.REFINED_LORA,
+        refined.EQUAL_REFINED,
+        refined.SHOTS_LORA,
+    )
 }
 TRAINED = tuple(key for key, method in METHODS.items() if method.build is not None)
 """Those that a config's `method` can name."""

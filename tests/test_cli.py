@@ -320,7 +320,8 @@ def test_a_comparison_needs_latencies_and_a_later_evaluation_does_not(capsys, tm
             ["--methods", "base,mixlor"],
             [
                 *("eval.methods", "'mixlor'"),
-                "base, icl, lora, lora_moe, mixlora, lorahub, autocompressor, lora_gen, paraphrase, description, shots",
+                "base, icl, task_vector, lora, lora_moe, mixlora, lorahub, autocompressor, lora_gen, refined,",
+                "equal_refined, shots_lora, paraphrase, description, shots, shuffled, gibberish, empty",
             ],
         ),
         (["--methods", ""], ["eval.methods"]),

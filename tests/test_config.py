@@ -13,6 +13,7 @@ from lora_gen_jax.config_check import check
 from lora_gen_jax.config_file import config_from_args, difference, from_json, read_config, to_json
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.generator.router import Router
+from lora_gen_jax.specialization.settings import RefineConfig
 
 BAD = [
     (GeneratorConfig(num_experts=0), "generator.num_experts", "range", ("0",)),
@@ -65,6 +66,10 @@ BAD = [
     (EvalConfig(shots=-1), "eval.shots", "range", ("-1",)),
     (EvalConfig(limit=0), "eval.limit", "range", ("0",)),
     (EvalConfig(batch_tokens=0), "eval.batch_tokens", "range", ("0",)),
+    (EvalConfig(vector_layer=1.5), "eval.vector_layer", "range", ("1.5",)),
+    (EvalConfig(lora_steps=0), "eval.lora_steps", "range", ("0",)),
+    (EvalConfig(lora_rate=0.0), "eval.lora_rate", "range", ("0.0",)),
+    (EvalConfig(refine=RefineConfig("lora")), "eval.refine.kind", "range", ("'lora'",)),
     (EvalConfig(prompt_limit=0), "eval.prompt_limit", "range", ("0",)),
 ]
 SECTION = {GeneratorConfig: "generator", DataConfig: "data", TrainConfig: "train", EvalConfig: "eval"}

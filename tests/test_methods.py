@@ -105,8 +105,10 @@ def test_no_method_mixes_types_in_the_numbers_that_users_compute_with(method):
 
 
 def test_keys_and_titles():
-    assert tuple(METHODS) == ("icl", "lora", "lora_moe", "mixlora", "lorahub", "autocompressor", "lora_gen")
-    assert set(METHODS) - set(TRAINED) == {"icl"}
+    trained = ("lora", "lora_moe", "mixlora", "lorahub", "autocompressor", "lora_gen")
+    steps = ("refined", "refined_lora", "equal_refined", "shots_lora")
+    assert tuple(METHODS) == ("icl", "task_vector", *trained, *steps)
+    assert trained == TRAINED
     assert len({method.title for method in METHODS.values()}) == len(METHODS)
 
 

@@ -1,9 +1,10 @@
 """What a method looks like to the decoder: an adapter.
 
 An adapter is a pytree in two parts. `scanned` holds arrays led by the layer axis; the decoder's scan over
-layers hands each layer its slice. `shared` is handed to every layer whole. The decoder asks three questions: what does
-the linear layer `site` add for this input (`delta`), what does the FFN compute instead (`ffn`, for the few methods that
-need it), and what does a router say about each token (`record`, for losses)? It never learns which method answers.
+layers hands each layer its slice. `shared` is handed to every layer whole. The decoder asks four questions: what does
+the linear layer `site` add for this input (`delta`), what does the FFN compute instead (`ffn`) and what does the layer
+give instead (`stream`, both for the few methods that need it), and what does a router say about each token (`record`,
+for losses)? It never learns which method answers.
 """
 
 from collections.abc import Callable
@@ -70,6 +71,20 @@ class Adapter(Protocol):
         """The output [B, T, D] of the whole FFN; None where it is computed as always, `delta` included."""
         ...
 
+    def stream(self, x_BTD: jax.Array, last_BT: jax.Array) -> jax.Array | None:
+        """The residual stream [B, T, D] after the layer; None where it stays as it is.
+
+        Args:
+            x_BTD: what the layer gives.
+            last_BT: whether a token is the last of its row's context, the one that the answer goes on from.
+        """
+        ...
+
+    @property
+    def elsewhere(self) -> Any:
+        """The adapter of tokens with which no context ends: those that are read ahead, and those that are written."""
+        ...
+
     def record(self, site: str, x_BTD: jax.Array) -> jax.Array | None:
         """What a router says about every token, [B, T, X] in fp32, for losses that depend on it; None without one.
 
@@ -97,6 +112,15 @@ class AdapterBase(struct.PyTreeNode):
     def ffn(self, x_BTD: jax.Array, frozen: FrozenFFN, key: jax.Array | None) -> jax.Array | None:
         """As `Adapter.ffn`."""
         return None
+
+    def stream(self, x_BTD: jax.Array, last_BT: jax.Array) -> jax.Array | None:
+        """As `Adapter.stream`."""
+        return None
+
+    @property
+    def elsewhere(self) -> Any:
+        """As `Adapter.elsewhere`: itself."""
+        return self
 
     def record(self, site: str, x_BTD: jax.Array) -> jax.Array | None:
         """As `Adapter.record`."""

@@ -124,7 +124,7 @@ def shots_of(edge: "Model", prompt: Prompt | None) -> Pairs:
     """
     if prompt is None or not prompt.shots:
         raise DataError(
-            "method lorahub searches with a task's shots, and there are none",
+            "there are no shots to learn from",
             field="eval.shots",
             remedy="set eval.shots to 1 or more",
         )

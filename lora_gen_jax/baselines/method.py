@@ -48,11 +48,13 @@ class Prompt(NamedTuple):
         text: description and shots as one text.
         shots: the shots.
         chat: queries are turns of a conversation.
+        queries: further training rows, for methods that ask the prompted model something.
     """
 
     text: str
     shots: tuple[Example, ...]
     chat: bool
+    queries: tuple[Example, ...] = ()
 
 
 class Specialised(NamedTuple):
@@ -87,6 +89,8 @@ class Method:
         may_read_prompt: it may do so, in training and when it is scored, where `data.edge_reads_prompt` says so.
         depends_on_prompt: `Specialised` differs from prompt to prompt.
         needs_shots: it cannot be had from a prompt's text alone.
+        settings: what of the evaluation's settings `specialise` depends on, as JSON holds it.
+        checkpoint: the method whose trained weights it starts from, where they are not its own.
         token_macs: multiply-adds of the adapter's side path for one token, over all layers, where that is all that a
             method adds.
         check: what training needs and the config and the machine may lack: raises ConfigError.
@@ -104,6 +108,8 @@ class Method:
     may_read_prompt: bool = False
     depends_on_prompt: bool = False
     needs_shots: bool = False
+    settings: Callable[[Config], Any] = lambda config: None
+    checkpoint: str | None = None
     token_macs: Callable[[DecoderConfig, Config], int] | None = None
     check: Callable[[Config], None] = lambda config: None
     choose_tasks: Callable[[Config, list[Task]], list[Task]] | None = None

@@ -65,6 +65,12 @@ def visible(query_BT: jax.Array, key_BS: jax.Array, segments: tuple[jax.Array, j
     return mask
 
 
+def last_of_context(positions_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+    """Boolean [B, T]: the token stands last among those of its row that all its segments see."""
+    own_BT = positions_BT if segments_BT is None else jnp.where(segments_BT == 0, positions_BT, -1)
+    return (own_BT >= 0) & (own_BT == jnp.max(own_BT, axis=1, keepdims=True))
+
+
 def within_window(query_BT: jax.Array, key_BS: jax.Array, window: int) -> jax.Array:
     """Boolean [B, T, S]: key s is among the last `window` positions up to query t."""
     return query_BT[:, :, None] - key_BS[:, None, :] < window

@@ -29,6 +29,7 @@ class Context(struct.PyTreeNode):
         adapter: the adapter without its scanned part; None for the base model.
         slot: first cache slot that this call fills; None without a cache.
         packed_BT: segments, where a flash kernel that knows them can do the call; else None.
+        last_BT: whether a token is the last of its row's context; None without an adapter.
         pool_BMT: weights of M sums over a row's tokens that every layer records of its output; None for none.
     """
 
@@ -38,6 +39,7 @@ class Context(struct.PyTreeNode):
     adapter: Any
     slot: jax.Array | None
     packed_BT: jax.Array | None
+    last_BT: jax.Array | None = None
     pool_BMT: jax.Array | None = None
 
 
@@ -153,6 +155,8 @@ class Layer(nn.Module):
         x = constrain(x + (norm("post_attention_norm", y) if c.post_norms else y), "batch", "length", None)
         y = FFN(c, self.dtype, self.operands, name="ffn")(norm("ffn_norm", x), adapter)
         x = constrain(x + (norm("post_ffn_norm", y) if c.post_norms else y), "batch", "length", None)
+        if adapter is not None and (changed := adapter.stream(x, context.last_BT)) is not None:
+            x = changed
         if context.pool_BMT is not None and not self.is_initializing():
             self.sow(RECORDS, POOLED, jnp.einsum("bmt,btd->bmd", context.pool_BMT, x.astype(float)))
         return (x, kv), None

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_gen_jax.adapters.protocol import Adapter
-from lora_gen_jax.decoder.attention import KVCache, visible, within_window
+from lora_gen_jax.decoder.attention import KVCache, last_of_context, visible, within_window
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.flash import fits_flash
 from lora_gen_jax.decoder.layer import Context, Layer, PerLayer
@@ -184,6 +184,7 @@ class Decoder(nn.Module):
             adapter=None if adapter is None else adapter.replace(scanned=None, operands=self.operands),
             slot=slot,
             packed_BT=segments_BT if packed and self._flash(x_BTD.shape[1], cache, prefix) else None,
+            last_BT=None if adapter is None else last_of_context(positions_BT, segments_BT),
             pool_BMT=pool_BMT,
         )
         per_layer = PerLayer(

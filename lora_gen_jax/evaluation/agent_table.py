@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_gen_jax.evaluation.published import AGENT, AGENT_COMPRESSION, AgentRow
-from lora_gen_jax.evaluation.run import mean_of
+from lora_gen_jax.evaluation.result_table import mean_of
 
 
 @dataclass(frozen=True)

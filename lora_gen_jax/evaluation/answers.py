@@ -1,10 +1,11 @@
 """Free-form answers: generated greedily and compared with the gold answer, character by character.
 
-In: an edge model, documents with their contexts. Out: `acc` (exact match after surrounding whitespace is removed),
-its standard error, tokens in the edge's context and the latency of one answer.
+In: an edge model, documents with their contexts. Out: the answers, which are exact where they match after surrounding
+whitespace is removed; the ROUGE-L of long ones; the latency of one answer.
 """
 
 import functools
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,6 +21,8 @@ from lora_gen_jax.models import Model
 
 # Answers that are timed, one at a time, and how often; the best time of each counts, then the median.
 LATENCY_DOCUMENTS, LATENCY_REPEATS = 2, 5
+# Mean characters of gold answers above which hardly any answer is exact.
+LONG = 40
 
 
 def contexts(edge: Model, documents: Sequence[Example], description: str, shots: Sequence[Example]) -> list[list[int]]:
@@ -32,17 +35,32 @@ def contexts(edge: Model, documents: Sequence[Example], description: str, shots:
     return [ids(document) for document in documents]
 
 
-def exact_matches(runner: Runner, documents: Sequence[Example], contexts: Sequence[Sequence[int]]) -> list[bool]:
-    """Whether each document is answered exactly.
+def answered(runner: Runner, documents: Sequence[Example], contexts: Sequence[Sequence[int]]) -> list[str]:
+    """What each document is answered with.
 
     Generation ends with the end token, or with a blank line, where a model that reads shots would write the next one.
     """
     edge, end = runner.subject.edge, break_of(documents)
     made = runner.tokens([tuple(c) for c in contexts], answer_limit(edge, documents), stops(edge, documents))
-    return [
-        trimmed(edge.encoder.decode(ids), end) == document.response.strip()
-        for ids, document in zip(made, documents, strict=True)
-    ]
+    return [trimmed(edge.encoder.decode(ids), end) for ids in made]
+
+
+def long(documents: Sequence[Example]) -> bool:
+    """Whether there are no options and gold answers are so long that ROUGE-L is the better measure."""
+    lengths = [len(document.response.strip()) for document in documents if not document.options]
+    return bool(lengths) and float(np.mean(lengths)) > LONG
+
+
+def rouge_l(text: str, gold: str) -> float:
+    """F1 of the longest common subsequence of words, in any case, without stemming (Lin 2004)."""
+    words, wanted = (re.findall(r"[^\W_]+", one.lower()) for one in (text, gold))
+    row = [0] * (len(wanted) + 1)
+    for word in words:
+        above = row
+        row = [0]
+        for i, other in enumerate(wanted):
+            row.append(above[i] + 1 if word == other else max(above[i + 1], row[i]))
+    return 2 * row[-1] / (len(words) + len(wanted)) if row[-1] else 0.0
 
 
 def answer_limit(edge: Model, documents: Sequence[Example]) -> int:

@@ -14,7 +14,7 @@ from lora_gen_jax.evaluation.lm_eval_generation import Wanted, texts
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.request_plan import pieces, shared_prefixes
 from lora_gen_jax.evaluation.subject import Subject
-from lora_gen_jax.inference.buckets import bucket
+from lora_gen_jax.inference.buckets import bucket, power_of_two
 from lora_gen_jax.inference.decode import generate
 from lora_gen_jax.inference.prefix import Prefix, encode_prefix
 from lora_gen_jax.inference.rows import Request
@@ -23,8 +23,8 @@ from lora_gen_jax.inference.scoring import score
 Ids = tuple[int, ...]
 # Batches that are scored between two writes of the cache: what a stopped evaluation computes again.
 BATCHES_PER_WRITE = 8
-# Rows of a batch of answers, at most.
-ANSWERS = 16
+# Rows of a batch of answers, at most: a token of one row costs nearly what a token of all does.
+ANSWERS = 64
 
 
 class Runner:
@@ -154,7 +154,7 @@ class Runner:
                 lengths = [len(asked[i]) - len(prefix) for i in members]
                 begun = _Begun(self.subject, prefix)
                 for piece, at_once in pieces(lengths, len(prefix), limit, self.batch_tokens, 1):
-                    rows = min(ANSWERS, at_once // bucket(lengths[piece[0]]))
+                    rows = min(ANSWERS, at_once // bucket(lengths[piece[0]]), power_of_two(len(piece)))
                     for start in range(0, len(piece), rows):
                         batch = [asked[members[i]] for i in piece[start : start + rows]]
                         if missing := sum(keys[ids] not in self.cache for ids in batch):

@@ -18,7 +18,6 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import to_json
@@ -28,20 +27,17 @@ from lora_gen_jax.data.reasoning import REASONING_TASKS
 from lora_gen_jax.data.tasks import Task
 from lora_gen_jax.evaluation import harness
 from lora_gen_jax.evaluation.lengths import check_lengths
-from lora_gen_jax.evaluation.published import MACHINE, REASONING
+from lora_gen_jax.evaluation.means import scores, summary
 from lora_gen_jax.evaluation.request_cache import RequestCache
+from lora_gen_jax.evaluation.result_table import print_table
 from lora_gen_jax.evaluation.subject import content_of, digest_of
 from lora_gen_jax.evaluation.systems import check_methods, check_shots, gates_of, load_checkpoints, make_systems
-from lora_gen_jax.evaluation.task import System, evaluate_task, scored_documents, summary
+from lora_gen_jax.evaluation.task import System, evaluate_task, scored_documents
 from lora_gen_jax.files import check_output, complete_directory, write_json, writing
 from lora_gen_jax.models import Pair, load_pair
 from lora_gen_jax.sharding import evaluation_mesh
 from lora_gen_jax.training import distributed
 from lora_gen_jax.training.checkpoint import Loaded, versions
-
-TITLES = {True: "seen", False: "unseen", None: "lm-eval"}
-# With more tasks the table has one column for all seen and one for all unseen tasks.
-WIDEST_TABLE = 10
 
 
 def evaluate(config: Config, checkpoint: Path | None, out: Path, shots: Sequence[int] = ()) -> dict[str, Any]:
@@ -82,7 +78,8 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path, shots: Sequence
             results = score_systems(config, pair, systems, tasks, journal)
             seen: dict[str, bool | None] = {task.name: task.seen for task in tasks}
             if foreign:
-                add(results, harness.harness_scores(config, pair, checkpoints, foreign, journal), seen, systems)
+                more = harness.harness_scores(config, pair, checkpoints, foreign, journal)
+                add(results, more, seen, systems, {task.name: task.source for task in tasks})
             by_shots[str(number)] = results["methods"]
             if jax.process_index() == 0:
                 print_table(results, seen, f"{number} shots, {config.eval.split} rows")
@@ -103,13 +100,15 @@ def add(
     more: dict[str, dict[str, dict]],
     seen: dict[str, bool | None],
     systems: Mapping[str, System],
+    sources: Mapping[str, str],
 ) -> None:
     """Adds results of lm-eval's tasks to those of our own; most of them count neither as seen nor as unseen."""
     for method, tasks in more.items():
         seen |= {task: harness.seen_of(task) for task in tasks}
         before = results["methods"].get(method, {"tasks": {}, "prompted": systems[method].prompted})
         scored = before["tasks"] | tasks
-        results["methods"][method] = {**before, "tasks": scored, **summary(scored, seen)}
+        means = summary(scored, seen) | scores(scored, {**dict.fromkeys(tasks, "lm-eval"), **sources})
+        results["methods"][method] = {**before, "tasks": scored, **means}
 
 
 @contextmanager
@@ -188,6 +187,7 @@ def score_systems(
 
                 scored[task.name] = evaluate_task(pair.edge, task, system, config.eval, journal, move)
         means = summary(scored, {task.name: task.seen for task in tasks})
+        means |= scores(scored, {task.name: task.source for task in tasks})
         results["methods"][method] = {"tasks": scored, **means, "prompted": system.prompted}
         if not console.is_terminal:
             console.print(f"{method}: AVE {results['methods'][method]['ave']:.4f}", highlight=False)
@@ -209,54 +209,3 @@ def machine() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
     }
-
-
-def print_table(results: dict[str, Any], seen: dict[str, bool | None], title: str) -> None:
-    """Methods as rows, tasks as columns, seen ones first: acc ± standard error in percent, as the paper's Table 2.
-
-    Where all eight reasoning tasks were scored, the paper's own figures follow in a table of their own.
-    """
-    wide = len(seen) <= WIDEST_TABLE
-    tasks = sorted(seen, key=lambda task: not seen[task])
-    table = Table(title=f"acc % ± standard error, {title}; AVE and HAR are the mean and the harmonic mean")
-    table.add_column("method")
-    for task in tasks if wide else ():
-        table.add_column(f"{task}\n{TITLES[seen[task]]}", justify="right")
-    for mean, kind in (("AVE", True), ("AVE", False), ("HAR", False)):
-        table.add_column(f"{mean}\n{sum(seen[t] is kind for t in tasks)} {TITLES[kind]}", justify="right")
-    for text in ("AVE", "HAR", "context\ntokens", "latency\nms"):
-        table.add_column(text, justify="right")
-    for method, result in results["methods"].items():
-        scored = [result["tasks"][task] for task in tasks]
-        cells = [share_of(r) for r in scored] if wide else []
-        means = (result[name] for name in ("ave_seen", "ave_unseen", "har_unseen", "ave", "har"))
-        cells += ["–" if mean is None else f"{100 * mean:.1f}" for mean in means]
-        cells += [mean_of([r[column] for r in scored]) for column in ("context_tokens", "latency_ms")]
-        table.add_row(method, *cells)
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print(table)
-    if set(tasks) == set(REASONING_TASKS):
-        console.print(published_table())
-
-
-def share_of(result: dict[str, Any]) -> str:
-    """Accuracy and its standard error, where there is one, in percent."""
-    error = result["stderr"]
-    return f"{100 * result['acc']:.1f} ± {'–' if error is None else f'{100 * error:.1f}'}"
-
-
-def mean_of(figures: Sequence[float | None], digits: int = 1) -> str:
-    """The mean of the figures that were measured, as a table shows it."""
-    measured = [figure for figure in figures if figure is not None]
-    return f"{sum(measured) / len(measured):.{digits}f}" if measured else "–"
-
-
-def published_table() -> Table:
-    """The paper's figures on the same eight tasks: other models, another machine."""
-    table = Table(title=f"published by the paper (Table 2, 5 shots, {MACHINE}); not measured here")
-    for text in ("edge model", "method", "AVE", "HAR", "latency ms"):
-        table.add_column(text, justify="left" if text in ("edge model", "method") else "right")
-    for row in REASONING:
-        if row.har is not None:
-            table.add_row(row.model, row.method, f"{row.ave:.1f}", f"{row.har:.1f}", f"{row.latency_ms:.1f}")
-    return table

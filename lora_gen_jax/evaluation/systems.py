@@ -6,7 +6,7 @@ weights for a task, and whether the edge reads the prompt.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from lora_gen_jax.training.checkpoint import Loaded, check_method, check_models,
 # Each system that can be scored with the method whose checkpoint it needs.
 METHODS: dict[str, str | None] = {
     "base": None,
-    **{key: key if method.build else None for key, method in COMPARED.items()},
+    **{key: method.checkpoint or (key if method.build else None) for key, method in COMPARED.items()},
     **dict.fromkeys(CONTROLS, "lora_gen"),
 }
 
@@ -52,7 +52,7 @@ def check_shots(names: Sequence[str], shots: Sequence[int]) -> None:
     needing = [name for name in names if name in COMPARED and COMPARED[name].needs_shots]
     if needing and min(shots) < 1:
         raise ConfigError(
-            f"method {needing[0]} searches with a task's shots",
+            f"method {needing[0]} learns from a task's shots",
             field="eval.shots",
             remedy="set eval.shots to 1 or more",
         )
@@ -138,22 +138,16 @@ def system_of(
     """
     make = method.specialise(config, pair, loaded)
     prompt_of = functools.cache(prompts or functools.partial(task_prompt, settings=config.eval))
-    if loaded is None:
+    if loaded is None and not method.depends_on_prompt:
         return System(lambda task: make(None), method.edge_reads_prompt, base_identity(pair))
-    identify, trained = identifier(config, pair, loaded), loaded.config
-    system = System(
-        lambda task: make(None),
-        trained.data.edge_reads_prompt,
-        lambda task: identify(None),
-        method.depends_on_prompt,
-        method.soft_tokens(trained),
-    )
-    if not method.depends_on_prompt:
-        return system
-    return dataclasses.replace(
-        system,
-        specialised_for=lambda task: make(prompt_of(task)),
-        identity_for=lambda task: identify(prompt_of(task)),
+    asks, trained = method.depends_on_prompt, None if loaded is None else loaded.config
+    identify = identifier(config, pair, loaded, {"method": method.key, "settings": method.settings(config)})
+    return System(
+        lambda task: make(prompt_of(task) if asks else None),
+        method.edge_reads_prompt if trained is None else trained.data.edge_reads_prompt,
+        lambda task: identify(prompt_of(task) if asks else None),
+        asks,
+        0 if trained is None else method.soft_tokens(trained),
     )
 
 
@@ -163,13 +157,23 @@ def base_identity(pair: Pair) -> Callable[[Task], str]:
     return lambda task: identity
 
 
-def identifier(config: Config, pair: Pair, loaded: Loaded) -> Callable[[Prompt | None], str]:
-    """From a prompt to hex digits of all that the model depends on which a method makes of it."""
-    made = description_of(config, pair, loaded)
+def identifier(
+    config: Config, pair: Pair, loaded: Loaded | None, asked: Mapping[str, Any] | None = None
+) -> Callable[[Prompt | None], str]:
+    """From a prompt to hex digits of all that the model depends on which a method makes of it.
+
+    Args:
+        config, pair: these.
+        loaded: the checkpoint of a method that learns.
+        asked: what else the method depends on, as JSON holds it.
+    """
+    made = {"asked": dict(asked or {}), **({} if loaded is None else description_of(config, pair, loaded))}
 
     def identify(prompt: Prompt | None) -> str:
-        shots = [] if prompt is None else [(shot.query, shot.response) for shot in prompt.shots]
-        read = None if prompt is None else (prompt.text, shots, prompt.chat)
+        read = None
+        if prompt is not None:
+            rows = [[(row.query, row.response) for row in part] for part in (prompt.shots, prompt.queries)]
+            read = (prompt.text, rows, prompt.chat)
         return identity_of(pair.edge, made | {"prompt": digest_of(repr(read))})
 
     return identify

@@ -1,13 +1,13 @@
 """Scoring a task: with the base model, with shots, and specialised.
 
 In: an edge model, a task and a `System`. Out: `acc`, its standard error, the number of documents, tokens in the edge's
-context and latency; AVE and HAR over tasks. The shots are the same for all documents of a task, for the cloud and for
-in-context learning. Documents with options are scored by log-likelihood, others by their generated answer.
+context and latency; `rouge_l` of long answers. The shots are the same for all documents of a task, for the cloud and
+for in-context learning. Documents with options are scored by log-likelihood, others by their generated answer.
 """
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -23,6 +23,9 @@ from lora_gen_jax.evaluation.request_runner import Runner
 from lora_gen_jax.evaluation.standard_error import standard_error
 from lora_gen_jax.evaluation.subject import Subject
 from lora_gen_jax.models import Model
+
+# Training rows beside the shots that a method may ask the prompted edge model.
+FURTHER_QUERIES = 8
 
 # Documents, and the description and shots that the edge model reads before each.
 Asked = tuple[list[Example], str, tuple[Example, ...]]
@@ -117,7 +120,11 @@ def score_answers(edge: Model, runner: Runner, asked: Asked, settings: EvalConfi
     """Documents without options, by their generated answer."""
     documents = asked[0]
     contexts = answers.contexts(edge, *asked)
-    result = exact_match(answers.exact_matches(runner, documents, contexts))
+    texts = answers.answered(runner, documents, contexts)
+    result = exact_match([text == d.response.strip() for text, d in zip(texts, documents, strict=True)])
+    if answers.long(documents):
+        gold = [document.response for document in documents]
+        result["rouge_l"] = statistics.fmean(map(answers.rouge_l, texts, gold))
     model = runner.subject.model
     latency_ms = answers.answer_latency(model, documents, contexts) if settings.latency else None
     return result | figures(runner.subject, contexts, latency_ms)
@@ -170,21 +177,9 @@ def exact_match(right: list[bool]) -> dict:
 
 def task_prompt(task: Task, settings: EvalConfig) -> Prompt | None:
     """The task's system prompt: its description and the fixed shots; None where it has neither."""
-    shots = evaluation_shots(task, settings.shots, settings.seed)
+    rows = evaluation_shots(task, settings.shots + FURTHER_QUERIES, settings.seed)
+    shots, queries = rows[: settings.shots], rows[settings.shots :]
     description = task.descriptions[0] if task.descriptions else ""
     if not (description.strip() or shots):
         return None
-    return Prompt(system_prompt(description, shots), shots, task.chat)
-
-
-def summary(tasks: dict[str, dict], seen: Mapping[str, bool | None]) -> dict[str, float | None]:
-    """AVE (mean of `acc`) and HAR (their harmonic mean) over all tasks, over the seen and over the unseen ones.
-
-    Under "ave", "har", "ave_seen", "har_seen", "ave_unseen" and "har_unseen"; None where there are no such tasks.
-    """
-    found: dict[str, float | None] = {}
-    for end, kinds in (("", (True, False, None)), ("_seen", (True,)), ("_unseen", (False,))):
-        acc = [result["acc"] for name, result in tasks.items() if seen[name] in kinds]
-        found[f"ave{end}"] = float(np.mean(acc)) if acc else None
-        found[f"har{end}"] = statistics.harmonic_mean(acc) if acc else None
-    return found
+    return Prompt(system_prompt(description, shots), shots, task.chat, queries)

@@ -119,7 +119,8 @@ def generate(
     adapter = per_row(adapter, len(prompts), padded_rows(len(prompts), params))
     inputs = _inputs((params, adapter, prefix), stop_ids, sampling, seed)
     state = _start(decoder, inputs, prompts, max_new_tokens, prefix_length(prefix))
-    state = jax.device_get(_decode(forward_only(decoder), inputs, state, np.int32(max_new_tokens)).replace(cache=None))
+    later = _later(inputs)
+    state = jax.device_get(_decode(forward_only(decoder), later, state, np.int32(max_new_tokens)).replace(cache=None))
     return [_generation(state, row) for row in range(len(prompts))]
 
 
@@ -150,11 +151,12 @@ def stream(
     adapter = per_row(adapter, len(prompts), padded_rows(len(prompts), params))
     inputs = _inputs((params, adapter, prefix), stop_ids, sampling, seed)
     state = _start(decoder, inputs, prompts, max_new_tokens, prefix_length(prefix))
+    later = _later(inputs)
 
     def steps(state: DecodeState) -> Iterator[list[int | None]]:
         for step in range(max_new_tokens):
             if step:
-                state = _decode(forward_only(decoder), inputs, state, np.int32(step + 1))
+                state = _decode(forward_only(decoder), later, state, np.int32(step + 1))
             # Indexed on the host: on the device every step would be a program of its own.
             tokens_BS, done_B = jax.device_get((state.tokens_BS, state.done_B))
             if done_B.all():
@@ -200,6 +202,11 @@ def _inputs(
     stop_ids_X[: len(stop_ids)] = stop_ids
     settings = (sampling or Sampling()).checked()
     return Inputs(params, adapter, prefix_cache(prefix), settings, stop_ids_X, jax.random.key(seed))
+
+
+def _later(inputs: Inputs) -> Inputs:
+    """What the tokens that are written read."""
+    return inputs if inputs.adapter is None else inputs.replace(adapter=inputs.adapter.elsewhere)
 
 
 def _start(

@@ -61,6 +61,7 @@ def encode_prefix(decoder: Decoder, params: Any, ids: Sequence[int], adapter: Ad
         )
     check_tokens(ids, decoder.config.vocab_size, "prefix")
     require_single_prompt(adapter)
+    adapter = None if adapter is None else adapter.elsewhere
     cache = _encode(forward_only(decoder), params, pad_rows([ids], bucket(len(ids)), 1), adapter)
     return Prefix(cache=cache, length=len(ids), ids=tuple(ids))
 

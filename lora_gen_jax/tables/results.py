@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_gen_jax.config_file import to_json
-from lora_gen_jax.evaluation.task import summary
+from lora_gen_jax.evaluation.means import summary
 from lora_gen_jax.tables.jobs import Job, finished
 from lora_gen_jax.tables.spec import AGENT, UNTRAINED
 

@@ -1,5 +1,7 @@
 """Free-form answers: where they end, what counts as exact, and that a batch changes nothing."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from helpers import raises
@@ -38,12 +40,17 @@ def runner(edge):
     return Runner(Subject("", edge), RequestCache(None, ""), 8192)
 
 
+def exact(edge, documents, read):
+    made = answers.answered(runner(edge), documents, read)
+    return [text == document.response.strip() for text, document in zip(made, documents, strict=True)]
+
+
 def test_a_model_that_reads_shots_stops_where_the_next_one_would_start(edge):
     task = find("pocket/sound/quotes")[0]
     shots = evaluation_shots(task, 5, 0)
     read = answers.contexts(edge, task.test, task.descriptions[0], shots)
     assert edge.encoder.decode(read[0]).endswith(task.test[0].query)
-    assert all(answers.exact_matches(runner(edge), task.test, read))
+    assert all(exact(edge, task.test, read))
 
 
 def test_another_answer_is_no_match(edge):
@@ -51,7 +58,7 @@ def test_another_answer_is_no_match(edge):
     shots = evaluation_shots(task, 5, 0)
     read = answers.contexts(edge, task.test, task.descriptions[0], shots)
     wrong = [Example(e.id, e.query, e.response.replace('"', "'")) for e in task.test]
-    assert not any(answers.exact_matches(runner(edge), wrong, read))
+    assert not any(exact(edge, wrong, read))
 
 
 def test_many_documents_are_answered_in_batches_and_in_order(edge, monkeypatch):
@@ -66,10 +73,10 @@ def test_many_documents_are_answered_in_batches_and_in_order(edge, monkeypatch):
     monkeypatch.setattr(request_runner, "generate", echo)
     read = answers.contexts(edge, documents, "", ())
     swapped = [*read[1:], read[0]]
-    assert all(answers.exact_matches(runner(edge), documents, read))
-    assert sum(answers.exact_matches(runner(edge), documents, swapped)) == 0
-    # Two of all rows, and what a second question about the same rows repeats.
-    assert set(batches) == {request_runner.ANSWERS}
+    assert all(exact(edge, documents, read))
+    assert sum(exact(edge, documents, swapped)) == 0
+    # All at once, and what a second question about the same rows repeats.
+    assert set(batches) == {32}
 
 
 def test_what_is_cut_off():
@@ -79,6 +86,30 @@ def test_what_is_cut_off():
     assert answers.trimmed("\ntwo\nlines\n\nrest", "\n\n") == "two\nlines"
     assert answers.trimmed(" a\n\nb ", None) == "a\n\nb"
     assert answers.trimmed("  ", "\n") == ""
+
+
+def test_rouge_l_is_that_of_the_reference_implementation():
+    rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer")
+    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
+    gold = "Amanda baked cookies, and will bring Jerry some of them tomorrow."
+    texts = (gold, "Jerry will bring Amanda COOKIES tomorrow!", "them of some", "no - match", "", "them them them")
+    for text in texts:
+        assert answers.rouge_l(text, gold) == pytest.approx(scorer.score(gold, text)["rougeL"].fmeasure)
+    # It knows English letters alone.
+    assert answers.rouge_l("Der Bär schläft", "der Bär wacht") == pytest.approx(2 / 3)
+
+
+def test_long_answers_are_scored_by_rouge_l_beside_exact_match(edge):
+    task = find("pocket/sound/quotes")[0]
+    documents = [Example(e.id, e.query, f"{e.response} {'as everyone knows ' * 3}") for e in task.test[:3]]
+    long = dataclasses.replace(task, test=documents)
+    system = System(lambda task: Specialised(edge.params), reads_prompt=True)
+    settings = dataclasses.replace(SETTINGS, latency=False)
+    got = evaluate_task(edge, long, system, settings)
+    assert got["acc"] == 0.0
+    # One word of ten is answered.
+    assert got["rouge_l"] == pytest.approx(2 / 11)
+    assert "rouge_l" not in evaluate_task(edge, task, system, dataclasses.replace(settings, limit=3))
 
 
 def test_the_line_break_ends_only_answers_that_have_none(edge):

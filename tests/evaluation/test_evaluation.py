@@ -18,9 +18,10 @@ from lora_gen_jax.data.tasks import Example, Task
 from lora_gen_jax.errors import CheckpointError, DataError, OutputError
 from lora_gen_jax.evaluation import request_runner, run
 from lora_gen_jax.evaluation.choices import metrics
+from lora_gen_jax.evaluation.means import scores, summary
 from lora_gen_jax.evaluation.run import evaluate
 from lora_gen_jax.evaluation.systems import make_systems
-from lora_gen_jax.evaluation.task import System, evaluate_task, summary, task_prompt
+from lora_gen_jax.evaluation.task import System, evaluate_task, task_prompt
 from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.models import load_pair, make_generator
 from lora_gen_jax.sharding import make_mesh
@@ -178,6 +179,21 @@ def test_ave_and_har_by_hand():
     }  # fmt: skip
 
 
+def test_scores_by_source_with_intervals_over_tasks():
+    words = {f"w{i}": {"acc": acc} for i, acc in enumerate((0.0, 0.5, 1.0, 0.5))}
+    tasks = words | {"long": {"acc": 0.0, "rouge_l": 0.25}}
+    got = scores(tasks, {**dict.fromkeys(words, "words"), "long": "texts"})
+    assert got["groups"]["texts"] == {"score": 0.25, "interval": None, "tasks": 1}
+    assert got["groups"]["words"]["score"] == 0.5
+    assert (got["mean"]["score"], got["mean"]["tasks"]) == (0.45, 5)
+    # Of four values with mean 1/2 and variance 1/8 a resampled mean has standard deviation √(1/32); the mean of four
+    # draws moves in steps of 1/8, and a 95 % interval of it lies two deviations around, within a step.
+    low, high = got["groups"]["words"]["interval"]
+    assert low == pytest.approx(0.5 - 1.96 / 32**0.5, abs=1 / 8)
+    assert high == pytest.approx(0.5 + 1.96 / 32**0.5, abs=1 / 8)
+    assert got == scores(tasks, {**dict.fromkeys(words, "words"), "long": "texts"})
+
+
 def test_evaluate_writes_the_layout_and_the_specialised_model_has_learnt_its_tasks(tmp_path):
     settings = dataclasses.replace(trained().eval, batch_tokens=64)
     config = dataclasses.replace(trained(), eval=settings, workdir=tmp_path / "run")
@@ -193,7 +209,8 @@ def test_evaluate_writes_the_layout_and_the_specialised_model_has_learnt_its_tas
     assert list(results["methods"]) == ["base", "icl", "lora_gen"]
     for method in results["methods"].values():
         means = {f"{mean}{end}" for mean in ("ave", "har") for end in ("", "_seen", "_unseen")}
-        assert set(method) == {"tasks", "prompted"} | means
+        assert set(method) == {"tasks", "prompted", "mean", "groups"} | means
+        assert method["mean"]["score"] == method["groups"]["rows"]["score"] == method["ave"]
         assert list(method["tasks"]) == ["warm", "count"]
         for task in method["tasks"].values():
             assert set(task) == {"acc", "acc_norm", "stderr", "n", "context_tokens", "latency_ms"}

@@ -1,0 +1,121 @@
+"""A task vector: the prompted edge model's state before it answers, put into the unprompted one; nothing is trained.
+
+In: a task's prompt and further training queries. The edge model reads each query behind the prompt; the mean of its
+hidden states at the queries' last tokens, after a given layer, is the vector. Out: the edge model, whose state after
+that layer is the vector at the last token of every query. The tokens before it and the answer's are left alone.
+(Hendel et al. 2023, arXiv:2310.15916, who call the states of other queries' answers so.)
+"""
+
+import functools
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_gen_jax.adapters.protocol import AdapterBase
+from lora_gen_jax.baselines.method import Method, Prompt, Specialise, Specialised, Traits
+from lora_gen_jax.config import Config
+from lora_gen_jax.data.prompts import separator
+from lora_gen_jax.decoder.layers import POOLED, RECORDS, records_of
+from lora_gen_jax.decoder.model import Decoder
+from lora_gen_jax.errors import DataError
+from lora_gen_jax.inference.buckets import bucket, pad_rows
+from lora_gen_jax.inference.forward import forward_only
+from lora_gen_jax.inference.placement import padded_rows, place_rows
+from lora_gen_jax.inference.prefix import encode_prefix, past_prefix, prefix_cache, prefix_length
+
+if TYPE_CHECKING:
+    from lora_gen_jax.models import Model, Pair
+    from lora_gen_jax.training.checkpoint import Loaded
+
+
+class TaskVector(AdapterBase):
+    """A state that stands in the place of a query's last one.
+
+    Attributes:
+        scanned: {"vector": [L, D], "here": [L], whether the layer is the one}.
+        shared: nothing.
+    """
+
+    scanned: Any
+    shared: Any = None
+
+    def stream(self, x_BTD: jax.Array, last_BT: jax.Array) -> jax.Array:
+        """The vector at the context's last token, behind its layer alone."""
+        here_BT1 = (last_BT & self.scanned["here"])[:, :, None]
+        return jnp.where(here_BT1, self.scanned["vector"].astype(x_BTD.dtype)[None, None], x_BTD)
+
+    @property
+    def elsewhere(self) -> None:
+        """Nothing: an answer's tokens follow the edge model as it is."""
+        return None
+
+
+def task_vector(edge: "Model", prompt: Prompt, depth: float) -> TaskVector:
+    """Asks the prompted model and keeps what it thinks.
+
+    Args:
+        edge: the model.
+        prompt: with at least one further query.
+        depth: after which share of the layers; at least after the first.
+
+    Raises:
+        DataError: without queries, or as `encode_prefix`.
+    """
+    if not prompt.queries:
+        raise DataError(
+            "method task_vector asks training rows beside the shots, and the task has none",
+            field="eval.shots",
+            remedy="lower eval.shots, or leave the method out",
+        )
+    contexts = []
+    for query, answer in ((one.query, one.response) for one in prompt.queries):
+        contexts.append(edge.encoder.pair(f"{prompt.text}\n\n{query}", separator(query, answer) + answer)[0])
+    # Every row keeps a token of its own.
+    columns = zip(*(context[:-1] for context in contexts), strict=False)
+    shared = [column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns)]
+    prefix = encode_prefix(edge.decoder, edge.params, shared) if shared else None
+    rest = [context[len(shared) :] for context in contexts]
+    tokens_BT, positions_BT = pad_rows(rest, bucket(max(map(len, rest))), padded_rows(len(rest), edge.params))
+    batch = place_rows((tokens_BT, past_prefix(positions_BT, prefix_length(prefix))), edge.params)
+    states_LBD = _last_states(forward_only(edge.decoder), edge.params, batch, prefix_cache(prefix))
+    L = edge.config.num_layers
+    vector_LD = jnp.mean(states_LBD[:, : len(rest)], axis=1)
+    return TaskVector({"vector": vector_LD, "here": jnp.arange(1, L + 1) == max(round(depth * L), 1)})
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _last_states(decoder: Decoder, params: Any, batch: tuple[Any, Any], prefix: Any) -> jax.Array:
+    """What every layer gives at each row's last token, [L, B, D] in fp32."""
+    tokens_BT, positions_BT = batch
+    pool_BMT = jax.nn.one_hot(jnp.argmax(positions_BT, axis=1), tokens_BT.shape[1])[:, None]
+
+    def states(module: Decoder) -> Any:
+        return module.encode(module.embed(tokens_BT), positions_BT, prefix=prefix, pool_BMT=pool_BMT)
+
+    _, recorded = decoder.apply({"params": params}, method=states, mutable=[RECORDS])
+    return records_of(recorded)[POOLED][:, :, 0]
+
+
+def specialise(config: Config, pair: "Pair", loaded: "Loaded | None") -> Specialise:
+    """The edge model with the prompt's vector; without a prompt the base."""
+
+    def specialised(prompt: Prompt | None) -> Specialised:
+        if prompt is None:
+            return Specialised(pair.edge.params)
+        return Specialised(pair.edge.params, task_vector(pair.edge, prompt, config.eval.vector_layer))
+
+    return specialised
+
+
+METHOD = Method(
+    key="task_vector",
+    title="task vector",
+    traits=Traits(compresses_context=True, merged=False, training_free=True, transfers=False),
+    build=None,
+    specialise=specialise,
+    depends_on_prompt=True,
+    needs_shots=True,
+    settings=lambda config: config.eval.vector_layer,
+)

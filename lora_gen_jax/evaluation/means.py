@@ -1,0 +1,54 @@
+"""Means over tasks: accuracy, its harmonic mean, and the score of each source with a bootstrap interval.
+
+In: results by task. Out: what results.json holds beside them for a method. A task's score is its accuracy, or ROUGE-L
+where reference answers are long (`lora_gen_jax.evaluation.answers`).
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+RESAMPLES = 10_000
+
+
+def summary(tasks: dict[str, dict], seen: Mapping[str, bool | None]) -> dict[str, float | None]:
+    """AVE (mean of `acc`) and HAR (their harmonic mean) over all tasks, over the seen and over the unseen ones.
+
+    Under "ave", "har", "ave_seen", "har_seen", "ave_unseen" and "har_unseen"; None where there are no such tasks.
+    """
+    found: dict[str, float | None] = {}
+    for end, kinds in (("", (True, False, None)), ("_seen", (True,)), ("_unseen", (False,))):
+        acc = [result["acc"] for name, result in tasks.items() if seen[name] in kinds]
+        found[f"ave{end}"] = float(np.mean(acc)) if acc else None
+        found[f"har{end}"] = statistics.harmonic_mean(acc) if acc else None
+    return found
+
+
+def score_of(result: Mapping) -> float:
+    """A task's score."""
+    return result.get("rouge_l", result["acc"])
+
+
+def scores(tasks: Mapping[str, Mapping], sources: Mapping[str, str]) -> dict[str, dict]:
+    """{"mean": of all tasks, "groups": {source: of its tasks}}, each {"score", "interval", "tasks"}."""
+    groups: dict[str, list[float]] = {}
+    for name, result in tasks.items():
+        groups.setdefault(sources[name], []).append(score_of(result))
+    return {
+        "mean": with_interval([score for group in groups.values() for score in group]),
+        "groups": {source: with_interval(group) for source, group in groups.items()},
+    }
+
+
+def with_interval(values: Sequence[float]) -> dict:
+    """The mean over tasks and the 95 % interval of means of as many tasks, drawn with replacement.
+
+    It says how much depends on which tasks there are, not on which documents a task has. The draws are the same every
+    time. A single task has no interval.
+    """
+    interval = None
+    if len(values) > 1:
+        drawn = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+        interval = [float(x) for x in np.percentile(np.asarray(values)[drawn].mean(axis=1), (2.5, 97.5))]
+    return {"score": float(np.mean(values)), "interval": interval, "tasks": len(values)}
