@@ -43,13 +43,13 @@ class KVCache(struct.PyTreeNode):
 
     def advance(self, position_BT: jax.Array) -> "KVCache":
         """Claims the next T slots for tokens at these positions; their keys and values come per layer."""
-        position_BS = jax.lax.dynamic_update_slice(self.position_BS, position_BT, (0, self.used))
+        position_BS = jax.lax.dynamic_update_slice_in_dim(self.position_BS, position_BT, self.used, axis=1)
         return self.replace(position_BS=position_BS, used=self.used + position_BT.shape[1])
 
     def segments(self, newest_BT: jax.Array) -> jax.Array:
         """Segments of all slots [B, S] from those of the T tokens added last; all earlier tokens are segment 0."""
-        start = (0, self.used - newest_BT.shape[1])
-        return jax.lax.dynamic_update_slice(jnp.zeros_like(self.position_BS), newest_BT, start)
+        start = self.used - newest_BT.shape[1]
+        return jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(self.position_BS), newest_BT, start, axis=1)
 
 
 def visible(query_BT: jax.Array, key_BS: jax.Array, segments: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:

@@ -81,7 +81,8 @@ class Attention(nn.Module):
         if context.cos_sin is not None:
             q, k = rotate(q, context.cos_sin), rotate(k, context.cos_sin)
         if kv is not None and context.slot is not None:
-            start = (per_layer.index, 0, context.slot, 0, 0)
+            first = jnp.zeros_like(context.slot)
+            start = (per_layer.index, first, context.slot, first, first)
             kv = tuple(
                 jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), start)
                 for old, new in zip(kv, (k, v), strict=True)

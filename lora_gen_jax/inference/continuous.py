@@ -167,8 +167,8 @@ def decode(decoder: Decoder, params: Any, pool: Any, rows: Rows, eager: jax.Arra
         finish_B = jnp.where(busy_B, _finish(id_B, rows.stop_BX, rows.left_B), 0)
         goes_on_B = busy_B & (finish_B == 0)
         drawn = Drawn(
-            id_BN=jax.lax.dynamic_update_slice(drawn.id_BN, id_B[:, None], (0, step)),
-            logprob_BN=jax.lax.dynamic_update_slice(drawn.logprob_BN, logprob_B[:, None], (0, step)),
+            id_BN=jax.lax.dynamic_update_slice_in_dim(drawn.id_BN, id_B[:, None], step, axis=1),
+            logprob_BN=jax.lax.dynamic_update_slice_in_dim(drawn.logprob_BN, logprob_B[:, None], step, axis=1),
             emitted_B=drawn.emitted_B + (busy_B & (finish_B != 1)).astype(jnp.int32),
             finish_B=drawn.finish_B + finish_B,
         )

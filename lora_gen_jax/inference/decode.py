@@ -283,8 +283,8 @@ def _append(state: DecodeState, logits_BV: jax.Array, inputs: Inputs) -> DecodeS
         step=state.step + 1,
         done_B=done_B,
         count_B=state.count_B + (~done_B).astype(jnp.int32),
-        tokens_BS=jax.lax.dynamic_update_slice(state.tokens_BS, id_B[:, None], (0, state.step)),
-        logprobs_BS=jax.lax.dynamic_update_slice(state.logprobs_BS, logprob_B[:, None], (0, state.step)),
+        tokens_BS=jax.lax.dynamic_update_slice_in_dim(state.tokens_BS, id_B[:, None], state.step, axis=1),
+        logprobs_BS=jax.lax.dynamic_update_slice_in_dim(state.logprobs_BS, logprob_B[:, None], state.step, axis=1),
     )
 
 
