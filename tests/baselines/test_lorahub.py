@@ -43,7 +43,7 @@ from lora_gen_jax.training.prepare import make_sampler, training_tasks
 pytestmark = pytest.mark.float64
 SITES = ("q", "v", "gate", "up", "down")
 N, SCALE = 4, SETTINGS.alpha / SETTINGS.rank
-WEIGHTS = np.array([0.7, -0.4, 0.0, 1.2], np.float32)
+WEIGHTS = np.array([0.7, -0.4, 0.0, 1.2])
 TOKENS = np.array(token_rows([7, 7, 7], EDGE.vocab_size), np.int32)
 TASKS = [3, 1, 3]
 
