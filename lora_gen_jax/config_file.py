@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 from lora_gen_jax.config import Config, DistributedConfig, MeshConfig
 from lora_gen_jax.config_check import check
@@ -143,9 +143,11 @@ def from_json(values: dict[str, Any]) -> Config:
     Raises:
         ConfigError: for a field that this version does not know.
     """
+    factories = {field.name: field.default_factory for field in dataclasses.fields(Config)}
+    nested = {name: made for name, made in factories.items() if dataclasses.is_dataclass(made)}
 
     def build(cls: Any, fields: dict[str, Any], prefix: str) -> Any:
-        known = get_type_hints(cls)
+        known = {field.name for field in dataclasses.fields(cls)}
         for name in fields:
             if name not in known:
                 raise ConfigError(
@@ -154,13 +156,10 @@ def from_json(values: dict[str, Any]) -> Config:
                     code="unknown",
                 )
         former = {name: FORMER[prefix + name] for name in known if prefix + name in FORMER}
-        given = {}
-        for name, value in (former | fields).items():
-            inside = dataclasses.is_dataclass(known[name]) and isinstance(value, dict)
-            given[name] = build(known[name], value, f"{prefix}{name}.") if inside else _from_json_value(name, value)
-        return cls(**given)
+        return cls(**{name: _from_json_value(name, value) for name, value in (former | fields).items()})
 
-    return build(Config, values, "")
+    top = {k: build(nested[k], v, f"{k}.") if k in nested else v for k, v in values.items()}
+    return build(Config, top, "")
 
 
 def _from_json_value(name: str, value: Any) -> Any:

@@ -29,8 +29,6 @@ from lora_gen_jax.sharding import make_mesh
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, which has the TPU compiler, is not installed"
 )
-# What was compiled for chips that are not there is written to the cache of compiled programs, and cannot be read back.
-pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry:UserWarning")
 # A Llama whose matmuls fill the matrix unit's tiles and that compiles in seconds.
 SHAPE = {
     "model_type": "llama",
