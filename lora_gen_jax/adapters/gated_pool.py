@@ -62,45 +62,51 @@ class GatedPool(AdapterBase):
         """(α/r)·Σ_e G_pe·B_e·A_e·dropout(x) for the prompt p of each row, [B, T, outputs]."""
         if site not in self.pool:
             return None
-        # What is gathered or mixed per prompt is cast after it: gradients are summed over prompts in fp32.
+        # What is gathered or mixed per prompt is rounded after it: gradients are summed over prompts in fp32.
         a, b, gates_PE = self.gated(site)
         x_PSD = group_rows(dropout(x_BTD, self.dropout_rate, key), gates_PE.shape[0])
         if self._side_by_side(x_PSD.shape[0], x_PSD.shape[1], gates_PE.shape[1]):
             y_PSF = self._all_experts(x_PSD, gates_PE, a, b)
         elif self.mix == "factors":
-            h = kept(product(x_PSD, jnp.einsum("pe,edr->pdr", gates_PE, a), self.operands))
+            h = self._lowered(x_PSD, jnp.einsum("pe,edr->pdr", gates_PE, a)) * jnp.asarray(self.scale, x_BTD.dtype)
             y_PSF = product(h, jnp.einsum("pe,erf->prf", gates_PE, b), self.operands)
         else:
             y_PSF = self._chosen_experts(x_PSD, gates_PE, a, b)
-        return y_PSF.reshape(*x_BTD.shape[:2], -1) * jnp.asarray(self.scale, x_BTD.dtype)
+        return y_PSF.reshape(*x_BTD.shape[:2], -1)
 
     def _side_by_side(self, prompts: int, tokens: int, experts: int) -> bool:
-        """Whether to compute all experts for every token: K = E, or many prompts of few tokens each.
+        """Whether to compute all experts for every token: K near E, or many prompts of few tokens each.
 
         A prompt's own factors are K of the pool's E pairs, copied together for its tokens. Where a prompt has few
-        tokens (decoding has one a row), the copies cost more than the arithmetic that they save.
+        tokens (decoding has one a row), the copies cost more than the arithmetic that they save. With many tokens a
+        column of the copies costs 2.4 times one of the pool (docs/decisions.md).
         """
-        if self.mix == "products" and self.top_k == experts:
+        if self.mix == "products" and experts <= 2 * self.top_k:
             return True
         return prompts * self.top_k > experts and tokens < FEW_TOKENS
 
     def _all_experts(self, x_PSD: jax.Array, gates_PE: jax.Array, a_EDR: jax.Array, b_ERF: jax.Array) -> jax.Array:
-        """One pair of matmuls for all prompts: [P, S, F]."""
-        (P, E), (_, D, R), F = gates_PE.shape, a_EDR.shape, b_ERF.shape[-1]
-        gates_P1E1 = gates_PE[:, None, :, None].astype(x_PSD.dtype)
-        h_PSX = kept(product(x_PSD, a_EDR.transpose(1, 0, 2).reshape(D, E * R), self.operands))
-        h_PSER = h_PSX.reshape(P, -1, E, R) * gates_P1E1
+        """One pair of products for all prompts, scaled by each prompt's gates in between: [P, S, F]."""
+        (E, D, R), F = a_EDR.shape, b_ERF.shape[-1]
+        h_PSX = self._lowered(x_PSD, a_EDR.transpose(1, 0, 2).reshape(D, E * R))
         if self.mix == "factors":
-            h_PSER = jnp.sum(h_PSER, axis=2, keepdims=True) * gates_P1E1
-        return product(h_PSER.reshape(P, -1, E * R), b_ERF.reshape(E * R, F), self.operands)
+            weighed_PSX = h_PSX * columns(gates_PE, R, x_PSD.dtype)
+            h_PSX = jnp.tile(jnp.sum(weighed_PSX.reshape(*h_PSX.shape[:2], E, R), axis=2), (1, 1, E))
+        return product(h_PSX * columns(gates_PE * self.scale, R, x_PSD.dtype), b_ERF.reshape(E * R, F), self.operands)
 
     def _chosen_experts(self, x_PSD: jax.Array, gates_PE: jax.Array, a_EDR: jax.Array, b_ERF: jax.Array) -> jax.Array:
-        """One pair of matmuls per prompt, K/E of the work: [P, S, F]."""
-        (P, _), D, F = gates_PE.shape, x_PSD.shape[-1], b_ERF.shape[-1]
+        """One pair of products per prompt, K/E of the work: [P, S, F].
+
+        Copied are whole rows of both factors, [K·R, D] and [K·R, F]: columns of A would be copied number by number.
+        """
+        (P, _), D, F, R = gates_PE.shape, x_PSD.shape[-1], b_ERF.shape[-1], a_EDR.shape[-1]
         weight_PK, index_PK = jax.lax.top_k(gates_PE, self.top_k)
-        a_PDX = a_EDR[index_PK].transpose(0, 2, 1, 3).reshape(P, D, -1)
-        b_PXF = (b_ERF[index_PK] * weight_PK[:, :, None, None]).reshape(P, -1, F)
-        return product(kept(product(x_PSD, a_PDX, self.operands)), b_PXF, self.operands)
+        a_PXD = a_EDR.swapaxes(1, 2)[index_PK].reshape(P, -1, D)
+        h_PSX = self._lowered(x_PSD, a_PXD.swapaxes(1, 2)) * columns(weight_PK * self.scale, R, x_PSD.dtype)
+        return product(h_PSX, b_ERF[index_PK].reshape(P, -1, F), self.operands)
+
+    def _lowered(self, x_PSD: jax.Array, a: jax.Array) -> jax.Array:
+        return kept(product(x_PSD, a, self.operands))
 
     def weight_delta(self, site: str) -> jax.Array | None:
         """ΔW of one layer in fp32, [inputs, outputs]; for a single prompt."""
@@ -129,6 +135,11 @@ class GatedPool(AdapterBase):
             ConfigError: when there is no such prompt.
         """
         return self.take(np.array([require_prompt(prompt, self.prompts)]))
+
+
+def columns(weight_PX: jax.Array, rank: int, dtype: Any) -> jax.Array:
+    """The weight of every column between an adapter's two products, [P, 1, X·R]: each expert has R of them."""
+    return jnp.repeat(weight_PX, rank, axis=1)[:, None].astype(dtype)
 
 
 def gated_product(gates_E: jax.Array, a_EDR: jax.Array, b_ERF: jax.Array, scale: float) -> jax.Array:

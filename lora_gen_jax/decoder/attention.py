@@ -6,6 +6,7 @@ left-padded, right-padded and packed rows need no case of their own.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from lora_gen_jax.decoder.product import product
+
+# Of queries, where a slot sees none after it: more and smaller ones save less than they cost.
+LEAST_BLOCK, MOST_BLOCKS = 128, 8
 
 
 class KVCache(struct.PyTreeNode):
@@ -83,6 +87,7 @@ def attend(
     config: Any,
     kernel: str = "auto",
     operands: Any = None,
+    ordered: bool = False,
 ) -> jax.Array:
     """Softmax attention with grouped heads, [B, T, N, H]; the softmax is in fp32.
 
@@ -96,10 +101,13 @@ def attend(
         kernel: grouped (`_grouped_attention`), or `jax.nn.dot_product_attention` as xla, or as cudnn through the GPU's
             flash kernel; auto is grouped on a CPU and xla elsewhere. What the library's function lacks is grouped.
         operands: what the two products round their operands to, where they are grouped (`product`).
+        ordered: a promise that no slot sees a later one, and that queries and keys are of the same slots.
     """
     if kernel == "auto":
         kernel = "grouped" if jax.default_backend() == "cpu" else "xla"
     if config.attention_softcap is not None or len(parts) > 1 or kernel == "grouped":
+        if ordered and len(parts) == 1:
+            return _by_blocks(q_BTNH, *parts[0], mask_BTS, config, operands)
         return _grouped_attention(q_BTNH, parts, mask_BTS, config, operands)
     ((k_BSGH, v_BSGH),) = parts
     return jax.nn.dot_product_attention(
@@ -110,6 +118,22 @@ def attend(
         scale=config.attention_scale,
         implementation="cudnn" if kernel == "cudnn" else "xla",
     )
+
+
+def _by_blocks(
+    q_BTNH: jax.Array, k_BTGH: jax.Array, v_BTGH: jax.Array, mask_BTS: jax.Array, config: Any, operands: Any
+) -> jax.Array:
+    """`_grouped_attention` in blocks of queries, each with the keys up to its end: the later ones are masked anyway."""
+    T = q_BTNH.shape[1]
+    count = max(1, min(T // LEAST_BLOCK, MOST_BLOCKS))
+    ends = [T * i // count for i in range(count + 1)]
+    blocks = [
+        _grouped_attention(
+            q_BTNH[:, start:end], [(k_BTGH[:, :end], v_BTGH[:, :end])], mask_BTS[:, start:end, :end], config, operands
+        )
+        for start, end in itertools.pairwise(ends)
+    ]
+    return jnp.concatenate(blocks, axis=1)
 
 
 def _grouped_attention(

@@ -31,6 +31,7 @@ class Context(struct.PyTreeNode):
         packed_BT: segments, where a flash kernel that knows them can do the call; else None.
         last_BT: whether a token is the last of its row's context; None without an adapter.
         pool_BMT: weights of M sums over a row's tokens that every layer records of its output; None for none.
+        ordered: no slot sees a later one; see `attend`.
     """
 
     mask_BTS: jax.Array
@@ -41,6 +42,7 @@ class Context(struct.PyTreeNode):
     packed_BT: jax.Array | None
     last_BT: jax.Array | None = None
     pool_BMT: jax.Array | None = None
+    ordered: bool = struct.field(pytree_node=False, default=False)
 
 
 class PerLayer(struct.PyTreeNode):
@@ -95,7 +97,7 @@ class Attention(nn.Module):
             y = flash_attention(q, k, v, context.packed_BT, c)
         else:
             parts = [(k, v)] if per_layer.prefix is None else [per_layer.prefix, (k, v)]
-            y = attend(q, parts, mask_BTS, c, self.kernel, self.operands)
+            y = attend(q, parts, mask_BTS, c, self.kernel, self.operands, context.ordered)
         y = constrain(y.reshape(B, T, c.num_heads * c.head_dim), "batch", None, "heads")
         out = Linear(c.width, ("heads", "embed"), c.out_bias, self.dtype, operands=self.operands, name="o")
         return out(y, adapter), kv
