@@ -5,7 +5,8 @@ objective, its parts and the gates, which have to be those of `lora_gen_jax.trai
 
 It is written as one would write it for torch: frozen layers are wrapped where a side path is added, attention is
 torch's fused kernel, low-rank products are added by the matmul that makes them, unused slots get
-no logits, and nothing is recomputed in the backward pass.
+no logits, and nothing is recomputed in the backward pass. In bf16 it runs under autocast, with the frozen matrices
+stored in bf16, which spares casting them at every use; the router stays in fp32.
 """
 
 import dataclasses
@@ -106,10 +107,22 @@ class TorchLoRAGen(nn.Module):
             for layer in self.edge.layers:
                 _wrap(layer.mlp, site, lambda base, a=a, b=b: GatedLinear(base, a, b))
 
+    def store_bfloat16(self) -> None:
+        """Stores the frozen matrices of both models in bf16; embeddings and norms stay as they are."""
+        stored: dict[int, nn.Parameter] = {}  # by place in memory: the two models may share weights
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+                place = module.weight.data_ptr()
+                if place not in stored:
+                    stored[place] = nn.Parameter(module.weight.data.bfloat16(), requires_grad=False)
+                module.weight = stored[place]
+
     def forward(self, batch: Batch) -> Result:
         """The objective on a batch whose arrays are tensors (`tensors_of`)."""
         s = self.settings
-        gates_PLE, index_PLK, weight_PLK = self.route(self.meta_tokens(batch.prompts))
+        meta_PLC = self.meta_tokens(batch.prompts)
+        with torch.autocast("cpu", enabled=False):
+            gates_PLE, index_PLK, weight_PLK = self.route(meta_PLC)
         for number, layer in enumerate(self.edge.layers):
             for site in FFN_SITES:
                 chosen = index_PLK[:, number], weight_PLK[:, number] * (s.alpha / s.rank)
@@ -160,6 +173,7 @@ def _hidden(model: Any, x_BTD: torch.Tensor, positions_BT: torch.Tensor, segment
     visible_BTT &= segments_BT[:, None, :] == segments_BT[:, :, None]
     visible_BTT |= torch.eye(x_BTD.shape[1], dtype=torch.bool)
     # As numbers to add, which is what torch's kernel would make of it again in every layer.
-    mask = torch.zeros_like(visible_BTT, dtype=x_BTD.dtype).masked_fill_(~visible_BTT, torch.finfo(x_BTD.dtype).min)
+    dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else x_BTD.dtype
+    mask = torch.zeros_like(visible_BTT, dtype=dtype).masked_fill_(~visible_BTT, torch.finfo(dtype).min)
     given = {"inputs_embeds": x_BTD, "attention_mask": mask[:, None], "position_ids": positions_BT.clamp(min=0)}
     return model(**given, use_cache=False).last_hidden_state

@@ -1,7 +1,8 @@
 """The optimiser's side of LoRA-Gen in torch: one update, and parameters copied from this project and back.
 
 In: a pair of models, a config and the trainable tree of this project; then its `Batch`es of NumPy arrays. Out: the
-step's figures, and parameters or gradients in the shapes of this project's tree. AdamW is torch's fused one.
+step's figures, and parameters or gradients in the shapes of this project's tree. AdamW is torch's fused one. With
+"bfloat16" the pass runs under autocast; parameters, gradients and the optimiser's state stay in fp32.
 """
 
 import copy
@@ -57,12 +58,13 @@ class TorchTrainer:
         pair: the two models of this project, whose weights are copied.
         config: the experiment.
         params: this project's trainable tree, copied.
+        dtype: "float32" or "bfloat16", of large products.
 
     Raises:
         ConfigError: for a variant that is not written here.
     """
 
-    def __init__(self, pair: Pair, config: Config, params: Any):
+    def __init__(self, pair: Pair, config: Config, params: Any, dtype: str = "float32"):
         _check(pair, config)
         edge = torch_model(config.edge.source, pair.edge)
         if pair.cloud.params is pair.edge.params:
@@ -77,13 +79,17 @@ class TorchTrainer:
             for key in path:
                 value = value[key]
             leaf.write(np.asarray(value))
+        self.mixed = dtype == "bfloat16"
+        if self.mixed:
+            self.model.store_bfloat16()
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer, self.scheduler = make_optimizer(self.model, config.train)
 
     def step(self, batch: Batch) -> dict[str, float]:
         """One update on a batch of NumPy arrays; loss, CV² and the norm of the gradient before clipping."""
         self.optimizer.zero_grad(set_to_none=True)
-        result = self.model(tensors_of(batch))
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.mixed):
+            result = self.model(tensors_of(batch))
         result.total.backward()
         limit = math.inf if self.config.clip_norm is None else self.config.clip_norm
         norm = nn.utils.clip_grad_norm_(self.trainable, limit)
