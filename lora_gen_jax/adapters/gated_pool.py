@@ -62,17 +62,33 @@ class GatedPool(AdapterBase):
         """(α/r)·Σ_e G_pe·B_e·A_e·dropout(x) for the prompt p of each row, [B, T, outputs]."""
         if site not in self.pool:
             return None
+        if (low := self.lowered(site, x_BTD, key)) is not None:
+            return product(*low, self.operands)
         # What is gathered or mixed per prompt is rounded after it: gradients are summed over prompts in fp32.
         a, b, gates_PE = self.gated(site)
         x_PSD = group_rows(dropout(x_BTD, self.dropout_rate, key), gates_PE.shape[0])
-        if self._side_by_side(x_PSD.shape[0], x_PSD.shape[1], gates_PE.shape[1]):
-            y_PSF = self._all_experts(x_PSD, gates_PE, a, b)
-        elif self.mix == "factors":
-            h = self._lowered(x_PSD, jnp.einsum("pe,edr->pdr", gates_PE, a)) * jnp.asarray(self.scale, x_BTD.dtype)
+        if self.mix == "factors":
+            h = self._first(x_PSD, jnp.einsum("pe,edr->pdr", gates_PE, a)) * jnp.asarray(self.scale, x_BTD.dtype)
             y_PSF = product(h, jnp.einsum("pe,erf->prf", gates_PE, b), self.operands)
         else:
             y_PSF = self._chosen_experts(x_PSD, gates_PE, a, b)
         return y_PSF.reshape(*x_BTD.shape[:2], -1)
+
+    def lowered(self, site: str, x_BTD: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array] | None:
+        """All experts' A_e·dropout(x), each times its gate, and all B_e: where all experts are computed."""
+        if site not in self.pool:
+            return None
+        a_EDR, b_ERF, gates_PE = self.gated(site)
+        (E, D, R), P, (B, T, _) = a_EDR.shape, gates_PE.shape[0], x_BTD.shape
+        if not self._side_by_side(P, B // P * T, E):
+            return None
+        x_PSD = group_rows(dropout(x_BTD, self.dropout_rate, key), P)
+        h_PSX = self._first(x_PSD, a_EDR.transpose(1, 0, 2).reshape(D, E * R))
+        if self.mix == "factors":
+            weighed_PSX = h_PSX * columns(gates_PE, R, x_PSD.dtype)
+            h_PSX = jnp.tile(jnp.sum(weighed_PSX.reshape(*h_PSX.shape[:2], E, R), axis=2), (1, 1, E))
+        h_PSX = h_PSX * columns(gates_PE * self.scale, R, x_PSD.dtype)
+        return h_PSX.reshape(B, T, E * R), b_ERF.reshape(E * R, -1)
 
     def _side_by_side(self, prompts: int, tokens: int, experts: int) -> bool:
         """Whether to compute all experts for every token: K near E, or many prompts of few tokens each.
@@ -85,15 +101,6 @@ class GatedPool(AdapterBase):
             return True
         return prompts * self.top_k > experts and tokens < FEW_TOKENS
 
-    def _all_experts(self, x_PSD: jax.Array, gates_PE: jax.Array, a_EDR: jax.Array, b_ERF: jax.Array) -> jax.Array:
-        """One pair of products for all prompts, scaled by each prompt's gates in between: [P, S, F]."""
-        (E, D, R), F = a_EDR.shape, b_ERF.shape[-1]
-        h_PSX = self._lowered(x_PSD, a_EDR.transpose(1, 0, 2).reshape(D, E * R))
-        if self.mix == "factors":
-            weighed_PSX = h_PSX * columns(gates_PE, R, x_PSD.dtype)
-            h_PSX = jnp.tile(jnp.sum(weighed_PSX.reshape(*h_PSX.shape[:2], E, R), axis=2), (1, 1, E))
-        return product(h_PSX * columns(gates_PE * self.scale, R, x_PSD.dtype), b_ERF.reshape(E * R, F), self.operands)
-
     def _chosen_experts(self, x_PSD: jax.Array, gates_PE: jax.Array, a_EDR: jax.Array, b_ERF: jax.Array) -> jax.Array:
         """One pair of products per prompt, K/E of the work: [P, S, F].
 
@@ -102,10 +109,10 @@ class GatedPool(AdapterBase):
         (P, _), D, F, R = gates_PE.shape, x_PSD.shape[-1], b_ERF.shape[-1], a_EDR.shape[-1]
         weight_PK, index_PK = jax.lax.top_k(gates_PE, self.top_k)
         a_PXD = a_EDR.swapaxes(1, 2)[index_PK].reshape(P, -1, D)
-        h_PSX = self._lowered(x_PSD, a_PXD.swapaxes(1, 2)) * columns(weight_PK * self.scale, R, x_PSD.dtype)
+        h_PSX = self._first(x_PSD, a_PXD.swapaxes(1, 2)) * columns(weight_PK * self.scale, R, x_PSD.dtype)
         return product(h_PSX, b_ERF[index_PK].reshape(P, -1, F), self.operands)
 
-    def _lowered(self, x_PSD: jax.Array, a: jax.Array) -> jax.Array:
+    def _first(self, x_PSD: jax.Array, a: jax.Array) -> jax.Array:
         return kept(product(x_PSD, a, self.operands))
 
     def weight_delta(self, site: str) -> jax.Array | None:

@@ -84,11 +84,16 @@ class LoRA(AdapterBase):
 
     def delta(self, site: str, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array | None:
         """(α/r)·B·A·dropout(x), [B, T, outputs]."""
+        low = self.lowered(site, x_BTD, key)
+        return None if low is None else product(*low, self.operands)
+
+    def lowered(self, site: str, x_BTD: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array] | None:
+        """(α/r)·A·dropout(x) and B."""
         if site not in self.scanned:
             return None
         a, b = (self.scanned[site][name] for name in ("a", "b"))
         h_BTR = kept(product(dropout(x_BTD, self.dropout_rate, key), a, self.operands))
-        return product(h_BTR * jnp.asarray(self.scale, x_BTD.dtype), b, self.operands)
+        return h_BTR * jnp.asarray(self.scale, x_BTD.dtype), b
 
     def weight_delta(self, site: str) -> jax.Array | None:
         """(α/r)·A·B of one layer in fp32, [inputs, outputs]."""

@@ -2,9 +2,9 @@
 
 An adapter is a pytree in two parts. `scanned` holds arrays led by the layer axis; the decoder's scan over
 layers hands each layer its slice. `shared` is handed to every layer whole. The decoder asks four questions: what does
-the linear layer `site` add for this input (`delta`), what does the FFN compute instead (`ffn`) and what does the layer
-give instead (`stream`, both for the few methods that need it), and what does a router say about each token (`record`,
-for losses)? It never learns which method answers.
+the linear layer `site` add for this input (`delta`, or the two factors of it, `lowered`), what does the FFN compute
+instead (`ffn`) and what does the layer give instead (`stream`, both for the few methods that need it), and what does a
+router say about each token (`record`, for losses)? It never learns which method answers.
 """
 
 from collections.abc import Callable
@@ -67,6 +67,13 @@ class Adapter(Protocol):
         """
         ...
 
+    def lowered(self, site: str, x_BTD: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array] | None:
+        """(h [B, T, X], b [X, outputs]) whose product is `delta`, so that a layer can compute it with its own product.
+
+        None where there is none: the adapter leaves the site alone, or other rows have another b.
+        """
+        ...
+
     def ffn(self, x_BTD: jax.Array, frozen: FrozenFFN, key: jax.Array | None) -> jax.Array | None:
         """The output [B, T, D] of the whole FFN; None where it is computed as always, `delta` included."""
         ...
@@ -107,6 +114,10 @@ class AdapterBase(struct.PyTreeNode):
 
     def delta(self, site: str, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array | None:
         """As `Adapter.delta`."""
+        return None
+
+    def lowered(self, site: str, x_BTD: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array] | None:
+        """As `Adapter.lowered`."""
         return None
 
     def ffn(self, x_BTD: jax.Array, frozen: FrozenFFN, key: jax.Array | None) -> jax.Array | None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lora_gen_jax.adapters.protocol import Adapter
 from lora_gen_jax.decoder.config import DecoderConfig
-from lora_gen_jax.decoder.product import kept, product
+from lora_gen_jax.decoder.product import kept, product, product_beside
 from lora_gen_jax.sharding import constrain, partitioned
 
 RECORDS = "records"
@@ -51,8 +51,15 @@ class Linear(nn.Module):
         # Stored in pieces, gathered here: the alternative, partial sums of all rows, moves far more.
         stored = self.dtype if self.operands is None else self.operands
         kernel = constrain(kernel.astype(stored), *(None if axis == "embed" else axis for axis in self.axes))
+        key = None if adapter is None else dropout_key(self)
+        low = None
+        # Where outputs are fewer, laying both operands out side by side costs more than another pass over the outputs.
+        if adapter is not None and self.operands is not None and self.features > x_BTD.shape[-1]:
+            low = adapter.lowered(str(self.name), x_BTD, key)
         if self.operands is None:
             y = jnp.matmul(x_BTD, kernel, preferred_element_type=self.out_dtype)
+        elif low is not None:
+            y = product_beside(x_BTD, kernel, *low, self.operands)
         else:
             y = product(x_BTD, kernel, self.operands)
         if self.use_bias:
@@ -60,7 +67,7 @@ class Linear(nn.Module):
             bias = self.param("bias", init, (self.features,))
             y = y + bias.astype(y.dtype)[None, None]
         if adapter is not None and self.name is not None:
-            delta = adapter.delta(self.name, x_BTD, dropout_key(self))
+            delta = adapter.delta(self.name, x_BTD, key) if low is None else None
             y = y if delta is None else y + delta.astype(y.dtype)
             record(self, adapter, self.name, x_BTD)
         return kept(y)

@@ -33,6 +33,14 @@ def product(x: jax.Array, w: jax.Array, operands: Any = None) -> jax.Array:
     return _product(jnp.dtype(x.dtype if operands is None else operands).name, x, w)
 
 
+def product_beside(x: jax.Array, w: jax.Array, h: jax.Array, b: jax.Array, operands: Any) -> jax.Array:
+    """x·w + h·b as one product of [x | h] and [w; b], in the type of x; arguments as of `product`, two axes for w, b.
+
+    A low-rank path costs no pass over the outputs, nor over the gradient of x.
+    """
+    return _beside(jnp.dtype(operands).name, x, w, h, b)
+
+
 def kept(y: jax.Array) -> jax.Array:
     """Marks a result that remat "dots" keeps for the backward pass."""
     return checkpoint_name(y, KEPT)
@@ -80,3 +88,39 @@ def _of_weight(left: jax.Array, gradient: jax.Array, dtype: Any) -> jax.Array:
 
 
 _product.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _beside(operands: str, x: jax.Array, w: jax.Array, h: jax.Array, b: jax.Array) -> jax.Array:
+    left, right = jnp.concatenate([x, h], -1).astype(operands), _stacked(operands, w, b)
+    return jnp.matmul(left, right, preferred_element_type=x.dtype)
+
+
+def _stacked(operands: str, w: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.concatenate([w.astype(operands), b.astype(operands)], 0)
+
+
+def _beside_forward(operands: str, x: Any, w: Any, h: Any, b: Any) -> tuple[jax.Array, Any]:
+    right, low = _stacked(operands, w.value, b.value), h.value.astype(operands)
+    left = jnp.concatenate([x.value.astype(operands), low], -1)
+    y = jnp.matmul(left, right, preferred_element_type=x.value.dtype)
+    # Only h where w is frozen. Empty arrays remember types and sizes.
+    stored = tuple(jnp.zeros((0, len(v.value)), v.value.dtype) for v in (w, b))
+    return y, (left if w.perturbed else low, right, stored)
+
+
+def _beside_backward(operands: str, residuals: Any, gradient: Any) -> tuple[jax.Array | None, ...]:
+    if isinstance(gradient, SymbolicZero):
+        return None, None, None, None
+    left, right, (w, b) = residuals
+    inputs, rounded = w.shape[1], gradient.astype(operands)
+    of_both = jnp.matmul(rounded, right.T, preferred_element_type=gradient.dtype)
+    # Of [w; b], or of b alone.
+    rows = left.reshape(-1, left.shape[-1]), rounded.reshape(-1, rounded.shape[-1])
+    of_weights = _of_weight(*rows, jnp.float32)
+    of_b = of_weights[-b.shape[1] :].astype(b.dtype)
+    of_w = of_weights[:inputs].astype(w.dtype) if len(of_weights) > b.shape[1] else None
+    return of_both[..., :inputs], of_w, of_both[..., inputs:], of_b
+
+
+_beside.defvjp(_beside_forward, _beside_backward, symbolic_zeros=True)

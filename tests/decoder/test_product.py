@@ -9,7 +9,7 @@ from jax.extend.core import jaxprs_in_params
 
 from lora_gen_jax.decoder import layers
 from lora_gen_jax.decoder.model import Decoder
-from lora_gen_jax.decoder.product import kept, product
+from lora_gen_jax.decoder.product import kept, product, product_beside
 
 # Rounding to the nearest bf16 changes a number by this share of it at most; an fp32 sum of n products by n times the
 # second.
@@ -77,6 +77,32 @@ def test_the_gradient_of_a_trained_weight_keeps_what_bf16_activations_would_lose
     of_w = jax.grad(lambda w: jnp.sum(product(x, w).astype(jnp.float32)))(jnp.ones((1, 1)))
     assert of_w.dtype == jnp.float32
     assert float(of_w[0, 0]) == 1 + 2.0**-10
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_low_rank_path_beside_a_weight_is_the_sum_of_both(trained):
+    """Values and gradients of x·w + h·b, to the rounding of sums in fp32: what is multiplied is the same."""
+    x, w, h, b = normal(0, (2, 5, 48)), normal(1, (48, 64), jnp.bfloat16), normal(2, (2, 5, 6)), normal(3, (6, 64))
+    g = normal(4, (2, 5, 64))
+
+    def apart(x, w, h, b):
+        return product(x, w, jnp.bfloat16) + product(h, b, jnp.bfloat16)
+
+    def beside(x, w, h, b):
+        return product_beside(x, w, h, b, jnp.bfloat16)
+
+    def results(f):
+        if trained:
+            y, pull = jax.vjp(f, x, w, h, b)
+        else:
+            y, pull = jax.vjp(lambda x, h, b: f(x, w, h, b), x, h, b)
+        return y, *pull(g)
+
+    for ours, expected in zip(results(beside), results(apart), strict=True):
+        assert ours.dtype == expected.dtype
+        # Sums of up to 64 products of normal numbers; a weight's gradient is rounded to bf16 at the end.
+        tolerance = 2 * U_BF16 if ours.dtype == jnp.bfloat16 else 0
+        np.testing.assert_allclose(double(ours), double(expected), rtol=tolerance, atol=200 * U_FP32)
 
 
 def test_frozen_weights_keep_no_activations():
