@@ -15,14 +15,17 @@ from lora_gen_jax.adapters import merge as merging
 from lora_gen_jax.adapters.gated_pool import GatedPool
 from lora_gen_jax.adapters.lora import LoRA, PromptLoRA, dropout
 from lora_gen_jax.adapters.merge import merge, merge_donated, merge_over, unmerge, unmerge_donated
+from lora_gen_jax.decoder.layers import Linear
 from lora_gen_jax.decoder.model import Decoder
+from lora_gen_jax.decoder.product import product
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.models import init_params
 from lora_gen_jax.sharding import make_mesh, param_shardings
 
 pytestmark = pytest.mark.float64
 # ΔW is of the weights' own order, so that an error in it cannot hide.
-E, R, P = 4, 3, 2
+# More than 2K experts: with fewer all would be computed.
+E, R, P = 5, 3, 2
 
 
 def _pair(rng, lead, inputs, outputs):
@@ -346,6 +349,28 @@ def test_all_experts_side_by_side_and_the_chosen_ones_say_the_same(monkeypatch):
             said[few] = one.delta("up", x_BTD, None)
         np.testing.assert_allclose(said[0], said[4], **SAME)
         assert np.abs(said[0]).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["shared products K=E", "per-layer products K=2", "lora"])
+@pytest.mark.parametrize("site", ["up", "down"])
+def test_a_layer_in_mixed_precision_adds_what_the_adapter_says(name, site):
+    """As part of the layer's own product where that is done, `up` of K = E and LoRA, or beside it; gradients too."""
+    adapter = ADAPTERS[name](EDGE).replace(operands=jnp.bfloat16, dropout_rate=0.0)
+    inputs, outputs = EDGE.site_shape(site)
+    layer = Linear(outputs, ("embed", "mlp"), operands=jnp.bfloat16, name=site)
+    x, kernel = noise_like(np.zeros((4, 3, inputs)), 5), noise_like(np.zeros((inputs, outputs)), 6)
+    one = adapter.replace(scanned=jax.tree.map(lambda x: x[0], adapter.scanned))
+
+    def plain(x, adapter):
+        return product(x, kernel, jnp.bfloat16) + adapter.delta(site, x, None)
+
+    def ours(x, adapter):
+        return layer.apply({"params": {"kernel": kernel}}, x, adapter)
+
+    g = noise_like(np.zeros((4, 3, outputs)), 7)
+    (y, pull), (expected, wanted) = jax.vjp(ours, x, one), jax.vjp(plain, x, one)
+    np.testing.assert_allclose(y, expected, **SAME)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **SAME), pull(g), wanted(g))
 
 
 def other_layers(adapter, count):

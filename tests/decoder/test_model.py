@@ -247,6 +247,40 @@ def test_recomputation_and_unrolling_change_no_value_and_no_gradient():
             np.testing.assert_allclose(one, other, **SAME)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_packed_rows_are_attended_to_in_blocks_that_see_no_later_slot(monkeypatch, window):
+    """Fewer products, the same hidden states and gradients; padding at the end of a row, and windows, included."""
+    windowed = tuple(i % 2 == 0 for i in range(EDGE.num_layers))
+    config = EDGE if window is None else dataclasses.replace(EDGE, sliding_window=window, windowed_layers=windowed)
+    params, decoder, segments = random_params(config), Decoder(config), np.repeat([1, 2, 3, 0], [6, 5, 4, 2])[None]
+    positions = np.concatenate([np.arange(6), np.arange(5), np.arange(4), [-1, -1]]).astype(np.int32)[None]
+    x = np.random.default_rng(0).standard_normal((1, 17, config.width), np.float32)
+    read = jnp.asarray(positions >= 0, jnp.float32)[..., None]
+
+    def total(x, packed):
+        hidden, _ = decoder.apply(
+            {"params": params}, x, positions, segments_BT=segments, packed=packed, method="encode"
+        )
+        return jnp.sum(jnp.square(hidden[..., ::2]) * read), hidden * read
+
+    monkeypatch.setattr(attention, "LEAST_BLOCK", 4)
+    sizes = []
+    grouped = attention._grouped_attention
+
+    def noted(q, parts, *rest):
+        sizes.append((q.shape[1], parts[0][0].shape[1]))
+        return grouped(q, parts, *rest)
+
+    monkeypatch.setattr(attention, "_grouped_attention", noted)
+    (blocks, of_blocks), (whole, of_whole) = (
+        (hidden, gradient)
+        for (_, hidden), gradient in (jax.value_and_grad(total, has_aux=True)(x, packed) for packed in (True, False))
+    )
+    assert {(4, 4), (4, 8), (4, 12), (5, 17), (17, 17)} == set(sizes)
+    np.testing.assert_allclose(blocks, whole, atol=1e-5)
+    np.testing.assert_allclose(of_blocks, of_whole, atol=1e-5 * float(np.max(np.abs(of_whole))))
+
+
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
 def test_the_cpus_attention_is_the_accelerators(heads):
     N, G = heads
