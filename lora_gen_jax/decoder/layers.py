@@ -48,6 +48,8 @@ class Linear(nn.Module):
         """[B, T, inputs] -> [B, T, features]."""
         init = partitioned(nn.initializers.lecun_normal(), *self.axes)
         kernel = self.param("kernel", init, (x_BTD.shape[-1], self.features))
+        if kernel.dtype == jnp.uint16:  # bf16, which the scan over layers sliced as bits
+            kernel = jax.lax.bitcast_convert_type(kernel, jnp.bfloat16)
         # Stored in pieces, gathered here: the alternative, partial sums of all rows, moves far more.
         stored = self.dtype if self.operands is None else self.operands
         kernel = constrain(kernel.astype(stored), *(None if axis == "embed" else axis for axis in self.axes))

@@ -69,10 +69,6 @@ class Decoder(nn.Module):
             rows = c.max_positions + c.learned_position_offset
             self.position_embedding = self.table("positions", (rows, c.width), ("positions", "embed"))
         layer: Any = Layer
-        # At initialisation there is nothing to reinterpret.
-        as_bits = self.operands is not None and not self.is_initializing()
-        if as_bits:
-            layer = nn.map_variables(layer, "params", trans_in_fn=_floats)
         if self.remat != "none":
             layer = nn.remat(Layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         layers = nn.scan(
@@ -84,7 +80,8 @@ class Decoder(nn.Module):
             unroll=self.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        if as_bits:
+        # At initialisation there is nothing to reinterpret.
+        if self.operands is not None and not self.is_initializing():
             layers = nn.map_variables(layers, "params", trans_in_fn=_bits)
         self.layers = layers(c, self.dtype, self.attention, self.operands)
         self.final_norm = Norm(c, self.dtype)
@@ -214,12 +211,11 @@ class Decoder(nn.Module):
 
 
 def _bits(tree: Any) -> Any:
-    """bf16 as 16-bit integers: XLA slices bf16 on a CPU by way of fp32, all layers' weights anew in every pass."""
+    """bf16 as 16-bit integers, which `Linear` reads as bf16 again.
+
+    XLA slices bf16 on a CPU by way of fp32, all layers' weights anew in every pass.
+    """
     return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x, tree)
-
-
-def _floats(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x, tree)
 
 
 class _Table(nn.Module):

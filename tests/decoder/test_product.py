@@ -189,6 +189,32 @@ def _of_weight(x, w, g):
     return jnp.matmul(x.swapaxes(-1, -2), g)
 
 
+@pytest.mark.parametrize("variant", [{}, {"remat": "dots"}, {"remat": "full"}, {"unroll": 3}])
+def test_weights_stored_in_bf16_are_read_as_such(variant):
+    """The rounded weights as bf16 and as fp32: the same numbers, so the same logits and gradients."""
+    params, x = random_params(EDGE), normal(0, (2, 6, EDGE.width))
+    positions = jnp.broadcast_to(jnp.arange(6, dtype=jnp.int32)[None], (2, 6))
+    decoder = Decoder(EDGE, operands=jnp.bfloat16, **variant)
+
+    def matrices(tree, *types):
+        def cast(path, value):
+            for dtype in types if path[-1].key in ("kernel", "embedding") else ():
+                value = value.astype(dtype)
+            return value
+
+        return jax.tree_util.tree_map_with_path(cast, tree)
+
+    def values(params):
+        def total(x):
+            hidden, _ = decoder.apply({"params": params}, x, positions, method="encode")
+            return jnp.sum(jnp.square(hidden[..., ::2])), hidden
+
+        return jax.jit(jax.value_and_grad(total, has_aux=True))(x)
+
+    stored, plain = (values(matrices(params, jnp.bfloat16, *last)) for last in ((), (jnp.float32,)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), stored, plain)
+
+
 def test_kept_changes_nothing():
     x = normal(0, (3, 4))
     np.testing.assert_array_equal(kept(x), x)
