@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from lora_gen_jax.config import Config, DistributedConfig, MeshConfig
 from lora_gen_jax.config_check import check
@@ -143,11 +143,10 @@ def from_json(values: dict[str, Any]) -> Config:
     Raises:
         ConfigError: for a field that this version does not know.
     """
-    factories = {field.name: field.default_factory for field in dataclasses.fields(Config)}
-    nested = {name: made for name, made in factories.items() if dataclasses.is_dataclass(made)}
 
     def build(cls: Any, fields: dict[str, Any], prefix: str) -> Any:
         known = {field.name for field in dataclasses.fields(cls)}
+        hints = get_type_hints(cls)
         for name in fields:
             if name not in known:
                 raise ConfigError(
@@ -156,10 +155,15 @@ def from_json(values: dict[str, Any]) -> Config:
                     code="unknown",
                 )
         former = {name: FORMER[prefix + name] for name in known if prefix + name in FORMER}
-        return cls(**{name: _from_json_value(name, value) for name, value in (former | fields).items()})
+        made = {
+            name: build(hints[name], value, f"{prefix}{name}.")
+            if dataclasses.is_dataclass(hints[name]) and isinstance(value, dict)
+            else _from_json_value(name, value)
+            for name, value in (former | fields).items()
+        }
+        return cls(**made)
 
-    top = {k: build(nested[k], v, f"{k}.") if k in nested else v for k, v in values.items()}
-    return build(Config, top, "")
+    return build(Config, values, "")
 
 
 def _from_json_value(name: str, value: Any) -> Any:

@@ -89,7 +89,8 @@ def test_steps_lower_the_loss_of_the_shots(config, pair, checkpoints, task):
     after = params_of(config, pair, checkpoints, task, METHODS)
     for name in METHODS:
         old, new = (shots_loss(pair, params[name], task, config.eval) for params in (before, after))
-        assert new < old - 1e-3, name
+        # Far more than rounding: of a mean over a handful of tokens, 1e-6.
+        assert new < 0.95 * old, name
 
 
 def test_what_results_depend_on(config, pair, checkpoints, task):

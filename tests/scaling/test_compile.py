@@ -26,6 +26,15 @@ from lora_gen_jax.scaling.topology import get_topology
 from lora_gen_jax.scaling.traffic import hbm_bytes
 from lora_gen_jax.sharding import make_mesh
 
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_compilation_cache():
+    """JAX writes programs for devices that do not exist to its cache, and then cannot read them back."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, which has the TPU compiler, is not installed"
 )
