@@ -211,11 +211,16 @@ class Decoder(nn.Module):
 
 
 def _bits(tree: Any) -> Any:
-    """bf16 as 16-bit integers, which `Linear` reads as bf16 again.
+    """Kernels in bf16 as 16-bit integers, which `Linear` reads as bf16 again.
 
     XLA slices bf16 on a CPU by way of fp32, all layers' weights anew in every pass.
     """
-    return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x, tree)
+
+    def bits(path: Any, x: jax.Array) -> jax.Array:
+        kernel = path[-1].key == "kernel" and x.dtype == jnp.bfloat16
+        return jax.lax.bitcast_convert_type(x, jnp.uint16) if kernel else x
+
+    return jax.tree_util.tree_map_with_path(bits, tree)
 
 
 class _Table(nn.Module):

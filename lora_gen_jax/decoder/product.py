@@ -117,7 +117,7 @@ def _beside_backward(operands: str, residuals: Any, gradient: Any) -> tuple[jax.
     of_both = jnp.matmul(rounded, right.T, preferred_element_type=gradient.dtype)
     # Of [w; b], or of b alone.
     rows = left.reshape(-1, left.shape[-1]), rounded.reshape(-1, rounded.shape[-1])
-    of_weights = _of_weight(*rows, jnp.float32)
+    of_weights = _of_weight(*rows, gradient.dtype)
     of_b = of_weights[-b.shape[1] :].astype(b.dtype)
     of_w = of_weights[:inputs].astype(w.dtype) if len(of_weights) > b.shape[1] else None
     return of_both[..., :inputs], of_w, of_both[..., inputs:], of_b
