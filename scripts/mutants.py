@@ -83,8 +83,8 @@ MUTANTS = (
     Mutant(
         "a LoRA without its scale",
         "adapters/lora.py",
-        "return product(h_BTR, b, self.operands) * jnp.asarray(self.scale, x_BTD.dtype)",
-        "return product(h_BTR, b, self.operands)",
+        "return h_BTR * jnp.asarray(self.scale, x_BTD.dtype), b",
+        "return h_BTR, b",
         ("baselines/test_multi_task_lora.py::test_merged_equals_the_side_path_and_changes_the_model",),
     ),
     Mutant(
@@ -97,9 +97,9 @@ MUTANTS = (
     Mutant(
         "dropout does not scale up what it keeps",
         "adapters/lora.py",
-        "scale = jnp.asarray(256 / (256 - dropped), x.dtype)",
-        "scale = jnp.ones((), x.dtype)",
-        (f"{MERGE}::test_dropout_rates_are_rounded_to_256ths_and_never_reach_one",),
+        "kept_x = x * jnp.asarray(1 / (1 - rate), x.dtype)",
+        "kept_x = x",
+        (f"{MERGE}::test_dropout_zeroes_its_share_and_scales_up_the_rest",),
     ),
     Mutant(
         "rows are dealt to the prompts in turn",
@@ -111,8 +111,8 @@ MUTANTS = (
     Mutant(
         "the chosen experts are not weighed",
         "adapters/gated_pool.py",
-        "(b_ERF[index_PK] * weight_PK[:, :, None, None])",
-        "b_ERF[index_PK]",
+        "columns(weight_PK * self.scale, R, x_PSD.dtype)",
+        "columns(jnp.ones_like(weight_PK) * self.scale, R, x_PSD.dtype)",
         (f"{MERGE}::test_the_merged_model_says_what_the_side_path_says[shared products K=2 llama]",),
     ),
     Mutant(
