@@ -66,7 +66,9 @@ def killed(jobs, config, at, writing=False, workers=0):
         saving = any((directory / "checkpoints").glob("*tmp*"))
         return last_step(directory) >= at and (saving or not writing)
 
-    process = jobs.start(config, "--data.workers", str(workers), step_seconds=0.02 if writing else 0.2)
+    flags, seconds = ("--data.workers", str(workers)), 0.02 if writing else 0.2
+    # A log of its own: Python's tracker of the workers' resources says a last word after all have ended.
+    process = jobs.start(config, *flags, name="killed", step_seconds=seconds)
     assert wait_for(moment, process), "the run ended before it could be killed"
     building = [pid for pid in _children(process.pid) if "spawn_main" in _command(pid)]
     assert len(building) == workers
