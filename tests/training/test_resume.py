@@ -95,7 +95,9 @@ def stopped(jobs, config, number, status, at, workers=0):
     assert last_step(directory) == step
     said = jobs.said(config)
     end = f"stopped by {number.name} at step {step}: the checkpoint is saved, the same command goes on"
-    assert said.splitlines()[-1] == end
+    # Python's own resource tracker, a process of its own, may have the last word.
+    own = [line for line in said.splitlines() if "resource_tracker" not in line and "warnings.warn" not in line]
+    assert own[-1] == end
     assert "Traceback" not in said
 
 
