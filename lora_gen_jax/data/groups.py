@@ -10,10 +10,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jinja2
 import numpy as np
 
 from lora_gen_jax.config import DataConfig
-from lora_gen_jax.data.edge_prompt import beside
+from lora_gen_jax.data.edge_prompt import shared_row
 from lora_gen_jax.data.encode import Encoder
 from lora_gen_jax.data.prompts import sample_shots, system_prompt
 from lora_gen_jax.data.tasks import Example, Task
@@ -29,11 +30,13 @@ class Group:
     Attributes:
         description, shots: what the prompt is made of.
         prompt: its token ids.
-        queries: token ids of (query, response) pairs.
-        prefix: the prompt in the edge model's ids where a row begins with it, else empty.
+        queries: token ids of (query, response) pairs, behind `prefix`.
+        prefix: what a row of the edge begins with where it reads the prompt, in its ids: the prompt, and what all
+            queries begin with alike; else empty.
         task: the task's number among those trained on.
         knowledge: the task is one of `data.knowledge_tasks`.
         edge_prompt: the prompt in the edge model's ids where `data.edge_prompt_length` asks for it, else empty.
+        asked: the examples whose queries these are, and more that did not fit a row.
     """
 
     description: str
@@ -44,6 +47,7 @@ class Group:
     task: int = 0
     knowledge: bool = False
     edge_prompt: list[int] = dataclasses.field(default_factory=list)
+    asked: tuple[Example, ...] = ()
 
 
 class GroupSampler:
@@ -59,7 +63,8 @@ class GroupSampler:
     Raises:
         DataError: when no task has an example of the split that fits `query_length`.
         ConfigError: for a weight that is malformed or of an unknown source, or a knowledge task that is not there.
-        ModelError: for conversations, where the edge model's tokenizer has no chat template.
+        ModelError: for conversations, where the edge model's tokenizer has no chat template, or one without a system
+            turn for a prompt that the edge is to read.
     """
 
     def __init__(
@@ -77,13 +82,8 @@ class GroupSampler:
                 remedy="name tasks that do, or give files with data.files",
             )
         weights = named_tasks(config, tasks)
-        chat = next((task for task in self.tasks if task.chat), None)
-        if chat is not None and not edge.tokenizer.chat_template:
-            raise ModelError(
-                f"the task {chat.name!r} has messages, and the edge model's tokenizer no chat template",
-                field="chat_template",
-                remedy='give such rows as "system", "input", "output", or take another edge model',
-            )
+        self.chats = {number for number, task in enumerate(tasks) if task.chat}
+        _check_chat(next((task for task in self.tasks if task.chat), None), edge, config.edge_reads_prompt)
         sizes: dict[str, int] = {}
         for task in self.tasks:
             sizes[task.source] = sizes.get(task.source, 0) + len(getattr(task, split))
@@ -114,7 +114,8 @@ class GroupSampler:
             count = int(rng.integers(self.config.min_shots, self.config.max_shots + 1))
             shots = sample_shots(task, count, rng, examples)
             knowledge = not {task.name, task.source}.isdisjoint(self.config.knowledge_tasks)
-            group = Group(description, tuple(shots), [], queries, task=self.numbers[place], knowledge=knowledge)
+            number = self.numbers[place]
+            group = Group(description, shots, [], queries, task=number, knowledge=knowledge, asked=tuple(examples))
             group = self._fit(group)
             if group is not None:
                 return group
@@ -133,9 +134,7 @@ class GroupSampler:
         examples, queries, room, slots = [], [], c.edge_length, c.response_slots
         # A few more candidates than needed: the row is filled with those that fit.
         for index in rng.choice(len(rows), size=min(len(rows), 2 * c.queries_per_prompt), replace=False):
-            query, response = self.edge.query(rows[index], task.chat)
-            if self.split == "train" and self.edge.end is not None:
-                response = [*response, self.edge.end]
+            query, response = self._ids(rows[index], task.chat)
             length = len(query) + len(response) - 1
             if length <= min(room, c.query_length) and len(response) <= slots:
                 examples.append(rows[index])
@@ -145,6 +144,12 @@ class GroupSampler:
                 break
         return examples, queries
 
+    def _ids(self, example: Example, chat: bool, *prompt: Any) -> tuple[list[int], list[int]]:
+        """Ids of a query and of its answer, which ends with the end token where it is learned from."""
+        query, response = self.edge.query(example, chat, *prompt)
+        ends = self.split == "train" and self.edge.end is not None
+        return query, [*response, self.edge.end] if ends else response
+
     def _fit(self, group: Group) -> Group | None:
         if not (group.description.strip() or group.shots):
             return None
@@ -153,9 +158,10 @@ class GroupSampler:
         fits = len(group.prompt) <= self._limit
         if fits and self.config.edge_reads_prompt:
             # Queries give way before shots do, all but the first.
-            prefix = self.edge.prompt(text)
-            kept = beside(self.edge, prefix, group.queries, self.config.edge_length)
-            fits, group = bool(kept), dataclasses.replace(group, prefix=prefix, queries=kept or group.queries)
+            chat, prompt = group.task in self.chats, (group.description, group.shots)
+            pairs = (self._ids(example, chat, *prompt) for example in group.asked)
+            prefix, queries = shared_row(pairs, self.config.edge_length, self.config.response_slots)
+            fits, group = bool(queries), dataclasses.replace(group, prefix=prefix, queries=queries)
         if fits and self.config.edge_prompt_length:
             group = dataclasses.replace(group, edge_prompt=self.edge.prompt(text))
             fits = len(group.edge_prompt) <= self.config.edge_prompt_length
@@ -229,6 +235,28 @@ class GroupSampler:
         while (shorter := self.shorten(group)) is not None:
             group = shorter
         return len(group.prompt)
+
+
+def _check_chat(task: Task | None, edge: Encoder, reads_prompt: bool) -> None:
+    """Raises ModelError where the edge model's template cannot say what the edge is to read of a chat."""
+    remedy = 'give such rows as "system", "input", "output", or take another edge model'
+    if task is None:
+        return
+    if not edge.tokenizer.chat_template:
+        raise ModelError(
+            f"the task {task.name!r} has messages, and the edge model's tokenizer no chat template",
+            field="chat_template",
+            remedy=remedy,
+        )
+    try:
+        edge.chat([{"role": "system", "content": "."}] * reads_prompt + [{"role": "user", "content": "."}])
+    except jinja2.TemplateError as error:
+        raise ModelError(
+            f"the task {task.name!r} has messages, and with data.edge_reads_prompt the prompt is their system turn,"
+            f" which the edge model's chat template refuses ({error})",
+            field="data.edge_reads_prompt",
+            remedy=f"leave it out, or {remedy}",
+        ) from error
 
 
 def named_tasks(config: DataConfig, tasks: Sequence[Task]) -> Mapping[str, float]:
