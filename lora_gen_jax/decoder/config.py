@@ -88,6 +88,11 @@ class DecoderConfig:
     tied_embeddings: bool = False
 
     @property
+    def learned_positions(self) -> bool:
+        """Whether positions are rows of a learned table (OPT) and not rotations."""
+        return self.rope_theta is None
+
+    @property
     def ffn_sites(self) -> tuple[str, ...]:
         """Linear layers of the FFN, in the order in which they are applied."""
         return ("gate", "up", "down") if self.gated_ffn else ("up", "down")
