@@ -6,8 +6,7 @@ order in which consecutive ones fit a row together.
 
 import dataclasses
 import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jinja2
@@ -16,9 +15,10 @@ import numpy as np
 from lora_gen_jax.config import DataConfig
 from lora_gen_jax.data.edge_prompt import shared_row
 from lora_gen_jax.data.encode import Encoder
+from lora_gen_jax.data.mixture import chances
 from lora_gen_jax.data.prompts import sample_shots, system_prompt
 from lora_gen_jax.data.tasks import Example, Task
-from lora_gen_jax.errors import ConfigError, DataError, ModelError
+from lora_gen_jax.errors import DataError, ModelError
 
 log = logging.getLogger(__name__)
 
@@ -81,21 +81,9 @@ class GroupSampler:
                 field="data.tasks",
                 remedy="name tasks that do, or give files with data.files",
             )
-        weights = named_tasks(config, tasks)
         self.chats = {number for number, task in enumerate(tasks) if task.chat}
         _check_chat(next((task for task in self.tasks if task.chat), None), edge, config.edge_reads_prompt)
-        sizes: dict[str, int] = {}
-        for task in self.tasks:
-            sizes[task.source] = sizes.get(task.source, 0) + len(getattr(task, split))
-        chance = np.array([weights[t.source] * len(getattr(t, split)) / sizes[t.source] for t in self.tasks])
-        if not chance.any():
-            raise ConfigError(
-                f"data.source_weights gives every source with {split} examples the weight 0",
-                field="data.source_weights",
-                code="zero",
-                remedy="leave one positive" + ", or set train.validation_batches to 0" * (split == "validation"),
-            )
-        self.cumulative = np.cumsum(chance / chance.sum())
+        self.cumulative = np.cumsum(chances(config, tasks, split)[self.numbers])
 
     def draw(self, rng: np.random.Generator) -> Group:
         """One prompt and at least one query; other tasks are tried where no query fits.
@@ -257,69 +245,6 @@ def _check_chat(task: Task | None, edge: Encoder, reads_prompt: bool) -> None:
             field="data.edge_reads_prompt",
             remedy=f"leave it out, or {remedy}",
         ) from error
-
-
-def named_tasks(config: DataConfig, tasks: Sequence[Task]) -> Mapping[str, float]:
-    """Weight of every source of the tasks.
-
-    Raises:
-        ConfigError: for a weight that is malformed or of an unknown source, or a knowledge task that is not there.
-    """
-    sources = {task.source for task in tasks}
-    for name in config.knowledge_tasks:
-        if name not in sources | {task.name for task in tasks}:
-            raise ConfigError(
-                f"data.knowledge_tasks names {name!r}, which is neither a task trained on nor a source",
-                field="data.knowledge_tasks",
-            )
-    return source_weights(config.source_weights, sources)
-
-
-def narrowed(config: DataConfig, tasks: Sequence[Task]) -> DataConfig:
-    """The config without names of other tasks and sources than these."""
-    sources, names = {task.source for task in tasks}, {task.name for task in tasks}
-    return dataclasses.replace(
-        config,
-        source_weights=tuple(pair for pair in config.source_weights if pair.partition("=")[0] in sources),
-        knowledge_tasks=tuple(name for name in config.knowledge_tasks if name in sources | names),
-    )
-
-
-def source_weights(pairs: Sequence[str], sources: set[str]) -> Mapping[str, float]:
-    """Weight of every source: 1, or what ``name=weight`` says.
-
-    Raises:
-        ConfigError: for a malformed pair, an unknown source or weights that are all zero.
-    """
-    weights = dict.fromkeys(sorted(sources), 1.0)
-    for pair in pairs:
-        name, _, value = pair.partition("=")
-        try:
-            weight = float(value)
-        except ValueError:
-            weight = -1.0
-        if not 0 <= weight < math.inf:
-            raise ConfigError(
-                f"data.source_weights has {pair!r}",
-                field="data.source_weights",
-                code="malformed",
-                remedy="write name=weight with a weight of 0 or more",
-            )
-        if name not in sources:
-            raise ConfigError(
-                f"data.source_weights names {name!r}; the sources are {', '.join(sorted(sources))}",
-                field="data.source_weights",
-                code="unknown",
-            )
-        weights[name] = weight
-    if not any(weights.values()):
-        raise ConfigError(
-            "data.source_weights gives every source the weight 0",
-            field="data.source_weights",
-            code="zero",
-            remedy="leave one positive",
-        )
-    return weights
 
 
 def _balance(groups: Sequence[Group], per_row: int) -> list[list[Group]]:
