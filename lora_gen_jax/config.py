@@ -167,7 +167,7 @@ class HubConfig:
         modules: LoRAs, one a task, of tasks drawn from those that data.tasks names.
         budget: candidates that the search scores.
         bound: weights lie between -bound and bound.
-        penalty: weight of the mean of their absolute values beside the loss of the shots.
+        penalty: weight of the mean of their absolute values beside the loss of the shots over their number.
     """
 
     modules: int = 20
