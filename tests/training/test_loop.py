@@ -82,7 +82,7 @@ def test_epochs_are_the_steps_that_a_line_says_and_the_run_goes_on_as_one_of_so_
     saved = json.loads((asked.directory / "config.json").read_text())["train"]
     assert (saved["steps"], saved["epochs"]) == (6, 13)
     assert int(train(asked).step) == 6
-    with raises(CheckpointError, "workdir", "train.epochs: 13 -> 14"):
+    with raises(CheckpointError, "--workdir", "train.epochs: 13 -> 14", code="another config"):
         train(replace(asked, "train", epochs=14))
 
 
