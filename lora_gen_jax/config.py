@@ -167,7 +167,7 @@ class HubConfig:
         modules: LoRAs, one a task, of tasks drawn from those that data.tasks names.
         budget: candidates that the search scores.
         bound: weights lie between -bound and bound.
-        penalty: weight of the mean of their absolute values beside the loss of the shots.
+        penalty: weight of the mean of their absolute values beside the loss of the shots over their number.
     """
 
     modules: int = 20
@@ -200,7 +200,9 @@ class DataConfig:
         tfds_dir: where tensorflow-datasets keeps its prepared data; left out, its own default.
         files: your own JSONL files, or directories of them, trained on beside the named tasks.
         tasks: names of tasks, or of groups of them, to train on: the reasoning tasks, and "pocket", the embedded suite.
-        source_weights: chance of a task source relative to the others, as name=weight; unnamed sources weigh 1.
+        mixture: even draws a prompt from each task source alike, size from each in proportion to its rows, so that
+            every row is read as often as any other.
+        source_weights: what a source's chance is multiplied with, as name=weight; unnamed sources weigh 1.
         prompts_per_step: P, over all processes.
         prompts_per_row: prompts packed into one row of the cloud's batch; divides P.
         cloud_length: tokens of a cloud row, meta tokens included.
@@ -224,6 +226,7 @@ class DataConfig:
     tfds_dir: Path | None = None
     files: tuple[Path, ...] = ()
     tasks: tuple[str, ...] = ("arc_challenge", "arc_easy", "openbookqa", "boolq", "social_iqa")
+    mixture: Literal["even", "size"] = "even"
     source_weights: tuple[str, ...] = ()
     prompts_per_step: int = 64
     prompts_per_row: int = 1
@@ -246,7 +249,9 @@ class TrainConfig:
     """Optimisation, and what a run writes when.
 
     Attributes:
-        steps: optimiser steps.
+        steps: optimiser steps; 0 beside epochs.
+        epochs: in the place of steps, how often the training rows are read: as many steps as that takes, with
+            data.prompts_per_step · data.queries_per_prompt queries each.
         learning_rate: peak of warm-up and cosine decay to zero.
         warmup_steps: linear from zero; in a run that is no longer than that, `warmup`.
         beta1, beta2, weight_decay: AdamW's; decay spares norms, embeddings and BatchNorm.
@@ -263,6 +268,7 @@ class TrainConfig:
     """
 
     steps: int = 1000
+    epochs: float | None = None
     learning_rate: float = 2e-5
     warmup_steps: int = 50
     beta1: float = 0.9

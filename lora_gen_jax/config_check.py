@@ -32,7 +32,6 @@ POSITIVE = (
     "data.response_slots",
     "data.query_length",
     "data.rows_per_block",
-    "train.steps",
     "train.validate_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
@@ -275,6 +274,16 @@ def _run_rules(config: Config) -> list[tuple[bool, str]]:
         (
             config.bucket is None or re.fullmatch(r"gs://[^/]+/.+", config.bucket) is not None,
             f"bucket is {config.bucket!r}; it must be gs://NAME/DIR",
+        ),
+        (t.steps >= 1 or t.epochs is not None, f"train.steps is {t.steps}; it must be at least 1"),
+        (
+            t.epochs is None or t.epochs > 0,
+            f"train.epochs is {t.epochs}; it must be positive, or None",
+        ),
+        (
+            t.epochs is None or t.steps == 0,
+            f"train.epochs is {t.epochs} and train.steps {t.steps}: give one of them; beside epochs set train.steps to"
+            " 0, for a number of steps train.epochs to None",
         ),
         (0 <= t.seed < 2**31, f"train.seed is {t.seed}; it must lie between 0 and 2**31 - 1"),
         (t.learning_rate > 0, f"train.learning_rate is {t.learning_rate}; it must be positive"),

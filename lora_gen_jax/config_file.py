@@ -187,6 +187,9 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     flat_old, flat_new = _flatten(old), _flatten(new)
     fields = sorted((flat_old.keys() | flat_new.keys()) - PLACE_FIELDS)
     fields = [field for field in fields if not field.startswith(SCORING_FIELDS)]
+    if flat_old.get("train.epochs") is not None and "train.steps" in fields:
+        # What follows from epochs stands in a run's config, and not in the one that it was given.
+        fields.remove("train.steps")
     return [f"{f}: {flat_old.get(f)!r} -> {flat_new.get(f)!r}" for f in fields if flat_old.get(f) != flat_new.get(f)]
 
 

@@ -4,7 +4,9 @@ In: the edge model's frozen weights, and prompts in its own ids. Out: `Generated
 tokens for each of a prompt's M segments, which stand in the edge's context where the prompt would.
 
 Segment i is read as [soft tokens so far; the segment; κ summary tokens]; the final hidden states at the summary tokens
-are the soft tokens it adds. The queries are the last segment. Gradients flow within a substep of a few segments and
+are the soft tokens it adds. The queries are the last segment. Positions follow the model's family, as published: with
+rotations they go on over soft tokens, segment and summary tokens; learned ones (OPT) number a segment's own tokens from
+0, and soft and summary tokens have none. Gradients flow within a substep of a few segments and
 stop at its end. What is trained is the LoRA and the embeddings of the summary tokens, with two losses of equal weight:
 the mean cross-entropy of the prompts' own tokens, and that of the answers.
 """
@@ -26,7 +28,7 @@ from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.generator.cloud import PackedPrompts
 from lora_gen_jax.generator.trained_module import Generated, TrainedModule
-from lora_gen_jax.inference.soft_prompt import compress, encode_soft
+from lora_gen_jax.inference.soft_prompt import compress, encode_soft, soft_positions
 from lora_gen_jax.sharding import constrain
 from lora_gen_jax.training.losses import mean_cross_entropy
 
@@ -87,8 +89,8 @@ class AutoCompressor(TrainedModule):
             segment = take_segment(edge_PX, starts_PM[:, i], lengths_PM[:, i], slots)
             embedded: Any = self._decoder().apply({"params": frozen}, segment.tokens_PS, method="embed")
             soft_PND = self._detached(soft_PND, i)
-            x_PTD, positions_PT = join(soft_PND, embedded, segment.length_P, summary_KD)
-            hidden_PTD = self._read(frozen, lora, x_PTD, positions_PT, train)
+            row = join(soft_PND, embedded, segment.length_P, summary_KD)
+            hidden_PTD = self._read(frozen, lora, row, train)
             read.append((hidden_PTD[:, i * K : i * K + slots], segment))
             soft_PND = jnp.concatenate([soft_PND, hidden_PTD[:, i * K + slots :].astype(float)], axis=1)
         losses = {"segments": self._loss(frozen, read)} if train else None
@@ -112,7 +114,8 @@ class AutoCompressor(TrainedModule):
     def positions(self, tokens: int, train: bool = False) -> int:
         """Positions that the edge model needs to compress a prompt of so many tokens."""
         segments = self.compressor.segments - 1
-        return self.compressor.summary_tokens * segments + longest_segment(tokens, segments, even=not train)
+        soft = soft_positions(self.edge, self.compressor.summary_tokens * segments)
+        return soft + longest_segment(tokens, segments, even=not train)
 
     def _slots(self, tokens: int, soft: int, train: bool) -> int:
         slots = longest_segment(tokens, self.compressor.segments - 1, even=not train)
@@ -123,8 +126,9 @@ class AutoCompressor(TrainedModule):
         """The soft tokens as segment number 0, 1, … reads them: without a gradient where it begins a substep."""
         return jax.lax.stop_gradient(soft_PND) if segment % self.compressor.substep == 0 else soft_PND
 
-    def _read(self, frozen: Any, lora: LoRA, x_PTD: jax.Array, positions_PT: jax.Array, train: bool) -> jax.Array:
-        """Final hidden states [P, T, D] in the compute type."""
+    def _read(self, frozen: Any, lora: LoRA, row: tuple[jax.Array, jax.Array, jax.Array], train: bool) -> jax.Array:
+        """Final hidden states [P, T, D] of what `join` gave, in the compute type."""
+        x_PTD, positions_PT, learned_PT = row
         hidden_PTD, _ = self._decoder().apply(
             {"params": frozen},
             x_PTD,
@@ -132,6 +136,7 @@ class AutoCompressor(TrainedModule):
             segments_BT=(positions_PT >= 0).astype(jnp.int32),
             packed=True,
             adapter=lora,
+            learned_BT=learned_PT,
             rngs={"dropout": self.make_rng("dropout")} if train and self.settings.dropout > 0 else {},
             method="encode",
         )
@@ -191,7 +196,7 @@ def build(config: Config, pair: "Pair") -> AutoCompressor:
     soft = soft_tokens(config)
     needed = {
         "data.edge_prompt_length": module.positions(config.data.edge_prompt_length, train=True),
-        "data.query_length": soft + config.data.query_length,
+        "data.query_length": soft_positions(edge.config, soft) + config.data.query_length,
     }
     for field, positions in needed.items():
         if positions > edge.config.max_positions:
@@ -199,7 +204,7 @@ def build(config: Config, pair: "Pair") -> AutoCompressor:
                 f"{field} with {soft} soft tokens needs {positions} positions, the edge model has"
                 f" {edge.config.max_positions}",
                 field=field,
-                remedy=f"lower {field} or compressor.summary_tokens",
+                remedy=f"lower {field}" + " or compressor.summary_tokens" * (not edge.config.learned_positions),
             )
     return module
 

@@ -1,6 +1,7 @@
 """The search for the weights of LoraHub's modules: nevergrad's NGOpt, as its authors use it.
 
-In: a function from N weights to a loss. Out: the best of a few dozen candidates. Nothing here knows a model.
+In: a function from N weights to a loss. Out: what NGOpt recommends after a few dozen candidates. Nothing here knows a
+model.
 """
 
 import contextlib
@@ -24,23 +25,26 @@ class Found(NamedTuple):
 
     Attributes:
         weights_N: w.
-        objective: the loss of the shots in nats plus the penalty, there.
+        objective: what was minimized, there.
     """
 
     weights_N: np.ndarray
     objective: float
 
 
-def search(loss_of: Callable[[np.ndarray], float], modules: int, settings: HubConfig) -> Found:
-    """The best of `settings.budget` weights: nevergrad's NGOpt from w = 0 on loss + penalty · mean|w|.
+def search(loss_of: Callable[[np.ndarray], float], modules: int, settings: HubConfig, shots: int = 1) -> Found:
+    """What NGOpt recommends after `settings.budget` candidates from w = 0 on, for loss / shots + penalty · mean|w|.
 
-    The result depends on the arguments alone: within the budgets that are allowed NGOpt draws no random numbers.
-    NumPy's global random state stays as it was.
+    The authors' code divides the mean loss of the tokens by the number of shots once more, and so do we: the penalty
+    weighs as much as theirs. The recommendation is the best candidate (COBYLA's, of SciPy 1.16 or newer). The result
+    depends on the arguments alone: within the budgets that are allowed NGOpt draws no random numbers. NumPy's global
+    random state stays as it was.
 
     Args:
         loss_of: from weights [modules] in float64 to a loss.
         modules: N.
         settings: budget, bound and penalty.
+        shots: that the loss is of.
 
     Raises:
         ConfigError: for a budget beyond `CANDIDATES_PER_MODULE`, or when nevergrad is not installed.
@@ -48,21 +52,22 @@ def search(loss_of: Callable[[np.ndarray], float], modules: int, settings: HubCo
     check_budget(settings, modules)
 
     def objective(weights_N: np.ndarray) -> float:
-        return float(loss_of(weights_N)) + settings.penalty * float(np.mean(np.abs(weights_N)))
+        return float(loss_of(weights_N)) / shots + settings.penalty * float(np.mean(np.abs(weights_N)))
 
     with _global_state_kept():
         optimizer = _optimizer(modules, settings)
         try:
-            tried = []
+            tried: dict[bytes, float] = {}
             for _ in range(settings.budget):
                 candidate = optimizer.ask()
-                tried.append((np.array(candidate.value), objective(candidate.value)))
-                optimizer.tell(candidate, tried[-1][1])
+                value = tried[candidate.value.tobytes()] = objective(candidate.value)
+                optimizer.tell(candidate, value)
+            weights_N = np.array(optimizer.provide_recommendation().value)
         finally:
             # It has a thread that waits for answers and would keep the process from ending; its deletion ends it.
             del optimizer
-    weights_N, lowest = min(tried, key=lambda one: one[1])
-    return Found(weights_N, lowest)
+    known = tried.get(weights_N.tobytes())
+    return Found(weights_N, objective(weights_N) if known is None else known)
 
 
 def check_budget(settings: HubConfig, modules: int) -> None:

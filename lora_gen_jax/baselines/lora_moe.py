@@ -83,9 +83,11 @@ class LoRAMoEAdapter(AdapterBase):
 def balance_loss(probability_LBTE: jax.Array, read_BT: jax.Array, knowledge_B: jax.Array, margin: float) -> jax.Array:
     """Var(Q)/(mean(Q)² + 1e-10) of each layer, [L] in fp32.
 
-    Q[b, e] is the sum of expert e's probabilities over the tokens of row b, times 1 + margin where the expert is of the
-    kind of the row's task, else times 1 - margin. The first ⌊E/2⌋ experts are of the knowledge kind. The variance is
-    unbiased and goes over rows and experts together; a single number has none: 0.
+    Q[b, e] is the mean of expert e's probabilities over the tokens of row b, times 1 + margin where the expert is of
+    the kind of the row's task, else times 1 - margin. It is a mean because rows differ in length: by sums a uniform
+    router would be out of balance. (The authors' sums are over rows that are padded to one length.) The first ⌊E/2⌋
+    experts are of the knowledge kind. The variance is unbiased and goes over rows and experts together; a single
+    number has none: 0.
 
     Args:
         probability_LBTE: at one site.
@@ -96,9 +98,10 @@ def balance_loss(probability_LBTE: jax.Array, read_BT: jax.Array, knowledge_B: j
     L, B, _, E = probability_LBTE.shape
     if B * E == 1:
         return jnp.zeros(L)
-    sum_LBE = jnp.einsum("lbte,bt->lbe", probability_LBTE, read_BT.astype(float))
+    share_BT = read_BT / jnp.maximum(jnp.sum(read_BT, axis=1, keepdims=True), 1)
+    mean_LBE = jnp.einsum("lbte,bt->lbe", probability_LBTE, share_BT.astype(float))
     own_BE = knowledge_B[:, None] == (jnp.arange(E) < E // 2)[None]
-    q_LX = (sum_LBE * jnp.where(own_BE, 1 + margin, 1 - margin).astype(float)[None]).reshape(L, B * E)
+    q_LX = (mean_LBE * jnp.where(own_BE, 1 + margin, 1 - margin).astype(float)[None]).reshape(L, B * E)
     return jnp.var(q_LX, axis=1, ddof=1) / (jnp.mean(q_LX, axis=1) ** 2 + 1e-10)
 
 
@@ -131,7 +134,7 @@ class LoRAMoE(TrainedModule):
     def auxiliary(self, generated: Generated, records: Any, batch: "Batch") -> tuple[Any, dict[str, jax.Array]]:
         """The balance loss: coefficient · mean of `balance_loss` over layers and sites, and it unweighted as "balance".
 
-        A row of the batch is one prompt with its queries: it has the kind of the prompt's task, and its Q sums over the
+        A row of the batch is one prompt with its queries: it has the kind of the prompt's task, and its Q is over the
         tokens of all its queries. The authors' code counts padding as tokens, and adds layers and sites up; a mean
         leaves the coefficient its meaning in deeper models. Their coefficient is ours divided by layers · sites.
 

@@ -204,7 +204,13 @@ def found_weights(hub: HubConfig, pair: "Pair", loaded: "Loaded") -> Callable[[P
         ConfigError, DataError: as `search` and `shots_of`, when called with a prompt.
     """
     losses = shots_loss(pair.edge, loaded)
-    return lambda prompt: search(losses(prompt), loaded.config.hub.modules, hub)
+
+    def find(prompt: Prompt | None) -> Found:
+        loss_of = losses(prompt)
+        assert prompt is not None, "without shots there is no loss"
+        return search(loss_of, loaded.config.hub.modules, hub, len(prompt.shots))
+
+    return find
 
 
 def check(config: Config) -> None:

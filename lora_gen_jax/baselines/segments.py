@@ -78,10 +78,11 @@ def take_segment(edge_PX: jax.Array, start_P: jax.Array, length_P: jax.Array, sl
 
 def join(
     soft_PND: jax.Array, segment_PSD: jax.Array, length_P: jax.Array, summary_KD: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Embeddings and positions of [soft tokens; segment; summary tokens], in the type of `segment_PSD`.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """[soft tokens; segment; summary tokens]: embeddings in the type of `segment_PSD`, positions, learned positions.
 
-    A short segment's unused slots are padding, at position -1; its summary tokens follow its last token.
+    A short segment's unused slots are padding, at position -1; its summary tokens follow its last token. Learned
+    positions begin anew with each segment, and -1 says that soft and summary tokens have none.
     """
     (P, N, _), S, K = soft_PND.shape, segment_PSD.shape[1], summary_KD.shape[0]
     summary_PKD = jnp.broadcast_to(summary_KD[None], (P, *summary_KD.shape))
@@ -90,4 +91,7 @@ def join(
     offset_1S = jnp.arange(S, dtype=jnp.int32)[None]
     own_PS = jnp.where(offset_1S < length_P[:, None], N + offset_1S, -1)
     behind_PK = N + length_P[:, None] + jnp.arange(K, dtype=jnp.int32)[None]
-    return jnp.concatenate(parts, axis=1), jnp.concatenate([before_PN, own_PS, behind_PK], axis=1)
+    positions_PT = jnp.concatenate([before_PN, own_PS, behind_PK], axis=1)
+    bare_PN, bare_PK = jnp.full_like(before_PN, -1), jnp.full_like(behind_PK, -1)
+    learned_PT = jnp.concatenate([bare_PN, jnp.maximum(own_PS - N, -1), bare_PK], axis=1)
+    return jnp.concatenate(parts, axis=1), positions_PT, learned_PT

@@ -1,32 +1,39 @@
 """Prompts in the edge model's own context: for methods that do not specialise by the prompt.
 
-In: the ids of a prompt and of queries with their answers. Out: the queries as they go on behind the prompt, as many as
-a row holds.
+In: ids of contexts, each a prompt with a query read as one text (`Encoder.query`), and of answers. Out: a row of the
+edge's batch: what its contexts begin with once, then for each query what is left of its context.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from lora_gen_jax.data.encode import Encoder
+Ids = list[int]
 
 
-def beside(
-    edge: Encoder, prefix: list[int], queries: Sequence[tuple[list[int], list[int]]], room: int
-) -> list[tuple[list[int], list[int]]]:
-    """The first (query, response) pairs that fit a row of `room` tokens which begins with the prompt `prefix`.
+def shared_row(pairs: Iterable[tuple[Ids, Ids]], room: int, slots: int) -> tuple[Ids, list[tuple[Ids, Ids]]]:
+    """The first (context, response) pairs that fit a row together, cut into what they share and (query, response)s.
 
-    A response's last token is predicted and never read, so it takes no room.
+    A context is its row's shared beginning and its query, token for token: what stands on both sides of the seam may be
+    one token, so the seam is where contexts first differ, and not where the prompt's text ends. Every query keeps a
+    token, which predicts its answer's first.
+
+    Args:
+        pairs: no more of them are asked for than fit, and one.
+        room: tokens of a row. A response's last token is predicted and never read, so it takes none.
+        slots: answer tokens of a row.
     """
-    kept, used = [], len(prefix)
-    for query, response in queries:
-        rest = continued(edge, prefix, query)
-        used += len(rest) + len(response) - 1
-        if used > room:
+    kept: list[tuple[Ids, Ids]] = []
+    shared: Ids = []
+    for context, response in pairs:
+        begin = _common(shared, context[:-1]) if kept else context[:-1]
+        more = [*kept, (context, response)]
+        used = len(begin) + sum(len(c) - len(begin) + len(r) - 1 for c, r in more)
+        if used > room or sum(len(r) for _, r in more) > slots:
             break
-        kept.append((rest, response))
-    return kept
+        kept, shared = more, begin
+    return shared, [(context[len(shared) :], response) for context, response in kept]
 
 
-def continued(edge: Encoder, prefix: Sequence[int], query: list[int]) -> list[int]:
-    """A query's ids as they go on behind a prompt: without a BOS of their own."""
-    bos = edge.tokenizer.bos_token_id
-    return query[1:] if bos is not None and query[:1] == [bos] == list(prefix[:1]) else query
+def _common(one: Sequence[int], other: Sequence[int]) -> Ids:
+    same = (a == b for a, b in zip(one, other, strict=False))
+    length = next((i for i, equal in enumerate(same) if not equal), min(len(one), len(other)))
+    return list(one[:length])

@@ -6,18 +6,19 @@ order in which consecutive ones fit a row together.
 
 import dataclasses
 import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import jinja2
 import numpy as np
 
 from lora_gen_jax.config import DataConfig
-from lora_gen_jax.data.edge_prompt import beside
+from lora_gen_jax.data.edge_prompt import shared_row
 from lora_gen_jax.data.encode import Encoder
+from lora_gen_jax.data.mixture import chances
 from lora_gen_jax.data.prompts import sample_shots, system_prompt
 from lora_gen_jax.data.tasks import Example, Task
-from lora_gen_jax.errors import ConfigError, DataError, ModelError
+from lora_gen_jax.errors import DataError, ModelError
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +30,13 @@ class Group:
     Attributes:
         description, shots: what the prompt is made of.
         prompt: its token ids.
-        queries: token ids of (query, response) pairs.
-        prefix: the prompt in the edge model's ids where a row begins with it, else empty.
+        queries: token ids of (query, response) pairs, behind `prefix`.
+        prefix: what a row of the edge begins with where it reads the prompt, in its ids: the prompt, and what all
+            queries begin with alike; else empty.
         task: the task's number among those trained on.
         knowledge: the task is one of `data.knowledge_tasks`.
         edge_prompt: the prompt in the edge model's ids where `data.edge_prompt_length` asks for it, else empty.
+        asked: the examples whose queries these are, and more that did not fit a row.
     """
 
     description: str
@@ -44,6 +47,7 @@ class Group:
     task: int = 0
     knowledge: bool = False
     edge_prompt: list[int] = dataclasses.field(default_factory=list)
+    asked: tuple[Example, ...] = ()
 
 
 class GroupSampler:
@@ -59,7 +63,8 @@ class GroupSampler:
     Raises:
         DataError: when no task has an example of the split that fits `query_length`.
         ConfigError: for a weight that is malformed or of an unknown source, or a knowledge task that is not there.
-        ModelError: for conversations, where the edge model's tokenizer has no chat template.
+        ModelError: for conversations, where the edge model's tokenizer has no chat template, or one without a system
+            turn for a prompt that the edge is to read.
     """
 
     def __init__(
@@ -76,26 +81,9 @@ class GroupSampler:
                 field="data.tasks",
                 remedy="name tasks that do, or give files with data.files",
             )
-        weights = named_tasks(config, tasks)
-        chat = next((task for task in self.tasks if task.chat), None)
-        if chat is not None and not edge.tokenizer.chat_template:
-            raise ModelError(
-                f"the task {chat.name!r} has messages, and the edge model's tokenizer no chat template",
-                field="chat_template",
-                remedy='give such rows as "system", "input", "output", or take another edge model',
-            )
-        sizes: dict[str, int] = {}
-        for task in self.tasks:
-            sizes[task.source] = sizes.get(task.source, 0) + len(getattr(task, split))
-        chance = np.array([weights[t.source] * len(getattr(t, split)) / sizes[t.source] for t in self.tasks])
-        if not chance.any():
-            raise ConfigError(
-                f"data.source_weights gives every source with {split} examples the weight 0",
-                field="data.source_weights",
-                code="zero",
-                remedy="leave one positive" + ", or set train.validation_batches to 0" * (split == "validation"),
-            )
-        self.cumulative = np.cumsum(chance / chance.sum())
+        self.chats = {number for number, task in enumerate(tasks) if task.chat}
+        _check_chat(next((task for task in self.tasks if task.chat), None), edge, config.edge_reads_prompt)
+        self.cumulative = np.cumsum(chances(config, tasks, split)[self.numbers])
 
     def draw(self, rng: np.random.Generator) -> Group:
         """One prompt and at least one query; other tasks are tried where no query fits.
@@ -114,7 +102,8 @@ class GroupSampler:
             count = int(rng.integers(self.config.min_shots, self.config.max_shots + 1))
             shots = sample_shots(task, count, rng, examples)
             knowledge = not {task.name, task.source}.isdisjoint(self.config.knowledge_tasks)
-            group = Group(description, tuple(shots), [], queries, task=self.numbers[place], knowledge=knowledge)
+            number = self.numbers[place]
+            group = Group(description, shots, [], queries, task=number, knowledge=knowledge, asked=tuple(examples))
             group = self._fit(group)
             if group is not None:
                 return group
@@ -133,9 +122,7 @@ class GroupSampler:
         examples, queries, room, slots = [], [], c.edge_length, c.response_slots
         # A few more candidates than needed: the row is filled with those that fit.
         for index in rng.choice(len(rows), size=min(len(rows), 2 * c.queries_per_prompt), replace=False):
-            query, response = self.edge.query(rows[index], task.chat)
-            if self.split == "train" and self.edge.end is not None:
-                response = [*response, self.edge.end]
+            query, response = self._ids(rows[index], task.chat)
             length = len(query) + len(response) - 1
             if length <= min(room, c.query_length) and len(response) <= slots:
                 examples.append(rows[index])
@@ -145,6 +132,12 @@ class GroupSampler:
                 break
         return examples, queries
 
+    def _ids(self, example: Example, chat: bool, *prompt: Any) -> tuple[list[int], list[int]]:
+        """Ids of a query and of its answer, which ends with the end token where it is learned from."""
+        query, response = self.edge.query(example, chat, *prompt)
+        ends = self.split == "train" and self.edge.end is not None
+        return query, [*response, self.edge.end] if ends else response
+
     def _fit(self, group: Group) -> Group | None:
         if not (group.description.strip() or group.shots):
             return None
@@ -153,9 +146,10 @@ class GroupSampler:
         fits = len(group.prompt) <= self._limit
         if fits and self.config.edge_reads_prompt:
             # Queries give way before shots do, all but the first.
-            prefix = self.edge.prompt(text)
-            kept = beside(self.edge, prefix, group.queries, self.config.edge_length)
-            fits, group = bool(kept), dataclasses.replace(group, prefix=prefix, queries=kept or group.queries)
+            chat, prompt = group.task in self.chats, (group.description, group.shots)
+            pairs = (self._ids(example, chat, *prompt) for example in group.asked)
+            prefix, queries = shared_row(pairs, self.config.edge_length, self.config.response_slots)
+            fits, group = bool(queries), dataclasses.replace(group, prefix=prefix, queries=queries)
         if fits and self.config.edge_prompt_length:
             group = dataclasses.replace(group, edge_prompt=self.edge.prompt(text))
             fits = len(group.edge_prompt) <= self.config.edge_prompt_length
@@ -231,67 +225,26 @@ class GroupSampler:
         return len(group.prompt)
 
 
-def named_tasks(config: DataConfig, tasks: Sequence[Task]) -> Mapping[str, float]:
-    """Weight of every source of the tasks.
-
-    Raises:
-        ConfigError: for a weight that is malformed or of an unknown source, or a knowledge task that is not there.
-    """
-    sources = {task.source for task in tasks}
-    for name in config.knowledge_tasks:
-        if name not in sources | {task.name for task in tasks}:
-            raise ConfigError(
-                f"data.knowledge_tasks names {name!r}, which is neither a task trained on nor a source",
-                field="data.knowledge_tasks",
-            )
-    return source_weights(config.source_weights, sources)
-
-
-def narrowed(config: DataConfig, tasks: Sequence[Task]) -> DataConfig:
-    """The config without names of other tasks and sources than these."""
-    sources, names = {task.source for task in tasks}, {task.name for task in tasks}
-    return dataclasses.replace(
-        config,
-        source_weights=tuple(pair for pair in config.source_weights if pair.partition("=")[0] in sources),
-        knowledge_tasks=tuple(name for name in config.knowledge_tasks if name in sources | names),
-    )
-
-
-def source_weights(pairs: Sequence[str], sources: set[str]) -> Mapping[str, float]:
-    """Weight of every source: 1, or what ``name=weight`` says.
-
-    Raises:
-        ConfigError: for a malformed pair, an unknown source or weights that are all zero.
-    """
-    weights = dict.fromkeys(sorted(sources), 1.0)
-    for pair in pairs:
-        name, _, value = pair.partition("=")
-        try:
-            weight = float(value)
-        except ValueError:
-            weight = -1.0
-        if not 0 <= weight < math.inf:
-            raise ConfigError(
-                f"data.source_weights has {pair!r}",
-                field="data.source_weights",
-                code="malformed",
-                remedy="write name=weight with a weight of 0 or more",
-            )
-        if name not in sources:
-            raise ConfigError(
-                f"data.source_weights names {name!r}; the sources are {', '.join(sorted(sources))}",
-                field="data.source_weights",
-                code="unknown",
-            )
-        weights[name] = weight
-    if not any(weights.values()):
-        raise ConfigError(
-            "data.source_weights gives every source the weight 0",
-            field="data.source_weights",
-            code="zero",
-            remedy="leave one positive",
+def _check_chat(task: Task | None, edge: Encoder, reads_prompt: bool) -> None:
+    """Raises ModelError where the edge model's template cannot say what the edge is to read of a chat."""
+    remedy = 'give such rows as "system", "input", "output", or take another edge model'
+    if task is None:
+        return
+    if not edge.tokenizer.chat_template:
+        raise ModelError(
+            f"the task {task.name!r} has messages, and the edge model's tokenizer no chat template",
+            field="chat_template",
+            remedy=remedy,
         )
-    return weights
+    try:
+        edge.chat([{"role": "system", "content": "."}] * reads_prompt + [{"role": "user", "content": "."}])
+    except jinja2.TemplateError as error:
+        raise ModelError(
+            f"the task {task.name!r} has messages, and with data.edge_reads_prompt the prompt is their system turn,"
+            f" which the edge model's chat template refuses ({error})",
+            field="data.edge_reads_prompt",
+            remedy=f"leave it out, or {remedy}",
+        ) from error
 
 
 def _balance(groups: Sequence[Group], per_row: int) -> list[list[Group]]:

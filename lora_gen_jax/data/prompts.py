@@ -1,7 +1,7 @@
 """Prompts. In: a task, its description, shots. Out: the text the cloud LM reads, or the context of in-context learning.
 
     system_prompt      description ⏎⏎ query response ⏎⏎ query response …
-    few_shot_context   the same ⏎⏎ query
+    few_shot_context   the same ⏎⏎ query, one text in training, scoring and serving
 
 This is lm-evaluation-harness's own few-shot layout, so LoRA-Gen and the in-context baseline read the same shots.
 """
@@ -75,13 +75,19 @@ def system_prompt(description: str, shots: Sequence[Example] = ()) -> str:
 
 
 def few_shot_context(description: str, shots: Sequence[Example], query: str) -> str:
-    """What in-context learning reads: the system prompt, a blank line, and the query (or one of its `contexts`).
+    """What an edge model reads that reads the prompt: the system prompt and behind it the query (or a `context`).
 
     Without description and shots the query alone. Raises DataError for an empty query.
     """
     if not query.strip():
         raise DataError("the query is empty", field="query")
-    return "\n\n".join([*_description(description), *map(shot_text, shots), query])
+    prompted = description.strip() or shots
+    return behind(system_prompt(description, shots), query) if prompted else query
+
+
+def behind(prompt: str, query: str) -> str:
+    """A query behind a prompt, a blank line between them. Tokenisers join what stands on both sides of it."""
+    return f"{prompt}\n\n{query}"
 
 
 def _description(description: str) -> list[str]:

@@ -9,6 +9,9 @@ from typing import Any, Literal
 from lora_gen_jax.errors import ModelError
 
 FAMILIES = ("llama", "qwen2", "gemma", "gemma2", "opt")
+GEMMA = ("gemma", "gemma2")
+# What a Gemma config means that does not say, whatever its width; the others divide the width by the heads.
+GEMMA_HEAD_DIM = 256
 # Fields of a config.json that count something.
 SIZES = ("vocab_size", "num_hidden_layers", "hidden_size", "intermediate_size", "ffn_dim", "num_attention_heads")
 SIZES += ("num_key_value_heads", "head_dim", "max_position_embeddings")
@@ -88,6 +91,11 @@ class DecoderConfig:
     tied_embeddings: bool = False
 
     @property
+    def learned_positions(self) -> bool:
+        """Whether positions are rows of a learned table (OPT) and not rotations."""
+        return self.rope_theta is None
+
+    @property
     def ffn_sites(self) -> tuple[str, ...]:
         """Linear layers of the FFN, in the order in which they are applied."""
         return ("gate", "up", "down") if self.gated_ffn else ("up", "down")
@@ -121,8 +129,8 @@ class DecoderConfig:
         """Reads the dictionary of a ``config.json``, as written by transformers 4 or 5.
 
         Raises:
-            ModelError: for a family, rotary scaling or activation that is not supported, a missing field, or a size
-                that no model can have.
+            ModelError: for a family, rotary embedding, attention or activation that is not supported, a missing field,
+                or a size that no model can have.
         """
         family = hf.get("model_type")
         if family not in FAMILIES:
@@ -150,7 +158,7 @@ class DecoderConfig:
                 f" {config.num_kv_heads}",
                 field="config.json:num_key_value_heads",
             )
-        if not hf.get("head_dim") and config.width % config.num_heads:
+        if not hf.get("head_dim") and family not in GEMMA and config.width % config.num_heads:
             raise ModelError(
                 f"config.json: hidden_size = {config.width} is not a multiple of num_attention_heads ="
                 f" {config.num_heads}, and there is no head_dim",
@@ -161,9 +169,15 @@ class DecoderConfig:
 
 def _rotary(family: str, hf: dict[str, Any]) -> DecoderConfig:
     heads, width = hf["num_attention_heads"], hf["hidden_size"]
-    head_dim = hf.get("head_dim") or width // heads
-    gemma = family in ("gemma", "gemma2")
+    gemma = family in GEMMA
+    head_dim = hf.get("head_dim") or (GEMMA_HEAD_DIM if gemma else width // heads)
     theta, scaling = _rope(hf)
+    if hf.get("use_bidirectional_attention"):
+        raise ModelError(
+            "config.json: use_bidirectional_attention is set, a model that reads in both directions",
+            field="config.json:use_bidirectional_attention",
+            remedy="use one that writes from left to right",
+        )
     config = DecoderConfig(
         family=family,
         vocab_size=hf["vocab_size"],
@@ -249,6 +263,14 @@ def _rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     parameters = hf.get("rope_parameters") or {}
     theta = parameters.get("rope_theta", hf.get("rope_theta", 10_000.0))
     scaling = parameters or hf.get("rope_scaling") or {}
+    for place in (hf, parameters, scaling):
+        if place.get("partial_rotary_factor") not in (None, 1):
+            raise ModelError(
+                f"config.json: partial_rotary_factor is {place['partial_rotary_factor']!r}, but only heads that are"
+                " rotated whole are supported",
+                field="config.json:partial_rotary_factor",
+                remedy="use another model",
+            )
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return theta, None

@@ -65,7 +65,7 @@ class Decoder(nn.Module):
                 f"attention={self.attention!r} is unknown", field="attention", remedy=f"use one of {', '.join(KERNELS)}"
             )
         self.embedding = self.table("embed", (c.vocab_size, c.width), ("vocab", "embed"))
-        if c.rope_theta is None:
+        if c.learned_positions:
             rows = c.max_positions + c.learned_position_offset
             self.position_embedding = self.table("positions", (rows, c.width), ("positions", "embed"))
         layer: Any = Layer
@@ -152,8 +152,12 @@ class Decoder(nn.Module):
         cache=None,
         prefix=None,
         pool_BMT=None,
+        learned_BT=None,
     ):
         """Input embeddings to hidden states; arguments and results as of `__call__`.
+
+        Where positions are learned, `learned_BT` has the row of the table for every token, -1 for a token that gets
+        none; left out, its position. What a token sees goes by `positions_BT` all the same.
 
         With `pool_BMT`, every layer also records Σ_t pool[b, m, t]·x[b, t] of its output: apply with
         ``mutable=[RECORDS]`` and read ``records_of(collections)[POOLED]``, [L, B, M, D] in fp32.
@@ -172,13 +176,12 @@ class Decoder(nn.Module):
                 segments = (segments[0], jnp.concatenate([jnp.zeros_like(before_BS), segments[1]], axis=1))
         window = c.sliding_window if any(c.windowed_layers) else None
         mask = visible(positions_BT, key_BS, segments)
-        at_BT = jnp.maximum(positions_BT, 0)
-        if c.rope_theta is None:
-            x_BTD = x_BTD + self.position_embedding(at_BT + c.learned_position_offset).astype(self.dtype)
+        if c.learned_positions:
+            x_BTD = x_BTD + self._placed(positions_BT, learned_BT)
         context = Context(
             mask_BTS=mask,
             window_BTS=None if window is None else mask & within_window(positions_BT, key_BS, window),
-            cos_sin=None if c.rope_theta is None else rotary_angles(c, at_BT),
+            cos_sin=None if c.learned_positions else rotary_angles(c, jnp.maximum(positions_BT, 0)),
             adapter=None if adapter is None else adapter.replace(scanned=None, operands=self.operands),
             slot=slot,
             packed_BT=segments_BT if packed and self._flash(x_BTD.shape[1], cache, prefix) else None,
@@ -196,6 +199,14 @@ class Decoder(nn.Module):
         (x_BTD, kv), _ = self.layers((x_BTD, kv), per_layer, context)
         cache = None if cache is None else cache.replace(k_LBSGH=kv[0], v_LBSGH=kv[1])
         return self.final_norm(x_BTD), cache
+
+    def _placed(self, positions_BT: jax.Array, learned_BT: jax.Array | None) -> jax.Array:
+        """Learned embeddings of positions [B, T, D]; zeros where `learned_BT` is -1."""
+        rows_BT, offset = positions_BT if learned_BT is None else learned_BT, self.config.learned_position_offset
+        placed_BTD = self.position_embedding(jnp.maximum(rows_BT, 0) + offset).astype(self.dtype)
+        if learned_BT is None:
+            return placed_BTD
+        return jnp.where(learned_BT[:, :, None] >= 0, placed_BTD, jnp.zeros_like(placed_BTD))
 
     def _flash(self, length: int, cache: Any, prefix: Any) -> bool:
         return self.attention == "splash" and cache is None and prefix is None and fits_flash(length, self.config)

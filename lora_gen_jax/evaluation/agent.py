@@ -12,7 +12,9 @@ Where these rules leave something open we do as the published scorer does, excep
 - A missing `Action Input` is an empty one, and fits only a gold call without inputs*.
 - The flag of a call's arguments is their mean, and 0 where one of them should be a `.png` and is not.
 - A text with `.png` anywhere in it is a `.png`. Commas always split, also within a text or in brackets.
-- BLEU-1 takes words at whitespace, minds case, and is 1 for equal texts, empty ones too*.
+- BLEU-1 takes words at whitespace and minds case. The published scorer's divisions have small numbers in them that make
+  it 1 - 2e-9/n for n equal words, so that a right text beside a wrong one is less than a half, and fails. It is 1 for
+  two empty texts*.
 - One "No" after as many thoughts as there are actions is forgiven where gold calls a tool, with or without `AI:`;
   gold's own last "No" is not asked for. Where gold calls no tool, a second thought fails its row: all four are 0*.
 - Calls beyond gold's lower the means, but not the IoU, as neither of its sums sees them.
@@ -20,13 +22,13 @@ Where these rules leave something open we do as the published scorer does, excep
 - The `AI:` line may be empty*, and belongs to the first step*. An action beside a "No" is not looked at.
 """
 
+import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
-
-from sacrebleu.metrics.bleu import BLEU
 
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.evaluation.standard_error import standard_error
@@ -36,11 +38,9 @@ _FIELD = re.compile(
     r"^[ \t]*(?P<name>Thought:[ \t]*Do I need to use a tool\?|Action Input:|Action:|Observation:|AI:)(?P<line>.*)$",
     re.MULTILINE,
 )
-# Of one order only, so there is nothing to smooth: without a common word the score is 0. sacrebleu warns of single
-# sentences unless the order is "effective"; with one order it changes nothing.
-_BLEU_1 = BLEU(max_ngram_order=1, tokenize="none", smooth_method="none", effective_order=True)
-# Less than a half by what rounding may take from a mean of BLEUs.
-_ENOUGH_ARGUMENTS = 0.5 - 1e-9
+_ENOUGH_ARGUMENTS = 0.5
+# What the published scorer (pycocoevalcap) adds to numerators and to denominators of BLEU.
+_TINY, _SMALL = 1e-15, 1e-9
 
 
 @dataclass(frozen=True)
@@ -205,8 +205,10 @@ def _compare_arguments(made: tuple[str, ...], wanted: tuple[str, ...]) -> float:
 
 
 def _bleu_1(made: str, wanted: str) -> float:
-    """Unigram precision times brevity penalty, in [0, 1]."""
-    if made == wanted:
+    """Unigram precision times brevity penalty, in [0, 1], as the published scorer computes them."""
+    if made == wanted == "":
         return 1.0
-    score = _BLEU_1.sentence_score(made, [wanted])
-    return score.bp * score.precisions[0] / 100
+    words, right = made.split(), wanted.split()
+    common = (Counter(words) & Counter(right)).total()
+    precision, ratio = (common + _TINY) / (len(words) + _SMALL), (len(words) + _TINY) / (len(right) + _SMALL)
+    return precision * (math.exp(1 - 1 / ratio) if ratio < 1 else 1.0)

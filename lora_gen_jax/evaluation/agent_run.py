@@ -46,7 +46,7 @@ from lora_gen_jax.training.bucket import location
 from lora_gen_jax.training.checkpoint import Loaded, check_method, check_models, complete, load_checkpoint, versions
 from lora_gen_jax.training.loop import train
 from lora_gen_jax.training.portable import SHIPPED
-from lora_gen_jax.training.prepare import prepare_directory, training_tasks
+from lora_gen_jax.training.prepare import prepare_directory, training_tasks, with_steps
 
 TRAINED = ("lora_with_tools", "lora", "lora_gen")
 """Methods that are trained, each in the directory of its name."""
@@ -144,8 +144,9 @@ def train_missing(name: str, config: Config) -> None:
     Raises:
         LoraGenError: as `train`.
     """
-    if complete(location(config.saved) / "checkpoints" / str(config.train.steps)):
-        prepare_directory(config)
+    known = with_steps(config)
+    if complete(location(config.saved) / "checkpoints" / str(known.train.steps)):
+        prepare_directory(known)
         return
     say(f"training {METHODS[name].title}")
     train(config)

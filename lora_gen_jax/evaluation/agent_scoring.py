@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lora_gen_jax.config import EvalConfig
-from lora_gen_jax.data.edge_prompt import continued
-from lora_gen_jax.data.prompts import separator
 from lora_gen_jax.data.tasks import Example, Task
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.evaluation import answers
@@ -61,11 +59,7 @@ class Written:
 
 def context_ids(edge: Model, task: Task, document: Example, reads_prompt: bool) -> list[int]:
     """What the edge model reads for a document: its query, behind the task's description where it reads that."""
-    query = edge.encoder.pair(document.query, separator(document.query, document.response) + document.response)[0]
-    if not reads_prompt:
-        return query
-    prefix = edge.encoder.prompt(task.descriptions[0])
-    return prefix + continued(edge.encoder, prefix, query)
+    return edge.encoder.query(document, False, task.descriptions[0] if reads_prompt else "")[0]
 
 
 def output_limit(edge: Model, tasks: Sequence[Task]) -> int:

@@ -10,13 +10,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lora_gen_jax.data.prompts import few_shot_context, separator
 from lora_gen_jax.data.tasks import Example
 from lora_gen_jax.evaluation.request_runner import Runner
 from lora_gen_jax.evaluation.timing import best_of
 from lora_gen_jax.inference.buckets import power_of_two
 from lora_gen_jax.inference.decode import generate
-from lora_gen_jax.inference.prefix import prefix_length
+from lora_gen_jax.inference.prefix import taken_positions
 from lora_gen_jax.models import Model
 
 # Answers that are timed, one at a time, and how often; the best time of each counts, then the median.
@@ -27,12 +26,7 @@ LONG = 40
 
 def contexts(edge: Model, documents: Sequence[Example], description: str, shots: Sequence[Example]) -> list[list[int]]:
     """What the edge model reads for every document, as ids."""
-
-    def ids(document: Example) -> list[int]:
-        context = few_shot_context(description, shots, document.query)
-        return edge.encoder.pair(context, separator(document.query, document.response) + document.response)[0]
-
-    return [ids(document) for document in documents]
+    return [edge.encoder.query(document, False, description, shots)[0] for document in documents]
 
 
 def answered(runner: Runner, documents: Sequence[Example], contexts: Sequence[Sequence[int]]) -> list[str]:
@@ -70,7 +64,7 @@ def answer_limit(edge: Model, documents: Sequence[Example]) -> int:
 
 def answer_ids(edge: Model, document: Example) -> list[int]:
     """Ids of a document's answer."""
-    return edge.encoder.pair(document.query, separator(document.query, document.response) + document.response)[1]
+    return edge.encoder.query(document, False)[1]
 
 
 def break_of(documents: Sequence[Example]) -> str | None:
@@ -98,7 +92,7 @@ def answer_latency(model: Model, documents: Sequence[Example], contexts: list[li
     """Milliseconds from a document's context to its whole answer; nothing is shared with other documents."""
     times = []
     for document, context in zip(documents[:LATENCY_DOCUMENTS], contexts, strict=False):
-        room = model.config.max_positions - prefix_length(model.soft) - len(context)
+        room = model.config.max_positions - taken_positions(model.soft) - len(context)
         limit = min(power_of_two(len(answer_ids(model, document)) + 2), room)
         run = functools.partial(
             generate,

@@ -17,6 +17,7 @@ from lora_gen_jax.baselines.hub_search import search
 from lora_gen_jax.baselines.lorahub import compose, loss_by_weights
 from lora_gen_jax.baselines.method import beside_or_merged
 from lora_gen_jax.config import Config
+from lora_gen_jax.data.prompts import behind
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.evaluation.timing import timed
 from lora_gen_jax.generator.cloud import PackedPrompts, pack_prompts
@@ -64,7 +65,7 @@ def workload_of_texts(pair: Pair, prompt: str, query: str, new_tokens: int) -> W
     """A real prompt and query: the prompt, a blank line, the query."""
     encoder = pair.edge.encoder
     query = query.rstrip()
-    whole, alone = encoder.text(prompt.rstrip() + "\n\n" + query), encoder.prompt(prompt)
+    whole, alone = encoder.text(behind(prompt.rstrip(), query)), encoder.prompt(prompt)
     same = (a == b for a, b in zip(whole[:-1], alone, strict=False))
     kept = next((i for i, equal in enumerate(same) if not equal), min(len(whole) - 1, len(alone)))
     return checked(Workload(pair.cloud.encoder.prompt(prompt), encoder.text(query), whole, kept, new_tokens), pair)

@@ -12,6 +12,7 @@ from lora_gen_jax.errors import DataError
 from lora_gen_jax.evaluation import answers
 from lora_gen_jax.evaluation.systems import METHODS
 from lora_gen_jax.evaluation.task import System, asked_of, scored_documents, task_prompt
+from lora_gen_jax.inference.soft_prompt import soft_positions
 from lora_gen_jax.models import Model, Pair
 
 
@@ -43,7 +44,8 @@ def check_answers(edge: Model, task: Task, named: tuple[str, System], settings: 
     """
     name, system = named
     documents, description, shots = asked_of(task, system, settings)
-    room = edge.config.max_positions - system.soft_tokens - answers.answer_limit(edge, documents)
+    soft = soft_positions(edge.config, system.soft_tokens)
+    room = edge.config.max_positions - soft - answers.answer_limit(edge, documents)
     for document, context in zip(documents, answers.contexts(edge, documents, description, shots), strict=True):
         if len(context) > room:
             raise DataError(

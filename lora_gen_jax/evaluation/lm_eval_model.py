@@ -98,9 +98,8 @@ class LoraGenLM(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """Tokens that the model reads, at most; soft ones take their place."""
-        room = self.subject.edge.config.max_positions - self.subject.soft_tokens
-        return min(self.settings.max_length or room, room)
+        """Tokens that the model reads, at most; soft ones take their place, unless the model numbers none of them."""
+        return min(self.settings.max_length or self.subject.room, self.subject.room)
 
     @property
     def max_gen_toks(self) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_gen_jax.data.prompts import behind
 from lora_gen_jax.errors import CheckpointError, DataError, OutputError
 from lora_gen_jax.evaluation.side_by_side_cases import Case, built_in_cases
 
@@ -192,7 +193,7 @@ class Sides:
         encoder = self.pair.edge.encoder
         if not self.chat:
             asked = case.input.rstrip()
-            return encoder.text(f"{case.prompt.rstrip()}\n\n{asked}"), encoder.text(asked)
+            return encoder.text(behind(case.prompt.rstrip(), asked)), encoder.text(asked)
         import jinja2
 
         user = {"role": "user", "content": case.input}

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_gen_jax.baselines.method import Specialised
+from lora_gen_jax.inference.soft_prompt import soft_positions
 from lora_gen_jax.models import Model
 from lora_gen_jax.training.checkpoint import versions
 
@@ -40,6 +41,12 @@ class Subject:
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
     specialise: Callable[[str], "Subject"] | None = None
     soft_tokens: int = 0
+
+    @property
+    def room(self) -> int:
+        """Positions that are left for what it reads behind soft tokens."""
+        config = self.edge.config
+        return config.max_positions - soft_positions(config, self.soft_tokens)
 
     @cached_property
     def model(self) -> Model:

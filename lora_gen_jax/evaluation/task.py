@@ -132,9 +132,9 @@ def score_answers(edge: Model, runner: Runner, asked: Asked, settings: EvalConfi
 
 def figures(subject: Subject, contexts: Sequence[Sequence[int]], latency_ms: float | None) -> dict[str, float | None]:
     """Mean tokens of the edge's context, soft ones included, and latency; None where it was not measured."""
-    most = subject.edge.config.max_positions
+    read = statistics.fmean(min(len(one), subject.room) for one in contexts)
     return {
-        "context_tokens": round(statistics.fmean(min(subject.soft_tokens + len(one), most) for one in contexts), 1),
+        "context_tokens": round(subject.soft_tokens + read, 1),
         "latency_ms": None if latency_ms is None else round(latency_ms, 2),
     }
 

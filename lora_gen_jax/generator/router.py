@@ -49,6 +49,18 @@ def linear_gates(logits_BLE: jax.Array) -> jax.Array:
     return logits_BLE * logits_BLE.shape[-1] ** -0.5
 
 
+def gates_of(
+    logits_BLE: jax.Array, routing: Routing, top_k: int, temperature: float = 1.0, key: jax.Array | None = None
+) -> jax.Array:
+    """Gates of any routing from its logits, [B, L, E]; Gumbel noise where there is a key."""
+    if routing == "linear":
+        return linear_gates(logits_BLE)
+    if routing == "keep_top_k":
+        return keep_top_k(jax.nn.softmax(logits_BLE, axis=-1), top_k)
+    soft_BLE = gumbel_softmax(logits_BLE, key, temperature)
+    return soft_BLE if routing == "gumbel" else keep_top_k(soft_BLE, top_k)
+
+
 def cv_squared(gates_BLE: jax.Array) -> jax.Array:
     """CV² of the experts' importance, Var(importance) / mean(importance)², a scalar.
 
@@ -231,10 +243,5 @@ class Router(nn.Module):
 
     def gates(self, logits_BLE: jax.Array, train: bool = False) -> jax.Array:
         """Logits [B, L, E] -> gates [B, L, E]."""
-        if self.routing == "linear":
-            return linear_gates(logits_BLE)
-        if self.routing == "keep_top_k":
-            return keep_top_k(jax.nn.softmax(logits_BLE, axis=-1), self.top_k)
-        key = self.make_rng("gumbel") if train else None
-        soft_BLE = gumbel_softmax(logits_BLE, key, self.temperature)
-        return soft_BLE if self.routing == "gumbel" else keep_top_k(soft_BLE, self.top_k)
+        key = self.make_rng("gumbel") if train and self.routing in ("gumbel", "gumbel_top_k") else None
+        return gates_of(logits_BLE, self.routing, self.top_k, self.temperature, key)

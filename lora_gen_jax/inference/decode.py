@@ -22,7 +22,7 @@ from lora_gen_jax.inference.buckets import bucket, check_tokens, pad_rows, power
 from lora_gen_jax.inference.forward import forward_only, logits_at
 from lora_gen_jax.inference.mixed import per_row, require_single_prompt
 from lora_gen_jax.inference.placement import padded_rows, place_rows
-from lora_gen_jax.inference.prefix import Prefix, check_length, grow_cache, past_prefix, prefix_cache, prefix_length
+from lora_gen_jax.inference.prefix import Prefix, check_length, grow_cache, past_prefix, prefix_cache, taken_positions
 from lora_gen_jax.inference.sampling import Sampling, row_keys, sample
 
 
@@ -118,7 +118,7 @@ def generate(
     _check(decoder, prompts, max_new_tokens, prefix)
     adapter = per_row(adapter, len(prompts), padded_rows(len(prompts), params))
     inputs = _inputs((params, adapter, prefix), stop_ids, sampling, seed)
-    state = _start(decoder, inputs, prompts, max_new_tokens, prefix_length(prefix))
+    state = _start(decoder, inputs, prompts, max_new_tokens, taken_positions(prefix))
     later = _later(inputs)
     state = jax.device_get(_decode(forward_only(decoder), later, state, np.int32(max_new_tokens)).replace(cache=None))
     return [_generation(state, row) for row in range(len(prompts))]
@@ -150,7 +150,7 @@ def stream(
     _check(decoder, prompts, max_new_tokens, prefix)
     adapter = per_row(adapter, len(prompts), padded_rows(len(prompts), params))
     inputs = _inputs((params, adapter, prefix), stop_ids, sampling, seed)
-    state = _start(decoder, inputs, prompts, max_new_tokens, prefix_length(prefix))
+    state = _start(decoder, inputs, prompts, max_new_tokens, taken_positions(prefix))
     later = _later(inputs)
 
     def steps(state: DecodeState) -> Iterator[list[int | None]]:
@@ -175,7 +175,7 @@ def _check(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: i
             code="range",
             remedy="use at least 1",
         )
-    before = prefix_length(prefix)
+    before = taken_positions(prefix)
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise DataError(

@@ -28,13 +28,15 @@ class Prefix(struct.PyTreeNode):
 
     Attributes:
         cache: keys and values of one row; slots at position -1 are padding.
-        length: tokens; the sequences go on at this position.
+        length: tokens.
         ids: the token ids; empty for a soft prompt, which has none.
+        positions: that the tokens take, so that the sequences go on at this one; left out, one a token.
     """
 
     cache: KVCache
     length: int = struct.field(pytree_node=False)
     ids: tuple[int, ...] = struct.field(pytree_node=False, default=())
+    positions: int | None = struct.field(pytree_node=False, default=None)
 
 
 def encode_prefix(decoder: Decoder, params: Any, ids: Sequence[int], adapter: Adapter | None = None) -> Prefix:
@@ -86,9 +88,11 @@ def grow_cache(cache: KVCache, slots: int) -> KVCache:
     )
 
 
-def prefix_length(prefix: Prefix | None) -> int:
-    """Tokens of a prefix; 0 without one."""
-    return 0 if prefix is None else prefix.length
+def taken_positions(prefix: Prefix | None) -> int:
+    """Positions that a prefix takes; 0 without one."""
+    if prefix is None:
+        return 0
+    return prefix.length if prefix.positions is None else prefix.positions
 
 
 def prefix_cache(prefix: Prefix | None) -> KVCache | None:
@@ -97,7 +101,7 @@ def prefix_cache(prefix: Prefix | None) -> KVCache | None:
 
 
 def past_prefix(positions_BT: np.ndarray, length: int) -> np.ndarray:
-    """Positions that go on after a prefix of `length` tokens; padding stays padding."""
+    """Positions that go on after a prefix which takes `length` of them; padding stays padding."""
     return np.where(positions_BT < 0, np.int32(-1), positions_BT + np.int32(length))
 
 

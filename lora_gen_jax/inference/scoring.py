@@ -21,7 +21,7 @@ from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.inference.forward import forward_only, logits_at
 from lora_gen_jax.inference.mixed import require_single_prompt
 from lora_gen_jax.inference.placement import padded_rows, place_rows
-from lora_gen_jax.inference.prefix import Prefix, prefix_cache, prefix_length
+from lora_gen_jax.inference.prefix import Prefix, prefix_cache, taken_positions
 from lora_gen_jax.inference.rows import (
     Request,
     Row,
@@ -106,7 +106,7 @@ def _plan(
     decoder: Decoder, requests: Sequence[Request], prefix: Prefix | None, batch_tokens: int
 ) -> tuple[list[Row], list[Row]]:
     """Rows that follow the prefix, and rows that had to cut it."""
-    before, limit = prefix_length(prefix), decoder.config.max_positions
+    before, limit = taken_positions(prefix), decoder.config.max_positions
     soft = prefix is not None and not prefix.ids
     check_requests(requests, decoder.config.vocab_size, limit - (before if soft else 0))
     following, cut, truncated = [], [], 0
@@ -134,7 +134,7 @@ def _run(
     The next batch is dispatched before the results of the last are waited for.
     """
     decoder, params, adapter = model
-    cache, offset = prefix_cache(prefix), prefix_length(prefix)
+    cache, offset = prefix_cache(prefix), taken_positions(prefix)
     waiting: list[tuple[list[Row], tuple[jax.Array, jax.Array]]] = []
     for batch in batches(rows, batch_tokens):
         packed = pack(batch, offset, padded_rows(len(batch), params))

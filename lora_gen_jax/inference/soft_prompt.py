@@ -1,6 +1,10 @@
 """Soft tokens: embeddings that stand in the context in place of a prompt.
 
 In: a prompt's ids, or its soft tokens [N, D]. Out: the soft tokens, and a `Prefix` that every query follows.
+
+As the published AutoCompressors have it, soft tokens have positions like any others where positions are rotations
+(Llama). Where a position is a learned embedding (OPT) they get none: the tokens behind them are numbered from 0, and
+the model's table has all of its rows for those.
 """
 
 import functools
@@ -13,6 +17,7 @@ import numpy as np
 
 from lora_gen_jax.adapters.protocol import Adapter
 from lora_gen_jax.decoder.attention import KVCache
+from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.generator.cloud import PackedPrompts
@@ -21,6 +26,11 @@ from lora_gen_jax.inference.forward import forward_only
 from lora_gen_jax.inference.mixed import require_single_prompt
 from lora_gen_jax.inference.placement import mesh_context
 from lora_gen_jax.inference.prefix import Prefix
+
+
+def soft_positions(config: DecoderConfig, tokens: int) -> int:
+    """Positions that so many soft tokens take."""
+    return 0 if config.learned_positions else tokens
 
 
 def compress(module: Any, variables: Any, params: Any, ids: Sequence[int]) -> jax.Array:
@@ -59,7 +69,7 @@ def _compress(module: Any, variables: Any, params: Any, edge_1X: jax.Array) -> j
 
 
 def encode_soft(decoder: Decoder, params: Any, soft_ND: jax.Array, adapter: Adapter | None = None) -> Prefix:
-    """Reads soft tokens, at positions 0 to N-1.
+    """Reads soft tokens, each after those before it.
 
     Args:
         decoder, params: the model.
@@ -80,7 +90,7 @@ def encode_soft(decoder: Decoder, params: Any, soft_ND: jax.Array, adapter: Adap
         )
     if N == 0:
         raise DataError("there are no soft tokens", field="soft_ND", code="empty", remedy="leave the prefix out")
-    if N >= c.max_positions:
+    if soft_positions(c, N) >= c.max_positions:
         raise DataError(
             f"{N} soft tokens leave no room, the model reads {c.max_positions} in all",
             field="soft_ND",
@@ -93,7 +103,10 @@ def encode_soft(decoder: Decoder, params: Any, soft_ND: jax.Array, adapter: Adap
     positions_1S = np.where(positions_1S < N, positions_1S, np.int32(-1))
     with mesh_context(params):
         cache = _encode(forward_only(decoder), params, padded_1SD, positions_1S, adapter)
-    return Prefix(cache=cache, length=N)
+    if not soft_positions(c, N):
+        # Among themselves they were in order; to all that follows they are there from its first position on.
+        cache = cache.replace(position_BS=jnp.minimum(cache.position_BS, 0))
+    return Prefix(cache=cache, length=N, positions=soft_positions(c, N))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -105,6 +118,7 @@ def _encode(decoder: Decoder, params: Any, soft_1SD: jax.Array, positions_1S: ja
         positions_1S,
         adapter=adapter,
         cache=cache,
+        learned_BT=jnp.full_like(positions_1S, -1),
         method="encode",
     )
     assert isinstance(cache, KVCache)

@@ -21,7 +21,7 @@ from lora_gen_jax.adapters.refined import RefinedPool
 from lora_gen_jax.config import GeneratorConfig
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import ConfigError, DataError
-from lora_gen_jax.generator.router import gumbel_softmax, keep_top_k, linear_gates
+from lora_gen_jax.generator.router import Routing, gates_of
 from lora_gen_jax.generator.trained_module import Generated
 from lora_gen_jax.inference.placement import mesh_context, padded_rows, place_rows
 from lora_gen_jax.specialization.rows import ExampleRows, Pair, check_examples, pack_examples
@@ -47,7 +47,7 @@ class Form(NamedTuple):
     """
 
     kind: str
-    routing: str
+    routing: Routing
     top_k: int
     temperature: float
     variants: int
@@ -258,7 +258,7 @@ def with_values(adapter: Any, value: Any, form: Form) -> Any:
     if form.kind == "lora":
         pool = adapter.pool if isinstance(adapter, RefinedPool) else adapter
         return RefinedPool.of(pool, kept_factors(value))
-    gates = {"gates": gates_of(value["gates"], form)}
+    gates = {"gates": gates_of(value["gates"], form.routing, form.top_k, form.temperature)}
     if isinstance(adapter, RefinedPool):
         pool = adapter.pool
         return RefinedPool.of(pool.replace(scanned={**pool.scanned, **gates}), adapter.scanned["factors"])
@@ -268,15 +268,6 @@ def with_values(adapter: Any, value: Any, form: Form) -> Any:
 def kept_factors(value: Any) -> Any:
     """Trained factors with their scale multiplied into A."""
     return {site: {"a": pair["a"] * FACTOR_SCALE, "b": pair["b"]} for site, pair in value.items()}
-
-
-def gates_of(values_LVE: jax.Array, form: Form) -> jax.Array:
-    """From what is trained to gates, as the router makes them."""
-    if form.routing == "linear":
-        return linear_gates(values_LVE)
-    if form.routing == "gumbel":
-        return gumbel_softmax(values_LVE, None, form.temperature)
-    return keep_top_k(jax.nn.softmax(values_LVE, axis=-1), form.top_k)
 
 
 def _noted(form: Form, state: State, losses: tuple[jax.Array, jax.Array, jax.Array]) -> State:

@@ -68,7 +68,7 @@ class Job:
     @property
     def work(self) -> float:
         """How long it takes, in an arbitrary unit."""
-        steps = self.config.train.steps
+        steps = max(1, self.config.train.steps)  # with epochs they are not known yet, and all alike
         if self.run == AGENT:
             return steps * (2 * STEP["lora"] + STEP["lora_gen"]) + AGENT_SCORING
         scoring = SCORING * len(self.shots)

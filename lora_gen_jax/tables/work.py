@@ -26,6 +26,7 @@ from lora_gen_jax.tables.jobs import Job, inputs_of, write_result
 from lora_gen_jax.tables.spec import AGENT, UNTRAINED
 from lora_gen_jax.training.checkpoint import versions
 from lora_gen_jax.training.loop import train
+from lora_gen_jax.training.prepare import with_steps
 
 
 def do(job: Job) -> dict[str, Any]:
@@ -77,5 +78,6 @@ def agents(job: Job) -> dict[str, Any]:
     """{"agent": {method: {"seen" | "unseen": metrics}}, "steps"}; every output stands in agent.json beside it."""
     flags = AgentFlags(rows_per_toolset=job.agent_rows, methods=job.agent_methods, limit=job.config.eval.limit)
     tasks = scored_tasks(job.config, flags, False)
-    report = score_agents(with_training_rows(job.config, flags), tasks, flags.methods, None, None)
-    return {"agent": report["methods"], "steps": job.config.train.steps}
+    config = with_training_rows(job.config, flags)
+    report = score_agents(config, tasks, flags.methods, None, None)
+    return {"agent": report["methods"], "steps": with_steps(config).train.steps}

@@ -37,6 +37,7 @@ from lora_gen_jax.training.prepare import (
     prepare_directory,
     shard_of,
     training_tasks,
+    with_steps,
 )
 from lora_gen_jax.training.progress import Recorder
 from lora_gen_jax.training.reader import teach_reader
@@ -89,6 +90,7 @@ def train(config: Config) -> TrainState:
     """
     # Tasks and models first: bad input must not leave a work directory behind.
     tasks = training_tasks(config)
+    config = with_steps(config, tasks)
     keep_freed_memory()
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     check_rows(config, mesh)
@@ -211,13 +213,20 @@ def announce(run: Run, recorder: Recorder, start: int) -> None:
     count = sum(x.size for x in jax.tree.leaves(run.state.params))
     where = f"resuming at step {start}" if start else "starting"
     recorder.say(
-        f"{where}: {run.config.train.steps} steps, {count:,} trainable parameters, "
+        f"{where}: {lengths(run.config)}, {count:,} trainable parameters, "
         f"{jax.device_count()} {jax.devices()[0].platform} device(s), {precisions(run.pair)},"
         f" into {run.config.directory}" + (f", checkpoints into {run.config.bucket}" if run.config.bucket else "")
     )
     t = run.config.train
     if t.warmup != t.warmup_steps:
         recorder.say(f"train.warmup_steps is {t.warmup_steps}, shortened to {t.warmup}: the run has {t.steps} steps")
+
+
+def lengths(config: Config) -> str:
+    """How long a run is, in steps and, where they follow from these, in epochs."""
+    t, d = config.train, config.data
+    of = "" if t.epochs is None else f" of {d.prompts_per_step} × {d.queries_per_prompt} queries ({t.epochs:g} epochs)"
+    return f"{t.steps} steps{of}"
 
 
 def precisions(pair: Pair) -> str:

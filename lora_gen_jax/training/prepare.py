@@ -5,8 +5,11 @@ error before anything is written.
 """
 
 import ctypes
+import dataclasses
 import json
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import difference, from_json, to_json
-from lora_gen_jax.data.groups import GroupSampler, named_tasks, narrowed
+from lora_gen_jax.data.groups import GroupSampler
 from lora_gen_jax.data.load import load_tasks
+from lora_gen_jax.data.mixture import epoch_rows, named_tasks, narrowed
 from lora_gen_jax.data.pipeline import Shard
 from lora_gen_jax.data.tasks import Task
 from lora_gen_jax.errors import CheckpointError, ConfigError, DataError, OutputError
@@ -102,6 +106,24 @@ def check_shapes(config: Config, pair: Pair) -> None:
                 field=field,
                 remedy=f"lower {field}",
             )
+
+
+def with_steps(config: Config, tasks: Sequence[Task] | None = None) -> Config:
+    """The config with the number of steps that its epochs take; as it is where it has none.
+
+    Args:
+        config: given, or one that was through this already.
+        tasks: as `training_tasks` gives them; left out, they are loaded.
+
+    Raises:
+        LoraGenError: as `training_tasks` and `epoch_rows`.
+    """
+    d, t = config.data, config.train
+    if t.epochs is None:
+        return config
+    queries = t.epochs * epoch_rows(d, training_tasks(config) if tasks is None else tasks)
+    steps = max(1, math.ceil(queries / (d.prompts_per_step * d.queries_per_prompt)))
+    return dataclasses.replace(config, train=dataclasses.replace(t, steps=steps))
 
 
 def training_tasks(config: Config) -> list[Task]:

@@ -89,15 +89,17 @@ def hidden_states(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The edge's final hidden states [P, T, D] at the batch's tokens, and {site: [L, P, T, X]} of records.
 
-    Soft tokens stand before a row, as a segment 0 that all its queries see.
+    Soft tokens stand before a row, as a segment 0 that all its queries see. Where positions are learned they get none,
+    and queries are numbered as if they were not there (`inference/soft_prompt.py`).
     """
     variables, soft_PND = {"params": frozen_edge}, generated.soft_PND
-    positions_PT, segments_PT, before = batch.positions_PT, batch.segments_PT, 0
+    positions_PT, segments_PT, before, learned_PT = batch.positions_PT, batch.segments_PT, 0, None
     x_PTD: Any = edge.apply(variables, batch.tokens_PT, method="embed")
     if soft_PND is not None:
         P, before, _ = soft_PND.shape
         x_PTD = jnp.concatenate([soft_PND.astype(x_PTD.dtype), x_PTD], axis=1)
         first_PN = jnp.broadcast_to(jnp.arange(before, dtype=jnp.int32)[None], (P, before))
+        learned_PT = jnp.concatenate([jnp.full_like(first_PN, -1), positions_PT], axis=1)
         behind_PT = jnp.where(positions_PT < 0, positions_PT, positions_PT + before)
         positions_PT = jnp.concatenate([first_PN, behind_PT], axis=1)
         segments_PT = jnp.concatenate([jnp.zeros_like(first_PN), segments_PT], axis=1)
@@ -108,6 +110,7 @@ def hidden_states(
         segments_BT=segments_PT,
         packed=packed and soft_PND is None,
         adapter=generated.adapter,
+        learned_BT=learned_PT,
         rngs=rngs,
         mutable=[RECORDS],
         method="encode",

@@ -193,7 +193,8 @@ def lora_moe_balance(rows: list[Any], knowledge: list[bool], margin: float) -> f
                 E = row[site][i].shape[1]
                 for e in range(E):
                     own = (e < E // 2) == asks
-                    q.append(sum(p[e] for p in row[site][i]) * (1 + margin if own else 1 - margin))
+                    share = sum(p[e] for p in row[site][i]) / len(row[site][i])
+                    q.append(share * (1 + margin if own else 1 - margin))
             mean = sum(q) / len(q)
             values.append(sum((x - mean) ** 2 for x in q) / (len(q) - 1) / (mean**2 + 1e-10))
     return sum(values) / len(values)

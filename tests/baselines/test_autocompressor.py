@@ -21,6 +21,7 @@ from lora_gen_jax.decoder.flash import BLOCK
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.generator.cloud import PackedPrompts
+from lora_gen_jax.inference.decode import generate
 from lora_gen_jax.inference.rows import Request
 from lora_gen_jax.inference.scoring import score
 from lora_gen_jax.inference.soft_prompt import compress, encode_soft
@@ -51,7 +52,11 @@ def variables_of(module, base):
 
 
 class Rendering(NamedTuple):
-    """What the slow rendering reads with; `adapter` None where the LoRA is merged into `base`."""
+    """What the slow rendering reads with; `adapter` None where the LoRA is merged into `base`.
+
+    Learned positions are added by hand, to a model whose table of them is all zeros: the n-th token of a segment has
+    the table's n-th row, and soft and summary tokens have none.
+    """
 
     decoder: Decoder
     base: Any
@@ -59,12 +64,17 @@ class Rendering(NamedTuple):
     summary_KD: Any
 
     def embed(self, ids):
-        return self.decoder.apply({"params": self.base}, np.array([ids], np.int32), method="embed")[0]
+        x_TD = self.decoder.apply({"params": self.base}, np.array([ids], np.int32), method="embed")[0]
+        if "positions" not in self.base:
+            return x_TD
+        offset = self.decoder.config.learned_position_offset
+        return x_TD + self.base["positions"]["embedding"][offset : offset + len(ids)]
 
     def hidden(self, parts):
         x_TD = jnp.concatenate(parts)
         positions_1T = jnp.arange(len(x_TD), dtype=jnp.int32)[None]
-        variables = {"params": self.base}
+        bare = {"positions": jax.tree.map(jnp.zeros_like, self.base["positions"])} if "positions" in self.base else {}
+        variables = {"params": {**self.base, **bare}}
         hidden, _ = self.decoder.apply(variables, x_TD[None], positions_1T, adapter=self.adapter, method="encode")
         return hidden[0]
 
@@ -304,12 +314,70 @@ def test_a_query_behind_the_prefix_of_soft_tokens_equals_one_forward_pass():
     rendering = rendering_of(module, base, variables_of(module, base)["params"])
     soft_ND = jnp.asarray(np.random.default_rng(0).standard_normal((7, OPT.width)))
     prefix = encode_soft(rendering.decoder, base, soft_ND, rendering.adapter)
-    assert (prefix.length, prefix.ids, prefix.cache.position_BS.shape) == (7, (), (1, 16))
+    assert (prefix.length, prefix.positions, prefix.ids) == (7, 0, ())
+    assert prefix.cache.position_BS.shape == (1, 16)
     requests = [Request([3, 9, 11], [[4, 8], [5]])]
     got = score(rendering.decoder, base, requests, batch_tokens=64, adapter=rendering.adapter, prefix=prefix)
     answer = jax.jit(lambda: [[rendering.answer(soft_ND, q, r) for r in responses] for q, responses in requests])
     for want, scored in zip(answer(), got, strict=True):
         np.testing.assert_allclose(scored.logprobs, [-x.sum() for x in want], **SAME)
+
+
+def test_what_is_generated_behind_soft_tokens_is_what_one_forward_pass_says():
+    """Greedily, by the slow rendering; the model's positions are counted from the query on."""
+    config = dataclasses.replace(OPT, max_positions=16)
+    module, base = AutoCompressor(config, SETTINGS, COMPRESSOR), random_params(config, 4)
+    rendering = rendering_of(module, base, variables_of(module, base)["params"], merged=True)
+    soft_ND = jnp.asarray(np.random.default_rng(0).standard_normal((30, config.width)))
+    prefix, query = encode_soft(rendering.decoder, rendering.base, soft_ND), [3, 9, 11]
+    (made,) = generate(rendering.decoder, rendering.base, [query], max_new_tokens=13, prefix=prefix)
+    read = jax.jit(rendering.answer)(soft_ND, query, made.ids)
+    np.testing.assert_allclose(made.logprobs, -read, **SAME)
+    # Of the greedy tokens none is less likely than another of the vocabulary would be on average.
+    assert float(jnp.max(read)) < np.log(config.vocab_size)
+    with raises(DataError, "tokens", 17, 16):
+        generate(rendering.decoder, rendering.base, [query], max_new_tokens=14, prefix=prefix)
+
+
+def test_learned_positions_are_those_of_a_segments_own_tokens_in_training_too():
+    """The whole objective on OPT, queries that share a row included, by the slow rendering."""
+    module, base = AutoCompressor(OPT, SETTINGS, SHORT), random_params(OPT, 4)
+    variables = variables_of(module, base)
+    queries = [([3, 9, 11], [4, 8]), ([7, 5], [6])]
+    batch = pack_groups([dataclasses.replace(GROUP, queries=queries)], DATA, OPT.num_layers)
+    loss_fn = objective(module, Decoder(OPT), Config(generator=SETTINGS, data=DATA, compressor=SHORT))
+    _, (_, metrics) = jax.jit(loss_fn)(variables["params"], {}, {"edge": base}, batch, KEY)
+    rendering = rendering_of(module, base, variables["params"])
+
+    @jax.jit
+    def slow():
+        soft_ND, losses = rendering.compress(GROUP.edge_prompt, [17])
+        return jnp.mean(losses), jnp.concatenate([rendering.answer(soft_ND, *query) for query in queries])
+
+    segments, answers = slow()
+    np.testing.assert_allclose(metrics["segment_loss"], segments, **SAME)
+    np.testing.assert_allclose(metrics["loss"], jnp.mean(answers), **SAME)
+
+
+def test_soft_tokens_take_no_positions_of_a_learned_table(llama):
+    """A prompt and a query may each be as long as the table, whatever the number of soft tokens."""
+    config = Config(generator=SETTINGS, compressor=SHORT, data=DATA)
+    learned = dataclasses.replace(OPT, max_positions=40)
+    rotary = dataclasses.replace(LLAMA, max_positions=40)
+    for edge, fits in ((learned, True), (rotary, False)):
+        pair = pair_of(llama[1], decoder=Decoder(edge))
+        data = dataclasses.replace(DATA, edge_prompt_length=40, query_length=40)
+        for changed in (data, dataclasses.replace(data, edge_prompt_length=20)):
+            whole = dataclasses.replace(config, data=changed)
+            if fits:
+                assert build(whole, pair).edge == edge
+            else:
+                field = "edge_prompt_length" if changed.edge_prompt_length == 40 else "query_length"
+                with raises(ConfigError, f"data.{field}", 3, 43):
+                    build(whole, pair)
+        data = dataclasses.replace(data, edge_prompt_length=20, query_length=41)
+        with raises(ConfigError, "data.query_length", 41 if fits else 44):
+            build(dataclasses.replace(config, data=data), pair)
 
 
 def test_errors_of_soft_tokens(llama):
@@ -347,10 +415,10 @@ class _Words:
         return [ord(c) - ord("a") + 3 for c in text]
 
 
-def pair_of(base, encoder=None):
+def pair_of(base, encoder=None, decoder=None):
     from lora_gen_jax.models import Model, Pair
 
-    model = Model(Decoder(LLAMA), base, encoder, "")
+    model = Model(decoder or Decoder(LLAMA), base, encoder, "")
     return Pair(model, model)
 
 

@@ -108,14 +108,26 @@ def test_the_balance_loss_is_that_of_the_tokens_alone_and_of_each_rows_kind_of_t
 
 
 def test_the_balance_loss_by_hand():
-    """Two rows of two tokens and one, two experts: Q = [[1.4·1.5, 0.6·0.5], [0.3·0.5, 0.7·1.5]]."""
+    """Two rows of two tokens and one, two experts: Q = [[0.7·1.5, 0.3·0.5], [0.3·0.5, 0.7·1.5]]."""
     probability = jnp.array([[[[0.9, 0.1], [0.5, 0.5]], [[0.3, 0.7], [0.8, 0.2]]]])
     read, knowledge = jnp.array([[True, True], [True, False]]), jnp.array([True, False])
-    q = np.array([2.1, 0.3, 0.15, 1.05])
+    q = np.array([1.05, 0.15, 0.15, 1.05])
     want = np.var(q, ddof=1) / np.mean(q) ** 2
     np.testing.assert_allclose(balance_loss(probability, read, knowledge, 0.5), [want], **SAME)
     # A single row of a single expert has nothing to balance, and no variance.
     np.testing.assert_array_equal(balance_loss(probability[:, :1, :, :1], read[:1], knowledge[:1], 0.5), [0.0])
+
+
+@pytest.mark.parametrize("tokens", [(3, 3, 3), (1, 7, 4)])
+def test_uniform_gates_are_in_balance_whatever_the_rows_lengths(tokens):
+    """As in the authors' code, whose rows are padded to one length; sums would give 0.41 for rows of 1, 7 and 4."""
+    read = np.arange(7)[None] < np.array(tokens)[:, None]
+    loss = balance_loss(jnp.full((2, 3, 7, E), 1 / E), jnp.asarray(read), jnp.zeros(3, bool), 0.0)
+    # Q are means of equal numbers: rounding alone.
+    np.testing.assert_allclose(loss, [0.0, 0.0], atol=(7 * np.finfo(np.float32).eps) ** 2)
+    # A row without any token, as a batch may hold for its shape's sake, is no division by zero.
+    padded = np.concatenate([read, np.zeros((1, 7), bool)])
+    assert np.all(np.isfinite(balance_loss(jnp.full((2, 4, 7, E), 1 / E), padded, jnp.zeros(4, bool), 0.0)))
 
 
 def test_without_a_coefficient_nothing_is_asked_for_and_nothing_added():

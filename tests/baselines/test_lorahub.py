@@ -5,6 +5,7 @@ import itertools
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -194,6 +195,41 @@ def test_the_penalty_is_of_the_mean_absolute_weight():
     assert start - found.objective >= SHARE * (start - penalized(np.array([0.2, -0.7, 0.0])))
 
 
+def test_the_loss_counts_once_for_all_shots_as_in_the_authors_code():
+    """Theirs: the mean over the shots' tokens divided by the number of shots, + 0.05 · Σ|w| / number of modules."""
+    settings, seen = HubConfig(budget=60), []
+
+    def published(weights_N):
+        seen.append(weights_N.copy())
+        return bowl(weights_N) / 5 + 0.05 * sum(abs(w) for w in weights_N) / len(weights_N)
+
+    found = search(bowl, 3, settings, shots=5)
+    want = search(published, 3, dataclasses.replace(settings, penalty=0.0))
+    np.testing.assert_array_equal(found.weights_N, want.weights_N)
+    np.testing.assert_allclose(found.objective, published(found.weights_N), rtol=1e-12)
+    # With the loss whole, the penalty is a fifth as heavy, and the search ends elsewhere.
+    assert np.any(search(bowl, 3, settings).weights_N != found.weights_N)
+
+
+def test_what_the_optimizer_recommends_is_taken_though_it_was_no_candidate(monkeypatch):
+    class Fixed:
+        """Asks for 1, 0, 0 and recommends the target."""
+
+        def ask(self):
+            return SimpleNamespace(value=np.array([1.0, 0.0, 0.0]))
+
+        def tell(self, candidate, value):
+            pass
+
+        def provide_recommendation(self):
+            return SimpleNamespace(value=TARGET)
+
+    monkeypatch.setattr(hub_search, "_optimizer", lambda *_: Fixed())
+    found = search(bowl, 3, HubConfig(), shots=2)
+    np.testing.assert_array_equal(found.weights_N, TARGET)
+    np.testing.assert_allclose(found.objective, 0.05 * 0.5, rtol=1e-12)
+
+
 def test_the_search_neither_reads_nor_changes_the_global_random_state():
     def run(seed):
         np.random.seed(seed)
@@ -288,10 +324,11 @@ def test_the_search_finds_the_module_that_helps(setting):
     hub, loss_of = loaded.config.hub, lorahub.shots_loss(pair.edge, loaded)(PROMPT)
     each = np.eye(hub.modules)
     assert np.argmin([loss_of(row) for row in each]) == HELPFUL
-    # From the base to the least on the line of the module that helps, the penalty included.
-    base = loss_of(np.zeros(hub.modules))
-    line = min(loss_of(w * each[HELPFUL]) + hub.penalty * w / hub.modules for w in np.linspace(0, hub.bound, 16))
-    assert base - line > 0.5
+    # From the base to the least on the line of the module that helps; the loss of three shots counts a third beside the
+    # penalty.
+    base, line = loss_of(np.zeros(hub.modules)) / 3, np.linspace(0, hub.bound, 16)
+    line = min(loss_of(w * each[HELPFUL]) / 3 + hub.penalty * w / hub.modules for w in line)
+    assert base - line > 0.5 / 3
     assert base - found.objective >= SHARE * (base - line)
     again = lorahub.found_weights(loaded.config.hub, pair, loaded)(PROMPT)
     np.testing.assert_array_equal(again.weights_N, found.weights_N)
@@ -313,7 +350,7 @@ def test_the_task_is_answered_by_the_merged_weights_that_were_found(setting):
         for place, token in enumerate(response, start=len(query) - 1):
             losses.append(np.log(np.sum(np.exp(row[place]))) - row[place, token])
     penalty = hub.penalty * np.mean(np.abs(found.weights_N))
-    np.testing.assert_allclose(np.mean(losses), found.objective - penalty, **SAME)
+    np.testing.assert_allclose(np.mean(losses) / len(SHOTS), found.objective - penalty, **SAME)
 
 
 def test_tasks_of_about_the_same_length_share_one_program(setting):
@@ -334,7 +371,7 @@ def test_weights_on_several_devices_give_the_same_loss_and_merge(setting, monkey
     weights = np.linspace(-1, 1, 5)
     one, several = (lorahub.shots_loss(p.edge, loaded)(PROMPT)(weights) for p in (pair, spread))
     np.testing.assert_allclose(several, one, **SAME)
-    monkeypatch.setattr(lorahub, "search", lambda loss_of, modules, hub: Found(weights, loss_of(weights)))
+    monkeypatch.setattr(lorahub, "search", lambda loss_of, *settings: Found(weights, loss_of(weights)))
     ours, theirs = (lorahub.METHOD.specialise(loaded.config, p, loaded)(PROMPT).params for p in (pair, spread))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **SAME), theirs, ours)
 

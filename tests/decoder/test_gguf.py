@@ -169,6 +169,18 @@ def test_llama3_rope_factors(tmp_path):
         pretrained.load_config(tmp_path / "other.gguf")
 
 
+def test_heads_that_are_rotated_in_part_are_refused(tmp_path):
+    tensors = hf_directory(tmp_path / "hf", "llama")
+    for count, fits in ((SIZES["head_dim"], True), (SIZES["head_dim"] // 2, False)):
+        path = tmp_path / f"rotated{count}.gguf"
+        to_gguf(path, "llama", tensors, extra=lambda writer, n=count: writer.add_rope_dimension_count(n))
+        if fits:
+            assert pretrained.load_config(path).head_dim == count
+        else:
+            with raises(ModelError, f"{path.name}:llama.rope.dimension_count", count, SIZES["head_dim"]):
+                pretrained.load_config(path)
+
+
 def test_other_rope_scaling_is_refused(tmp_path):
     tensors = hf_directory(tmp_path / "hf", "llama")
     scale = gguf.RopeScalingType.YARN

@@ -354,12 +354,39 @@ def test_an_unknown_recomputation_policy_is_named():
         ({"model_type": "mamba"}, "model_type", ("'mamba'", "llama, qwen2")),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type", ("'yarn'", "'llama3'")),
         ({"hidden_act": "relu6"}, "hidden_act", ("'relu6'", "silu")),
+        # Where transformers 4 wrote it, and where 5 does.
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor", (0.5,)),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}}, "partial_rotary_factor", (0.25,)),
+        ({"rope_parameters": None, "rope_scaling": {"partial_rotary_factor": 0.75}}, "partial_rotary_factor", (0.75,)),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention", ()),
     ],
 )
-def test_a_config_that_cannot_be_run_is_refused_by_name(change, field, facts):
-    hf = transformers.LlamaConfig(**SIZES).to_dict() | change
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Gemma", "Gemma2"])
+def test_a_config_that_cannot_be_run_is_refused_by_name(family, change, field, facts):
+    hf = getattr(transformers, f"{family}Config")(**SIZES).to_dict()
+    if field == "hidden_act":
+        hf.pop("hidden_activation", None)
     with raises(ModelError, f"config.json:{field}", *facts):
-        DecoderConfig.from_hf(hf)
+        DecoderConfig.from_hf(hf | change)
+
+
+def test_what_says_the_default_of_such_a_field_is_no_reason_to_refuse():
+    hf = transformers.GemmaConfig(**SIZES).to_dict()
+    said = {"partial_rotary_factor": 1.0, "use_bidirectional_attention": False}
+    assert DecoderConfig.from_hf(hf | said) == DecoderConfig.from_hf(hf)
+    assert DecoderConfig.from_hf(hf | dict.fromkeys(said)) == DecoderConfig.from_hf(hf)
+
+
+@pytest.mark.parametrize("family", ["Gemma", "Gemma2"])
+@pytest.mark.parametrize("width", [32, 30])
+def test_a_gemma_config_without_a_head_size_has_that_of_transformers(family, width):
+    sizes = {name: value for name, value in SIZES.items() if name != "head_dim"} | {"hidden_size": width}
+    theirs = getattr(transformers, f"{family}Config")(**sizes)
+    hf = theirs.to_dict()
+    del hf["head_dim"]
+    assert DecoderConfig.from_hf(hf).head_dim == theirs.head_dim == 256
+    assert DecoderConfig.from_hf(hf) == DecoderConfig.from_hf(theirs.to_dict())
+    assert DecoderConfig.from_hf(hf | {"head_dim": None}).head_dim == 256
 
 
 def test_a_config_without_a_needed_field_names_it():

@@ -69,6 +69,23 @@ def watched(config):
     return jax.device_get(state), seen
 
 
+def test_epochs_are_the_steps_that_a_line_says_and_the_run_goes_on_as_one_of_so_many(whole, root, tmp_path, capsys):
+    """Fourteen training rows, 8 × 4 queries a step: 13 epochs are 5.7 steps. The batches are those of a run of six."""
+    asked = experiment(root, tmp_path / "run", steps=0, epochs=13)
+    state, batches = watched(asked)
+    assert int(state.step) == 6
+    assert "6 steps of 8 × 4 queries (13 epochs)" in capsys.readouterr().err.replace("\n", " ")
+    for one, other in zip(batches, whole[2], strict=True):
+        np.testing.assert_array_equal(one, other)
+    jax.tree.map(np.testing.assert_array_equal, state, whole[1])
+    # What was asked for, and what came of it, stand in the run's directory; the same command finds it finished.
+    saved = json.loads((asked.directory / "config.json").read_text())["train"]
+    assert (saved["steps"], saved["epochs"]) == (6, 13)
+    assert int(train(asked).step) == 6
+    with raises(CheckpointError, "--workdir", "train.epochs: 13 -> 14", code="another config"):
+        train(replace(asked, "train", epochs=14))
+
+
 def test_the_loss_falls_and_everything_is_written():
     config = trained()
     loss = losses(config)

@@ -109,6 +109,13 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
         )
     width, heads = file.get("embedding_length"), file.get("attention.head_count")
     head_dim = file.get("attention.key_length", width // heads)
+    if (rotated := file.get("rope.dimension_count", head_dim)) != head_dim:
+        raise ModelError(
+            f"{path}: rope.dimension_count is {rotated} of {head_dim} in a head, but only heads that are rotated whole"
+            " are supported",
+            field=f"{path.name}:{family}.rope.dimension_count",
+            remedy="use another model",
+        )
     special = {key: file.metadata.get(f"tokenizer.ggml.{key}") for key in ("bos_token_id", "eos_token_id")}
     config = {
         "architectures": [_ARCHITECTURES[family]],
