@@ -23,7 +23,7 @@ from lora_gen_jax.errors import DataError
 from lora_gen_jax.inference.buckets import bucket, pad_rows
 from lora_gen_jax.inference.forward import forward_only
 from lora_gen_jax.inference.placement import padded_rows, place_rows
-from lora_gen_jax.inference.prefix import encode_prefix, past_prefix, prefix_cache, prefix_length
+from lora_gen_jax.inference.prefix import encode_prefix, past_prefix, prefix_cache, taken_positions
 
 if TYPE_CHECKING:
     from lora_gen_jax.models import Model, Pair
@@ -78,7 +78,7 @@ def task_vector(edge: "Model", prompt: Prompt, depth: float) -> TaskVector:
     prefix = encode_prefix(edge.decoder, edge.params, shared) if shared else None
     rest = [context[len(shared) :] for context in contexts]
     tokens_BT, positions_BT = pad_rows(rest, bucket(max(map(len, rest))), padded_rows(len(rest), edge.params))
-    batch = place_rows((tokens_BT, past_prefix(positions_BT, prefix_length(prefix))), edge.params)
+    batch = place_rows((tokens_BT, past_prefix(positions_BT, taken_positions(prefix))), edge.params)
     states_LBD = _last_states(forward_only(edge.decoder), edge.params, batch, prefix_cache(prefix))
     L = edge.config.num_layers
     vector_LD = jnp.mean(states_LBD[:, : len(rest)], axis=1)
