@@ -34,8 +34,8 @@ MUTANTS = (
     Mutant(
         "the softmax is over the layers",
         "generator/router.py",
-        "keep_top_k(jax.nn.softmax(logits_BLE, axis=-1), self.top_k)",
-        "keep_top_k(jax.nn.softmax(logits_BLE, axis=-2), self.top_k)",
+        "keep_top_k(jax.nn.softmax(logits_BLE, axis=-1), top_k)",
+        "keep_top_k(jax.nn.softmax(logits_BLE, axis=-2), top_k)",
         (f"{ROUTER}::test_training_gates_are_the_equations_with_the_batchs_statistics",),
     ),
     Mutant(
