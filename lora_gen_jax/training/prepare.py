@@ -187,6 +187,7 @@ def _begin(path: Path, new: dict[str, Any]) -> None:
         raise OutputError(
             f"workdir {path.parent} cannot be written: {error.strerror}",
             field="--workdir",
+            code="unwritable",
             remedy="choose another --workdir",
         ) from error
     write_text(path, json.dumps(new, indent=2) + "\n", "--workdir")
