@@ -381,7 +381,8 @@ def profiled_run(tmp_path, monkeypatch, steps, fails_at):
     monkeypatch.setattr(loop, "_tokens", lambda batch, prompts: 1)
     state = TrainState(jnp.zeros((), jnp.int32), {}, {}, {})
     quiet = SimpleNamespace(save=lambda *args: None, check=lambda: None, wait=lambda: None, directory=tmp_path)
-    pair = SimpleNamespace(frozen=None, fingerprints={})
+    model = SimpleNamespace(decoder=SimpleNamespace(dtype=jnp.float32, operands=None))
+    pair = SimpleNamespace(frozen=None, fingerprints={}, cloud=model, edge=model)
     fields = {
         "config": config,
         "pair": pair,
