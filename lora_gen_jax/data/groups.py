@@ -135,8 +135,8 @@ class GroupSampler:
     def _ids(self, example: Example, chat: bool, *prompt: Any) -> tuple[list[int], list[int]]:
         """Ids of a query and of its answer, which ends with the end token where it is learned from."""
         query, response = self.edge.query(example, chat, *prompt)
-        ends = self.split == "train" and self.edge.end is not None
-        return query, [*response, self.edge.end] if ends else response
+        end = self.edge.end if self.split == "train" else None
+        return query, response if end is None else [*response, end]
 
     def _fit(self, group: Group) -> Group | None:
         if not (group.description.strip() or group.shots):

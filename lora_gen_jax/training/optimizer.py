@@ -33,7 +33,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Clipping by global norm if asked for, then AdamW, with a rate of its own for the router if that is asked for."""
     adamw: Any = _adamw(config, config.learning_rate)
     if config.router_learning_rate is not None:
-        rates = {"router": _adamw(config, config.router_learning_rate), "rest": adamw}
+        rates: Any = {"router": _adamw(config, config.router_learning_rate), "rest": adamw}
         adamw = optax.multi_transform(rates, _router_or_rest)
     return adamw if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
 
