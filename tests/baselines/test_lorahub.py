@@ -205,7 +205,8 @@ def test_the_loss_counts_once_for_all_shots_as_in_the_authors_code():
 
     found = search(bowl, 3, settings, shots=5)
     want = search(published, 3, dataclasses.replace(settings, penalty=0.0))
-    np.testing.assert_array_equal(found.weights_N, want.weights_N)
+    # One function, rounded in two ways: near its minimum the searches' weights may differ by the root of that.
+    np.testing.assert_allclose(found.weights_N, want.weights_N, atol=1e-4)
     np.testing.assert_allclose(found.objective, published(found.weights_N), rtol=1e-12)
     # With the loss whole, the penalty is a fifth as heavy, and the search ends elsewhere.
     assert np.any(search(bowl, 3, settings).weights_N != found.weights_N)
