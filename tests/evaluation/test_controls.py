@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from helpers import raises, trained
 
+from lora_gen_jax.baselines.method import Prompt
 from lora_gen_jax.config import EvalConfig, ModelConfig
 from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.tasks import Example, Task
@@ -54,7 +55,7 @@ def test_what_each_control_leaves_of_the_prompt(encoder):
     assert shots.count(":") == 2
     assert made["paraphrase"]["sun"] == own["sun"]._replace(text=f"Which color?\n\n{shots}")
     assert made["paraphrase"]["moon"] == own["moon"]
-    assert made["description"]["sun"] == ("Say its color.", (), False)
+    assert made["description"]["sun"] == Prompt("Say its color.", (), False)
     assert made["shots"]["sun"] == own["sun"]._replace(text=shots)
     assert made["shuffled"] == {"sun": own["cat"], "moon": own["cat"], "cat": own["sun"]}
     assert made["empty"]["sun"].text == ""

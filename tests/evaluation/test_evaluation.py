@@ -282,7 +282,7 @@ def test_a_prompt_longer_than_the_limit_is_refused(pair):
     config = dataclasses.replace(trained(), eval=dataclasses.replace(trained().eval, prompt_limit=5))
     task = load_tasks(("warm",), files=config.data.files)["warm"]
     system = specialised_system(config, pair, task)
-    with raises(DataError, "prompt", 5, code="too long"):
+    with raises(DataError, "prompts.0", 5):
         evaluate_task(pair.edge, task, system, config.eval)
 
 
