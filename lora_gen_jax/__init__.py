@@ -18,6 +18,7 @@ The pieces, each usable alone:
     gated_product                   equation 8
     specialize                      prompts -> adapters
     merge, unmerge                  adapters in and out of weights
+    Prompt, RefineConfig            a prompt with examples, and how a specialization learns from them
     generate, stream, score         inference with any weights
     METHODS                         what the paper compares with, by key (`lora_gen_jax.methods`)
 """
@@ -39,6 +40,8 @@ from lora_gen_jax.inference.decode import Generation, generate, stream
 from lora_gen_jax.inference.sampling import Sampling
 from lora_gen_jax.inference.scoring import Request, Score, score
 from lora_gen_jax.methods import METHODS
+from lora_gen_jax.specialization.prompt import Prompt
+from lora_gen_jax.specialization.settings import RefineConfig
 
 __all__ = [
     "METHODS",
@@ -59,7 +62,9 @@ __all__ = [
     "LoraGenError",
     "ModelConfig",
     "PackedPrompts",
+    "Prompt",
     "PromptLoRA",
+    "RefineConfig",
     "Request",
     "Router",
     "Sampling",

@@ -26,6 +26,7 @@ from lora_gen_jax.export.command import Export, export_command
 from lora_gen_jax.generate_command import Generate, generate_command
 from lora_gen_jax.instructions.command import Instructions, instructions_command
 from lora_gen_jax.serving.command import Serve, serve_command
+from lora_gen_jax.specialization.command import Refine, refine_command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +216,7 @@ COMMANDS = {
     "train": (None, train_main, "train.py: train a generator, or another method, from a config file"),
     "eval": (None, eval_main, "eval.py: score methods on tasks"),
     "specialize": (Specialize, specialize_command, "turn a system prompt into a specialisation"),
+    "refine": (Refine, refine_command, "learn from solved examples, from a specialisation on"),
     "generate": (Generate, generate_command, "answer an input with a specialised model"),
     "serve": (Serve, serve_command, "answer over HTTP, as OpenAI's interface, for many specialisations at once"),
     "export": (Export, export_command, "write a specialisation for peft, transformers or llama.cpp"),

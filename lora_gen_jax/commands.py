@@ -1,29 +1,32 @@
 """The commands ``specialize`` and ``pack``: their flags, and what they do.
 
-In: flags. Out: specialisation directories; a generator that travels. Heavy imports wait until a command runs, so that
+In: flags. Out: specialization directories; a generator that travels. Heavy imports wait until a command runs, so that
 ``--help`` and mistakes answer at once.
 """
 
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora_gen_jax.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from lora_gen_jax.adapters.specialization import Specialization
     from lora_gen_jax.data.prompt_sources import NamedPrompt
+    from lora_gen_jax.specialization.prompt import Prompt
+    from lora_gen_jax.specialization.settings import RefineConfig
     from lora_gen_jax.specializer import Specializer
 
 
 @dataclasses.dataclass(frozen=True)
 class Specialize:
-    """Reads a task's system prompt once and writes a specialisation of the edge model.
+    """Reads a task's system prompt once and writes a specialization of the edge model.
 
     The prompt is a description, a few solved examples, a tool list, a role, or any mix of them; give one of --prompt,
-    --chat, --shots and --prompts. The result is a small directory that `generate` uses. Examples:
+    --chat, --shots, --examples and --prompts. The result is a small directory that `generate` uses. Examples:
 
     lora-gen specialize --checkpoint quickstart --prompt "Give the animal's young, in brackets." --out special
 
@@ -38,9 +41,19 @@ class Specialize:
     """A JSON file with a conversation, [{"role", "content"}, ...]: system text, and user turns with their answers."""
     shots: Path | None = None
     """A JSONL file with a solved example a line, {"input", "output"}."""
+    examples: Path | None = None
+    """A JSONL file with a solved example a line, {"input", "output"}: read as shots behind the --prompt, if there is
+    one, and then learned from."""
+    refine: Literal["gates", "lora"] | None = None
+    """What learns from the --examples: the gates alone, which keeps the specialization small, or a LoRA beside what was
+    generated. Left out, what is likely to be better for so many examples."""
+    steps: int | None = None
+    """Steps on the --examples, at most; 0 only reads them. Left out, as many as are likely to pay."""
+    as_chat: bool = False
+    """The --examples stand in the edge model's chat template, as a server's chats and `generate --chat` have it."""
     prompts: Path | None = None
-    """A JSONL file of many: each line has "prompt", "messages" or "shots" (with "description"), and may have a "name"
-    (the line's number if not)."""
+    """A JSONL file of many: each line has "prompt", "messages", "shots" or "examples" (these two with "description"),
+    and may have a "name" (the line's number if not). All that have examples learn from them together."""
     checkpoint: Path | None = None
     """A run's work directory (its newest checkpoint is taken), one checkpoints/<step> directory, or a generator that
     `pack` wrote; left out, the one shipped for SmolLM2-135M (`smollm2_tasks`). Also shipped: `smollm2_135m`,
@@ -91,7 +104,8 @@ def specialize_command(flags: Specialize) -> None:
 
     _check_sources(flags)
     many = None if flags.prompts is None else read_prompts(flags.prompts)
-    single = _single_prompt(flags) if many is None else ""
+    prompts = [_single_prompt(flags)] if many is None else [_prompt_of(named, flags) for named in many]
+    refinement = _refinement(flags, prompts)
     check_output(flags.out)
     if flags.checkpoint is None:
         print("no --checkpoint: the shipped generator for SmolLM2-135M is used", file=sys.stderr)
@@ -99,56 +113,123 @@ def specialize_command(flags: Specialize) -> None:
     from lora_gen_jax.adapters.specialization import save_specialization
     from lora_gen_jax.specializer import Specializer
 
-    specializer = Specializer.load(flags.checkpoint, flags.cloud, flags.edge, edge_weights=False)
+    refining = refinement is not None
+    specializer = Specializer.load(flags.checkpoint, flags.cloud, flags.edge, edge_weights=refining)
     if many is not None:
-        _specialize_many(specializer, many, flags)
+        names = [named.name for named in many]
+        _specialize_many(specializer, dict(zip(names, prompts, strict=True)), refinement, flags)
         return
-    (made,) = specializer.specialize([single])
+    if refining:
+        refined(flags.out, lambda: specializer.specialize(prompts, refine=refinement)[0])
+        return
+    (made,) = specializer.specialize(prompts)
     save_specialization(made, flags.out)
     size = (flags.out / "specialization.safetensors").stat().st_size
-    print(f"{flags.out}: {len(specializer.ids(single))} prompt tokens became {size} bytes", file=sys.stderr)
+    print(f"{flags.out}: {len(specializer.ids(made.prompt))} prompt tokens became {size} bytes", file=sys.stderr)
 
 
 def _check_sources(flags: Specialize) -> None:
-    """Raises ConfigError unless one source of prompts is named; --prompt may stand beside --shots."""
-    given = [name for name in ("prompt", "chat", "shots", "prompts") if getattr(flags, name) is not None]
-    if len(given) != 1 and given != ["prompt", "shots"]:
+    """Raises ConfigError unless one source of prompts is named; --prompt may stand beside --shots or --examples."""
+    given = [name for name in ("prompt", "chat", "shots", "examples", "prompts") if getattr(flags, name) is not None]
+    if len(given) != 1 and given not in (["prompt", "shots"], ["prompt", "examples"]):
         found = " and ".join(f"--{name}" for name in given) or "none of them"
         raise ConfigError(
-            f"give one of --prompt, --chat, --shots and --prompts (--prompt may describe --shots); found {found}",
+            "give one of --prompt, --chat, --shots, --examples and --prompts (--prompt may describe --shots or"
+            f" --examples); found {found}",
             field="--prompt",
             code="count",
         )
 
 
-def _single_prompt(flags: Specialize) -> str:
-    from lora_gen_jax.data.prompt_sources import read_chat, read_shots
+def _single_prompt(flags: Specialize) -> "str | Prompt":
+    from lora_gen_jax.data.prompt_sources import read_chat, read_examples, read_shots
     from lora_gen_jax.files import text_argument
 
     text = "" if flags.prompt is None else text_argument(flags.prompt, "--prompt")
     if flags.chat is not None:
         return read_chat(flags.chat)
+    if flags.examples is not None:
+        from lora_gen_jax.specialization.prompt import Prompt
+
+        return Prompt(text, read_examples(flags.examples), flags.as_chat)
     return text if flags.shots is None else read_shots(flags.shots, text)
 
 
-def _specialize_many(specializer: "Specializer", prompts: "Sequence[NamedPrompt]", flags: Specialize) -> None:
-    """A specialisation directory for every prompt, below --out; a bar on a terminal, and a last line."""
+def _prompt_of(named: "NamedPrompt", flags: Specialize) -> "str | Prompt":
+    from lora_gen_jax.specialization.prompt import Prompt
+
+    return Prompt(named.text, named.examples, flags.as_chat) if named.examples else named.text
+
+
+def _refinement(flags: Specialize, prompts: "Sequence[str | Prompt]") -> "RefineConfig | None":
+    """How examples are learned from; None where there are none, or --steps is 0.
+
+    Raises:
+        ConfigError: for flags about examples without any.
+    """
+    from lora_gen_jax.specialization.settings import default_refinement
+
+    counts = [len(prompt.examples) for prompt in prompts if not isinstance(prompt, str)]
+    if counts:
+        return None if flags.steps == 0 else default_refinement(min(counts), flags.refine, flags.steps)
+    for name in ("refine", "steps", "as_chat"):
+        if getattr(flags, name) not in (None, False):
+            flag = name.replace("_", "-")
+            raise ConfigError(
+                f"--{flag} is about examples, and there are none",
+                field=f"--{flag}",
+                remedy="give --examples, or rows of --prompts that have some",
+            )
+    return None
+
+
+def refined(out: Path, make: Callable[[], "Specialization"]) -> None:
+    """Refines, writes the specialization, and says what came of it."""
+    from lora_gen_jax.adapters.specialization import save_specialization
+
+    began = time.monotonic()
+    made = make()
+    seconds, record = time.monotonic() - began, made.refined
+    assert record is not None
+    save_specialization(made, out)
+    size = (out / "specialization.safetensors").stat().st_size
+    print(
+        f"{out}: {record['examples']} examples, {record['steps']} steps on the {record['kind']}, {seconds:.1f} s; loss"
+        f" {record['loss_before']:.3f} before, {record['loss_after']:.3f} after (nats a token); {size} bytes",
+        file=sys.stderr,
+    )
+
+
+def _specialize_many(
+    specializer: "Specializer",
+    prompts: "Mapping[str, str | Prompt]",
+    refinement: "RefineConfig | None",
+    flags: Specialize,
+) -> None:
+    """A specialization directory for every prompt, below --out; a bar on a terminal, and a last line."""
     from lora_gen_jax.adapters.specialization import save_specializations
     from lora_gen_jax.terminal import bar
 
-    for prompt in prompts:
+    for name, prompt in prompts.items():
         try:
-            specializer.ids(prompt.text)
+            specializer.ids(prompt if isinstance(prompt, str) else prompt.text(specializer.fits))
         except DataError as error:
-            raise error.within(f"{flags.prompts}: {prompt.name}") from error
+            raise error.within(f"{flags.prompts}: {name}") from error
     began = time.monotonic()
-    with bar("specialising", len(prompts)) as progress:
-        made = specializer.specialize([prompt.text for prompt in prompts], progress)
-    save_specializations(((prompt.name, one) for prompt, one in zip(prompts, made, strict=True)), flags.out)
+    with bar("specializing", len(prompts)) as progress:
+        made = specializer.specialize(list(prompts.values()), progress, refine=refinement)
+    save_specializations(zip(prompts, made, strict=True), flags.out)
     seconds, size = time.monotonic() - began, sum(x.nbytes for one in made for x in one.tensors.values())
-    what = "factors" if made[0].direct else "gates"
+    what = "factors" if made[0].direct else "gates and factors" if any(one.factors for one in made) else "gates"
+    learned = [one.refined for one in made if one.refined is not None]
+    said = ""
+    if learned:
+        before, after = (sum(one[f"loss_{when}"] for one in learned) / len(learned) for when in ("before", "after"))
+        said = (
+            f"; {len(learned)} learned from examples, mean loss {before:.3f} before, {after:.3f} after (nats a token)"
+        )
     print(
-        f"{flags.out}: {len(made)} specialisations in {seconds:.1f} s, {len(made) / seconds:.1f} prompts/s,"
-        f" {size} bytes of {what}",
+        f"{flags.out}: {len(made)} specializations in {seconds:.1f} s, {len(made) / seconds:.1f} prompts/s,"
+        f" {size} bytes of {what}{said}",
         file=sys.stderr,
     )

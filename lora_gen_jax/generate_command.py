@@ -17,7 +17,7 @@ from lora_gen_jax.files import is_directory, write_text
 if TYPE_CHECKING:
     import numpy as np
 
-    from lora_gen_jax.inference.work import Work
+    from lora_gen_jax.inference.work import Factors, Work
     from lora_gen_jax.models import Model
 
 
@@ -136,6 +136,7 @@ def _answer_one(flags: Generate, directory: Path) -> None:
 
 def _answer_requests(flags: Generate, path: Path) -> None:
     """Answers a file of requests, all of them or none."""
+    from lora_gen_jax.adapters.refined import RefinedPool
     from lora_gen_jax.adapters.specialization_fit import fitted_adapter
     from lora_gen_jax.inference.mixture import answer_all
     from lora_gen_jax.models import load_model
@@ -164,14 +165,13 @@ def _answer_requests(flags: Generate, path: Path) -> None:
         )
     edge = load_model(config.edge, evaluation_mesh(config.mesh.fsdp))
     adapter = fitted_adapter(first, loaded.variables, config.generator)
-    gates = {place: one.gates(config.generator.num_experts) for place, one in found.items()}
-    asked = [(row["input"], None if place is None else gates[place]) for row, place in zip(rows, places, strict=True)]
+    pool = adapter.generated if isinstance(adapter, RefinedPool) else adapter
+    updates = {place: (one.gates(config.generator.num_experts), one.factors) for place, one in found.items()}
+    asked = [(row["input"], None if place is None else updates[place]) for row, place in zip(rows, places, strict=True)]
     works = _works(flags, edge, config.edge.source, asked)
     began = time.monotonic()
     with bar("answering", len(works)) as progress:
-        answers = answer_all(
-            edge.decoder, edge.params, adapter, works, rows=flags.rows, how=flags.how, progress=progress
-        )
+        answers = answer_all(edge.decoder, edge.params, pool, works, rows=flags.rows, how=flags.how, progress=progress)
     seconds = time.monotonic() - began
     lines = [
         json.dumps({**row, "answer": edge.encoder.decode(answer.ids), "finish": answer.finish}, ensure_ascii=False)
@@ -278,8 +278,10 @@ def _encodes(row: dict[str, Any]) -> bool:
     return True
 
 
-def _works(flags: Generate, edge: "Model", source: str, asked: list[tuple[str, "np.ndarray | None"]]) -> "list[Work]":
-    """A work for each input and gates [L, E]."""
+def _works(
+    flags: Generate, edge: "Model", source: str, asked: "list[tuple[str, tuple[np.ndarray, Factors] | None]]"
+) -> "list[Work]":
+    """A work for each input and its specialization's gates [L, E] and factors."""
     from lora_gen_jax.inference.work import Work
     from lora_gen_jax.models import end_ids
 
@@ -288,14 +290,15 @@ def _works(flags: Generate, edge: "Model", source: str, asked: list[tuple[str, "
         Work(
             ids=_ids(edge, text, flags.chat),
             max_new_tokens=flags.max_new_tokens,
-            gates_LE=None if flags.base else gates_LE,
+            gates_LE=None if flags.base or update is None else update[0],
+            factors={} if flags.base or update is None else update[1],
             stop_ids=stop_ids,
             temperature=flags.temperature,
             top_k=flags.top_k,
             top_p=flags.top_p,
             seed=(flags.seed + i) % 2**32,
         )
-        for i, (text, gates_LE) in enumerate(asked)
+        for i, (text, update) in enumerate(asked)
     ]
 
 

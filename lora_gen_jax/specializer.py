@@ -5,11 +5,13 @@ In: a checkpoint of method lora_gen, and texts. Out: `Specialization`s, or the c
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_gen_jax.adapters.gated_pool import GatedPool
@@ -17,6 +19,7 @@ from lora_gen_jax.adapters.specialization import Specialization, load_specializa
 from lora_gen_jax.adapters.specialization_fit import Fit, fitted_adapter, pool_fingerprint, pool_of
 from lora_gen_jax.config import Config, ModelConfig
 from lora_gen_jax.data.record_rows import check_text
+from lora_gen_jax.data.tasks import Example
 from lora_gen_jax.decoder.pretrained import fingerprint, load_config, resolve
 from lora_gen_jax.errors import CheckpointError, ConfigError, DataError
 from lora_gen_jax.files import is_directory
@@ -24,8 +27,12 @@ from lora_gen_jax.generator.lora_gen import gated_adapter
 from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.inference.buckets import bucket, power_of_two
 from lora_gen_jax.inference.placement import mesh_of
-from lora_gen_jax.models import Pair, load_pair, make_generator
+from lora_gen_jax.models import Model, Pair, load_pair, make_generator
 from lora_gen_jax.sharding import evaluation_mesh
+from lora_gen_jax.specialization.apply import Before, check_refinable, learning_model, logits_of, refine_all
+from lora_gen_jax.specialization.prompt import Prompt, pairs_of, solved
+from lora_gen_jax.specialization.rows import ExampleIds
+from lora_gen_jax.specialization.settings import RefineConfig
 from lora_gen_jax.training.bucket import absolute, is_bucket
 from lora_gen_jax.training.checkpoint import Loaded, check_models, load_checkpoint, versions
 from lora_gen_jax.training.portable import DEFAULT, SHIPPED
@@ -128,21 +135,28 @@ class Specializer:
         return ids
 
     def specialize(
-        self, prompts: Sequence[str], progress: Callable[[int, int], None] | None = None, batch: int = 32
+        self,
+        prompts: Sequence[str | Prompt],
+        progress: Callable[[int, int], None] | None = None,
+        batch: int = 32,
+        refine: RefineConfig | None = None,
     ) -> list[Specialization]:
         """Reads every prompt once. Prompts of about the same length go together; each such group compiles once.
 
         Args:
-            prompts: texts.
+            prompts: texts, or `Prompt`s, whose examples are read as shots. Where not all of a prompt's examples fit the
+                limit, the first that do are read.
             progress: called with the number of prompts done and their total, after every batch.
             batch: prompts at a time, at most; fewer where they have more than `eval.batch_tokens` tokens together.
+            refine: after reading, steps on the examples of those prompts that have some.
 
         Returns:
             a specialisation for each prompt, in their order.
 
         Raises:
             DataError: for a text in the place of the list, or as `ids`, before anything is computed; with several
-                prompts it says which.
+                prompts it says which. With `refine`, as `check_examples`.
+            ConfigError: with `refine`, for a generator without gates, or without the edge model's weights.
         """
         if isinstance(prompts, str):
             raise DataError(
@@ -150,23 +164,80 @@ class Specializer:
                 field="prompts",
                 remedy="give a list of texts",
             )
-        rows = [self._numbered_ids(prompts, i) for i in range(len(prompts))]
+        texts = [prompt if isinstance(prompt, str) else prompt.text(self.fits) for prompt in prompts]
+        rows = [self._numbered_ids(texts, i) for i in range(len(texts))]
+        pairs = [] if refine is None else [self._pairs(prompt) for prompt in prompts]
+        learning = [i for i, own in enumerate(pairs) if own]
+        if refine is not None and learning:
+            check_refinable(self.pair.edge, self.config.generator, [pairs[i] for i in learning])
         made: dict[int, Specialization] = {}
+        logits: dict[int, np.ndarray] = {}
         for chunk, size in self._chunks([len(row) for row in rows], batch):
             # As many as the group's other batches have; what fills up is dropped again.
             filled = [rows[i] for i in chunk] + [rows[chunk[0]]] * (size - len(chunk))
             generated = specialize(self._generator, self._variables, self.pair.cloud.params, filled, self.limit)
             for row, i in enumerate(chunk):
-                made[i] = Specialization(
-                    tensors=sparse_tensors(generated, self.config.generator, row),
-                    fingerprints=self._fingerprints,
-                    prompt=prompts[i],
-                    checkpoint=self._checkpoint,
-                    versions=self._versions,
-                )
-            if progress is not None:
+                made[i] = self._made(texts[i], sparse_tensors(generated, self.config.generator, row))
+                if i in learning:
+                    logits[i] = np.asarray(generated.logits_PLE[row])
+            if progress is not None and not learning:
                 progress(len(made), len(prompts))
+        if refine is not None and learning:
+            before = [Before(made[i], logits[i], pairs[i]) for i in learning]
+            done = refine_all(self._learner, self.pool(), self.config.generator, before, refine, progress)
+            made |= dict(zip(learning, done, strict=True))
         return [made[i] for i in range(len(prompts))]
+
+    def refine(
+        self,
+        specialization: Specialization,
+        examples: Sequence[tuple[str, str] | Example],
+        refine: RefineConfig | None = None,
+        chat: bool = False,
+    ) -> Specialization:
+        """Steps on examples, from a specialisation of this generator on.
+
+        For gates of which few are chosen, the cloud reads its prompt again: the file does not tell how near the other
+        experts were.
+
+        Args:
+            specialization: read, or refined before.
+            examples: (input, output) pairs.
+            refine: how; with its defaults where left out.
+            chat: the edge model will be asked in its chat template.
+
+        Raises:
+            CheckpointError: for a specialisation of another generator.
+            DataError, ConfigError: as `specialize` with `refine`.
+        """
+        self.fit.check(specialization)
+        config, settings = refine or RefineConfig(), self.config.generator
+        pairs = pairs_of(self.pair.edge.encoder, solved(examples), chat)
+        check_refinable(self.pair.edge, settings, [pairs])
+        logits_LE = None
+        if config.kind == "gates":
+            read_LE = None
+            if settings.active_experts < settings.num_experts:
+                ids, cloud = [self.ids(specialization.prompt)], self.pair.cloud.params
+                generated = specialize(self._generator, self._variables, cloud, ids, self.limit)
+                read_LE = np.asarray(generated.logits_PLE[0])
+            logits_LE = logits_of(specialization.gates(settings.num_experts), read_LE, settings)
+        before = Before(specialization, logits_LE, pairs)
+        return refine_all(self._learner, self.pool(), settings, [before], config)[0]
+
+    def fits(self, text: str) -> bool:
+        """Whether a prompt is within the limit."""
+        return len(self.pair.cloud.encoder.prompt(text)) <= self.limit
+
+    @cached_property
+    def _learner(self) -> Model:
+        return learning_model(self.pair.edge, self.config.edge)
+
+    def _pairs(self, prompt: str | Prompt) -> list[ExampleIds]:
+        return [] if isinstance(prompt, str) else pairs_of(self.pair.edge.encoder, prompt.shots, prompt.chat)
+
+    def _made(self, text: str, tensors: dict[str, np.ndarray]) -> Specialization:
+        return Specialization(tensors, self._fingerprints, text, self._checkpoint, self._versions)
 
     def adapter(self, specialization: Specialization) -> Any:
         """The adapter of one prompt, for `merge`, `generate` and `score`.

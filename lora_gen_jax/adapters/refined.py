@@ -33,31 +33,31 @@ class RefinedPool(AdapterBase):
         return cls({"pool": pool.scanned, "factors": factors}, pool.shared, form)
 
     @property
-    def pool(self) -> GatedPool:
+    def generated(self) -> GatedPool:
         """The generated update alone."""
-        return self.form.replace(scanned=self.scanned["pool"], shared=self.shared)
+        return self.form.replace(scanned=self.scanned["pool"], shared=self.shared, operands=self.operands)
 
     @property
     def factors(self) -> PromptLoRA:
         """What stands beside it."""
-        return PromptLoRA(self.scanned["factors"], scale=1.0)
+        return PromptLoRA(self.scanned["factors"], scale=1.0, operands=self.operands)
 
     def delta(self, site: str, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array | None:
         """The sum of what both add, [B, T, outputs]."""
-        return _sum(self.pool.delta(site, x_BTD, key), self.factors.delta(site, x_BTD, None))
+        return _sum(self.generated.delta(site, x_BTD, key), self.factors.delta(site, x_BTD, None))
 
     def weight_delta(self, site: str) -> jax.Array | None:
         """ΔW of one layer in fp32, [inputs, outputs]; for a single prompt."""
-        return _sum(self.pool.weight_delta(site), self.factors.weight_delta(site))
+        return _sum(self.generated.weight_delta(site), self.factors.weight_delta(site))
 
     @property
     def prompts(self) -> int:
         """P."""
-        return self.pool.prompts
+        return self.generated.prompts
 
     def take(self, index: Any) -> "RefinedPool":
         """The adapter of the prompts that `index` (integers) names, in that order."""
-        return RefinedPool.of(self.pool.take(index), self.factors.take(index).scanned)
+        return RefinedPool.of(self.generated.take(index), self.factors.take(index).scanned)
 
     def select(self, prompt: int) -> "RefinedPool":
         """The adapter of one prompt.

@@ -1,8 +1,9 @@
 """A specialisation on disk: the sparse gates of one prompt, a thousand bytes beside a pool that is found again.
 
 In: what the generator said about one prompt. Out: a directory with `specialization.safetensors` (gates and
-fingerprints), `prompt.txt` and `specialization.json` (readable). Direct generation has no gates: its factors are
-stored in full.
+fingerprints), `prompt.txt` and `specialization.json` (readable). Signed gates of all experts are stored in 8 bits each,
+with a scale for every layer. Factors are stored in full: those of direct generation, which has no gates, and those
+that refining has put beside the gates.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from lora_gen_jax.adapters.specialization_check import check_size, read_readable, read_tensors, reading
+from lora_gen_jax.adapters.specialization_check import check_size, read_readable, read_refined, read_tensors, reading
 from lora_gen_jax.config import GeneratorConfig
 from lora_gen_jax.errors import CheckpointError
 from lora_gen_jax.files import complete_directory, writing
@@ -29,11 +30,14 @@ class Specialization:
     """One prompt's specialisation.
 
     Attributes:
-        tensors: {"index": [L, K], "weight": [L, K]}, or {"site.a": [L, inputs, R], "site.b": …} for direct generation.
+        tensors: {"index": [L, K], "weight": [L, K]}, or {"weight": int8 [L, E], "scale": [L]} for linear routing;
+            beside them {"site.a": [L, inputs, X], "site.b": [L, X, outputs]} where factors were learned. Direct
+            generation has such factors alone.
         fingerprints: of the cloud model, the edge model and the pool.
         prompt: the text that it was generated from.
         checkpoint: where the generator was, when it was made; None for the one that is shipped.
         versions: of the packages it was made with.
+        refined: how it was refined (`lora_gen_jax.specialization`); None where it was only read.
     """
 
     tensors: dict[str, np.ndarray]
@@ -41,10 +45,32 @@ class Specialization:
     prompt: str
     checkpoint: str | None
     versions: dict[str, str]
+    refined: dict[str, Any] | None = None
 
     @property
     def direct(self) -> bool:
-        return "index" not in self.tensors
+        """It has no gates."""
+        return "weight" not in self.tensors
+
+    @property
+    def dense(self) -> bool:
+        """Its gates are signed, and of all experts."""
+        return "scale" in self.tensors
+
+    @property
+    def factors(self) -> dict[str, dict[str, np.ndarray]]:
+        """{site: {"a": [L, inputs, X], "b": [L, X, outputs]}}; empty where there are gates alone."""
+        found: dict[str, dict[str, np.ndarray]] = {}
+        for name, value in self.tensors.items():
+            site, dot, factor = name.partition(".")
+            if dot:
+                found.setdefault(site, {})[factor] = value
+        return found
+
+    @property
+    def active(self) -> int:
+        """Gates that a layer has; 0 for direct generation."""
+        return 0 if self.direct else self.tensors["weight"].shape[1]
 
     @property
     def digest(self) -> str:
@@ -61,6 +87,15 @@ class Specialization:
             raise CheckpointError(
                 "this specialization has no gates: its generator makes the factors directly", field=f"{TENSORS}:index"
             )
+        if self.dense:
+            weight, scale = self.tensors["weight"], self.tensors["scale"]
+            if weight.shape[1] != num_experts:
+                raise CheckpointError(
+                    f"the specialization has gates of {weight.shape[1]} experts, but the pool has {num_experts}",
+                    field=f"{TENSORS}:weight",
+                    remedy="give the checkpoint that it was made with (--checkpoint)",
+                )
+            return weight.astype(np.float32) * scale.astype(np.float32)[:, None]
         index, weight = self.tensors["index"].astype(np.int64), self.tensors["weight"]
         if index.shape[1] > num_experts or index.max() >= num_experts:
             raise CheckpointError(
@@ -83,7 +118,16 @@ def sparse_tensors(generated: Generated, settings: GeneratorConfig, prompt: int 
             for site, pair in factors.items()
             for name, x in pair.items()
         }
-    gates_LE = np.asarray(generated.gates_PLE)[prompt].astype(np.float32)
+    return gate_tensors(np.asarray(generated.gates_PLE)[prompt], settings)
+
+
+def gate_tensors(gates_LE: np.ndarray, settings: GeneratorConfig) -> dict[str, np.ndarray]:
+    """What is stored of gates [L, E]: the K largest of a layer, or all of them in 8 bits where they are signed."""
+    gates_LE = gates_LE.astype(np.float32)
+    if settings.routing == "linear":
+        # A layer without any gate keeps zeros, whatever its scale.
+        scale_L = np.maximum(np.abs(gates_LE).max(axis=1), np.finfo(np.float32).tiny * 127) / np.float32(127)
+        return {"weight": np.rint(gates_LE / scale_L[:, None]).astype(np.int8), "scale": scale_L}
     index = np.argsort(-gates_LE, axis=1, kind="stable")[:, : settings.active_experts]
     weight = np.take_along_axis(gates_LE, index, axis=1)
     return {"index": index.astype(np.uint8 if gates_LE.shape[1] <= 256 else np.uint16), "weight": weight}
@@ -129,13 +173,14 @@ def load_specialization(directory: str | Path) -> Specialization:
     with reading(directory / TENSORS):
         tensors, metadata = read_tensors(directory / TENSORS)
         fingerprints, digest = {name: metadata[name] for name in ("cloud", "edge", "pool")}, metadata["prompt"]
+        refined = read_refined(metadata.get("refined"), f"{TENSORS}:refined")
     with reading(directory / READABLE):
         checkpoint, versions = read_readable(directory / READABLE)
     with reading(directory / PROMPT):
         check_size(directory / PROMPT)
         # Bytes: read as text, a carriage return would become a line feed.
         prompt = (directory / PROMPT).read_bytes().decode()
-        specialization = Specialization(tensors, fingerprints, prompt, checkpoint, versions)
+        specialization = Specialization(tensors, fingerprints, prompt, checkpoint, versions, refined)
         if specialization.digest != digest:
             raise CheckpointError(
                 f"{PROMPT} is not the prompt that it was made of (its sha256 begins {specialization.digest}, not"
@@ -153,12 +198,24 @@ def _write(s: Specialization, directory: Path) -> None:
         "checkpoint": s.checkpoint,
         "versions": s.versions,
     }
+    if s.refined is not None:
+        metadata["refined"] = json.dumps(s.refined)
+        readable["refined"] = s.refined
     if not s.direct:
-        pairs = zip(s.tensors["index"], s.tensors["weight"], strict=True)
-        readable["gates"] = [
-            {str(int(e)): round(float(w), 6) for e, w in zip(index, weight, strict=True)} for index, weight in pairs
-        ]
+        readable["gates"] = _readable_gates(s)
     tensors = {name: np.ascontiguousarray(value) for name, value in s.tensors.items()}
     (directory / TENSORS).write_bytes(safetensors.numpy.save(tensors, metadata))
     (directory / PROMPT).write_bytes(s.prompt.encode())
     (directory / READABLE).write_text(json.dumps(readable, indent=2) + "\n", encoding="utf-8")
+
+
+def _readable_gates(s: Specialization) -> list[dict[str, float]]:
+    """{expert: gate} of every layer; of signed gates the largest eight, either way."""
+    if s.dense:
+        gates_LE = s.gates(s.active)
+        index_LK = np.argsort(-np.abs(gates_LE), axis=1, kind="stable")[:, :8]
+        weight_LK = np.take_along_axis(gates_LE, index_LK, axis=1)
+    else:
+        index_LK, weight_LK = s.tensors["index"], s.tensors["weight"]
+    layers = zip(index_LK, weight_LK, strict=True)
+    return [{str(int(e)): round(float(w), 6) for e, w in zip(index, weight, strict=True)} for index, weight in layers]

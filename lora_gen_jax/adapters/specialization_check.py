@@ -7,15 +7,19 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
 
 from lora_gen_jax.errors import CheckpointError
 
-# Gates of a thousand layers and experts fit many times over; factors of direct generation are larger.
 LARGEST = 64 * 2**20
-INDEX, FLOAT = ("U8", "U16", "U32"), ("F16", "F32")
+"""Bytes of any file but one with factors. Gates of a thousand layers and experts fit many times over."""
+SPARSE, DENSE = frozenset({"index", "weight"}), frozenset({"weight", "scale"})
+FLOAT = ("F16", "F32")
+_TYPES = {"index": ("U8", "U16", "U32"), "scale": FLOAT}
+_AXES = {"index": 2, "weight": 2, "scale": 1}
 
 
 @contextmanager
@@ -43,32 +47,27 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Tensors and metadata. Names, types and shapes come from the header, and are checked before any tensor is read.
 
     Raises:
-        CheckpointError: for tensors that are neither gates nor factors of direct generation.
+        CheckpointError: for tensors that are neither gates, with factors or without, nor factors of direct generation.
         safetensors.SafetensorError, OSError: as the library, for a file that is none or is truncated.
     """
     with safetensors.safe_open(path, framework="numpy") as file:
         names = list(file.keys())
         kinds = {name: file.get_slice(name).get_dtype() for name in names}
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-        gated = {"index", "weight"} & set(names)
-        if gated and set(names) != {"index", "weight"}:
-            raise CheckpointError(
-                f"{path.name} holds {', '.join(sorted(names))} instead of index and weight", field=path.name
-            )
-        if not gated and not (names and all(name.count(".") == 1 and name[-2:] in (".a", ".b") for name in names)):
-            raise CheckpointError(f"{path.name} holds neither gates (index and weight) nor factors", field=path.name)
-        if gated:
+        gates = _names_of_gates(path, names)
+        if gates == set(names):
             check_size(path)
+        dense = ("I8",) if gates == DENSE else FLOAT
         for name in names:
-            allowed = INDEX if name == "index" else FLOAT
+            allowed = dense if name == "weight" else _TYPES.get(name, FLOAT)
             if kinds[name] not in allowed:
                 raise CheckpointError(
                     f"{name} is of type {kinds[name]}, which is none of {', '.join(allowed)}",
                     field=f"{path.name}:{name}",
                 )
-            if len(shapes[name]) != (2 if gated else 3) or 0 in shapes[name]:
+            if len(shapes[name]) != _AXES.get(name, 3) or 0 in shapes[name]:
                 raise CheckpointError(f"{name} has the shape {shapes[name]}", field=f"{path.name}:{name}")
-        if gated and shapes["index"] != shapes["weight"]:
+        if gates == SPARSE and shapes["index"] != shapes["weight"]:
             raise CheckpointError(
                 f"index and weight differ in shape: {shapes['index']}, {shapes['weight']}", field=f"{path.name}:weight"
             )
@@ -76,12 +75,27 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             raise CheckpointError("the factors are of different numbers of layers", field="layers")
         tensors = {name: file.get_tensor(name) for name in names}
         metadata = file.metadata() or {}
-    if gated:
+    if gates == SPARSE:
         _check_gates(tensors["index"], tensors["weight"], path.name)
     for name, value in tensors.items():
         if not np.isfinite(value).all():
             raise CheckpointError(f"{name} holds values that are not numbers", field=f"{path.name}:{name}")
     return tensors, metadata
+
+
+def _names_of_gates(path: Path, names: list[str]) -> frozenset[str]:
+    """`SPARSE`, `DENSE`, or nothing for direct generation; CheckpointError for any other set of tensors."""
+    gates = frozenset(name for name in names if name in _AXES)
+    factors = {name for name in names if name.count(".") == 1 and name[-2:] in (".a", ".b")}
+    pairs = {f"{name[:-2]}.{x}" for name in factors for x in "ab"}
+    if gates not in (SPARSE, DENSE, frozenset()) or (gates and gates | pairs != set(names)):
+        held = ", ".join(sorted(names))
+        raise CheckpointError(
+            f"{path.name} holds {held} instead of index and weight, or weight and scale", field=path.name
+        )
+    if not gates and not (names and len(factors) == len(names)):
+        raise CheckpointError(f"{path.name} holds neither gates (index and weight) nor factors", field=path.name)
+    return gates
 
 
 def _check_gates(index_LK: np.ndarray, weight_LK: np.ndarray, file: str) -> None:
@@ -127,6 +141,25 @@ def read_readable(path: Path) -> tuple[str | None, dict[str, str]]:
             f'"versions" in {path.name} must map names of packages to texts', field=f"{path.name}:versions"
         )
     return checkpoint, versions
+
+
+def read_refined(text: str | None, field: str) -> dict[str, Any] | None:
+    """How a specialization was refined, as the metadata have it under `field`.
+
+    Raises:
+        CheckpointError, ValueError: when they say something else.
+    """
+    if text is None:
+        return None
+    refined = json.loads(text)
+    numbers = ("examples", "steps", "loss_before", "loss_after")
+    if not (
+        isinstance(refined, dict)
+        and isinstance(refined.get("kind"), str)
+        and all(isinstance(refined.get(name), int | float) for name in numbers)
+    ):
+        raise CheckpointError(f'"refined" must be an object with kind, {", ".join(numbers)}', field=field)
+    return refined
 
 
 def check_size(path: Path) -> None:

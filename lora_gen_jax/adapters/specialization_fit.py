@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_gen_jax.adapters.lora import PromptLoRA
+from lora_gen_jax.adapters.refined import RefinedPool
 from lora_gen_jax.adapters.specialization import TENSORS, Specialization
 from lora_gen_jax.config import GeneratorConfig
 from lora_gen_jax.errors import CheckpointError
@@ -41,6 +42,8 @@ class Fit:
         layers: L of the edge model; None where it is not known.
         experts, active: E and K; 0 for direct generation.
         factors: {"site.a": (inputs, R), "site.b": (R, outputs)} of direct generation, else empty.
+        sites: {site: (inputs, outputs)} of the pool, where factors may stand beside its update.
+        dense: its gates are signed, and of all experts.
     """
 
     pool: str
@@ -48,6 +51,8 @@ class Fit:
     experts: int
     active: int
     factors: dict[str, tuple[int, ...]]
+    sites: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    dense: bool = False
 
     @classmethod
     def of(cls, variables: Any, settings: GeneratorConfig, layers: int | None = None) -> "Fit":
@@ -65,6 +70,8 @@ class Fit:
             experts=0 if direct else settings.num_experts,
             active=0 if direct else settings.active_experts,
             factors=_factors(variables["params"]["direct"]) if direct else {},
+            sites={} if direct else {s: (x["a"].shape[-2], x["b"].shape[-1]) for s, x in pool_of(variables).items()},
+            dense=settings.routing == "linear",
         )
 
     def check(self, specialization: Specialization) -> None:
@@ -90,14 +97,8 @@ class Fit:
                 f"the specialization holds {had}, the generator makes {made}", field=TENSORS, remedy=_REMEDY
             )
         if not specialization.direct:
-            specialization.gates(self.experts)
-            gates = specialization.tensors["index"].shape[1]
-            if gates > self.active:
-                raise CheckpointError(
-                    f"the specialization has {gates} gates a layer, the generator makes {self.active}",
-                    field=f"{TENSORS}:index",
-                    remedy=_REMEDY,
-                )
+            self._check_gates(specialization)
+            self._check_beside(specialization)
             return
         shapes = {name: value.shape[1:] for name, value in specialization.tensors.items()}
         for name in sorted(self.factors.keys() | shapes.keys()):
@@ -106,6 +107,37 @@ class Fit:
                     f"the specialization's factor {name} has the shape {shapes.get(name)}, the generator makes"
                     f" {self.factors.get(name)}",
                     field=f"{TENSORS}:{name}",
+                    remedy=_REMEDY,
+                )
+
+    def _check_gates(self, specialization: Specialization) -> None:
+        if specialization.dense != self.dense:
+            had, made = ("signed gates", "a choice") if specialization.dense else ("a choice", "signed gates")
+            raise CheckpointError(
+                f"the specialization holds {had}, the generator makes {made}", field=TENSORS, remedy=_REMEDY
+            )
+        specialization.gates(self.experts)
+        if (gates := specialization.active) > self.active:
+            raise CheckpointError(
+                f"the specialization has {gates} gates a layer, the generator makes {self.active}",
+                field=f"{TENSORS}:index",
+                remedy=_REMEDY,
+            )
+
+    def _check_beside(self, specialization: Specialization) -> None:
+        """Factors beside the gates must fit the same weights."""
+        factors = specialization.factors
+        if not factors:
+            return
+        rank = next((pair["a"].shape[-1] for pair in factors.values() if "a" in pair), 0)
+        wanted = {site: {"a": (inputs, rank), "b": (rank, outputs)} for site, (inputs, outputs) in self.sites.items()}
+        for site in sorted(factors.keys() | wanted.keys()):
+            found = {x: value.shape[1:] for x, value in factors.get(site, {}).items()}
+            if found != wanted.get(site, {}):
+                raise CheckpointError(
+                    f"the specialization's factors of {site} have the shapes {found}, the edge model takes"
+                    f" {wanted.get(site, {})}",
+                    field=f"{TENSORS}:{site}",
                     remedy=_REMEDY,
                 )
 
@@ -129,14 +161,15 @@ def adapter_of(
 
 def fitted_adapter(specialization: Specialization, variables: Any, settings: GeneratorConfig) -> Any:
     """As `adapter_of`, of a specialisation that was checked already: the pool is not read again."""
+    factors = {
+        site: {x: jnp.asarray(value)[:, None] for x, value in pair.items()}
+        for site, pair in specialization.factors.items()
+    }
     if specialization.direct:
-        factors: dict[str, dict[str, jax.Array]] = {}
-        for name, value in specialization.tensors.items():
-            site, factor = name.split(".")
-            factors.setdefault(site, {})[factor] = jnp.asarray(value)[:, None]
         return PromptLoRA(factors, scale=settings.alpha / settings.rank)
     gates_LE = specialization.gates(settings.num_experts)
-    return gated_adapter(jnp.asarray(gates_LE)[None], pool_of(variables), settings)
+    pool = gated_adapter(jnp.asarray(gates_LE)[None], pool_of(variables), settings)
+    return RefinedPool.of(pool, factors) if factors else pool
 
 
 def pool_of(variables: Any) -> dict[str, dict[str, Any]]:

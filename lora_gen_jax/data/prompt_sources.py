@@ -4,7 +4,8 @@ In: a conversation, solved examples, or a JSONL file of many prompts. Out: texts
 
     chat     [{"role": "system", "content"}, {"role": "user", "content"}, {"role": "assistant", "content"}, …]
     shots    {"input", "output"} or {"query", "response"}, one a line
-    many     {"prompt"}, {"messages": chat} or {"shots": […], "description"}, one a line, each with a "name" or without
+    many     {"prompt"}, {"messages": chat}, {"shots": […], "description"} or {"examples": […], "description"}, one a
+             line, each with a "name" or without; examples are shots that are learned from, too
 """
 
 import json
@@ -19,7 +20,7 @@ from lora_gen_jax.data.record_rows import GENERIC_SYSTEM, text_field
 from lora_gen_jax.data.tasks import Example
 from lora_gen_jax.errors import DataError
 
-SOURCES = ("prompt", "messages", "shots")
+SOURCES = ("prompt", "messages", "shots", "examples")
 """The fields that a prompt may come in; each row has one of them."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PAIRS = (("input", "output"), ("query", "response"))
@@ -27,10 +28,17 @@ _PAIRS = (("input", "output"), ("query", "response"))
 
 @dataclass(frozen=True)
 class NamedPrompt:
-    """A system prompt and the name of its specialisation."""
+    """A system prompt and the name of its specialisation.
+
+    Attributes:
+        name: of the specialization.
+        text: what is read; the description alone, where there are examples.
+        examples: that are read as shots, and learned from.
+    """
 
     name: str
     text: str
+    examples: tuple[Example, ...] = ()
 
 
 def chat_prompt(messages: Any) -> str:
@@ -99,21 +107,35 @@ def shots_prompt(shots: Any, description: str = "") -> str:
     Raises:
         DataError: naming the shot and the field that is missing, empty or no text; when there is no shot.
     """
-    if not isinstance(shots, list) or not shots:
+    return system_prompt(description, solved_rows(shots, "shot"))
+
+
+def solved_rows(rows: Any, what: str) -> list[Example]:
+    """The examples of a list of objects with "input" and "output".
+
+    Args:
+        rows: the list.
+        what: one of them is called: "shot" or "example".
+
+    Raises:
+        DataError: naming the row and the field that is missing, empty or no text; when there is no row.
+    """
+    if not isinstance(rows, list) or not rows:
         raise DataError(
-            '"shots" must be a list of at least one object with "input" and "output"', field="shots", code="type"
+            f'"{what}s" must be a list of at least one object with "input" and "output"', field=f"{what}s", code="type"
         )
     examples = []
-    for number, shot in enumerate(shots, start=1):
+    for number, row in enumerate(rows, start=1):
         try:
-            examples.append(_shot(shot))
+            examples.append(_shot(row))
         except DataError as error:
-            raise error.within(f"shot {number}", f"shots.{number - 1}.") from error
-    return system_prompt(description, examples)
+            raise error.within(f"{what} {number}", f"{what}s.{number - 1}.") from error
+    return examples
 
 
 def prompt_of(row: Row) -> str:
-    """The system prompt of an object with one of the fields "prompt", "messages" and "shots" (with "description").
+    """The system prompt of an object with one of the fields "prompt", "messages", "shots" and "examples" (the last two
+    with "description").
 
     Raises:
         DataError: when it has none or several of them, or what it has is malformed.
@@ -122,15 +144,22 @@ def prompt_of(row: Row) -> str:
     if len(given) != 1:
         found = " and ".join(f'"{name}"' for name in given) if given else "none"
         raise DataError(
-            f'give exactly one of "prompt", "messages" and "shots"; found {found}', field="prompt", code="count"
+            f'give exactly one of "prompt", "messages", "shots" and "examples"; found {found}',
+            field="prompt",
+            code="count",
         )
-    if "description" in row and given != ["shots"]:
-        raise DataError('"description" goes with "shots" only', field="description", remedy=f'put it into "{given[0]}"')
+    if "description" in row and given[0] not in ("shots", "examples"):
+        raise DataError(
+            '"description" goes with "shots" or "examples" only',
+            field="description",
+            remedy=f'put it into "{given[0]}"',
+        )
     if given == ["messages"]:
         return chat_prompt(row["messages"])
-    if given == ["shots"]:
-        return shots_prompt(row["shots"], text_field(row, "description") if "description" in row else "")
-    return text_field(row, "prompt")
+    if given == ["prompt"]:
+        return text_field(row, "prompt")
+    description = text_field(row, "description") if "description" in row else ""
+    return system_prompt(description, solved_rows(row[given[0]], given[0][:-1]))
 
 
 def check_name(name: Any) -> str:
@@ -182,7 +211,16 @@ def read_shots(path: Path, description: str = "") -> str:
     Raises:
         DataError: naming file, line and field.
     """
-    return system_prompt(description, map_rows(path, read_rows(path), lambda _, row: _shot(row)))
+    return system_prompt(description, read_examples(path))
+
+
+def read_examples(path: Path) -> list[Example]:
+    """The rows of a JSONL file with a solved example a line.
+
+    Raises:
+        DataError: naming file, line and field.
+    """
+    return map_rows(path, read_rows(path), lambda _, row: _shot(row))
 
 
 def read_prompts(path: Path) -> list[NamedPrompt]:
@@ -216,7 +254,10 @@ def read_prompts(path: Path) -> list[NamedPrompt]:
                 f'"name" {name!r} is taken by line {taken[key]}: names must differ', field="name", code="taken"
             )
         taken[key] = lines[index]
-        return NamedPrompt(name, prompt_of(row))
+        text = prompt_of(row)
+        if "examples" not in row:
+            return NamedPrompt(name, text)
+        return NamedPrompt(name, row.get("description", ""), tuple(solved_rows(row["examples"], "example")))
 
     return map_rows(path, rows, named)
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from lora_gen_jax.adapters.gated_pool import GatedPool
 from lora_gen_jax.adapters.lora import PromptLoRA
+from lora_gen_jax.adapters.refined import RefinedPool
 from lora_gen_jax.adapters.specialization import Specialization
 from lora_gen_jax.adapters.specialization_fit import adapter_of
 from lora_gen_jax.config import GeneratorConfig
@@ -76,12 +77,25 @@ def lora_factors(
     """
     adapter = adapter_of(specialization, variables, settings, layers)
     if isinstance(adapter, PromptLoRA):
-        scale = np.float32(adapter.scale)
+        return _of_prompt(adapter)
+    pool = adapter.generated if isinstance(adapter, RefinedPool) else adapter
+    factors = {site: _of_pool(pool, _fp32(pair["a"]), _fp32(pair["b"])) for site, pair in pool.pool.items()}
+    if isinstance(adapter, RefinedPool):
+        beside = _of_prompt(adapter.factors)
         return {
-            site: {"a": _fp32(pair["a"])[:, 0] * scale, "b": _fp32(pair["b"])[:, 0]}
-            for site, pair in adapter.scanned.items()
+            site: {x: np.concatenate([pair[x], beside[site][x]], axis=-1 if x == "a" else -2) for x in pair}
+            for site, pair in factors.items()
         }
-    return {site: _of_pool(adapter, _fp32(pair["a"]), _fp32(pair["b"])) for site, pair in adapter.pool.items()}
+    return factors
+
+
+def _of_prompt(adapter: PromptLoRA) -> Factors:
+    """Factors that were learned or generated as such."""
+    scale = np.float32(adapter.scale)
+    return {
+        site: {"a": _fp32(pair["a"])[:, 0] * scale, "b": _fp32(pair["b"])[:, 0]}
+        for site, pair in adapter.scanned.items()
+    }
 
 
 def _of_pool(adapter: GatedPool, pool_a: np.ndarray, pool_b: np.ndarray) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from lora_gen_jax.adapters.gated_pool import GatedPool
+from lora_gen_jax.adapters.refined import RefinedPool
 from lora_gen_jax.decoder.attention import KVCache
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.model import Decoder
@@ -39,6 +40,8 @@ class Rows(struct.PyTreeNode):
         stop_BX: padded with -1.
         sampling: arrays [B].
         key_B: of the whole sequence; each draw derives its own.
+        factors: {site: {"a": [L, B, inputs, X], "b": [L, B, X, outputs]}} beside the gates' update, zeros where a row
+            has none; None in a batch without room for any.
     """
 
     cache: KVCache
@@ -50,6 +53,7 @@ class Rows(struct.PyTreeNode):
     stop_BX: jax.Array
     sampling: Sampling
     key_B: jax.Array
+    factors: Any = None
 
 
 class Drawn(struct.PyTreeNode):
@@ -76,10 +80,13 @@ class Joining(struct.PyTreeNode):
     stop_RX: Any
     sampling: Sampling
     seed_R: Any
+    factors: Any = None
 
 
-def empty_rows(config: DecoderConfig, shape: tuple[int, int, int], dtype: jax.typing.DTypeLike) -> Rows:
-    """A batch of free rows; `shape` is (B, S, E)."""
+def empty_rows(
+    config: DecoderConfig, shape: tuple[int, int, int], dtype: jax.typing.DTypeLike, factors: Any = None
+) -> Rows:
+    """A batch of free rows; `shape` is (B, S, E), and `factors` are those of `Rows`, all zero."""
     B, S, E = shape
     zeros_B = jnp.zeros(B, jnp.int32)
     return Rows(
@@ -92,11 +99,15 @@ def empty_rows(config: DecoderConfig, shape: tuple[int, int, int], dtype: jax.ty
         stop_BX=jnp.full((B, STOPS), -1, jnp.int32),
         sampling=Sampling(jnp.zeros(B, float), zeros_B, jnp.ones(B, float)),
         key_B=jax.vmap(jax.random.key)(jnp.zeros(B, jnp.uint32)),
+        factors=factors,
     )
 
 
-def with_gates(pool: GatedPool | None, gates_LBE: jax.Array) -> GatedPool | None:
-    return None if pool is None else pool.replace(scanned={**pool.scanned, "gates": gates_LBE})
+def with_gates(pool: GatedPool | None, gates_LBE: jax.Array, factors: Any) -> GatedPool | RefinedPool | None:
+    if pool is None:
+        return None
+    gated = pool.replace(scanned={**pool.scanned, "gates": gates_LBE})
+    return gated if factors is None else RefinedPool.of(gated, factors)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
@@ -107,7 +118,7 @@ def join(decoder: Decoder, params: Any, pool: Any, rows: Rows, joining: Joining)
     S = rows.cache.position_BS.shape[1]
     cache = KVCache.empty(decoder.config, R, T, decoder.dtype)
     hidden_RTD, cache = decoder.apply(
-        {"params": params}, j.tokens_RT, j.positions_RT, adapter=with_gates(pool, j.gates_LRE), cache=cache
+        {"params": params}, j.tokens_RT, j.positions_RT, adapter=with_gates(pool, j.gates_LRE, j.factors), cache=cache
     )
     assert isinstance(cache, KVCache)
     length_R = jnp.max(j.positions_RT, axis=1) + 1
@@ -139,6 +150,7 @@ def join(decoder: Decoder, params: Any, pool: Any, rows: Rows, joining: Joining)
         stop_BX=put(rows.stop_BX, j.stop_RX),
         sampling=jax.tree.map(put, rows.sampling, j.sampling),
         key_B=put(rows.key_B, key_R),
+        factors=jax.tree.map(lambda old, new: old.at[:, j.row_R].set(new, mode="drop"), rows.factors, j.factors),
     )
     return state, Drawn(id_R[:, None], logprob_R[:, None], (finish_R != 1).astype(jnp.int32), finish_R)
 
@@ -149,7 +161,7 @@ def decode(decoder: Decoder, params: Any, pool: Any, rows: Rows, eager: jax.Arra
     B, S = rows.cache.position_BS.shape
     nothing_B = jnp.zeros(B, jnp.int32)
     drawn = Drawn(jnp.zeros((B, STEPS), jnp.int32), jnp.zeros((B, STEPS), float), nothing_B, nothing_B)
-    adapter = with_gates(pool, rows.gates_LBE)
+    adapter = with_gates(pool, rows.gates_LBE, rows.factors)
 
     def unfinished(carry: tuple[jax.Array, Rows, Drawn]) -> jax.Array:
         step, rows, drawn = carry

@@ -23,7 +23,7 @@ from lora_gen_jax.inference.decode import Generation
 from lora_gen_jax.inference.forward import forward_only
 from lora_gen_jax.inference.placement import mesh_context, mesh_of, padded_rows
 from lora_gen_jax.inference.sampling import Sampling
-from lora_gen_jax.inference.work import FINISH, Progress, Work, check_gates, check_work, expert_count
+from lora_gen_jax.inference.work import FINISH, Progress, Work, check_factors, check_gates, check_work, expert_count
 from lora_gen_jax.sharding import spec
 
 PREFILL_TOKENS = 2048
@@ -41,12 +41,13 @@ class Engine:
         pool: an adapter with the pool (`GatedPool`; its gates do not matter); None serves the base model alone.
         rows: B, sequences at the same time; on a mesh, rounded up to what it can share evenly.
         slots: S; prompt and new tokens of a sequence are at most this many.
+        rank: X, of the factors that a row has room for beside its gates; every row pays for them in every step.
 
     Raises:
         ConfigError: for no rows, or more slots than the model has positions.
     """
 
-    def __init__(self, decoder: Decoder, params: Any, pool: GatedPool | None, *, rows: int, slots: int):
+    def __init__(self, decoder: Decoder, params: Any, pool: GatedPool | None, *, rows: int, slots: int, rank: int = 0):
         if rows < 1:
             raise ConfigError(f"rows is {rows}", field="rows", remedy="serve at least one sequence at a time")
         if not 2 <= slots <= decoder.config.max_positions:
@@ -59,8 +60,9 @@ class Engine:
         self.decoder, self.params, self.slots = forward_only(decoder), params, slots
         self.rows = padded_rows(rows, params) if mesh_of(params) else rows
         self.pool = None if pool is None else _without_gates(pool)
-        self.experts = expert_count(pool)
-        self.state = self._placed(empty_rows(decoder.config, (self.rows, slots, self.experts), decoder.dtype))
+        self.experts, self.rank = expert_count(pool), 0 if pool is None else rank
+        shape = (self.rows, slots, self.experts)
+        self.state = self._placed(empty_rows(decoder.config, shape, decoder.dtype, self._factors(self.rows, [])))
         self.free = list(range(self.rows))[::-1]
 
     @property
@@ -72,6 +74,7 @@ class Engine:
         """Raises DataError or ConfigError for a work that cannot be done, as `check_work`."""
         check_work(work, self.decoder, self.slots)
         check_gates(work, self.decoder, self.pool)
+        check_factors(work, self.rank)
 
     def admit(self, works: Sequence[Work]) -> tuple[list[int], list[Progress]]:
         """Reads the prompts of checked works, at most as many as there are free rows.
@@ -207,7 +210,22 @@ class Engine:
                 column([work.top_p for work in works], 1.0, float),
             ),
             seed_R=column([work.seed for work in works], 0, np.uint32),
+            factors=self._factors(padded, works),
         )
+
+    def _factors(self, rows: int, works: Sequence[Work]) -> Any:
+        """{site: {"a": [L, rows, inputs, X], "b": …}} of works, zeros elsewhere; None without a rank."""
+        if self.rank == 0 or self.pool is None:
+            return None
+        layers, filled = self.decoder.config.num_layers, {}
+        for site, pair in self.pool.pool.items():
+            a = np.zeros((layers, rows, pair["a"].shape[-2], self.rank), np.float32)
+            b = np.zeros((layers, rows, self.rank, pair["b"].shape[-1]), np.float32)
+            for i, work in enumerate(works):
+                if (own := work.factors.get(site)) is not None:
+                    a[:, i, :, : own["a"].shape[-1]], b[:, i, : own["b"].shape[-2]] = own["a"], own["b"]
+            filled[site] = {"a": a, "b": b}
+        return filled
 
     def _placed(self, state: Rows) -> Rows:
         """Rows split over the mesh of the weights, where there is one."""
@@ -217,8 +235,8 @@ class Engine:
         by_layer, by_row, all_of_it = (NamedSharding(mesh, spec(*axes)) for axes in ((None, "batch"), ("batch",), ()))
 
         def placed(path: Any, x: jax.Array) -> jax.Array:
-            name = path[-1].name
-            sharding = by_layer if name.startswith(("k_L", "v_L", "gates_L")) else by_row if x.ndim else all_of_it
+            layered = getattr(path[-1], "name", "").startswith(("k_L", "v_L", "gates_L")) or path[0].name == "factors"
+            sharding = by_layer if layered else by_row if x.ndim else all_of_it
             return jax.device_put(x, sharding, may_alias=False)
 
         return jax.tree_util.tree_map_with_path(placed, state)

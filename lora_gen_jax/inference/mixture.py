@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 
 from lora_gen_jax.adapters.gated_pool import GatedPool
@@ -15,9 +16,10 @@ from lora_gen_jax.adapters.merge import merge, merge_over
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import LoraGenError
 from lora_gen_jax.inference.buckets import bucket
+from lora_gen_jax.inference.continuous import with_gates
 from lora_gen_jax.inference.decode import Generation
 from lora_gen_jax.inference.engine import Engine
-from lora_gen_jax.inference.work import Work, check_gates, check_work
+from lora_gen_jax.inference.work import Work, check_gates, check_work, factor_rank
 
 How = Literal["auto", "mixed", "merged"]
 FULL_BATCH = 32
@@ -63,7 +65,8 @@ def answer_all(
     mixed = how == "mixed" or (how == "auto" and mixed_is_better([len(group) for group in groups]))
     # Free rows are computed, too: merged, no more are needed than the largest group has.
     most = len(works) if mixed else max(map(len, groups))
-    engine = Engine(decoder, params, pool if mixed else None, rows=min(rows, most), slots=slots)
+    rank = max(factor_rank(work.factors) for work in works)
+    engine = Engine(decoder, params, pool if mixed else None, rows=min(rows, most), slots=slots, rank=rank)
     found: dict[int, Generation] = {}
 
     def note(i: int, generation: Generation) -> None:
@@ -89,20 +92,23 @@ def _merged(
             engine.params = base
         else:
             assert pool is not None
-            adapter = pool.replace(scanned={**pool.scanned, "gates": jnp.asarray(gates_LE)[:, None]})
+            factors = jax.tree.map(lambda x: jnp.asarray(x)[:, None], group[0][1].factors)
+            adapter = with_gates(pool, jnp.asarray(gates_LE)[:, None], factors or None)
+            assert adapter is not None
             engine.params = held = merge(base, adapter) if held is None else merge_over(held, base, adapter)
         numbers = [i for i, _ in group]
         # The rows have nothing beside the weights.
-        plain = [dataclasses.replace(work, gates_LE=None) for _, work in group]
+        plain = [dataclasses.replace(work, gates_LE=None, factors={}) for _, work in group]
         engine.run(plain, lambda place, generation, numbers=numbers: note(numbers[place], generation))
 
 
 def by_specialisation(works: Sequence[Work]) -> list[list[int]]:
-    """Indices of the works that share their gates, the base model's first."""
-    groups: dict[bytes, list[int]] = {}
+    """Indices of the works that share their gates and factors, the base model's first."""
+    groups: dict[tuple[bytes, int], list[int]] = {}
     for i, work in enumerate(works):
-        groups.setdefault(b"" if work.gates_LE is None else work.gates_LE.tobytes(), []).append(i)
-    return [groups[key] for key in sorted(groups)]
+        gates = b"" if work.gates_LE is None else work.gates_LE.tobytes()
+        groups.setdefault((gates, id(work.factors) if work.factors else 0), []).append(i)
+    return [group for _, group in sorted(groups.items(), key=lambda item: (item[0][0], item[1]))]
 
 
 def mixed_is_better(sizes: Sequence[int]) -> bool:

@@ -4,7 +4,7 @@ In: what a user asks. Out: a checked `Work`, of which an engine tells `Progress`
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -17,6 +17,8 @@ from lora_gen_jax.inference.buckets import check_tokens
 from lora_gen_jax.inference.continuous import STOPS
 from lora_gen_jax.inference.sampling import Sampling
 
+Factors = Mapping[str, Mapping[str, np.ndarray]]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Work:
@@ -26,6 +28,8 @@ class Work:
         ids: token ids of the prompt.
         max_new_tokens: at most this many new tokens.
         gates_LE: float32 [L, E], of one specialisation; None for the base model.
+        factors: {site: {"a": [L, inputs, X], "b": [L, X, outputs]}} that stand beside the gates' update, where a
+            specialization was refined by a LoRA; empty without.
         stop_ids: ids that end it, at most `STOPS`.
         temperature, top_k, top_p: as in `Sampling`.
         seed: of the draws; the same as `generate` gives with this seed for a prompt alone.
@@ -34,6 +38,7 @@ class Work:
     ids: Sequence[int]
     max_new_tokens: int
     gates_LE: np.ndarray | None = None
+    factors: Factors = dataclasses.field(default_factory=dict)
     stop_ids: Sequence[int] = ()
     temperature: float = 0.0
     top_k: int = 0
@@ -104,4 +109,19 @@ def check_gates(work: Work, decoder: Decoder, pool: GatedPool | None) -> None:
     if work.gates_LE is not None and work.gates_LE.shape != shape:
         raise DataError(
             f"gates have the shape {work.gates_LE.shape}, the pool takes {shape} (layers, experts)", field="gates"
+        )
+
+
+def factor_rank(factors: Factors) -> int:
+    """X, the rank of factors; 0 without any."""
+    return next((pair["a"].shape[-1] for pair in factors.values()), 0)
+
+
+def check_factors(work: Work, room: int) -> None:
+    """Raises DataError for factors of a higher rank than there is room for."""
+    if (rank := factor_rank(work.factors)) > room:
+        raise DataError(
+            f"the specialization has factors of rank {rank} (refined by a LoRA), and there is room for rank {room}",
+            field="factors",
+            remedy=f"start with room for {rank}, or refine its gates instead",
         )

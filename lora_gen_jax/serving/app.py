@@ -83,13 +83,13 @@ def _model_routes(service: Service) -> APIRouter:
     @router.post("/completions")
     async def completions(request: Request) -> Response:
         asked = read_request(Completion, await read_body(request, service.limits.body_bytes))
-        gates_LE = service.gates(asked.model)
+        special = service.special(asked.model)
         check_count(service, len(asked.prompt) * asked.n, "prompt")
         prompts = await service.prompt_ids(asked.prompt)
         works = []
         for ids in prompts:
             length = answer_length(service, ids, asked.max_tokens, "max_tokens", _COMPLETION_TOKENS)
-            works += make_works(service, asked, ids, gates_LE, length)
+            works += make_works(service, asked, ids, special, length)
         wants = asked.logprobs is not None
         reply = Reply("completion", asked.model, sum(map(len, prompts)), wants)
         return await answer(service, request, asked, works, reply)
@@ -103,13 +103,15 @@ def _model_routes(service: Service) -> APIRouter:
             # Said before the cloud model reads a system message.
             raise invalid("the edge model has no chat template: ask /v1/completions", "messages")
         if model == AUTO:
-            entry, turns = await in_time(service, request, service.automatic(turns))
-            model, gates_LE = entry.name, entry.gates_LE
+            special, turns = await in_time(service, request, service.automatic(turns, asked.turns_as_examples))
+            model = special.name
+        elif asked.turns_as_examples:
+            raise invalid("turns_as_examples is for model auto: leave it out", "turns_as_examples")
         else:
-            gates_LE = service.gates(model)
+            special = service.special(model)
         ids = await service.chat_ids(turns)
         field = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
-        works = make_works(service, asked, ids, gates_LE, answer_length(service, ids, asked.limit, field))
+        works = make_works(service, asked, ids, special, answer_length(service, ids, asked.limit, field))
         return await answer(service, request, asked, works, Reply("chat", model, len(ids), asked.logprobs))
 
     return router

@@ -56,6 +56,9 @@ class Serve:
     """Longest answer in tokens that a request may ask for."""
     max_body_kb: int = 1024
     """Largest body of a request, in KiB."""
+    refined_rank: int = 0
+    """Rank of the LoRA that a specialization may have beside its gates, refined with `--refine lora`; every sequence
+    then takes room and time for it. At least what the given specializations have."""
     max_specializations: int = 1000
     """Specialisations that are held at the same time."""
     timeout: float = 120.0
@@ -74,6 +77,7 @@ def serve_command(flags: Serve) -> None:
     _check_installed()
     key = _api_key(flags)
 
+    from lora_gen_jax.inference.work import factor_rank
     from lora_gen_jax.serving.server import bind, run_server
     from lora_gen_jax.serving.service import Limits, Service
 
@@ -82,7 +86,8 @@ def serve_command(flags: Serve) -> None:
     with bind(flags.host, flags.port) as listener:
         specializer = _specializer(flags)
         registry = read_registry(flags, specializer)
-        scheduler = make_scheduler(specializer, flags.rows, flags.context, flags.queue)
+        rank = max([flags.refined_rank, *(factor_rank(entry.factors) for entry in registry.entries)])
+        scheduler = make_scheduler(specializer, flags.rows, flags.context, flags.queue, rank)
         limits = Limits(flags.max_new_tokens, flags.max_body_kb * 1024, flags.timeout, flags.queue)
         service = Service(scheduler, specializer, registry, limits, key)
         if flags.warm_up:  # last: it takes long, and nothing is wrong by now
@@ -107,6 +112,8 @@ def _check(flags: Serve) -> None:
         if not 0 < getattr(flags, name) < float("inf"):
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} is {getattr(flags, name)}", field=f"--{flag}", remedy="give a number above 0")
+    if not 0 <= flags.refined_rank <= 256:
+        raise ConfigError(f"--refined-rank is {flags.refined_rank}", field="--refined-rank", remedy="give 0 to 256")
     if not 0 <= flags.port < 65536:
         raise ConfigError(f"--port is {flags.port}", field="--port", remedy="give 1 to 65535, or 0 for a free one")
 
@@ -179,7 +186,9 @@ def read_registry(flags: Serve, specializer: "Specializer") -> "Registry":
     return registry
 
 
-def make_scheduler(specializer: "Specializer", rows: int, context: int | None, queue: int) -> "Scheduler":
+def make_scheduler(
+    specializer: "Specializer", rows: int, context: int | None, queue: int, rank: int = 0
+) -> "Scheduler":
     """The edge model's rows, with the generator's expert pool beside its weights.
 
     Args:
@@ -187,6 +196,7 @@ def make_scheduler(specializer: "Specializer", rows: int, context: int | None, q
         rows: sequences at the same time.
         context: of a sequence; the model's positions, at most 2048, when left out.
         queue: sequences that may wait.
+        rank: of factors that a specialization may have beside its gates.
 
     Raises:
         ConfigError: for a context that the edge model has no positions for.
@@ -196,5 +206,5 @@ def make_scheduler(specializer: "Specializer", rows: int, context: int | None, q
 
     edge = specializer.pair.edge
     slots = min(edge.config.max_positions, _MOST_CONTEXT) if context is None else context
-    engine = Engine(edge.decoder, edge.params, specializer.pool(), rows=rows, slots=slots)
+    engine = Engine(edge.decoder, edge.params, specializer.pool(), rows=rows, slots=slots, rank=rank)
     return Scheduler(engine, queue)

@@ -1,6 +1,6 @@
 """One request for text: how long it may be, its works, and the answer that comes of them.
 
-In: checked requests, token ids and gates. Out: works; an answer as a whole, or as server-sent events.
+In: checked requests, token ids and specializations. Out: works; an answer as a whole, or as server-sent events.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from lora_gen_jax.inference.work import Work
 from lora_gen_jax.serving.answers import Answering
 from lora_gen_jax.serving.errors import invalid, too_late
+from lora_gen_jax.serving.registry import Entry
 from lora_gen_jax.serving.replies import Choice, Reply
 from lora_gen_jax.serving.schemas import Sampled
 from lora_gen_jax.serving.service import Service
@@ -52,14 +53,15 @@ def answer_length(service: Service, ids: list[int], asked: int | None, field: st
     return min(otherwise or most, most, longest - len(ids)) if asked is None else asked
 
 
-def make_works(service: Service, asked: Sampled, ids: list[int], gates_LE: Any, length: int) -> list[Work]:
+def make_works(service: Service, asked: Sampled, ids: list[int], special: Entry | None, length: int) -> list[Work]:
     """The n works of one prompt; each draws with a seed of its own."""
     seed = secrets.randbelow(_SEEDS) if asked.seed is None else asked.seed
     return [
         Work(
             ids=tuple(ids),
             max_new_tokens=length,
-            gates_LE=gates_LE,
+            gates_LE=None if special is None else special.gates_LE,
+            factors={} if special is None else special.factors,
             stop_ids=service.stop_ids,
             temperature=asked.temperature,
             top_k=max(0, asked.top_k),

@@ -16,6 +16,7 @@ from lora_gen_jax.adapters.specialization_fit import Fit
 from lora_gen_jax.data.encode import Encoder
 from lora_gen_jax.data.prompt_sources import check_name
 from lora_gen_jax.errors import CheckpointError, DataError
+from lora_gen_jax.inference.work import Factors, factor_rank
 from lora_gen_jax.serving.errors import ApiError, invalid
 from lora_gen_jax.specializer import Specializer
 
@@ -31,6 +32,8 @@ class Entry:
     Attributes:
         name: what requests call it.
         gates_LE: [L, E], fp32.
+        factors: beside the gates' update, where a LoRA has learned from examples; else empty.
+        refined: how it learned from examples; None where it did not.
         active: gates of a layer that are not zero by construction, K.
         prompt_tokens: what the cloud model read.
         created: seconds since 1970.
@@ -43,6 +46,8 @@ class Entry:
     prompt_tokens: int
     created: int = field(default_factory=lambda: int(time.time()))
     automatic: bool = False
+    factors: Factors = field(default_factory=dict)
+    refined: dict[str, Any] | None = None
 
     @property
     def body(self) -> dict[str, Any]:
@@ -55,6 +60,7 @@ class Entry:
             "gates": self.active,
             "layers": len(self.gates_LE),
             "automatic": self.automatic,
+            "refined": self.refined,
         }
 
 
@@ -158,11 +164,13 @@ class Served:
         fit: what it is like as one of the generator's.
         edge: the edge model's fingerprint.
         encoder: of the cloud model, to count a prompt's tokens.
+        rank: of the factors that the server has room for; None for any.
     """
 
     fit: Fit
     edge: str
     encoder: Encoder
+    rank: int | None = None
 
     @classmethod
     def of(cls, specializer: Specializer) -> "Served":
@@ -193,4 +201,10 @@ class Served:
             )
         self.fit.check(s)
         tokens = len(self.encoder.prompt(s.prompt))
-        return Entry(name, s.gates(self.fit.experts), s.tensors["index"].shape[1], tokens, automatic=automatic)
+        gates_LE, factors = s.gates(self.fit.experts), s.factors
+        if self.rank is not None and (rank := factor_rank(factors)) > self.rank:
+            raise CheckpointError(
+                f"a LoRA of rank {rank} stands beside its gates, and this server has room for rank {self.rank}: start"
+                f" it with --refined-rank {rank}, or refine the gates instead"
+            )
+        return Entry(name, gates_LE, s.active, tokens, automatic=automatic, factors=factors, refined=s.refined)

@@ -99,6 +99,11 @@ class Scheduler:
         return self.engine.rows
 
     @property
+    def rank(self) -> int:
+        """Of the factors that a row has room for beside its gates."""
+        return self.engine.rank
+
+    @property
     def waiting(self) -> int:
         """Works that have no row yet."""
         return len(self._waiting)

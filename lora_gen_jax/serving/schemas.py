@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, PlainValidator
 MOST_CHOICES = 8
 _LONGEST_STOP = 1000  # characters
 _MOST_ITEMS = 4096  # messages or shots of a request: more than a context has tokens
+_MOST_EXAMPLES, _MOST_STEPS = 64, 50  # to learn from, and times
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
@@ -44,6 +45,12 @@ def _shots(value: Any) -> list[Any]:
     """What one shot holds is looked at later, when they become a prompt."""
     if not isinstance(value, list) or len(value) > _MOST_ITEMS:
         raise ValueError(f'give a list of at most {_MOST_ITEMS} objects with "input" and "output"')
+    return value
+
+
+def _examples(value: Any) -> list[Any]:
+    if not isinstance(value, list) or not 1 <= len(value) <= _MOST_EXAMPLES:
+        raise ValueError(f'give a list of 1 to {_MOST_EXAMPLES} objects with "input" and "output"')
     return value
 
 
@@ -115,6 +122,8 @@ class Chat(Sampled):
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
+    turns_as_examples: bool = False
+    """With model auto: turns that are answered are examples to learn from, and only the last is answered."""
 
     @property
     def limit(self) -> int | None:
@@ -123,13 +132,21 @@ class Chat(Sampled):
 
 
 class NewSpecialization(_Strict):
-    """POST /v1/specializations: exactly one of prompt, messages, and description with shots."""
+    """POST /v1/specializations: exactly one of prompt, messages, and description with shots or examples.
+
+    Shots are read. Examples are read as shots, and learned from, too: by the gates, or by a LoRA beside them; with
+    `as_chat` in the edge model's chat template.
+    """
 
     name: str | None = None
     prompt: str | None = None
     messages: Messages = []
     description: str | None = None
     shots: Annotated[list[Any] | None, PlainValidator(_shots)] = None
+    examples: Annotated[list[Any] | None, PlainValidator(_examples)] = None
+    refine: Literal["gates", "lora"] | None = None
+    steps: int | None = Field(None, ge=0, le=_MOST_STEPS)
+    as_chat: bool = False
 
     @property
     def row(self) -> dict[str, Any]:

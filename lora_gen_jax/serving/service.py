@@ -5,7 +5,7 @@ cloud model in one thread of its own, one after the other, so that the loop stay
 """
 
 import asyncio
-import hashlib
+import dataclasses
 import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,20 +13,21 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import jinja2
-import numpy as np
 
 from lora_gen_jax.adapters.specialization import save_specialization
 from lora_gen_jax.data.encode import Encoder
-from lora_gen_jax.data.prompt_sources import prompt_of
 from lora_gen_jax.errors import DataError, LoraGenError
 from lora_gen_jax.inference.buckets import check_tokens
 from lora_gen_jax.models import end_ids
 from lora_gen_jax.serving.errors import ApiError, api_error, invalid
+from lora_gen_jax.serving.examples import answered_turns, digest, refinement_of, requested_prompt
 from lora_gen_jax.serving.metrics import Metrics
 from lora_gen_jax.serving.registry import AUTO, AUTOMATIC, BASE, Entry, Registry, Served
 from lora_gen_jax.serving.scheduler import Scheduler
 from lora_gen_jax.serving.schemas import NewSpecialization
 from lora_gen_jax.serving.stored import remove_directory
+from lora_gen_jax.specialization.prompt import Prompt
+from lora_gen_jax.specialization.settings import RefineConfig
 from lora_gen_jax.specializer import Specializer
 
 Result = TypeVar("Result")
@@ -78,7 +79,7 @@ class Service:
         self.encoder: Encoder = specializer.pair.edge.encoder
         self.stop_ids = end_ids(specializer.config.edge.source, specializer.pair.edge)
         self.metrics = Metrics(scheduler, registry)
-        self.served = Served.of(specializer)
+        self.served = dataclasses.replace(Served.of(specializer), rank=scheduler.rank)
         self.closing = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="specialise")
         self._waiting = 0
@@ -106,15 +107,15 @@ class Service:
             raise ApiError(404, f"there is no specialization {name[:80]!r}: {known}", "model", "model_not_found")
         return found
 
-    def gates(self, model: str) -> np.ndarray | None:
-        """The gates [L, E] that a model's name stands for; None for the base model.
+    def special(self, model: str) -> Entry | None:
+        """The specialization that a model's name stands for; None for the base model.
 
         Raises:
             ApiError: 404, or 400 where the name stands for none.
         """
         if model == AUTO:
             raise invalid("model auto needs a system message: use /v1/chat/completions", "model")
-        return None if model == BASE else self.entry(model).gates_LE
+        return None if model == BASE else self.entry(model)
 
     async def prompt_ids(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
         """Token ids of a completion's prompts.
@@ -151,10 +152,13 @@ class Service:
             raise invalid("the messages are empty: give at least one with text", "messages")
         return ids
 
-    async def automatic(self, turns: list[dict[str, str]]) -> tuple[Entry, list[dict[str, str]]]:
+    async def automatic(
+        self, turns: list[dict[str, str]], turns_as_examples: bool = False
+    ) -> tuple[Entry, list[dict[str, str]]]:
         """The specialisation of a conversation's system message, and the other messages.
 
-        It is made when the message is seen first; requests that come meanwhile wait for the same one.
+        It is made when the message is seen first; requests that come meanwhile wait for the same one. With
+        `turns_as_examples` it learns from the turns that are answered, and the last message alone is left.
 
         Raises:
             ApiError: 400 without a system message, or without others; 429 where there are too many specialisations.
@@ -165,11 +169,16 @@ class Service:
             missing = "system message: add one, or use model base" if others else "message of a user: add one"
             message = f"model auto specializes for the system message and answers the others: there is no {missing}"
             raise invalid(message, "messages")
-        name = AUTOMATIC + hashlib.sha256(system.encode()).hexdigest()[:16]
+        prompt: str | Prompt = system
+        if turns_as_examples and len(others) > 1:
+            prompt, others = Prompt(system, answered_turns(others), chat=True), others[-1:]
+        name = AUTOMATIC + digest(prompt)
         if (found := self.registry.get(name)) is not None:
             return found, others
         if name not in self._automatic:
-            task = asyncio.create_task(self._make(name, system, automatic=True))
+            task = asyncio.create_task(
+                self._make(name, prompt, refinement_of(prompt, self.scheduler.rank), automatic=True)
+            )
             self._automatic[name] = task
             task.add_done_callback(lambda done: self._automatic_done(name, done))
         # Shielded: a client that leaves takes nothing away from the others who wait.
@@ -187,16 +196,19 @@ class Service:
             ApiError: 400 for a prompt or a name that is none, 409 for a taken name, 429 for too many.
         """
         try:
-            prompt = prompt_of(request.row)
+            prompt = requested_prompt(request)
         except DataError as error:
             raise api_error(error, error.field) from error
+        refinement = refinement_of(prompt, self.scheduler.rank, request)
         name = request.name if request.name is not None else f"specialization-{secrets.token_hex(6)}"
         # Shielded: a specialisation that was begun is finished and kept, whether its client waits or not.
-        task = asyncio.ensure_future(self._make(name, prompt))
+        task = asyncio.ensure_future(self._make(name, prompt, refinement))
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return await asyncio.shield(task)
 
-    async def _make(self, name: str, prompt: str, automatic: bool = False) -> Entry:
+    async def _make(
+        self, name: str, prompt: str | Prompt, refinement: RefineConfig | None, automatic: bool = False
+    ) -> Entry:
         if self._waiting >= _MOST_WAITING:
             message = f"{_MOST_WAITING} prompts wait for the cloud model: try again later"
             raise ApiError(429, message, None, "queue_full", {"Retry-After": "1"})
@@ -205,7 +217,7 @@ class Service:
         directory = None if automatic else self.registry.directory(name)
 
         def make() -> Entry:
-            (specialization,) = self.specializer.specialize([prompt])
+            (specialization,) = self.specializer.specialize([prompt], refine=refinement)
             entry = self.served.entry(name, specialization, automatic)
             if directory is not None:
                 save_specialization(specialization, directory)

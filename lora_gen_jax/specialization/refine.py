@@ -24,7 +24,7 @@ from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.generator.router import Routing, gates_of
 from lora_gen_jax.generator.trained_module import Generated
 from lora_gen_jax.inference.placement import mesh_context, padded_rows, place_rows
-from lora_gen_jax.specialization.rows import ExampleRows, Pair, check_examples, pack_examples
+from lora_gen_jax.specialization.rows import ExampleIds, ExampleRows, check_examples, pack_examples
 from lora_gen_jax.specialization.settings import RefineConfig
 from lora_gen_jax.training.losses import slot_cross_entropy
 
@@ -104,7 +104,7 @@ def refine(
     decoder: Decoder,
     params: Any,
     generated: Generated,
-    examples: Sequence[Sequence[Pair]],
+    examples: Sequence[Sequence[ExampleIds]],
     settings: GeneratorConfig,
     config: RefineConfig,
 ) -> Refined:
@@ -141,7 +141,7 @@ def refine(
     form = Form(config.kind, settings.routing, settings.top_k, settings.gumbel_temperature, U, judged)
     start = _start(adapter.take(index), generated, index, config)
     # Factors that are trained stand in the state.
-    beside = adapter.pool if config.kind == "lora" and isinstance(adapter, RefinedPool) else adapter
+    beside = adapter.generated if config.kind == "lora" and isinstance(adapter, RefinedPool) else adapter
     fixed = beside.take(np.repeat(index, U)), place_rows(rows, params)
     with mesh_context(params):
         state = _steps(decoder, params, form, fixed, start, config)
@@ -182,7 +182,7 @@ def _steps(decoder: Decoder, params: Any, form: Form, fixed: Fixed, start: Any, 
     state, rates = _initial(form, start), (np.float32(config.rate), np.float32(config.pull))
     for step in range(config.most_steps):
         state = _step(decoder, form, params, fixed, state, rates)
-        if form.judged and step > PATIENCE and bool(np.all(_done(state))):
+        if form.judged and step >= PATIENCE and bool(np.all(_done(state))):
             return state
     return _judge(decoder, form, params, fixed, state)
 
@@ -256,11 +256,11 @@ def _objective(value: Any, decoder: Decoder, form: Form, params: Any, fixed: Fix
 def with_values(adapter: Any, value: Any, form: Form) -> Any:
     """An adapter with trained values [L, V, …] in the place of those that it has."""
     if form.kind == "lora":
-        pool = adapter.pool if isinstance(adapter, RefinedPool) else adapter
+        pool = adapter.generated if isinstance(adapter, RefinedPool) else adapter
         return RefinedPool.of(pool, kept_factors(value))
     gates = {"gates": gates_of(value["gates"], form.routing, form.top_k, form.temperature)}
     if isinstance(adapter, RefinedPool):
-        pool = adapter.pool
+        pool = adapter.generated
         return RefinedPool.of(pool.replace(scanned={**pool.scanned, **gates}), adapter.scanned["factors"])
     return adapter.replace(scanned={**adapter.scanned, **gates})
 
@@ -303,7 +303,7 @@ def _done(state: State) -> jax.Array:
 def _refined(adapter: Any, form: Form, state: State, count: int) -> Refined:
     kept = state.best if form.judged else jax.tree.map(lambda x: x[:, :: form.variants], state.value)
     refined = with_values(adapter, jax.tree.map(lambda x: x[:, :count], kept), form)
-    pool = refined.pool if isinstance(refined, RefinedPool) else refined
+    pool = refined.generated if isinstance(refined, RefinedPool) else refined
     return Refined(
         adapter=refined,
         gates_PLE=np.asarray(pool.scanned["gates"]).transpose(1, 0, 2),

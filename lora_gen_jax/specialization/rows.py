@@ -14,7 +14,7 @@ from lora_gen_jax.errors import DataError
 from lora_gen_jax.inference.buckets import bucket, check_tokens, power_of_two
 from lora_gen_jax.specialization.settings import RefineConfig
 
-Pair = tuple[list[int], list[int]]
+ExampleIds = tuple[list[int], list[int]]
 """Token ids of a query and of its answer, its end token included."""
 ROW_TOKENS = 512
 """A row holds no more, unless one example alone does: attention within a row grows with the square of its length."""
@@ -39,7 +39,7 @@ class ExampleRows(struct.PyTreeNode):
     held_BS: Any
 
 
-def check_examples(examples: Sequence[Sequence[Pair]], vocab_size: int, max_positions: int) -> None:
+def check_examples(examples: Sequence[Sequence[ExampleIds]], vocab_size: int, max_positions: int) -> None:
     """Looks at everything before anything is computed.
 
     Raises:
@@ -73,12 +73,12 @@ def check_examples(examples: Sequence[Sequence[Pair]], vocab_size: int, max_posi
             check_tokens([*query, *answer], vocab_size, where)
 
 
-def lengths_of(pairs: Sequence[Pair]) -> list[int]:
+def lengths_of(pairs: Sequence[ExampleIds]) -> list[int]:
     """Tokens that the model reads of each example: the last of an answer is predicted only."""
     return [len(query) + len(answer) - 1 for query, answer in pairs]
 
 
-def row_length(examples: Sequence[Sequence[Pair]]) -> int:
+def row_length(examples: Sequence[Sequence[ExampleIds]]) -> int:
     """T for these prompts together."""
     lengths = [lengths_of(pairs) for pairs in examples]
     return bucket(max(max(max(one), min(sum(one), ROW_TOKENS)) for one in lengths))
@@ -96,7 +96,7 @@ def variants(count: int, config: RefineConfig) -> list[set[int]]:
 
 
 def pack_examples(
-    examples: Sequence[Sequence[Pair]], prompts: int, config: RefineConfig, length: int | None = None
+    examples: Sequence[Sequence[ExampleIds]], prompts: int, config: RefineConfig, length: int | None = None
 ) -> tuple[ExampleRows, int]:
     """(rows, U).
 

@@ -17,6 +17,7 @@ from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.adapters.specialization import (
     TENSORS,
     Specialization,
+    gate_tensors,
     load_specialization,
     save_specialization,
     save_specializations,
@@ -65,6 +66,91 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
         assert {"cloud", "edge", "pool", "prompt", "versions"} <= set(file.metadata())
 
 
+def dense(layers=30, experts=64):
+    """Signed gates of all experts, as linear routing has them."""
+    gates_LE = np.random.default_rng(1).standard_normal((layers, experts)).astype(np.float32)
+    gates_LE[2] = 0
+    tensors = gate_tensors(gates_LE, dataclasses.replace(SETTINGS, routing="linear", num_experts=experts))
+    return gates_LE, Specialization(tensors, FINGERPRINTS, "Answer.", None, VERSIONS)
+
+
+REFINED = {"kind": "gates", "examples": 5, "steps": 10, "loss_before": 2.34567, "loss_after": 1.23456}
+
+
+def test_refined_gates_take_less_than_two_kilobytes_and_say_how_they_were_refined(tmp_path):
+    saved = dataclasses.replace(synthetic(), refined=REFINED)
+    save_specialization(saved, tmp_path / "s")
+    assert (tmp_path / "s" / TENSORS).stat().st_size < 2048
+    assert load_specialization(tmp_path / "s").refined == REFINED
+    assert json.loads((tmp_path / "s" / "specialization.json").read_text())["refined"] == REFINED
+    save_specialization(synthetic(), tmp_path / "read")
+    assert load_specialization(tmp_path / "read").refined is None
+    assert "refined" not in json.loads((tmp_path / "read" / "specialization.json").read_text())
+
+
+def test_signed_gates_come_back_to_half_a_step_of_eight_bits(tmp_path):
+    gates_LE, saved = dense()
+    save_specialization(saved, tmp_path / "s")
+    loaded = load_specialization(tmp_path / "s")
+    assert (loaded.dense, loaded.direct, loaded.active) == (True, False, 64)
+    assert (tmp_path / "s" / TENSORS).stat().st_size < 30 * 64 + 1024
+    found = loaded.gates(64)
+    # 127 steps from 0 to a layer's largest gate, either way; the product itself is rounded once more.
+    half = np.abs(gates_LE).max(axis=1, keepdims=True) / 254
+    assert np.all(np.abs(found - gates_LE) <= half * (1 + 1e-5))
+    assert np.any(found < 0)
+    np.testing.assert_array_equal(found[2], 0)
+    np.testing.assert_array_equal(
+        gate_tensors(found, dataclasses.replace(SETTINGS, routing="linear"))["weight"], saved.tensors["weight"]
+    )
+    first = json.loads((tmp_path / "s" / "specialization.json").read_text())["gates"][0]
+    largest = np.argsort(-np.abs(found[0]), kind="stable")[:8]
+    assert first == {str(e): pytest.approx(float(found[0, e]), abs=1e-6) for e in largest}
+    with pytest.raises(CheckpointError, match="gates of 64 experts, but the pool has 32"):
+        loaded.gates(32)
+
+
+def test_factors_beside_gates_come_back_and_fit_the_same_weights(made, tmp_path):
+    settings, variables, generated = made("shared")
+    rng = np.random.default_rng(0)
+    factors = {
+        f"{site}.{x}": rng.standard_normal((EDGE.num_layers, *shape), np.float32)
+        for site, (inputs, outputs) in EDGE.ffn_shapes.items()
+        for x, shape in (("a", (inputs, 2)), ("b", (2, outputs)))
+    }
+    fingerprints = {**FINGERPRINTS, "pool": pool_fingerprint(variables)}
+    tensors = {**sparse_tensors(generated, settings), **factors}
+    saved = Specialization(tensors, fingerprints, "x", None, VERSIONS, REFINED)
+    save_specialization(saved, tmp_path / "s")
+    loaded = load_specialization(tmp_path / "s")
+    assert not loaded.direct
+    params = random_params(EDGE)
+    merged = merge(params, adapter_of(loaded, variables, settings))
+    plain = merge(params, generated.adapter.select(0))
+    for site in EDGE.ffn_sites:
+        delta = np.einsum("lix,lxo->lio", factors[f"{site}.a"], factors[f"{site}.b"])
+        both = plain["layers"]["ffn"][site]["kernel"] + delta
+        # One rounding more than the sum at once: of numbers up to 10, a millionth.
+        np.testing.assert_allclose(merged["layers"]["ffn"][site]["kernel"], both, atol=1e-5)
+    for change, words in (
+        ({"up.a": factors["up.a"][:, :9]}, r"'up': \{'a': \(9, 2\)"),
+        ({"q.a": factors["up.a"], "q.b": factors["up.b"]}, "'q': "),
+        ({"up.b": factors["up.b"][:, :1]}, r"'b': \(1, 24\)"),
+    ):
+        with pytest.raises(CheckpointError, match="the specialisation's factors are .*" + words):
+            adapter_of(dataclasses.replace(saved, tensors={**tensors, **change}), variables, settings)
+
+
+def test_signed_gates_and_a_choice_are_not_taken_for_each_other(made):
+    settings, variables, generated = made("shared")
+    fingerprints = {**FINGERPRINTS, "pool": pool_fingerprint(variables)}
+    signed = dataclasses.replace(settings, routing="linear")
+    for stored, asked in ((signed, settings), (settings, signed)):
+        one = Specialization(sparse_tensors(generated, stored), fingerprints, "x", None, VERSIONS)
+        with pytest.raises(CheckpointError, match=r"holds (signed gates|a choice), the generator makes"):
+            adapter_of(one, variables, asked)
+
+
 def test_a_prompt_with_carriage_returns_comes_back_as_it_was(tmp_path):
     save_specialization(synthetic(prompt="one\r\ntwo\r"), tmp_path / "s")
     assert load_specialization(tmp_path / "s").prompt == "one\r\ntwo\r"
@@ -79,6 +165,7 @@ def made():
         "per_layer": {"pool": "per_layer"},
         "factors": {"mix": "factors"},
         "gumbel": {"routing": "gumbel"},
+        "linear": {"routing": "linear"},
         "direct": {"generator": "direct"},
     }
 
@@ -243,6 +330,19 @@ def key(name):
         ({"k": 1, "weight": np.array([[1.0], [0.0], [1.0]], np.float32)}, key("weight.1"), "[0.0]"),
         ({"k": 1, "weight": np.array([[1.5], [0.5], [1.0]], np.float32)}, key("weight.0"), "[1.5]"),
         ({"metadata": {"prompt": "0" * 16}}, "prompt.txt:sha256", "0" * 16),
+        ({"metadata": {"refined": "{}"}}, key("refined"), "kind"),
+        ({"up.a": np.ones((3, 3, 1), np.float32), "up.b": np.ones((2, 1, 3), np.float32)}, "layers", "numbers of layers"),
+        ({"index": None, "scale": np.ones(3, np.float32)}, key("weight"), "F32"),
+        (
+            {"index": None, "weight": np.ones((3, 4), np.int8), "scale": np.full(3, np.nan, np.float32)},
+            key("scale"),
+            "not numbers",
+        ),
+        (
+            {"index": None, "weight": np.ones((3, 4), np.int8), "scale": np.ones((3, 1), np.float32)},
+            key("scale"),
+            "(3, 1)",
+        ),
         ({"readable": {"checkpoint": 3}}, "specialization.json:checkpoint", "int"),
         ({"readable": {"versions": ["x"]}}, "specialization.json:versions", "versions"),
         ({"readable": {"versions": {"jax": 1}}}, "specialization.json:versions", "versions"),

@@ -9,6 +9,7 @@ from helpers import SAME, raises
 from inference_models import CONFIGS, make_gates, make_model
 
 from lora_gen_jax.adapters.merge import merge
+from lora_gen_jax.adapters.refined import RefinedPool
 from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.inference.continuous import decode, join
 from lora_gen_jax.inference.decode import generate
@@ -34,7 +35,10 @@ def offline(model, adapter, work):
     params = model.params
     if work.gates_LE is not None:
         gates = {"gates": jax.numpy.asarray(work.gates_LE)[:, None]}
-        params = merge(params, adapter.replace(scanned=adapter.scanned | gates))
+        own = adapter.replace(scanned=adapter.scanned | gates)
+        if work.factors:
+            own = RefinedPool.of(own, jax.tree.map(lambda x: jax.numpy.asarray(x)[:, None], work.factors))
+        params = merge(params, own)
     return generate(
         model.decoder,
         params,
@@ -126,6 +130,41 @@ def test_many_queries_are_answered_alike_mixed_and_merged(llama, how):
     assert_same(found, [offline(llama, adapter, work) for work in works])
     assert seen == [(i + 1, 12) for i in range(12)]
     jax.tree.map(np.testing.assert_array_equal, llama.params, before)
+
+
+def with_factors(config, works, ranks=(0, 2, 3)):
+    """The works, those with gates with factors of these ranks beside them."""
+    rng, made = np.random.default_rng(5), []
+    for i, work in enumerate(works):
+        factors, rank = {}, ranks[i % len(ranks)]
+        if work.gates_LE is not None and rank:
+            for site, (inputs, outputs) in config.ffn_shapes.items():
+                a = rng.standard_normal((config.num_layers, inputs, rank), np.float32)
+                factors[site] = {"a": a, "b": rng.standard_normal((config.num_layers, rank, outputs), np.float32)}
+        made.append(dataclasses.replace(work, factors=factors))
+    return made
+
+
+def test_rows_with_factors_beside_their_gates_answer_as_their_merged_models_do(llama):
+    """Rows that had some leave nothing to those that come after them."""
+    adapter = make_gates(llama.decoder.config, prompts=5)
+    works = with_factors(llama.decoder.config, make_works(llama.decoder.config, adapter, 16))
+    engine = Engine(*llama, adapter, rows=3, slots=SLOTS, rank=4)
+    expected = [offline(llama, adapter, work) for work in works]
+    assert_same(run(engine, works), expected)
+    plain = [dataclasses.replace(work, factors={}) for work in works]
+    assert_same(run(engine, plain), [offline(llama, adapter, work) for work in plain])
+    for how in ("mixed", "merged"):
+        assert_same(answer_all(*llama, adapter, works, rows=3, how=how), expected)
+
+
+def test_factors_that_a_row_has_no_room_for_are_refused(llama):
+    adapter = make_gates(llama.decoder.config, prompts=5)
+    (work,) = with_factors(llama.decoder.config, make_works(llama.decoder.config, adapter, 1), ranks=(3,))
+    with pytest.raises(DataError, match=r"factors of rank 3 .*, and there is room for rank 2: start with room for 3"):
+        Engine(*llama, adapter, rows=3, slots=SLOTS, rank=2).check(work)
+    with pytest.raises(DataError, match="there is room for rank 0"):
+        Engine(*llama, adapter, rows=3, slots=SLOTS).check(work)
 
 
 def test_a_bad_query_among_many_is_named_before_anything_is_generated(llama):

@@ -46,7 +46,7 @@ def serving(service):
 class _Puppet:
     """A scheduler whose works say what the test wants; in the place of the real one where timing matters."""
 
-    longest, rows, running, waiting = 96, 4, 0, 0
+    longest, rows, running, waiting, rank = 96, 4, 0, 0, 0
     read_tokens = generated_tokens = 0
 
     def __init__(self):

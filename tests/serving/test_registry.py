@@ -31,13 +31,13 @@ class Counting:
     def __getattr__(self, name):
         return getattr(self.inner, name)
 
-    def specialize(self, prompts):
+    def specialize(self, prompts, refine=None):
         self.now += 1
         self.most = max(self.most, self.now)
         self.read += prompts
         assert self.go.wait(20)
         try:
-            return self.inner.specialize(prompts)
+            return self.inner.specialize(prompts, refine=refine)
         finally:
             self.now -= 1
 

@@ -1,0 +1,78 @@
+"""Examples in requests: what a server learns from, beside what it reads.
+
+In: checked requests, and turns of conversations. Out: prompts with examples, and how they are learned from.
+"""
+
+import hashlib
+import json
+
+from lora_gen_jax.data.prompt_sources import prompt_of, solved_rows, text_field
+from lora_gen_jax.errors import DataError
+from lora_gen_jax.serving.errors import invalid
+from lora_gen_jax.serving.schemas import NewSpecialization
+from lora_gen_jax.specialization.prompt import Prompt
+from lora_gen_jax.specialization.settings import RefineConfig, default_refinement
+
+_MOST_CHARACTERS = 65536  # of examples: learning from them takes several times as long as reading
+
+
+def requested_prompt(request: NewSpecialization) -> str | Prompt:
+    """What a request wants a specialization of.
+
+    Raises:
+        DataError: for none or several prompts in it, or fields about examples without any.
+    """
+    if request.examples is None:
+        for name in ("refine", "steps", "as_chat"):
+            if getattr(request, name):
+                raise DataError(f'"{name}" is about "examples": give them, or leave it out')
+        return prompt_of(request.row)
+    row = request.row
+    if len(row) > 1 or not row.keys() <= {"prompt", "description"}:
+        raise DataError('beside "examples" give "description" or "prompt", or neither')
+    description = text_field(row, next(iter(row))) if row else ""
+    return Prompt(description, solved_rows(request.examples, "example"), request.as_chat)
+
+
+def refinement_of(prompt: str | Prompt, rank: int, request: NewSpecialization | None = None) -> RefineConfig | None:
+    """How a prompt's examples are learned from; None where it has none, or no steps are asked for.
+
+    Raises:
+        ApiError: 400 for more than a request may ask for, or a LoRA that the rows have no room for.
+    """
+    kind, steps = (None, None) if request is None else (request.refine, request.steps)
+    if isinstance(prompt, str) or steps == 0:
+        return None
+    characters = sum(len(shot.query) + len(shot.response) for shot in prompt.shots)
+    if characters > _MOST_CHARACTERS:
+        message = f"the examples have {characters} characters, the limit is {_MOST_CHARACTERS}: give fewer"
+        raise invalid(message, "messages" if request is None else "examples")
+    config = default_refinement(len(prompt.shots), kind, steps)
+    if config.kind == "lora" and config.rank > rank:
+        if kind is not None:
+            message = f"refine is lora, but this server was started without --refined-rank {config.rank}: use gates"
+            raise invalid(message, "refine", "unsupported_value")
+        config = default_refinement(len(prompt.shots), "gates", steps)
+    return config
+
+
+def answered_turns(turns: list[dict[str, str]]) -> list[tuple[str, str]]:
+    """(user, assistant) of all turns before the last, which waits for its answer.
+
+    Raises:
+        ApiError: 400 where user and assistant do not take turns.
+    """
+    roles = [turn["role"] for turn in turns]
+    if roles != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+        message = "turns_as_examples needs a user's and the assistant's turns one after another, the last a user's"
+        raise invalid(message, "messages")
+    texts = [turn["content"] for turn in turns]
+    return list(zip(texts[:-1:2], texts[1::2], strict=True))
+
+
+def digest(prompt: str | Prompt) -> str:
+    """16 hex digits of a system message, and of examples behind it."""
+    text = prompt
+    if isinstance(prompt, Prompt):
+        text = json.dumps([prompt.description, *((shot.query, shot.response) for shot in prompt.shots)])
+    return hashlib.sha256(str(text).encode()).hexdigest()[:16]

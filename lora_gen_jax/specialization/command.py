@@ -1,0 +1,58 @@
+"""The command ``refine``: steps on examples, from a specialisation that there is already.
+
+In: flags. Out: a specialisation directory. Heavy imports wait until the command runs, so that ``--help`` and mistakes
+answer at once.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Refine:
+    """Learns from solved examples, from a specialisation on, and writes a better one.
+
+    A few steps on the gates, or on a LoRA beside what was generated; expert pool and edge model stay as they are.
+    Example:
+
+    lora-gen refine --specialization special --examples more.jsonl --out better
+    """
+
+    specialization: Path
+    """Directory that `specialize` or `refine` wrote."""
+    examples: Path
+    """A JSONL file with a solved example a line, {"input", "output"}."""
+    out: Path
+    """Directory to write; must not exist, or be empty."""
+    refine: Literal["gates", "lora"] | None = None
+    """What learns: the gates alone, which keeps the specialisation small, or a LoRA beside what was generated. Left
+    out, what is likely to be better for so many examples."""
+    steps: int | None = None
+    """At most so many; left out, as many as are likely to pay."""
+    as_chat: bool = False
+    """The examples stand in the edge model's chat template, as a server's chats and `generate --chat` have it."""
+    checkpoint: Path | None = None
+    """Where the generator with the expert pool is, if not where it was when the specialisation was made."""
+    cloud: str | None = None
+    """Where the cloud model is, if not where it was when the generator was trained."""
+    edge: str | None = None
+    """Where the edge model is, if not where it was when the generator was trained."""
+
+
+def refine_command(flags: Refine) -> None:
+    """Checks what costs nothing first, then loads the models and refines."""
+    from lora_gen_jax.commands import refined
+    from lora_gen_jax.data.prompt_sources import read_examples
+    from lora_gen_jax.files import check_output
+    from lora_gen_jax.specialization.settings import default_refinement
+
+    check_output(flags.out)
+    examples = read_examples(flags.examples)
+    config = default_refinement(len(examples), flags.refine, flags.steps)
+
+    from lora_gen_jax.specializer import Specializer, read_specialization
+
+    special, loaded, _ = read_specialization(flags.specialization, flags.checkpoint, flags.edge)
+    specializer = Specializer.of(loaded, flags.cloud, flags.edge)
+    refined(flags.out, lambda: specializer.refine(special, examples, config, flags.as_chat))

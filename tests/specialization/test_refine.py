@@ -1,0 +1,353 @@
+"""Refining by steps on examples: what a plain rendering of it gives, for each prompt by itself; nothing else moves."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import CLOUD, EDGE, SETTINGS, generator_variables, logits, prompts_of, random_params, token_rows
+
+from lora_gen_jax.adapters.merge import merge
+from lora_gen_jax.adapters.refined import RefinedPool
+from lora_gen_jax.decoder.model import Decoder
+from lora_gen_jax.errors import ConfigError, DataError
+from lora_gen_jax.generator.lora_gen import LoRAGen
+from lora_gen_jax.generator.router import keep_top_k
+from lora_gen_jax.generator.specialize import specialize
+from lora_gen_jax.generator.trained_module import Generated
+from lora_gen_jax.specialization import refine as module
+from lora_gen_jax.specialization.refine import FACTOR_SCALE, PATIENCE, refine
+from lora_gen_jax.specialization.rows import pack_examples
+from lora_gen_jax.specialization.settings import RefineConfig
+
+DECODER = Decoder(EDGE)
+PARAMS = random_params(EDGE, seed=5)
+
+
+def examples_of(count, seed=0, longest=9):
+    """Token ids of queries and answers, of many lengths."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, longest, 2 * count).tolist()
+    rows = token_rows(lengths, EDGE.vocab_size, seed)
+    return list(zip(rows[::2], rows[1::2], strict=True))
+
+
+EXAMPLES = [examples_of(4, seed=1), examples_of(2, seed=2), examples_of(7, seed=3)]
+
+
+@pytest.fixture(scope="module")
+def made():
+    """A function: (settings, what the generator says about three prompts) of a variant."""
+    frozen, cache = random_params(CLOUD, seed=2), {}
+
+    def get(**changes):
+        key = tuple(sorted(changes.items()))
+        if key not in cache:
+            settings = dataclasses.replace(SETTINGS, **changes)
+            generator = LoRAGen(CLOUD, EDGE, settings)
+            variables = generator_variables(generator, frozen, prompts_of([4], 1, 16))
+            prompts = token_rows([7, 5, 9], CLOUD.vocab_size)
+            cache[key] = settings, specialize(generator, variables, frozen, prompts)
+        return cache[key]
+
+    return get
+
+
+def run(made, config, examples=EXAMPLES, **changes):
+    settings, generated = made(**changes)
+    return refine(DECODER, PARAMS, generated, examples, settings, config)
+
+
+def one_of(generated, p):
+    """A single prompt's."""
+    return Generated(
+        generated.adapter.take(np.array([p])), generated.gates_PLE[p : p + 1], generated.logits_PLE[p : p + 1]
+    )
+
+
+def plain_loss(params, examples):
+    """Mean cross-entropy of all answer tokens, every example alone in a row, with merged weights."""
+    total, tokens = 0.0, 0
+    for query, answer in examples:
+        ids = np.array([[*query, *answer[:-1]]])
+        log_1TV = jax.nn.log_softmax(logits(DECODER, params, ids))
+        log_AV = log_1TV[0, len(query) - 1 :]
+        total -= jnp.sum(log_AV[np.arange(len(answer)), np.array(answer)])
+        tokens += len(answer)
+    return total / np.float32(tokens)
+
+
+VARIANTS = [
+    {},
+    {"routing": "linear"},
+    {"routing": "gumbel"},
+    {"routing": "gumbel_top_k"},
+    {"pool": "per_layer"},
+    {"mix": "factors"},
+]
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=lambda c: "-".join(c.values()) or "default")
+def test_losses_before_and_after_are_those_of_merged_weights(made, changes):
+    """Different sums in fp32: values of about 4 agree to a few units of their last place, 5e-7, over three layers."""
+    _, generated = made(**changes)
+    found = run(made, RefineConfig(steps=3), **changes)
+    for p, examples in enumerate(EXAMPLES):
+        before = plain_loss(merge(PARAMS, generated.adapter.select(p)), examples)
+        after = plain_loss(merge(PARAMS, found.adapter.select(p)), examples)
+        np.testing.assert_allclose(found.before_P[p], before, rtol=1e-5)
+        np.testing.assert_allclose(found.after_P[p], after, rtol=1e-5)
+        assert found.after_P[p] < found.before_P[p]
+    assert found.steps_P.tolist() == [3, 3, 3]
+    assert found.held_P is None
+
+
+def test_factors_stand_beside_a_generated_update_that_stays(made):
+    _, generated = made()
+    found = run(made, RefineConfig("lora", steps=3, rank=2, learning_rate=3e-2))
+    np.testing.assert_array_equal(found.gates_PLE, generated.gates_PLE)
+    assert isinstance(found.adapter, RefinedPool)
+    assert {site: pair["a"].shape for site, pair in found.factors.items()} == {
+        site: (3, 3, EDGE.site_shape(site)[0], 2) for site in EDGE.ffn_sites
+    }
+    for p, examples in enumerate(EXAMPLES):
+        after = plain_loss(merge(PARAMS, found.adapter.select(p)), examples)
+        np.testing.assert_allclose(found.after_P[p], after, rtol=1e-5)
+        assert found.after_P[p] < found.before_P[p]
+    start = run(made, RefineConfig("lora", steps=0, rank=2))
+    assert not np.any(start.factors["up"]["b"])
+    np.testing.assert_array_equal(start.before_P, start.after_P)
+    np.testing.assert_array_equal(start.steps_P, 0)
+
+
+def plain_adam(loss, start, steps, rate, pull):
+    """Adam by its paper's equations, and the way back to the start."""
+    x, m, v = start, np.zeros_like(start), np.zeros_like(start)
+    for t in range(1, steps + 1):
+        g = np.asarray(jax.grad(loss)(x))
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        step = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        x = (x - rate * (step + pull * (x - start))).astype(np.float32)
+    return x
+
+
+@pytest.mark.parametrize("pull", [0.0, 0.5])
+def test_gates_take_the_steps_of_a_plain_rendering(made, pull):
+    """Of one prompt, its examples one after the other, merged.
+
+    Adam divides a gradient by its own size: a relative error of 1e-4, of entries that nearly cancel, moves a value by
+    1e-4 · rate in each of three steps.
+    """
+    settings, generated = made()
+    config = RefineConfig(steps=3, learning_rate=0.1, pull=pull)
+    found = run(made, config)
+    single = generated.adapter.select(1)
+
+    def loss(logits_LE):
+        gates_L1E = keep_top_k(jax.nn.softmax(logits_LE[:, None], axis=-1), settings.top_k)
+        return plain_loss(merge(PARAMS, single.replace(scanned={**single.scanned, "gates": gates_L1E})), EXAMPLES[1])
+
+    expected = plain_adam(loss, np.asarray(generated.logits_PLE[1]), 3, 0.1, pull)
+    gates = keep_top_k(jax.nn.softmax(jnp.asarray(expected), axis=-1), settings.top_k)
+    np.testing.assert_allclose(found.gates_PLE[1], gates, atol=3 * 1e-4 * 0.1)
+    assert np.abs(found.gates_PLE[1] - generated.gates_PLE[1]).max() > 0.01
+
+
+def test_factors_take_the_steps_of_a_plain_rendering(made):
+    """B's first step from zero, and both factors' second; the tolerance is that of gates."""
+    rate, site = 1e-2, "up"
+    start = run(made, RefineConfig("lora", steps=0, rank=2)).adapter.select(1)
+    found = run(made, RefineConfig("lora", steps=2, rank=2, learning_rate=rate)).adapter.select(1)
+
+    def loss(b_L1XF, factors=start.scanned["factors"]):
+        changed = {**factors, site: {**factors[site], "b": b_L1XF}}
+        return plain_loss(merge(PARAMS, RefinedPool.of(start.generated, changed)), EXAMPLES[1])
+
+    expected = plain_adam(loss, np.zeros_like(start.scanned["factors"][site]["b"]), 1, rate, 0.0)
+    once = run(made, RefineConfig("lora", steps=1, rank=2, learning_rate=rate)).adapter.select(1)
+    np.testing.assert_allclose(once.scanned["factors"][site]["b"], expected, atol=1e-4 * rate)
+    # A has no gradient while B is zero; at the second step it moves by rate · its scale.
+    for x in once, found:
+        moved = np.abs(np.asarray(x.scanned["factors"][site]["a"] - start.scanned["factors"][site]["a"]))
+        assert (moved.max() > 0) == (x is found)
+        assert moved.max() <= FACTOR_SCALE * rate * 1.001
+
+
+@pytest.mark.parametrize("kind", ["gates", "lora"])
+@pytest.mark.parametrize("stopping", ["fixed", "folds"])
+def test_a_batch_of_prompts_is_each_of_them_alone(made, kind, stopping):
+    """Rows of other shapes sum in another order; Adam makes 1e-4 · rate of a relative error of 1e-4 in each step."""
+    settings, generated = made()
+    config = RefineConfig(kind, steps=4, stopping=stopping, folds=2)
+    together = refine(DECODER, PARAMS, generated, EXAMPLES, settings, config)
+    atol = 4 * 1e-4 * config.rate * (FACTOR_SCALE if kind == "lora" else 1.0)
+    for p in range(3):
+        alone = refine(DECODER, PARAMS, one_of(generated, p), EXAMPLES[p : p + 1], settings, config)
+        assert alone.steps_P[0] == together.steps_P[p]
+        np.testing.assert_allclose(alone.gates_PLE[0], together.gates_PLE[p], atol=atol)
+        np.testing.assert_allclose(alone.after_P[0], together.after_P[p], rtol=1e-4)
+        if kind == "lora":
+            for site in EDGE.ffn_sites:
+                for x in "ab":
+                    own, shared = alone.factors[site][x][:, 0], together.factors[site][x][:, p]
+                    np.testing.assert_allclose(own, shared, atol=atol)
+
+
+@pytest.mark.parametrize("kind", ["gates", "lora"])
+def test_pool_and_edge_model_stay_bit_for_bit(made, kind):
+    settings, generated = made()
+    before = jax.tree.map(np.array, (PARAMS, generated.adapter.shared))
+    found = refine(DECODER, PARAMS, generated, EXAMPLES, settings, RefineConfig(kind, steps=2))
+    jax.tree.map(np.testing.assert_array_equal, (PARAMS, generated.adapter.shared), before)
+    jax.tree.map(np.testing.assert_array_equal, found.adapter.shared, before[1])
+
+
+def test_an_expert_that_was_not_chosen_can_come_in(made):
+    settings, generated = made()
+    found = run(made, RefineConfig(steps=10, learning_rate=0.5))
+    was, is_now = np.asarray(generated.gates_PLE) > 0, found.gates_PLE > 0
+    assert np.any(was != is_now)
+    np.testing.assert_array_equal(is_now.sum(axis=2), settings.top_k)
+    np.testing.assert_allclose(found.gates_PLE.sum(axis=2), 1.0, rtol=1e-6)
+
+
+def test_the_step_that_counts_is_the_best_on_what_was_held_out(made):
+    """Folds trained apart, with all steps fixed in advance, say which it is."""
+    settings, generated = made()
+    single, examples, most = one_of(generated, 2), EXAMPLES[2], 4
+    rate = {"learning_rate": 0.4}
+    found = refine(
+        DECODER, PARAMS, single, [examples], settings, RefineConfig(steps=most, stopping="folds", folds=3, **rate)
+    )
+    held = []
+    for steps in range(most + 1):
+        total = tokens = 0.0
+        for fold in range(3):
+            learned = [e for i, e in enumerate(examples) if i % 3 != fold]
+            out = [e for i, e in enumerate(examples) if i % 3 == fold]
+            fixed = refine(DECODER, PARAMS, single, [learned], settings, RefineConfig(steps=steps, **rate))
+            count = sum(len(answer) for _, answer in out)
+            total += plain_loss(merge(PARAMS, fixed.adapter.select(0)), out) * count
+            tokens += count
+        held.append(float(total / tokens))
+    best = int(np.argmin(held))
+    assert found.steps_P.tolist() == [best]
+    np.testing.assert_allclose(found.held_P, held[best], rtol=1e-4)
+    whole = refine(DECODER, PARAMS, single, [examples], settings, RefineConfig(steps=best, **rate))
+    np.testing.assert_allclose(found.gates_PLE, whole.gates_PLE, atol=4 * 1e-4 * 0.4)
+
+
+def test_what_is_held_out_is_not_learned_from(made):
+    settings, generated = made()
+    single, examples = one_of(generated, 2), EXAMPLES[2]
+    found = refine(
+        DECODER, PARAMS, single, [examples], settings, RefineConfig(steps=3, stopping="held_out", learning_rate=0.05)
+    )
+    learned = [e for i, e in enumerate(examples) if i != 4]
+    fixed = refine(
+        DECODER, PARAMS, single, [learned], settings, RefineConfig(steps=int(found.steps_P[0]), learning_rate=0.05)
+    )
+    np.testing.assert_allclose(found.gates_PLE, fixed.gates_PLE, atol=3 * 1e-4 * 0.05)
+    np.testing.assert_allclose(
+        found.held_P, plain_loss(merge(PARAMS, found.adapter.select(0)), examples[4:5]), rtol=1e-5
+    )
+
+
+def test_steps_that_only_harm_are_not_taken(made):
+    _, generated = made()
+    found = run(made, RefineConfig(steps=3, learning_rate=1e3, stopping="folds"))
+    np.testing.assert_array_equal(found.steps_P, 0)
+    np.testing.assert_allclose(found.gates_PLE, generated.gates_PLE, rtol=1e-6)
+    np.testing.assert_array_equal(found.after_P, found.before_P)
+
+
+def test_a_prompt_is_done_some_steps_after_its_best(made, monkeypatch):
+    counted = []
+    step = module._step
+    monkeypatch.setattr(module, "_step", lambda *args: counted.append(0) or step(*args))
+    found = run(made, RefineConfig(steps=30, learning_rate=1e3, stopping="folds"))
+    assert len(counted) == PATIENCE + 1
+    np.testing.assert_array_equal(found.steps_P, 0)
+
+
+def test_a_single_example_has_nothing_to_hold_out(made):
+    settings, generated = made()
+    single = one_of(generated, 0)
+    config = RefineConfig(steps=2, stopping="folds")
+    found = refine(DECODER, PARAMS, single, [EXAMPLES[0][:1]], settings, config)
+    assert (found.steps_P.tolist(), found.held_P) == ([2], None)
+    beside = refine(DECODER, PARAMS, generated, [EXAMPLES[0][:1], *EXAMPLES[1:]], settings, config)
+    assert beside.steps_P[0] == 2
+    assert beside.held_P is not None
+    assert np.isnan(beside.held_P[0])
+    np.testing.assert_allclose(beside.gates_PLE[0], found.gates_PLE[0], atol=2 * 1e-4 * config.rate)
+
+
+def test_the_pull_holds_values_near_their_start(made):
+    _, generated = made(routing="linear")
+    free, held = (run(made, RefineConfig(steps=6, pull=pull), routing="linear").gates_PLE for pull in (0.0, 5.0))
+    start = np.asarray(generated.gates_PLE)
+    # With pull · rate = 1 every step starts from the start: Adam's own is never longer than rate·√10 here.
+    bound = 0.2 * 10**0.5 * SETTINGS.num_experts**-0.5
+    assert np.abs(held - start).max() <= bound
+    assert np.abs(free - start).max() > np.abs(held - start).max()
+
+
+def test_one_program_serves_every_batch_of_a_shape(made):
+    settings, generated = made()
+    config = RefineConfig(steps=2)
+    jax.clear_caches()
+    refine(DECODER, PARAMS, generated, EXAMPLES, settings, config)
+    first = module._step._cache_size(), module._judge._cache_size()
+    others = [examples_of(3, seed=7), examples_of(4, seed=8), examples_of(5, seed=9)]
+    shapes = [jax.tree.map(np.shape, pack_examples(x, 4, config)) for x in (EXAMPLES, others)]
+    assert shapes[0] == shapes[1], "the test's examples are of different buckets"
+    refine(
+        DECODER, PARAMS, generated, others, settings, dataclasses.replace(config, steps=4, learning_rate=0.1, pull=1.0)
+    )
+    assert (module._step._cache_size(), module._judge._cache_size()) == first == (1, 1)
+    refine(DECODER, PARAMS, one_of(generated, 0), EXAMPLES[:1], settings, config)
+    assert module._step._cache_size() == 2
+
+
+@pytest.mark.parametrize(
+    ("examples", "words"),
+    [
+        ([EXAMPLES[0], [], EXAMPLES[2]], "prompt 2 has no examples to refine on"),
+        ([EXAMPLES[0], [([], [3])], EXAMPLES[2]], "example 1 of prompt 2 has an empty query"),
+        ([EXAMPLES[0], [([3], [4]), ([3], [])], EXAMPLES[2]], "example 2 of prompt 2 has an empty answer"),
+        ([EXAMPLES[0], EXAMPLES[1], [([3], [EDGE.vocab_size])]], "example 1 of prompt 3 holds token id 53"),
+        ([EXAMPLES[0], EXAMPLES[1], [([3] * 40, [4] * 40)]], "example 1 of prompt 3 has 79 tokens, the edge model 64"),
+        (EXAMPLES[:2], "examples of 2 prompts and 3 specializations"),
+    ],
+)
+def test_examples_that_cannot_be_learned_from_are_named(made, examples, words):
+    settings, generated = made()
+    with pytest.raises(DataError, match=words):
+        refine(DECODER, PARAMS, generated, examples, settings, RefineConfig())
+
+
+def test_what_has_no_gates_or_no_logits_is_refused(made):
+    direct, generated = made(generator="direct")
+    with pytest.raises(ConfigError, match="this generator makes factors directly"):
+        refine(DECODER, PARAMS, generated, EXAMPLES, direct, RefineConfig())
+    settings, generated = made()
+    with pytest.raises(ConfigError, match="starts from the router's logits"):
+        refine(DECODER, PARAMS, generated.replace(logits_PLE=None), EXAMPLES, settings, RefineConfig())
+
+
+def test_gates_learn_beside_factors_that_are_there(made):
+    settings, generated = made()
+    learned = run(made, RefineConfig("lora", steps=2, rank=2))
+    again = refine(
+        DECODER, PARAMS, generated.replace(adapter=learned.adapter), EXAMPLES, settings, RefineConfig(steps=2)
+    )
+    np.testing.assert_allclose(again.before_P, learned.after_P, rtol=1e-5)
+    assert np.all(again.after_P < again.before_P)
+    jax.tree.map(np.testing.assert_array_equal, again.factors, learned.factors)
+    on = refine(
+        DECODER, PARAMS, generated.replace(adapter=learned.adapter), EXAMPLES, settings, RefineConfig("lora", steps=1)
+    )
+    np.testing.assert_allclose(on.before_P, learned.after_P, rtol=1e-5)
+    assert on.factors["up"]["a"].shape[-1] == 2, "factors that are there keep their rank"
