@@ -6,9 +6,10 @@ In: checked requests, and turns of conversations. Out: prompts with examples, an
 import hashlib
 import json
 
-from lora_gen_jax.data.prompt_sources import prompt_of, solved_rows, text_field
+from lora_gen_jax.data.prompt_sources import prompt_of, solved_rows
+from lora_gen_jax.data.record_rows import text_field
 from lora_gen_jax.errors import DataError
-from lora_gen_jax.serving.errors import invalid
+from lora_gen_jax.serving.errors import api_error, invalid
 from lora_gen_jax.serving.schemas import NewSpecialization
 from lora_gen_jax.specialization.prompt import Prompt
 from lora_gen_jax.specialization.settings import RefineConfig, default_refinement
@@ -25,11 +26,16 @@ def requested_prompt(request: NewSpecialization) -> str | Prompt:
     if request.examples is None:
         for name in ("refine", "steps", "as_chat"):
             if getattr(request, name):
-                raise DataError(f'"{name}" is about "examples": give them, or leave it out')
+                raise DataError(f'"{name}" is about "examples"', field=name, remedy="give them, or leave it out")
         return prompt_of(request.row)
     row = request.row
     if len(row) > 1 or not row.keys() <= {"prompt", "description"}:
-        raise DataError('beside "examples" give "description" or "prompt", or neither')
+        raise DataError(
+            '"examples" go with "description" or "prompt" only',
+            field="examples",
+            code="count",
+            remedy="leave the others out",
+        )
     description = text_field(row, next(iter(row))) if row else ""
     return Prompt(description, solved_rows(request.examples, "example"), request.as_chat)
 
@@ -56,18 +62,21 @@ def refinement_of(prompt: str | Prompt, rank: int, request: NewSpecialization | 
     return config
 
 
-def answered_turns(turns: list[dict[str, str]]) -> list[tuple[str, str]]:
-    """(user, assistant) of all turns before the last, which waits for its answer.
+def learned_turns(system: str, turns: list[dict[str, str]]) -> Prompt:
+    """A conversation whose turns before the last are examples; the last waits for its answer.
 
     Raises:
-        ApiError: 400 where user and assistant do not take turns.
+        ApiError: 400 where user and assistant do not take turns, or a turn is empty.
     """
     roles = [turn["role"] for turn in turns]
     if roles != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
         message = "turns_as_examples needs a user's and the assistant's turns one after another, the last a user's"
         raise invalid(message, "messages")
     texts = [turn["content"] for turn in turns]
-    return list(zip(texts[:-1:2], texts[1::2], strict=True))
+    try:
+        return Prompt(system, list(zip(texts[:-1:2], texts[1::2], strict=True)), chat=True)
+    except DataError as error:
+        raise api_error(error, "messages") from error
 
 
 def digest(prompt: str | Prompt) -> str:

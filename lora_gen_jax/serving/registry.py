@@ -204,7 +204,8 @@ class Served:
         gates_LE, factors = s.gates(self.fit.experts), s.factors
         if self.rank is not None and (rank := factor_rank(factors)) > self.rank:
             raise CheckpointError(
-                f"a LoRA of rank {rank} stands beside its gates, and this server has room for rank {self.rank}: start"
-                f" it with --refined-rank {rank}, or refine the gates instead"
+                f"a LoRA of rank {rank} stands beside its gates, and this server has room for rank {self.rank}",
+                field="--refined-rank",
+                remedy=f"start it with --refined-rank {rank}, or refine the gates instead",
             )
         return Entry(name, gates_LE, s.active, tokens, automatic=automatic, factors=factors, refined=s.refined)

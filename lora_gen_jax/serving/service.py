@@ -20,7 +20,7 @@ from lora_gen_jax.errors import DataError, LoraGenError
 from lora_gen_jax.inference.buckets import check_tokens
 from lora_gen_jax.models import end_ids
 from lora_gen_jax.serving.errors import ApiError, api_error, invalid
-from lora_gen_jax.serving.examples import answered_turns, digest, refinement_of, requested_prompt
+from lora_gen_jax.serving.examples import digest, learned_turns, refinement_of, requested_prompt
 from lora_gen_jax.serving.metrics import Metrics
 from lora_gen_jax.serving.registry import AUTO, AUTOMATIC, BASE, Entry, Registry, Served
 from lora_gen_jax.serving.scheduler import Scheduler
@@ -171,7 +171,7 @@ class Service:
             raise invalid(message, "messages")
         prompt: str | Prompt = system
         if turns_as_examples and len(others) > 1:
-            prompt, others = Prompt(system, answered_turns(others), chat=True), others[-1:]
+            prompt, others = learned_turns(system, others), others[-1:]
         name = AUTOMATIC + digest(prompt)
         if (found := self.registry.get(name)) is not None:
             return found, others

@@ -66,9 +66,15 @@ def check_refinable(edge: Model, settings: GeneratorConfig, pairs: Sequence[Sequ
         DataError: as `check_examples`.
     """
     if settings.generator == "direct":
-        raise ConfigError("this generator makes factors directly: only a specialization with gates can be refined")
+        raise ConfigError(
+            "this generator makes factors directly: only a specialization with gates can be refined", field="generator"
+        )
     if edge.params is None:
-        raise ConfigError("refining needs the edge model's weights: load the Specializer with edge_weights=True")
+        raise ConfigError(
+            "refining needs the edge model's weights",
+            field="edge_weights",
+            remedy="load the Specializer with edge_weights=True",
+        )
     check_examples(pairs, edge.config.vocab_size, edge.config.max_positions)
 
 
@@ -183,7 +189,9 @@ def _specialization(
         tensors = {**tensors, **learned}
     if not all(np.isfinite(value).all() for value in tensors.values()):
         raise ConfigError(
-            f"refining diverged: lower the learning rate, which is {config.rate}, or take fewer steps than {steps}"
+            f"refining diverged within {steps} steps",
+            field="refine.learning_rate",
+            remedy=f"lower the learning rate, which is {config.rate:g}",
         )
     record = {
         "kind": config.kind,

@@ -1,6 +1,6 @@
-"""The command ``refine``: steps on examples, from a specialisation that there is already.
+"""The command ``refine``: steps on examples, from a specialization that there is already.
 
-In: flags. Out: a specialisation directory. Heavy imports wait until the command runs, so that ``--help`` and mistakes
+In: flags. Out: a specialization directory. Heavy imports wait until the command runs, so that ``--help`` and mistakes
 answer at once.
 """
 
@@ -11,7 +11,7 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class Refine:
-    """Learns from solved examples, from a specialisation on, and writes a better one.
+    """Learns from solved examples, from a specialization on, and writes a better one.
 
     A few steps on the gates, or on a LoRA beside what was generated; expert pool and edge model stay as they are.
     Example:
@@ -26,14 +26,14 @@ class Refine:
     out: Path
     """Directory to write; must not exist, or be empty."""
     refine: Literal["gates", "lora"] | None = None
-    """What learns: the gates alone, which keeps the specialisation small, or a LoRA beside what was generated. Left
+    """What learns: the gates alone, which keeps the specialization small, or a LoRA beside what was generated. Left
     out, what is likely to be better for so many examples."""
     steps: int | None = None
     """At most so many; left out, as many as are likely to pay."""
     as_chat: bool = False
     """The examples stand in the edge model's chat template, as a server's chats and `generate --chat` have it."""
     checkpoint: Path | None = None
-    """Where the generator with the expert pool is, if not where it was when the specialisation was made."""
+    """Where the generator with the expert pool is, if not where it was when the specialization was made."""
     cloud: str | None = None
     """Where the cloud model is, if not where it was when the generator was trained."""
     edge: str | None = None

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from lora_gen_jax.data.encode import Encoder
-from lora_gen_jax.data.prompt_sources import check_text
 from lora_gen_jax.data.prompts import system_prompt
+from lora_gen_jax.data.record_rows import check_text
 from lora_gen_jax.data.tasks import Example
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.specialization.rows import ExampleIds
@@ -29,10 +29,10 @@ class Prompt:
     chat: bool = False
 
     def __post_init__(self) -> None:
-        check_text(self.description, "the description")
+        check_text(self.description, "description")
         object.__setattr__(self, "examples", solved(self.examples))
         if not self.description.strip() and not self.examples:
-            raise DataError("the prompt is empty: give a description, examples, or both")
+            raise DataError("the prompt is empty", field="prompt", remedy="give a description, examples, or both")
 
     @property
     def shots(self) -> tuple[Example, ...]:
@@ -62,7 +62,9 @@ def solved(examples: Sequence[tuple[str, str] | Example]) -> tuple[Example, ...]
         DataError: naming the example that is none, is empty or holds what is no text.
     """
     if isinstance(examples, str):
-        raise DataError("examples is one text: give a list of (input, output) pairs")
+        raise DataError(
+            "examples is one text", field="examples", code="type", remedy="give a list of (input, output) pairs"
+        )
     return tuple(_example(number, example) for number, example in enumerate(examples, start=1))
 
 
@@ -71,11 +73,20 @@ def _example(number: int, example: tuple[str, str] | Example) -> Example:
         return example
     texts = tuple(example) if isinstance(example, Sequence) and not isinstance(example, str) else ()
     if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
-        raise DataError(f"example {number} must be a pair of texts, (input, output); found {str(example)[:80]!r}")
+        raise DataError(
+            f"example {number} must be a pair of texts, (input, output); found {str(example)[:80]!r}",
+            field=f"examples.{number - 1}",
+            code="type",
+        )
     for name, text in zip(("input", "output"), texts, strict=True):
         if not text.strip():
-            raise DataError(f"the {name} of example {number} is empty: give both")
-        check_text(text, f"the {name} of example {number}")
+            raise DataError(
+                f"the {name} of example {number} is empty",
+                field=f"examples.{number - 1}.{name}",
+                code="empty",
+                remedy="give both",
+            )
+        check_text(text, f"examples.{number - 1}.{name}")
     return Example("", *texts)
 
 

@@ -53,6 +53,11 @@ class Form(NamedTuple):
     variants: int
     judged: bool
 
+    @property
+    def chooses(self) -> bool:
+        """Gates are learned of which some are kept and renormalized (`keep_top_k`)."""
+        return self.kind == "gates" and self.top_k > 1 and self.routing in ("keep_top_k", "gumbel_top_k")
+
 
 class State(struct.PyTreeNode):
     """What the steps change. V = P·U variants; all values have the axes [L, V, …].
@@ -211,6 +216,11 @@ def _step(decoder: Decoder, form: Form, params: Any, fixed: Fixed, state: State,
     rate, pull = rates
     grad_fn = jax.grad(_objective, argnums=0, has_aux=True)
     gradients, losses = grad_fn(state.value, decoder, form, params, fixed)
+    if form.chooses:
+        # Renormalized, the others do not matter: what is left of their gradients is rounding, and Adam would make whole
+        # steps of it.
+        chosen_LVE = gates_of(state.value["gates"], form.routing, form.top_k, form.temperature) > 0
+        gradients = {"gates": jnp.where(chosen_LVE, gradients["gates"], 0.0)}
     state = _noted(form, state, losses)
     # Optax mixes Python and array scalars in ways that strict promotion rejects.
     with jax.numpy_dtype_promotion("standard"):

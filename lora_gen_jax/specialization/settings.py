@@ -1,4 +1,4 @@
-"""How a specialisation is refined: a frozen dataclass, checked when it is made."""
+"""How a specialization is refined: a frozen dataclass, checked when it is made."""
 
 import dataclasses
 import math
@@ -18,9 +18,9 @@ class RefineConfig:
     """A few steps of Adam on a prompt's examples; expert pool and edge model stay as they are.
 
     Attributes:
-        kind: gates, which keep a specialisation as small as it is; or lora: factors beside the generated update, which
+        kind: gates, which keep a specialization as small as it is; or lora: factors beside the generated update, which
             stays as it is.
-        steps: at most so many; left out, 10 for gates and 4 for lora. 0 leaves the specialisation as it was read.
+        steps: at most so many; left out, 10 for gates and 4 for lora. 0 leaves the specialization as it was read.
         learning_rate: of Adam; left out, 0.2 for gates and 1e-3 for lora. Gates of linear routing are trained in units
             of 1/√E, so that a rate means the same for any number of experts.
         pull: after every step a value goes back by learning_rate · pull of its distance to where it started.

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from helpers import experiment, generator_variables
+from helpers import experiment, generator_variables, raises
 
 from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.adapters.specialization import load_specialization, save_specialization
@@ -135,7 +135,7 @@ def test_examples_beyond_the_limit_are_learned_from_and_not_read(of_routing):
     assert made.refined["examples"] == 20
     assert 1 < made.prompt.count("what is") < 20
     assert len(specializer.ids(made.prompt)) <= specializer.limit
-    with pytest.raises(DataError, match="the limit is"):
+    with raises(DataError, "prompt", specializer.limit):
         specializer.specialize([Prompt("red " * 300, many.examples)])
 
 
@@ -143,22 +143,20 @@ def test_what_cannot_be_refined_is_said_before_anything_is_read(of_routing, monk
     specializer = of_routing(routing="keep_top_k")
     monkeypatch.setattr("lora_gen_jax.specializer.specialize", lambda *_: pytest.fail("a prompt was read"))
     long = Prompt("say", [("red " * 170, "blue")])
-    with pytest.raises(DataError, match=r"example 1 of prompt 2 has \d+ tokens, the edge model 160 positions"):
+    with raises(DataError, "examples.1.0", "prompt 2", 160):
         specializer.specialize([PROMPTS[0], long], refine=RefineConfig())
-    blind = Specializer(
-        specializer.loaded,
-        dataclasses.replace(specializer.pair, edge=dataclasses.replace(specializer.pair.edge, params=None)),
-    )
-    with pytest.raises(ConfigError, match="refining needs the edge model's weights"):
+    edge = dataclasses.replace(specializer.pair.edge, params=None)
+    blind = Specializer(specializer.loaded, dataclasses.replace(specializer.pair, edge=edge))
+    with raises(ConfigError, "edge_weights"):
         blind.specialize(PROMPTS, refine=RefineConfig())
     direct = of_routing(generator="direct")
-    with pytest.raises(ConfigError, match="this generator makes factors directly"):
+    with raises(ConfigError, "generator"):
         direct.specialize(PROMPTS, refine=RefineConfig())
 
 
 def test_a_rate_that_diverges_is_an_error_and_not_a_file(of_routing):
     specializer = of_routing(routing="linear")
-    with pytest.raises(ConfigError, match="refining diverged: lower the learning rate, which is 1e"):
+    with raises(ConfigError, "refine.learning_rate", "1e+30"):
         specializer.specialize(PROMPTS, refine=RefineConfig(steps=3, learning_rate=1e30))
 
 

@@ -1,32 +1,32 @@
 """What can be set about refining, and what is said about a value that cannot work."""
 
 import pytest
+from helpers import raises
 
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.specialization.settings import RefineConfig, default_refinement
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "field", "facts"),
     [
-        ({"kind": "weights"}, "refine.kind is 'weights'; it must be one of gates, lora"),
-        ({"stopping": "early"}, "refine.stopping is 'early'; it must be one of fixed, folds, held_out"),
-        ({"steps": -1}, "refine.steps is -1; it must be a whole number from 0 to 1000"),
-        ({"steps": 2.5}, "refine.steps is 2.5"),
-        ({"steps": True}, "refine.steps is True"),
-        ({"folds": 1}, "refine.folds is 1; it must be a whole number from 2 to 64"),
-        ({"rank": 0}, "refine.rank is 0"),
-        ({"learning_rate": -0.1}, "refine.learning_rate is -0.1; it must be a number of at least 0"),
-        ({"learning_rate": float("inf")}, "refine.learning_rate is inf"),
-        ({"pull": float("nan")}, "refine.pull is nan"),
-        ({"pull": "strong"}, "refine.pull is 'strong'"),
-        ({"pull": 6.0}, "refine.pull is 6.0: times the learning rate 0.2 it exceeds 1"),
+        ({"kind": "weights"}, "kind", ["weights", "gates", "lora"]),
+        ({"stopping": "early"}, "stopping", ["early", "fixed", "folds", "held_out"]),
+        ({"steps": -1}, "steps", [-1, 0, 1000]),
+        ({"steps": 2.5}, "steps", [2.5]),
+        ({"steps": True}, "steps", ["True"]),
+        ({"folds": 1}, "folds", [1, 2, 64]),
+        ({"rank": 0}, "rank", [0, 1, 256]),
+        ({"learning_rate": -0.1}, "learning_rate", [-0.1]),
+        ({"learning_rate": float("inf")}, "learning_rate", ["inf"]),
+        ({"pull": float("nan")}, "pull", ["nan"]),
+        ({"pull": "strong"}, "pull", ["strong"]),
+        ({"pull": 6.0}, "pull", [6.0, 0.2]),
     ],
 )
-def test_a_value_that_cannot_work_is_named(changes, words):
-    with pytest.raises(ConfigError) as error:
+def test_a_value_that_cannot_work_is_named(changes, field, facts):
+    with raises(ConfigError, f"refine.{field}", *facts):
         RefineConfig(**changes)
-    assert words in str(error.value)
 
 
 def test_each_kind_has_steps_and_a_rate_of_its_own():
