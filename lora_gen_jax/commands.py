@@ -45,10 +45,10 @@ class Specialize:
     """A JSONL file with a solved example a line, {"input", "output"}: read as shots behind the --prompt, if there is
     one, and then learned from."""
     refine: Literal["gates", "lora"] | None = None
-    """What learns from the --examples: the gates alone, which keeps the specialization small, or a LoRA beside what was
-    generated. Left out, what is likely to be better for so many examples."""
+    """What learns from the --examples: the gates alone (the default), which keeps the specialization small, or a LoRA
+    beside what was generated."""
     steps: int | None = None
-    """Steps on the --examples, at most; 0 only reads them. Left out, as many as are likely to pay."""
+    """Steps on the --examples, at most; 0 only reads them. Left out, as many as the generator's config says."""
     as_chat: bool = False
     """The --examples stand in the edge model's chat template, as a server's chats and `generate --chat` have it."""
     prompts: Path | None = None
@@ -105,7 +105,7 @@ def specialize_command(flags: Specialize) -> None:
     _check_sources(flags)
     many = None if flags.prompts is None else read_prompts(flags.prompts)
     prompts = [_single_prompt(flags)] if many is None else [_prompt_of(named, flags) for named in many]
-    refinement = _refinement(flags, prompts)
+    refining = _refines(flags, prompts)
     check_output(flags.out)
     if flags.checkpoint is None:
         print("no --checkpoint: the shipped generator for SmolLM2-135M is used", file=sys.stderr)
@@ -113,8 +113,8 @@ def specialize_command(flags: Specialize) -> None:
     from lora_gen_jax.adapters.specialization import save_specialization
     from lora_gen_jax.specializer import Specializer
 
-    refining = refinement is not None
     specializer = Specializer.load(flags.checkpoint, flags.cloud, flags.edge, edge_weights=refining)
+    refinement = specializer.refinement(flags.refine, flags.steps) if refining else None
     if many is not None:
         names = [named.name for named in many]
         _specialize_many(specializer, dict(zip(names, prompts, strict=True)), refinement, flags)
@@ -161,17 +161,17 @@ def _prompt_of(named: "NamedPrompt", flags: Specialize) -> "str | Prompt":
     return Prompt(named.text, named.examples, flags.as_chat) if named.examples else named.text
 
 
-def _refinement(flags: Specialize, prompts: "Sequence[str | Prompt]") -> "RefineConfig | None":
-    """How examples are learned from; None where there are none, or --steps is 0.
+def _refines(flags: Specialize, prompts: "Sequence[str | Prompt]") -> bool:
+    """Whether there are examples to learn from, and --steps is not 0.
 
     Raises:
-        ConfigError: for flags about examples without any.
+        ConfigError: for flags about examples without any, or a number of steps that cannot be.
     """
-    from lora_gen_jax.specialization.settings import default_refinement
+    from lora_gen_jax.specialization.settings import RefineConfig
 
-    counts = [len(prompt.examples) for prompt in prompts if not isinstance(prompt, str)]
-    if counts:
-        return None if flags.steps == 0 else default_refinement(min(counts), flags.refine, flags.steps)
+    RefineConfig(steps=flags.steps)
+    if any(not isinstance(prompt, str) for prompt in prompts):
+        return flags.steps != 0
     for name in ("refine", "steps", "as_chat"):
         if getattr(flags, name) not in (None, False):
             flag = name.replace("_", "-")
@@ -180,7 +180,7 @@ def _refinement(flags: Specialize, prompts: "Sequence[str | Prompt]") -> "Refine
                 field=f"--{flag}",
                 remedy="give --examples, or rows of --prompts that have some",
             )
-    return None
+    return False
 
 
 def refined(out: Path, make: Callable[[], "Specialization"]) -> None:

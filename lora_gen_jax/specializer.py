@@ -32,7 +32,7 @@ from lora_gen_jax.sharding import evaluation_mesh
 from lora_gen_jax.specialization.apply import Before, check_refinable, learning_model, logits_of, refine_all
 from lora_gen_jax.specialization.prompt import Prompt, pairs_of, solved
 from lora_gen_jax.specialization.rows import ExampleIds
-from lora_gen_jax.specialization.settings import RefineConfig
+from lora_gen_jax.specialization.settings import Kind, RefineConfig
 from lora_gen_jax.training.bucket import absolute, is_bucket
 from lora_gen_jax.training.checkpoint import Loaded, check_models, load_checkpoint, versions
 from lora_gen_jax.training.portable import DEFAULT, SHIPPED
@@ -203,7 +203,7 @@ class Specializer:
         Args:
             specialization: read, or refined before.
             examples: (input, output) pairs.
-            refine: how; with its defaults where left out.
+            refine: how; as `refinement` says where left out.
             chat: the edge model will be asked in its chat template.
 
         Raises:
@@ -211,7 +211,7 @@ class Specializer:
             DataError, ConfigError: as `specialize` with `refine`.
         """
         self.fit.check(specialization)
-        config, settings = refine or RefineConfig(), self.config.generator
+        config, settings = refine or self.refinement(), self.config.generator
         pairs = pairs_of(self.pair.edge.encoder, solved(examples), chat)
         check_refinable(self.pair.edge, settings, [pairs])
         logits_LE = None
@@ -224,6 +224,19 @@ class Specializer:
             logits_LE = logits_of(specialization.gates(settings.num_experts), read_LE, settings)
         before = Before(specialization, logits_LE, pairs)
         return refine_all(self._learner, self.pool(), settings, [before], config)[0]
+
+    def refinement(self, kind: Kind | None = None, steps: int | None = None) -> RefineConfig:
+        """How this generator's specializations learn: as its config has it, `eval.refine` or `eval.refine_lora`.
+
+        Args:
+            kind: gates or lora; gates where left out.
+            steps: at most so many; as the config says where left out.
+
+        Raises:
+            ConfigError: for a number of steps that cannot be.
+        """
+        config = self.config.eval.refine_lora if kind == "lora" else self.config.eval.refine
+        return config if steps is None else dataclasses.replace(config, steps=steps)
 
     def fits(self, text: str) -> bool:
         """Whether a prompt is within the limit."""

@@ -12,7 +12,8 @@ from lora_gen_jax.errors import DataError
 from lora_gen_jax.serving.errors import api_error, invalid
 from lora_gen_jax.serving.schemas import NewSpecialization
 from lora_gen_jax.specialization.prompt import Prompt
-from lora_gen_jax.specialization.settings import RefineConfig, default_refinement
+from lora_gen_jax.specialization.settings import RefineConfig
+from lora_gen_jax.specializer import Specializer
 
 _MOST_CHARACTERS = 65536  # of examples: learning from them takes several times as long as reading
 
@@ -40,25 +41,30 @@ def requested_prompt(request: NewSpecialization) -> str | Prompt:
     return Prompt(description, solved_rows(request.examples, "example"), request.as_chat)
 
 
-def refinement_of(prompt: str | Prompt, rank: int, request: NewSpecialization | None = None) -> RefineConfig | None:
+def refinement_of(
+    prompt: str | Prompt, specializer: Specializer, rank: int, request: NewSpecialization | None = None
+) -> RefineConfig | None:
     """How a prompt's examples are learned from; None where it has none, or no steps are asked for.
+
+    Args:
+        prompt: with examples, or a text.
+        specializer: that reads it.
+        rank: of the factors that a row has room for.
+        request: that asks for a kind and a number of steps; None for a conversation.
 
     Raises:
         ApiError: 400 for more than a request may ask for, or a LoRA that the rows have no room for.
     """
-    kind, steps = (None, None) if request is None else (request.refine, request.steps)
-    if isinstance(prompt, str) or steps == 0:
+    if isinstance(prompt, str) or (request is not None and request.steps == 0):
         return None
     characters = sum(len(shot.query) + len(shot.response) for shot in prompt.shots)
     if characters > _MOST_CHARACTERS:
         message = f"the examples have {characters} characters, the limit is {_MOST_CHARACTERS}: give fewer"
         raise invalid(message, "messages" if request is None else "examples")
-    config = default_refinement(len(prompt.shots), kind, steps)
+    config = specializer.refinement() if request is None else specializer.refinement(request.refine, request.steps)
     if config.kind == "lora" and config.rank > rank:
-        if kind is not None:
-            message = f"refine is lora, but this server was started without --refined-rank {config.rank}: use gates"
-            raise invalid(message, "refine", "unsupported_value")
-        config = default_refinement(len(prompt.shots), "gates", steps)
+        message = f"refine is lora, but this server was started without --refined-rank {config.rank}: use gates"
+        raise invalid(message, "refine", "unsupported_value")
     return config
 
 

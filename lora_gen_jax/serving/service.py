@@ -177,7 +177,7 @@ class Service:
             return found, others
         if name not in self._automatic:
             task = asyncio.create_task(
-                self._make(name, prompt, refinement_of(prompt, self.scheduler.rank), automatic=True)
+                self._make(name, prompt, refinement_of(prompt, self.specializer, self.scheduler.rank), automatic=True)
             )
             self._automatic[name] = task
             task.add_done_callback(lambda done: self._automatic_done(name, done))
@@ -199,7 +199,7 @@ class Service:
             prompt = requested_prompt(request)
         except DataError as error:
             raise api_error(error, error.field) from error
-        refinement = refinement_of(prompt, self.scheduler.rank, request)
+        refinement = refinement_of(prompt, self.specializer, self.scheduler.rank, request)
         name = request.name if request.name is not None else f"specialization-{secrets.token_hex(6)}"
         # Shielded: a specialisation that was begun is finished and kept, whether its client waits or not.
         task = asyncio.ensure_future(self._make(name, prompt, refinement))

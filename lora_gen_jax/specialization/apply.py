@@ -138,7 +138,7 @@ def logits_of(gates_LE: np.ndarray, read_LE: np.ndarray | None, settings: Genera
         inside_L1 = np.logaddexp.reduce(np.where(chosen_LE, read_LE, -np.inf), axis=1, keepdims=True)
         least_L1 = np.where(chosen_LE, log_LE, np.inf).min(axis=1, keepdims=True)
         # As read, or as far above the experts that were not chosen as the choice needs.
-        own_LE = log_LE + np.maximum(inside_L1, outside_LE.max(axis=1, keepdims=True) - least_L1)
+        own_LE = log_LE + np.maximum(inside_L1, outside_LE.max(axis=1, keepdims=True) - least_L1 + np.float32(0.01))
     return (np.where(chosen_LE, own_LE, read_LE) * temperature).astype(np.float32)
 
 
@@ -177,22 +177,23 @@ def _specialization(
     before: Before, refined: Refined, row: int, settings: GeneratorConfig, config: RefineConfig
 ) -> Specialization:
     old, steps = before.specialization, int(refined.steps_P[row])
-    tensors = old.tensors
-    if steps > 0 and config.kind == "gates":
-        tensors = {**tensors, **gate_tensors(refined.gates_PLE[row], settings)}
-    elif steps > 0:
+    tensors, learned = old.tensors, {}
+    if config.kind == "lora":
         learned = {
             f"{site}.{x}": np.ascontiguousarray(np.asarray(value)[:, row])
             for site, pair in refined.factors.items()
             for x, value in pair.items()
         }
-        tensors = {**tensors, **learned}
-    if not all(np.isfinite(value).all() for value in tensors.values()):
+    if not all(np.isfinite(x).all() for x in (refined.gates_PLE[row], *learned.values())):
         raise ConfigError(
             f"refining diverged within {steps} steps",
             field="refine.learning_rate",
             remedy=f"lower the learning rate, which is {config.rate:g}",
         )
+    if steps > 0 and config.kind == "gates":
+        tensors = {**tensors, **gate_tensors(refined.gates_PLE[row], settings)}
+    elif steps > 0:
+        tensors = {**tensors, **learned}
     record = {
         "kind": config.kind,
         "examples": len(before.pairs),

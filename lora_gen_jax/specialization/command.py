@@ -26,10 +26,10 @@ class Refine:
     out: Path
     """Directory to write; must not exist, or be empty."""
     refine: Literal["gates", "lora"] | None = None
-    """What learns: the gates alone, which keeps the specialization small, or a LoRA beside what was generated. Left
-    out, what is likely to be better for so many examples."""
+    """What learns: the gates alone (the default), which keeps the specialization small, or a LoRA beside what was
+    generated."""
     steps: int | None = None
-    """At most so many; left out, as many as are likely to pay."""
+    """At most so many; left out, as many as the generator's config says."""
     as_chat: bool = False
     """The examples stand in the edge model's chat template, as a server's chats and `generate --chat` have it."""
     checkpoint: Path | None = None
@@ -45,14 +45,15 @@ def refine_command(flags: Refine) -> None:
     from lora_gen_jax.commands import refined
     from lora_gen_jax.data.prompt_sources import read_examples
     from lora_gen_jax.files import check_output
-    from lora_gen_jax.specialization.settings import default_refinement
+    from lora_gen_jax.specialization.settings import RefineConfig
 
     check_output(flags.out)
     examples = read_examples(flags.examples)
-    config = default_refinement(len(examples), flags.refine, flags.steps)
+    RefineConfig(steps=flags.steps)  # an impossible number is said before anything is loaded
 
     from lora_gen_jax.specializer import Specializer, read_specialization
 
     special, loaded, _ = read_specialization(flags.specialization, flags.checkpoint, flags.edge)
     specializer = Specializer.of(loaded, flags.cloud, flags.edge)
+    config = specializer.refinement(flags.refine, flags.steps)
     refined(flags.out, lambda: specializer.refine(special, examples, config, flags.as_chat))

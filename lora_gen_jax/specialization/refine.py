@@ -149,7 +149,7 @@ def refine(
     beside = adapter.generated if config.kind == "lora" and isinstance(adapter, RefinedPool) else adapter
     fixed = beside.take(np.repeat(index, U)), place_rows(rows, params)
     with mesh_context(params):
-        state = _steps(decoder, params, form, fixed, start, config)
+        state = _steps(decoder, params, form, fixed, (start, count), config)
     return _refined(adapter, form, state, count)
 
 
@@ -182,12 +182,15 @@ def _start_factors(adapter: Any, rank: int) -> dict[str, dict[str, jax.Array]]:
     return factors
 
 
-def _steps(decoder: Decoder, params: Any, form: Form, fixed: Fixed, start: Any, config: RefineConfig) -> State:
-    """The state after the last step, judged."""
+def _steps(
+    decoder: Decoder, params: Any, form: Form, fixed: Fixed, begin: tuple[Any, int], config: RefineConfig
+) -> State:
+    """The state after the last step, judged. `begin` is what training begins with, and of how many prompts it is."""
+    start, count = begin
     state, rates = _initial(form, start), (np.float32(config.rate), np.float32(config.pull))
     for step in range(config.most_steps):
         state = _step(decoder, form, params, fixed, state, rates)
-        if form.judged and step >= PATIENCE and bool(np.all(_done(state))):
+        if form.judged and step >= PATIENCE and bool(np.all(_done(state)[:count])):
             return state
     return _judge(decoder, form, params, fixed, state)
 

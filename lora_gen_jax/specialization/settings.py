@@ -70,11 +70,6 @@ class RefineConfig:
         return RATES[self.kind] if self.learning_rate is None else self.learning_rate
 
 
-def default_refinement(examples: int, kind: Kind | None = None, steps: int | None = None) -> RefineConfig:
-    """What is likely to be best for so many examples; `kind` and `steps` count where they are given."""
-    return RefineConfig(kind or "gates", steps)
-
-
 def _whole(name: str, value: int | None, least: int, most: int) -> None:
     if value is not None and (type(value) is not int or not least <= value <= most):
         raise ConfigError(

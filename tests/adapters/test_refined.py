@@ -13,6 +13,7 @@ from lora_gen_jax.adapters.refined import RefinedPool
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.generator.lora_gen import ExpertPool, gated_adapter
+from lora_gen_jax.generator.router import keep_top_k
 
 
 def refined(config, prompts=2, rank=5, **changes):
@@ -23,6 +24,8 @@ def refined(config, prompts=2, rank=5, **changes):
     pool = {site: {x: filled(shapes, seed=4)["params"][f"{site}_{x}"] for x in "ab"} for site in config.ffn_sites}
     rng = np.random.default_rng(1)
     gates_PLE = rng.dirichlet(np.ones(4), (prompts, config.num_layers)).astype(np.float32)
+    if settings.routing == "keep_top_k":
+        gates_PLE = np.asarray(keep_top_k(gates_PLE, settings.top_k))
     if settings.routing == "linear":
         gates_PLE = rng.standard_normal(gates_PLE.shape, np.float32) * np.float32(0.5)
     factors = {

@@ -127,6 +127,22 @@ def test_prompts_without_examples_are_only_read(of_routing):
     np.testing.assert_allclose(made[0].gates(4), read.gates(4), rtol=1e-5)
 
 
+def test_a_generators_config_says_how_its_specializations_learn(of_routing):
+    specializer = of_routing(routing="keep_top_k")
+    evaluation = dataclasses.replace(
+        specializer.config.eval, refine=RefineConfig(steps=3, pull=0.5), refine_lora=RefineConfig("lora", rank=2)
+    )
+    loaded = dataclasses.replace(specializer.loaded, config=dataclasses.replace(specializer.config, eval=evaluation))
+    own = Specializer(loaded, specializer.pair)
+    assert own.refinement() == own.refinement("gates") == evaluation.refine
+    assert own.refinement("lora") == evaluation.refine_lora
+    assert own.refinement("lora", 7) == RefineConfig("lora", rank=2, steps=7)
+    (read,) = own.specialize(PROMPTS[:1])
+    assert own.refine(read, PROMPTS[0].examples).refined["steps"] == 3
+    with raises(ConfigError, "refine.steps", -1):
+        own.refinement(steps=-1)
+
+
 def test_examples_beyond_the_limit_are_learned_from_and_not_read(of_routing):
     specializer = of_routing(routing="keep_top_k")
     many = Prompt("say the color", [("what is the color of the sun and the moon ?", "red or blue")] * 20)
@@ -191,7 +207,7 @@ def held_out_loss(specializer, specialization, task):
     edge = specializer.pair.edge
     params = merge(edge.params, specializer.adapter(specialization))
     pairs = [edge.encoder.query(example, False) for example in task.test[:12]]
-    found = score(edge.decoder, params, [Request(query, [answer]) for query, answer in pairs])
+    found = score(edge.decoder, params, [Request(query, [answer]) for query, answer in pairs], batch_tokens=1024)
     return -sum(one.logprobs[0] for one in found) / sum(len(answer) for _, answer in pairs)
 
 

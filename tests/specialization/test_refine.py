@@ -287,9 +287,8 @@ def test_a_prompt_is_done_some_steps_after_its_best(made, monkeypatch):
     counted = []
     step = module._step
     monkeypatch.setattr(module, "_step", lambda *args: counted.append(0) or step(*args))
-    found = run(made, RefineConfig(steps=30, learning_rate=1e3, stopping="folds"))
-    assert len(counted) == PATIENCE + 1
-    np.testing.assert_array_equal(found.steps_P, 0)
+    found = run(made, RefineConfig(steps=200, learning_rate=0.3, stopping="folds"))
+    assert len(counted) == found.steps_P.max() + PATIENCE + 1 < 200
 
 
 def test_a_single_example_has_nothing_to_hold_out(made):
@@ -367,7 +366,12 @@ def test_gates_learn_beside_factors_that_are_there(made):
     settings, generated = made()
     learned = run(made, RefineConfig("lora", steps=2, rank=2))
     again = refine(
-        DECODER, PARAMS, generated.replace(adapter=learned.adapter), EXAMPLES, settings, RefineConfig(steps=2)
+        DECODER,
+        PARAMS,
+        generated.replace(adapter=learned.adapter),
+        EXAMPLES,
+        settings,
+        RefineConfig(steps=2, learning_rate=0.03),
     )
     np.testing.assert_allclose(again.before_P, learned.after_P, rtol=1e-5)
     assert np.all(again.after_P < again.before_P)

@@ -4,7 +4,7 @@ import pytest
 from helpers import raises
 
 from lora_gen_jax.errors import ConfigError
-from lora_gen_jax.specialization.settings import RefineConfig, default_refinement
+from lora_gen_jax.specialization.settings import RefineConfig
 
 
 @pytest.mark.parametrize(
@@ -33,9 +33,3 @@ def test_each_kind_has_steps_and_a_rate_of_its_own():
     assert (RefineConfig().most_steps, RefineConfig().rate) == (10, 0.2)
     assert (RefineConfig("lora").most_steps, RefineConfig("lora").rate) == (4, 1e-3)
     assert (RefineConfig(steps=0).most_steps, RefineConfig(learning_rate=0.0).rate) == (0, 0.0)
-
-
-def test_what_is_asked_for_counts_before_the_default():
-    assert default_refinement(5, "lora", 7).most_steps == 7
-    assert default_refinement(5, "lora").kind == "lora"
-    assert default_refinement(5, steps=3).most_steps == 3
