@@ -60,6 +60,20 @@ MUTANTS = (
         (f"{ROUTER}::test_gumbel_softmax_without_noise_divides_by_the_temperature",),
     ),
     Mutant(
+        "Gumbel routing keeps all experts",
+        "generator/router.py",
+        'return soft_BLE if routing == "gumbel" else keep_top_k(soft_BLE, top_k)',
+        "return soft_BLE",
+        (f"{ROUTER}::test_gumbel_top_k_is_the_soft_gates_of_the_same_noise_with_the_k_largest_kept",),
+    ),
+    Mutant(
+        "the running variance is biased",
+        "generator/router.py",
+        "rows / max(rows - lost, 1)",
+        "rows / max(rows, 1)",
+        (f"{ROUTER}::test_inference_after_batches_of_few_rows_is_torchs",),
+    ),
+    Mutant(
         "packed prompts see each other",
         "generator/cloud.py",
         "segments_BT=prompts.segments_BT,",
@@ -184,6 +198,15 @@ MUTANTS = (
         "positions_PT + before)",
         "positions_PT)",
         ("baselines/test_autocompressor.py::test_the_objective_and_its_gradient_within_substeps",),
+    ),
+    Mutant(
+        "soft tokens have the position embedding of a first token",
+        "decoder/model.py",
+        "jnp.where(learned_BT[:, :, None] >= 0, placed_BTD,",
+        "jnp.where(learned_BT[:, :, None] >= -1, placed_BTD,",
+        (
+            "baselines/test_autocompressor.py::test_learned_positions_are_those_of_a_segments_own_tokens_in_training_too",
+        ),
     ),
     Mutant(
         "every slot is supervised",

@@ -7,7 +7,6 @@ that layer is the vector at the last token of every query. The tokens before it 
 """
 
 import functools
-import itertools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 from lora_gen_jax.adapters.protocol import AdapterBase
 from lora_gen_jax.baselines.method import Method, Prompt, Specialise, Specialised, Traits
 from lora_gen_jax.config import Config
-from lora_gen_jax.data.prompts import separator
+from lora_gen_jax.data.edge_prompt import shared_row
 from lora_gen_jax.decoder.layers import POOLED, RECORDS, records_of
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import DataError
@@ -69,14 +68,10 @@ def task_vector(edge: "Model", prompt: Prompt, depth: float) -> TaskVector:
             field="eval.shots",
             remedy="lower eval.shots, or leave the method out",
         )
-    contexts = []
-    for query, answer in ((one.query, one.response) for one in prompt.queries):
-        contexts.append(edge.encoder.pair(f"{prompt.text}\n\n{query}", separator(query, answer) + answer)[0])
     # Every row keeps a token of its own.
-    columns = zip(*(context[:-1] for context in contexts), strict=False)
-    shared = [column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns)]
+    shared, pairs = shared_row(edge.encoder.query(one, False, prompt.text) for one in prompt.queries)
     prefix = encode_prefix(edge.decoder, edge.params, shared) if shared else None
-    rest = [context[len(shared) :] for context in contexts]
+    rest = [query for query, _ in pairs]
     tokens_BT, positions_BT = pad_rows(rest, bucket(max(map(len, rest))), padded_rows(len(rest), edge.params))
     batch = place_rows((tokens_BT, past_prefix(positions_BT, taken_positions(prefix))), edge.params)
     states_LBD = _last_states(forward_only(edge.decoder), edge.params, batch, prefix_cache(prefix))

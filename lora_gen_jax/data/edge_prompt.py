@@ -4,12 +4,15 @@ In: ids of contexts, each a prompt with a query read as one text (`Encoder.query
 edge's batch: what its contexts begin with once, then for each query what is left of its context.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 
 Ids = list[int]
 
 
-def shared_row(pairs: Iterable[tuple[Ids, Ids]], room: int, slots: int) -> tuple[Ids, list[tuple[Ids, Ids]]]:
+def shared_row(
+    pairs: Iterable[tuple[Ids, Ids]], room: float = math.inf, slots: float = math.inf
+) -> tuple[Ids, list[tuple[Ids, Ids]]]:
     """The first (context, response) pairs that fit a row together, cut into what they share and (query, response)s.
 
     A context is its row's shared beginning and its query, token for token: what stands on both sides of the seam may be
@@ -18,7 +21,8 @@ def shared_row(pairs: Iterable[tuple[Ids, Ids]], room: int, slots: int) -> tuple
 
     Args:
         pairs: no more of them are asked for than fit, and one.
-        room: tokens of a row. A response's last token is predicted and never read, so it takes none.
+        room: tokens of a row; any number, where it is left out. A response's last token is predicted and never read, so
+            it takes none.
         slots: answer tokens of a row.
     """
     kept: list[tuple[Ids, Ids]] = []

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from lora_gen_jax.data.prompts import few_shot_context, separator, system_prompt
+from lora_gen_jax.data.prompts import behind, separator
 from lora_gen_jax.data.tasks import Example
 from lora_gen_jax.errors import DataError, ModelError
 
@@ -102,29 +102,27 @@ class Encoder:
         text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def query(
-        self, example: Example, chat: bool, description: str = "", shots: Sequence[Example] = ()
-    ) -> tuple[list[int], list[int]]:
+    def query(self, example: Example, chat: bool, prompt: str = "") -> tuple[list[int], list[int]]:
         """Ids of an example's query as the edge model reads it, and of its response.
 
         Args:
             example: whose query it is.
             chat: through the tokenizer's template.
-            description, shots: of the prompt that the edge model reads before the query, if it does. Both are one text
-                (in a chat the prompt is the system turn): tokenised apart, they would meet in other tokens.
+            prompt: that the edge model reads before the query, if it does. Both are one text (in a chat the prompt is
+                the system turn): tokenised apart, they would meet in other tokens.
 
         Raises:
             DataError, ModelError: as `pair` and `chat`.
         """
         query, response = example.query, example.response
         if not chat:
-            return self.pair(few_shot_context(description, shots, query), separator(query, response) + response)
+            return self.pair(behind(prompt, query), separator(query, response) + response)
         answer = self.tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
         if not answer:
             raise DataError("a response is empty: there is nothing to learn", field="response")
         turns = example.turns or (("user", query),)
-        if description.strip() or shots:
-            turns = (("system", system_prompt(description, shots)), *turns)
+        if prompt.strip():
+            turns = (("system", prompt), *turns)
         return self.chat([{"role": role, "content": content} for role, content in turns]), answer
 
     def decode(self, ids: Sequence[int]) -> str:

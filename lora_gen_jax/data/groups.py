@@ -132,9 +132,9 @@ class GroupSampler:
                 break
         return examples, queries
 
-    def _ids(self, example: Example, chat: bool, *prompt: Any) -> tuple[list[int], list[int]]:
+    def _ids(self, example: Example, chat: bool, prompt: str = "") -> tuple[list[int], list[int]]:
         """Ids of a query and of its answer, which ends with the end token where it is learned from."""
-        query, response = self.edge.query(example, chat, *prompt)
+        query, response = self.edge.query(example, chat, prompt)
         end = self.edge.end if self.split == "train" else None
         return query, response if end is None else [*response, end]
 
@@ -146,8 +146,7 @@ class GroupSampler:
         fits = len(group.prompt) <= self._limit
         if fits and self.config.edge_reads_prompt:
             # Queries give way before shots do, all but the first.
-            chat, prompt = group.task in self.chats, (group.description, group.shots)
-            pairs = (self._ids(example, chat, *prompt) for example in group.asked)
+            pairs = (self._ids(example, group.task in self.chats, text) for example in group.asked)
             prefix, queries = shared_row(pairs, self.config.edge_length, self.config.response_slots)
             fits, group = bool(queries), dataclasses.replace(group, prefix=prefix, queries=queries)
         if fits and self.config.edge_prompt_length:

@@ -79,15 +79,22 @@ def few_shot_context(description: str, shots: Sequence[Example], query: str) -> 
 
     Without description and shots the query alone. Raises DataError for an empty query.
     """
-    if not query.strip():
-        raise DataError("the query is empty", field="query")
-    prompted = description.strip() or shots
-    return behind(system_prompt(description, shots), query) if prompted else query
+    return behind(prompt_text(description, shots), query)
+
+
+def prompt_text(description: str, shots: Sequence[Example]) -> str:
+    """The system prompt, and "" without description and shots."""
+    return system_prompt(description, shots) if description.strip() or shots else ""
 
 
 def behind(prompt: str, query: str) -> str:
-    """A query behind a prompt, a blank line between them. Tokenisers join what stands on both sides of it."""
-    return f"{prompt}\n\n{query}"
+    """A query behind a prompt, a blank line between them, as one text; behind "" the query alone.
+
+    Raises DataError for an empty query.
+    """
+    if not query.strip():
+        raise DataError("the query is empty", field="query")
+    return f"{prompt}\n\n{query}" if prompt.strip() else query
 
 
 def _description(description: str) -> list[str]:

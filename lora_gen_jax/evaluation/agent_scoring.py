@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lora_gen_jax.config import EvalConfig
+from lora_gen_jax.data.prompts import prompt_text
 from lora_gen_jax.data.tasks import Example, Task
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.evaluation import answers
@@ -59,7 +60,7 @@ class Written:
 
 def context_ids(edge: Model, task: Task, document: Example, reads_prompt: bool) -> list[int]:
     """What the edge model reads for a document: its query, behind the task's description where it reads that."""
-    return edge.encoder.query(document, False, task.descriptions[0] if reads_prompt else "")[0]
+    return edge.encoder.query(document, False, prompt_text(task.descriptions[0], ()) if reads_prompt else "")[0]
 
 
 def output_limit(edge: Model, tasks: Sequence[Task]) -> int:

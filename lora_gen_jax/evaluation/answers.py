@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lora_gen_jax.data.prompts import prompt_text
 from lora_gen_jax.data.tasks import Example
 from lora_gen_jax.evaluation.request_runner import Runner
 from lora_gen_jax.evaluation.timing import best_of
@@ -26,7 +27,8 @@ LONG = 40
 
 def contexts(edge: Model, documents: Sequence[Example], description: str, shots: Sequence[Example]) -> list[list[int]]:
     """What the edge model reads for every document, as ids."""
-    return [edge.encoder.query(document, False, description, shots)[0] for document in documents]
+    prompt = prompt_text(description, shots)
+    return [edge.encoder.query(document, False, prompt)[0] for document in documents]
 
 
 def answered(runner: Runner, documents: Sequence[Example], contexts: Sequence[Sequence[int]]) -> list[str]:

@@ -127,7 +127,7 @@ def test_the_edge_reads_the_prompt_of_the_cloud(draw, encoder):
 
 def test_queries_give_way_before_shots_and_shots_before_the_last_query(draw, encoder):
     whole = draw(edge_length=400, response_slots=64)
-    rows = [encoder.query(one, False, whole.description, whole.shots) for one in whole.asked]
+    rows = [encoder.query(one, False, system_prompt(whole.description, whole.shots)) for one in whole.asked]
     rows = [(context, [*response, encoder.end]) for context, response in rows]
 
     def needed(count):

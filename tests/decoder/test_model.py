@@ -378,9 +378,8 @@ def test_what_says_the_default_of_such_a_field_is_no_reason_to_refuse():
 
 
 @pytest.mark.parametrize("family", ["Gemma", "Gemma2"])
-@pytest.mark.parametrize("width", [32, 30])
-def test_a_gemma_config_without_a_head_size_has_that_of_transformers(family, width):
-    sizes = {name: value for name, value in SIZES.items() if name != "head_dim"} | {"hidden_size": width}
+def test_a_gemma_config_without_a_head_size_has_that_of_transformers(family):
+    sizes = {name: value for name, value in SIZES.items() if name != "head_dim"}
     theirs = getattr(transformers, f"{family}Config")(**sizes)
     hf = theirs.to_dict()
     del hf["head_dim"]
