@@ -8,8 +8,6 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
 from lora_gen_jax.adapters.merge import merge_donated
 from lora_gen_jax.adapters.specialization_fit import fitted_adapter
 from lora_gen_jax.baselines.method import Prompt, Specialised
@@ -19,7 +17,7 @@ from lora_gen_jax.evaluation.subject import Subject, content_of, digest_of, iden
 from lora_gen_jax.evaluation.systems import description_of, identifier
 from lora_gen_jax.files import text_argument
 from lora_gen_jax.methods import trained_method
-from lora_gen_jax.models import Model, end_ids, load_model, load_pair
+from lora_gen_jax.models import Model, end_ids, load_model, load_pair, precision_of
 from lora_gen_jax.sharding import evaluation_mesh
 from lora_gen_jax.specializer import read_specialization, relocate
 from lora_gen_jax.training.checkpoint import check_models, load_checkpoint, versions
@@ -141,7 +139,7 @@ def load_subject(settings: Settings) -> Subject:
 
 
 def _info(edge: Model, made: dict[str, Any]) -> dict[str, Any]:
-    dtype = jnp.dtype(edge.decoder.dtype).name
+    dtype = precision_of(edge.decoder)
     return {"lora_gen": {**made, "edge": edge.fingerprint, "dtype": dtype}, "versions": versions()}
 
 

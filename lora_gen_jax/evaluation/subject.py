@@ -11,12 +11,11 @@ from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lora_gen_jax.baselines.method import Specialised
 from lora_gen_jax.inference.soft_prompt import soft_positions
-from lora_gen_jax.models import Model
+from lora_gen_jax.models import Model, precision_of
 from lora_gen_jax.training.checkpoint import versions
 
 
@@ -65,7 +64,7 @@ def identity_of(edge: Model, made: dict[str, Any]) -> str:
         made: all that the merged weights depend on, as JSON holds it.
     """
     # Another version may tokenise, generate or merge otherwise.
-    known = {**made, "edge": edge.fingerprint, "dtype": jnp.dtype(edge.decoder.dtype).name, "versions": versions()}
+    known = {**made, "edge": edge.fingerprint, "dtype": precision_of(edge.decoder), "versions": versions()}
     return digest_of(json.dumps(known | {"tokenizer": edge.encoder.digest}, sort_keys=True))
 
 

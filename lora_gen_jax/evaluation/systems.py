@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from lora_gen_jax.baselines.lora_gen import reader
@@ -24,7 +23,7 @@ from lora_gen_jax.evaluation.subject import content_of, digest_of, identity_of
 from lora_gen_jax.evaluation.task import System, task_prompt
 from lora_gen_jax.methods import METHODS as COMPARED
 from lora_gen_jax.methods import trained_method
-from lora_gen_jax.models import Pair
+from lora_gen_jax.models import Pair, precision_of
 from lora_gen_jax.training.bucket import location
 from lora_gen_jax.training.checkpoint import Loaded, check_method, check_models, find_checkpoint, load_checkpoint
 
@@ -190,7 +189,7 @@ def description_of(config: Config, pair: Pair, loaded: Loaded) -> dict[str, Any]
         "hub": dataclasses.asdict(hub),
         "packages": {name: version(name) for name in trained_method(trained.method).packages},
         "cloud": pair.cloud.fingerprint,
-        "cloud_dtype": jnp.dtype(pair.cloud.decoder.dtype).name,
+        "cloud_dtype": precision_of(pair.cloud.decoder),
         "cloud_tokenizer": pair.cloud.encoder.digest,
     }
 
