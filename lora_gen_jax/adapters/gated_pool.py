@@ -97,7 +97,7 @@ class GatedPool(AdapterBase):
         tokens (decoding has one a row), the copies cost more than the arithmetic that they save. With many tokens a
         column of the copies costs 2.4 times one of the pool (docs/decisions.md).
         """
-        if self.mix == "products" and experts <= 2 * self.top_k:
+        if self.mix == "products" and computed_experts(experts, self.top_k) == experts:
             return True
         return prompts * self.top_k > experts and tokens < FEW_TOKENS
 
@@ -142,6 +142,11 @@ class GatedPool(AdapterBase):
             ConfigError: when there is no such prompt.
         """
         return self.take(np.array([require_prompt(prompt, self.prompts)]))
+
+
+def computed_experts(experts: int, top_k: int) -> int:
+    """How many experts are computed for every token of a long row: all, where copying the K chosen ones costs more."""
+    return experts if experts <= 2 * top_k else top_k
 
 
 def columns(weight_PX: jax.Array, rank: int, dtype: Any) -> jax.Array:

@@ -98,8 +98,9 @@ def balance_loss(probability_LBTE: jax.Array, read_BT: jax.Array, knowledge_B: j
     L, B, _, E = probability_LBTE.shape
     if B * E == 1:
         return jnp.zeros(L)
+    read_BT = read_BT.astype(float)
     share_BT = read_BT / jnp.maximum(jnp.sum(read_BT, axis=1, keepdims=True), 1)
-    mean_LBE = jnp.einsum("lbte,bt->lbe", probability_LBTE, share_BT.astype(float))
+    mean_LBE = jnp.einsum("lbte,bt->lbe", probability_LBTE, share_BT)
     own_BE = knowledge_B[:, None] == (jnp.arange(E) < E // 2)[None]
     q_LX = (mean_LBE * jnp.where(own_BE, 1 + margin, 1 - margin).astype(float)[None]).reshape(L, B * E)
     return jnp.var(q_LX, axis=1, ddof=1) / (jnp.mean(q_LX, axis=1) ** 2 + 1e-10)

@@ -5,6 +5,7 @@ the factors are generated directly, the gates [P, L, E] it was made from.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -60,14 +61,15 @@ class DirectHead(nn.Module):
     @nn.compact
     def __call__(self, meta_PLC: jax.Array) -> dict[str, dict[str, jax.Array]]:
         """[P, L, C] -> {site: {"a": [L, P, inputs, R], "b": [L, P, R, outputs]}} in fp32; b starts at zero."""
-        h_LPH = jax.nn.silu(nn.Dense(self.width, name="hidden")(meta_PLC)).transpose(1, 0, 2)
+        dense = partial(nn.Dense, param_dtype=float)
+        h_LPH = jax.nn.silu(dense(self.width, name="hidden")(meta_PLC)).transpose(1, 0, 2)
         factors = {}
         for site in self.config.ffn_sites:
             inputs, outputs = self.config.site_shape(site)
             # A constant Kaiming start plus what the prompt adds: generated from nothing, A would start at zero too.
             start = self.param(f"{site}_a_start", factor_a_init, (inputs, self.rank))
-            a = nn.Dense(inputs * self.rank, name=f"{site}_a")(h_LPH).reshape(*h_LPH.shape[:2], inputs, self.rank)
-            dense_b = nn.Dense(self.rank * outputs, kernel_init=nn.initializers.zeros_init(), name=f"{site}_b")
+            a = dense(inputs * self.rank, name=f"{site}_a")(h_LPH).reshape(*h_LPH.shape[:2], inputs, self.rank)
+            dense_b = dense(self.rank * outputs, kernel_init=nn.initializers.zeros_init(), name=f"{site}_b")
             b = dense_b(h_LPH).reshape(*h_LPH.shape[:2], self.rank, outputs)
             factors[site] = {"a": start[None, None] + a * inputs**-0.5, "b": b}
         return factors

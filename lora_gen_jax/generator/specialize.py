@@ -59,6 +59,7 @@ def specialize(
             raise DataError(
                 f"prompt {i} has {len(prompt)} tokens, the limit is {limit} ({layers} meta tokens follow it)",
                 field=f"prompts.{i}",
+                code="too long",
                 remedy="shorten it, or give fewer shots",
             )
         check_tokens(prompt, generator.cloud.vocab_size, f"prompts.{i}")

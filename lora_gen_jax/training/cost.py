@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_gen_jax.adapters.gated_pool import computed_experts
 from lora_gen_jax.baselines.lora import lora_macs
 from lora_gen_jax.config import Config, GeneratorConfig
 from lora_gen_jax.data.pipeline import Batch
@@ -69,7 +70,7 @@ def step_cost(cloud: DecoderConfig, edge: DecoderConfig, settings: GeneratorConf
     attention += prompts * edge_length**2 * edge.num_heads * edge.head_dim * edge.num_layers * 2
     side = sum(sum(cloud.site_shape(site)) for site in CLOUD_SITES) * settings.cloud_rank
     adapters = cloud_tokens * side * cloud.num_layers
-    experts = settings.active_experts if settings.generator == "meta_tokens" and settings.mix == "products" else 1
+    experts = _experts(settings)
     side = sum(sum(edge.site_shape(site)) for site in edge.ffn_sites) * settings.rank
     adapters += edge_tokens * experts * side * edge.num_layers
     if settings.generator == "direct":
@@ -81,6 +82,13 @@ def step_cost(cloud: DecoderConfig, edge: DecoderConfig, settings: GeneratorConf
         adapters=TRAINED_PASSES * adapters,
         logits=FROZEN_PASSES * batch.target_PS.size * edge.width * edge.vocab_size,
     )
+
+
+def _experts(settings: GeneratorConfig) -> int:
+    """Low-rank paths that a token takes beside every linear layer."""
+    if settings.generator != "meta_tokens" or settings.mix != "products":
+        return 1
+    return computed_experts(settings.num_experts, settings.active_experts)
 
 
 def lora_cost(edge: DecoderConfig, settings: GeneratorConfig, batch: Batch) -> StepCost:
@@ -132,7 +140,7 @@ def executed_cost(cloud: Decoder, edge: Decoder, settings: GeneratorConfig, batc
     if edge.remat != "none":
         sides = {site: edge.config.site_shape(site) for site in edge.config.ffn_sites}
         parts = [a + (b if site != "down" or edge.config.post_norms else 0) for site, (a, b) in sides.items()]
-        again += edge_tokens * settings.active_experts * settings.rank * sum(parts) * edge.config.num_layers
+        again += edge_tokens * _experts(settings) * settings.rank * sum(parts) * edge.config.num_layers
     return dataclasses.replace(
         cost,
         cloud=cost.cloud + cloud_tokens * _again_macs(cloud),

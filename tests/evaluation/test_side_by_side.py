@@ -97,7 +97,7 @@ def test_answers_that_end_at_once_or_at_the_limit_are_marked():
         ({"prompt": "say it"}, "--input", "missing", ("--prompt", "--input")),
         ({"prompt": "say it", "input": " "}, "--input", "empty", ("--input",)),
         ({"max_new_tokens": 0}, "--max-new-tokens", None, ("--max-new-tokens", 0)),
-        ({"prompt": "owl " * 300, "input": "owl:"}, "prompt", "too long", (256,)),
+        ({"prompt": "owl " * 300, "input": "owl:"}, "prompts.0", "too long", (256,)),
     ],
 )
 def test_bad_flags_are_refused(flags, field, code, facts):

@@ -138,22 +138,24 @@ def test_a_fresh_state_has_b_at_zero_and_no_statistics(frozen, setting):
 
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_gradients_are_slopes(setting, gradient_fn, name):
-    """Along a direction through each part, the gradient is the central difference of the objective, CV² included."""
+    """Along a direction through each part, the gradient is the five-point difference of the objective, CV² included."""
     params, value_and_grad = setting(name)[2]["params"], gradient_fn(name)
     _, gradients = value_and_grad(params)
-    h = 1e-5
+    h = 3e-5
     for part in params:
         # Half the gradient itself, half noise: a slope well above rounding, and no leaf left out.
         along, noise = (_unit(x[part]) for x in (gradients, noise_like(params, 100)))
         direction = jax.tree.map(lambda a, b: (a + b) / 2, along, noise)
-        up, down = (
-            value_and_grad({**params, part: jax.tree.map(partial(_moved, step), params[part], direction)})[0][0]
-            for step in (h, -h)
-        )
-        slope = float(up - down) / (2 * h)
+        value = {
+            step: float(
+                value_and_grad({**params, part: jax.tree.map(partial(_moved, step * h), params[part], direction)})[0][0]
+            )
+            for step in (-2, -1, 1, 2)
+        }
+        slope = (8 * (value[1] - value[-1]) - (value[2] - value[-2])) / (12 * h)
         expected = _dot(gradients[part], direction)
-        # A loss of order 4 is known to 1e-14, so the slope to 1e-9; third derivatives, below 1,000, add h²/6 of that.
-        assert abs(slope - expected) < 1e-9 + 1000 * h**2 / 6, (part, slope, expected)
+        # A loss of order 4 is known to 1e-14, so the slope to 5e-10; fifth derivatives, below 1e9, add h⁴/30 of that.
+        assert abs(slope - expected) < 5e-10 + 1e9 * h**4 / 30, (part, slope, expected)
         assert expected > 5e-3, part
 
 
