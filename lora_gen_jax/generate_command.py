@@ -167,7 +167,9 @@ def _answer_requests(flags: Generate, path: Path) -> None:
     adapter = fitted_adapter(first, loaded.variables, config.generator)
     pool = adapter.generated if isinstance(adapter, RefinedPool) else adapter
     updates = {place: (one.gates(config.generator.num_experts), one.factors) for place, one in found.items()}
-    asked = [(row["input"], None if place is None else updates[place]) for row, place in zip(rows, places, strict=True)]
+    asked: list[tuple[str, tuple[np.ndarray, Factors] | None]] = [
+        (row["input"], None if place is None else updates[place]) for row, place in zip(rows, places, strict=True)
+    ]
     works = _works(flags, edge, config.edge.source, asked)
     began = time.monotonic()
     with bar("answering", len(works)) as progress:
