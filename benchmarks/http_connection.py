@@ -19,7 +19,8 @@ class Connection:
         """Sends a request; opens the connection where there is none."""
         if self.writer is None or self.writer.is_closing():
             self.reader, self.writer = await asyncio.open_connection(self.host, self.port)
-        head = f"POST {path} HTTP/1.1\r\nHost: {self.host}\r\nContent-Length: {len(body)}\r\n\r\n"
+        fields = f"Host: {self.host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        head = f"POST {path} HTTP/1.1\r\n{fields}\r\n\r\n"
         self.writer.write(head.encode() + body)
         await self.writer.drain()
 

@@ -19,10 +19,11 @@ from lora_gen_jax.commands import Pack, Specialize, pack_command, specialize_com
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_check import check
 from lora_gen_jax.config_file import config_from_args, flags_and_config
-from lora_gen_jax.errors import ConfigError, LoraGenError, Stopped
+from lora_gen_jax.errors import ConfigError, LoraGenError, OutputError, Stopped
 from lora_gen_jax.evaluation.report.command import Report, report_command
 from lora_gen_jax.evaluation.side_by_side import SideBySide, side_by_side_command
 from lora_gen_jax.export.command import Export, export_command
+from lora_gen_jax.full_disk import DiskErrors, told_once
 from lora_gen_jax.generate_command import Generate, generate_command
 from lora_gen_jax.instructions.command import Instructions, instructions_command
 from lora_gen_jax.serving.command import Serve, serve_command
@@ -51,10 +52,18 @@ def guarded(run: Callable[[], Any]) -> Any:
     """Runs, and turns an error that the user can act on into one line and status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("lora_gen_jax").setLevel(logging.INFO)
+    with told_once() as disk:
+        return _guarded(run, disk)
+
+
+def _guarded(run: Callable[[], Any], disk: DiskErrors) -> Any:
     try:
-        return run()
+        made = run()
+        sys.stdout.flush()
     except LoraGenError as error:
-        _fail(str(error))
+        disk.hides(error)
+        also = isinstance(error, OutputError) and disk.reason is not None and disk.reason not in str(error)
+        _fail(f"{error} ({disk.reason})" if also else str(error))
     except Stopped as stopped:
         from lora_gen_jax.training.distributed import say
 
@@ -67,9 +76,30 @@ def guarded(run: Callable[[], Any]) -> Any:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}")
+    except Exception as error:
+        if not disk.hides(error):
+            raise
+        _fail(_unwritten(error, disk))
+    if disk.reason is not None:
+        _fail(_unwritten(None, disk))
+    return made
+
+
+def _unwritten(error: Exception | None, disk: DiskErrors) -> str:
+    name = getattr(error, "filename", None)
+    what = "a file" if name is None else str(name)
+    return f"{what} cannot be written: {disk.reason}; make room there, or name another place (--out, --workdir)"
 
 
 def _fail(message: str) -> NoReturn:
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python would try again at its end, and complain once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 

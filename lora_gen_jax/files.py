@@ -1,20 +1,23 @@
-"""Output directories that appear complete or not at all, and texts from flags.
+"""Output directories and files that appear complete or not at all, and texts from flags.
 
-In: a path and a function that fills a directory. Out: the directory under its own name, once it is complete.
+In: a path and a function that fills a directory. Out: the directory under its own name, once it is complete and on the
+disk: a machine that loses its power right afterwards has either all of it or nothing.
 """
 
+import errno
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from lora_gen_jax.errors import DataError, OutputError
+from lora_gen_jax.full_disk import disk_reason
 
 
 def check_output(path: Path) -> None:
@@ -62,9 +65,14 @@ def complete_directory(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         with writing(path):
+            for folder, _, names in os.walk(temporary):
+                for name in names:
+                    sync(Path(folder, name))
+                sync(Path(folder))
             if path.exists():
                 path.rmdir()
             temporary.rename(path)
+            sync(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -80,8 +88,25 @@ def writing(path: Path, flag: str = "--out") -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
-        reason = getattr(error, "strerror", None) or error
+        reason = disk_reason(error) or getattr(error, "strerror", None) or error
         raise OutputError(f"output {path} cannot be written: {reason}", field=flag, code="unwritable") from error
+
+
+def sync(path: Path) -> None:
+    """Waits until what the system has of a file, or of a directory's names, is on the disk.
+
+    Raises:
+        OSError: when it cannot be put there, and only now the system says so.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems of networks do not know it of directories.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF) or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str, flag: str = "--out") -> None:
@@ -93,9 +118,12 @@ def write_text(path: Path, text: str, flag: str = "--out") -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
         temporary.replace(path)
+        sync(path.parent)
     except (OSError, UnicodeEncodeError) as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what failed first is what is told
+            temporary.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) else "its text holds half of a surrogate pair"
         raise OutputError(
             f"{path} cannot be written: {reason}", field=flag, code="unwritable", remedy=f"choose another {flag}"

@@ -176,7 +176,7 @@ def _answer_requests(flags: Generate, path: Path) -> None:
         answers = answer_all(edge.decoder, edge.params, pool, works, rows=flags.rows, how=flags.how, progress=progress)
     seconds = time.monotonic() - began
     lines = [
-        json.dumps({**row, "answer": edge.encoder.decode(answer.ids), "finish": answer.finish}, ensure_ascii=False)
+        _line({**row, "answer": edge.encoder.decode(answer.ids), "finish": answer.finish})
         for row, answer in zip(rows, answers, strict=True)
     ]
     write_text(out, "".join(line + "\n" for line in lines))
@@ -186,6 +186,10 @@ def _answer_requests(flags: Generate, path: Path) -> None:
         f" {len(answers) / seconds:.1f} answers/s, {count / seconds:.0f} tokens/s",
         file=sys.stderr,
     )
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False)
 
 
 def _check_out(flags: Generate) -> Path:
@@ -247,12 +251,7 @@ def _place(flags: Generate, row: dict[str, Any]) -> Path | None:
                 code="taken",
                 remedy="call it something else",
             )
-    if not _encodes(row):
-        raise DataError(
-            "a field holds half of a surrogate pair, which is not text",
-            code="surrogate",
-            remedy="save the file as UTF-8",
-        )
+    _check_written_again(row)
     named, folder = row.get("specialization"), flags.specialization
     if named is None:
         return folder if folder is not None and (folder / TENSORS).is_file() else None
@@ -272,12 +271,22 @@ def _place(flags: Generate, row: dict[str, Any]) -> Path | None:
     )
 
 
-def _encodes(row: dict[str, Any]) -> bool:
+def _check_written_again(row: dict[str, Any]) -> None:
+    """Raises DataError for fields that could be read, but not be written to the answers as JSON."""
     try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            "a field holds half of a surrogate pair, which is not text",
+            code="surrogate",
+            remedy="save the file as UTF-8",
+        ) from error
+    except ValueError as error:
+        raise DataError(
+            "a field holds NaN or a number that is too large, which JSON has not",
+            code="number",
+            remedy="write null, or leave it out",
+        ) from error
 
 
 def _works(

@@ -124,15 +124,21 @@ class Specializer:
             raise DataError(
                 "the prompt is empty", field="prompt", code="empty", remedy="give a description, examples, or both"
             )
-        ids = self.pair.cloud.encoder.prompt(prompt)
+        encoder = self.pair.cloud.encoder
+        if encoder.exceeds(len(prompt), self.limit):
+            raise self._too_long(f"{len(prompt)} characters")
+        ids = encoder.prompt(prompt)
         if len(ids) > self.limit:
-            raise DataError(
-                f"the prompt has {len(ids)} tokens, the limit is {self.limit}",
-                field="prompt",
-                code="too long",
-                remedy="shorten it, or give fewer shots",
-            )
+            raise self._too_long(f"{len(ids)} tokens")
         return ids
+
+    def _too_long(self, length: str) -> DataError:
+        return DataError(
+            f"the prompt has {length}, the limit is {self.limit} tokens",
+            field="prompt",
+            code="too long",
+            remedy="shorten it, or give fewer shots",
+        )
 
     def specialize(
         self,
@@ -240,7 +246,8 @@ class Specializer:
 
     def fits(self, text: str) -> bool:
         """Whether a prompt is within the limit."""
-        return len(self.pair.cloud.encoder.prompt(text)) <= self.limit
+        encoder = self.pair.cloud.encoder
+        return not encoder.exceeds(len(text), self.limit) and len(encoder.prompt(text)) <= self.limit
 
     @cached_property
     def _learner(self) -> Model:

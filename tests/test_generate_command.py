@@ -91,6 +91,8 @@ def test_requests_are_answered_as_each_alone_in_either_way(tmp_path, specials, c
         ),
         (["--requests", "FILE", "--out", "OUT"], [{"input": "a", "answer": "b"}], ["requests.jsonl:1", '"answer"']),
         (["--requests", "FILE", "--out", "OUT"], [{"input": "a", "id": "\ud800"}], ["requests.jsonl:1", "UTF-8"]),
+        (["--requests", "FILE", "--out", "OUT"], [{"input": "a", "score": float("nan")}], ["requests.jsonl:1", "NaN"]),
+        (["--requests", "FILE", "--out", "OUT"], [{"input": "a", "a": [{"b": float("inf")}]}], ["requests.jsonl:1"]),
         (["--requests", "FILE", "--out", "OUT", "--specialization", "no/such"], None, ["--specialization no/such"]),
         (["--requests", "FILE", "--out", "FILE/out.jsonl"], None, ["--out", "requests.jsonl/out.jsonl"]),
     ],

@@ -13,6 +13,7 @@ from helpers import WORDS, raises, trained, write_model
 from lora_gen_jax import specializer as module
 from lora_gen_jax.adapters.specialization import save_specialization
 from lora_gen_jax.adapters.specialization_fit import pool_fingerprint
+from lora_gen_jax.data.encode import Encoder
 from lora_gen_jax.errors import CheckpointError, DataError
 from lora_gen_jax.generator import specialize as specializing
 from lora_gen_jax.sharding import make_mesh
@@ -219,3 +220,11 @@ def test_models_are_relocated_one_by_one():
     moved = relocate(config, "a", "b")
     assert (moved.cloud.source, moved.edge.source) == ("a", "b")
     assert dataclasses.replace(moved, cloud=config.cloud, edge=config.edge) == config
+
+
+def test_a_prompt_of_megabytes_is_refused_unread(specializer, monkeypatch):
+    monkeypatch.setattr(Encoder, "text", lambda self, text: pytest.fail("it was made into tokens"))
+    for ask in (specializer.ids, lambda text: specializer.specialize([text])):
+        with raises(DataError, "prompt", 4_000_000, 128, code="too long"):
+            ask("red " * 1_000_000)
+    assert not specializer.fits("red " * 1_000_000)

@@ -14,6 +14,8 @@ from lora_gen_jax.data.prompts import behind, separator
 from lora_gen_jax.data.tasks import Example
 from lora_gen_jax.errors import DataError, ModelError
 
+_LONG_WORD = 32  # characters
+
 
 class Encoder:
     """A tokenizer bound to the embedding it feeds.
@@ -39,6 +41,15 @@ class Encoder:
         fast = getattr(self.tokenizer, "backend_tokenizer", None)
         text = repr(sorted(self.tokenizer.get_vocab().items())) if fast is None else fast.to_str()
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token, and never less than unknown words and spaces usually are."""
+        return max(_LONG_WORD, *map(len, self.tokenizer.get_vocab()))
+
+    def exceeds(self, characters: int, tokens: int) -> bool:
+        """Whether a text of so many characters must have more tokens than that: known without reading it."""
+        return characters > tokens * self.longest_token
 
     @property
     def end(self) -> int | None:

@@ -122,6 +122,9 @@ class GroupSampler:
         examples, queries, room, slots = [], [], c.edge_length, c.response_slots
         # A few more candidates than needed: the row is filled with those that fit.
         for index in rng.choice(len(rows), size=min(len(rows), 2 * c.queries_per_prompt), replace=False):
+            characters = len(rows[index].query) + len(rows[index].response)
+            if self.edge.exceeds(characters, c.query_length + 1):  # a large one would be read for seconds
+                continue
             query, response = self._ids(rows[index], task.chat)
             length = len(query) + len(response) - 1
             if length <= min(room, c.query_length) and len(response) <= slots:
@@ -142,8 +145,9 @@ class GroupSampler:
         if not (group.description.strip() or group.shots):
             return None
         text = system_prompt(group.description, group.shots)
-        group = dataclasses.replace(group, prompt=self.cloud.prompt(text))
-        fits = len(group.prompt) <= self._limit
+        if fits := not self.cloud.exceeds(len(text), self._limit):
+            group = dataclasses.replace(group, prompt=self.cloud.prompt(text))
+            fits = len(group.prompt) <= self._limit
         if fits and self.config.edge_reads_prompt:
             # Queries give way before shots do, all but the first.
             pairs = (self._ids(example, group.task in self.chats, text) for example in group.asked)

@@ -21,7 +21,7 @@ from lora_gen_jax.inference.buckets import pad_rows, power_of_two
 from lora_gen_jax.inference.continuous import STOPS, Drawn, Joining, Rows, decode, empty_rows, join, release
 from lora_gen_jax.inference.decode import Generation
 from lora_gen_jax.inference.forward import forward_only
-from lora_gen_jax.inference.placement import mesh_context, mesh_of, padded_rows
+from lora_gen_jax.inference.placement import check_room, mesh_context, mesh_of, padded_rows
 from lora_gen_jax.inference.sampling import Sampling
 from lora_gen_jax.inference.work import FINISH, Progress, Work, check_factors, check_gates, check_work, expert_count
 from lora_gen_jax.sharding import spec
@@ -44,7 +44,7 @@ class Engine:
         rank: X, of the factors that a row has room for beside its gates; every row pays for them in every step.
 
     Raises:
-        ConfigError: for no rows, or more slots than the model has positions.
+        ConfigError: for no rows, more slots than the model has positions, or more of both than there is memory for.
     """
 
     def __init__(self, decoder: Decoder, params: Any, pool: GatedPool | None, *, rows: int, slots: int, rank: int = 0):
@@ -62,6 +62,9 @@ class Engine:
         self.pool = None if pool is None else _without_gates(pool)
         self.experts, self.rank = expert_count(pool), 0 if pool is None else rank
         shape = (self.rows, slots, self.experts)
+        # Before anything is made of these numbers: they come from flags.
+        kept = jax.eval_shape(lambda: empty_rows(decoder.config, shape, decoder.dtype))
+        check_room(kept, params, f"{rows} rows of {slots} tokens")
         self.state = self._placed(empty_rows(decoder.config, shape, decoder.dtype, self._factors(self.rows, [])))
         self.free = list(range(self.rows))[::-1]
 

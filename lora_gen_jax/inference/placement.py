@@ -4,6 +4,7 @@ In: weights on a mesh, or on one device. Out: the number of rows that divides am
 are split over them. Nobody passes a mesh along: the weights say where they are.
 """
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -52,6 +53,23 @@ def padded_rows(count: int, params: Any) -> int:
     for axis in axes:
         shards *= mesh.shape[axis]
     return -(-rows // shards) * shards
+
+
+def check_room(kept: Any, params: Any, what: str) -> None:
+    """Raises ConfigError for arrays, of which the shapes are known, that all memory there is cannot hold."""
+    mesh = mesh_of(params)
+    devices = list(mesh.devices.flat) if mesh is not None else jax.local_devices()[:1]
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    # A CPU's devices share the machine's memory.
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if None in limits else sum(limits)
+    needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
+    if needed > room:
+        raise ConfigError(
+            f"{what} take {needed / 1e9:.3g} GB, and there are {room / 1e9:.3g} GB of memory",
+            field="rows",
+            code="memory",
+            remedy="give fewer rows (--rows), or shorter ones (--context)",
+        )
 
 
 def place_rows(tree: Any, params: Any) -> Any:

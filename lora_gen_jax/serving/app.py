@@ -16,6 +16,7 @@ from lora_gen_jax.errors import LoraGenError
 from lora_gen_jax.serving.bodies import read_request
 from lora_gen_jax.serving.errors import ApiError, api_error, invalid
 from lora_gen_jax.serving.generation import answer, answer_length, check_count, in_time, make_works
+from lora_gen_jax.serving.guard import Guarded, Hosts
 from lora_gen_jax.serving.registry import AUTO, BASE
 from lora_gen_jax.serving.replies import Reply
 from lora_gen_jax.serving.schemas import Chat, Completion, NewSpecialization, as_turns
@@ -25,17 +26,19 @@ from lora_gen_jax.serving.web import Measured, check_key, error_response, read_b
 _COMPLETION_TOKENS = 16  # of a completion that does not say how many, as OpenAI has it
 
 
-def make_app(service: Service) -> FastAPI:
+def make_app(service: Service, hosts: Hosts | None = None) -> FastAPI:
     """The application.
 
     Args:
         service: what it answers with; the caller starts and ends its scheduler.
+        hosts: names that it answers to; left out, those of this machine's loopback.
     """
     # No pages of documentation: they would load scripts from elsewhere.
     app = FastAPI(title="lora_gen_jax", openapi_url=None)
     app.include_router(_model_routes(service))
     app.include_router(_specialization_routes(service))
     app.include_router(_open_routes(service))
+    app.add_middleware(Guarded, hosts=hosts or Hosts())
     app.add_middleware(Measured, service=service)
 
     @app.exception_handler(LoraGenError)

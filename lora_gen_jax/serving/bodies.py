@@ -7,6 +7,7 @@ mistake is told alone: a list of all that a large body can hold would hold the e
 
 import difflib
 import json
+import re
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
@@ -41,6 +42,10 @@ _MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_calls": ([],),
     "annotations": ([],),
 }
+# Lists and objects: more than twice what `schemas` allows. Hundreds of thousands would hold the event loop up.
+_MOST_CONTAINERS = 32768
+# Possessive, and with a last one that does not end: each character is looked at once.
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
 _LONGEST_NAME = 100  # characters of a client's field name that an error repeats
 
 Request = TypeVar("Request", bound=BaseModel)
@@ -76,6 +81,7 @@ def _object(body: bytes) -> dict[str, Any]:
     try:
         # Bytes alone would be read as UTF-16, too, and halves of surrogate pairs let through.
         text = body.decode("utf-8-sig")
+        _check_containers(text)
         fields = json.loads(text, parse_constant=no_number)
         if "\\u" in text:
             # Half a surrogate pair is a Python string, and no text: neither a tokenizer nor an answer can hold it.
@@ -90,6 +96,18 @@ def _object(body: bytes) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise invalid('the body must be a JSON object, as {"model": …}', None, "invalid_json")
     return fields
+
+
+def _check_containers(text: str) -> None:
+    """Raises ApiError (400) for more lists and objects than any request needs, before they are made."""
+
+    def many(text: str) -> bool:
+        return text.count("[") + text.count("{") > _MOST_CONTAINERS
+
+    # Those inside of texts are none.
+    if many(text) and many(_STRING.sub("", text)):
+        message = f"the body has more than {_MOST_CONTAINERS} lists and objects: send several requests"
+        raise invalid(message, None, "too_many_values")
 
 
 def _read_fields(

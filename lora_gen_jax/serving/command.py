@@ -4,8 +4,10 @@ In: flags. Out: a server, until SIGTERM or Ctrl-C. Heavy imports wait until the 
 """
 
 import dataclasses
+import gc
 import importlib.util
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,7 +45,10 @@ class Serve:
     store: Path | None = None
     """Directory in which specialisations that clients make are kept; those in it are served from the start."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for all of this machine's."""
+    """Address to listen on; 0.0.0.0 for all of this machine's. Beyond loopback a key is needed."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names that requests may have as their Host beside localhost and, beyond loopback, this machine's name and any
+    address; *.example.com stands for all names below it."""
     port: int = 8000
     """Port to listen on; 0 takes a free one and prints it."""
     rows: int = 16
@@ -69,6 +74,8 @@ class Serve:
     """Seconds that accepted requests have to be finished, after SIGTERM or Ctrl-C."""
     api_key: str | None = None
     """Key that requests must bear, or @FILE to read it from a file; left out, that in LORA_GEN_API_KEY, if any."""
+    without_key: bool = False
+    """Listen beyond loopback without a key: whoever reaches the address may ask."""
 
 
 def serve_command(flags: Serve) -> None:
@@ -78,12 +85,15 @@ def serve_command(flags: Serve) -> None:
     key = _api_key(flags)
 
     from lora_gen_jax.inference.work import factor_rank
+    from lora_gen_jax.serving.guard import Hosts
     from lora_gen_jax.serving.server import bind, run_server
     from lora_gen_jax.serving.service import Limits, Service
 
     if flags.checkpoint is None:
         print("no --checkpoint: the shipped generator for SmolLM2-135M is used", file=sys.stderr)
     with bind(flags.host, flags.port) as listener:
+        _check_exposed(flags, listener, key)
+        hosts = Hosts.of(listener, flags.allowed_hosts)
         specializer = _specializer(flags)
         registry = read_registry(flags, specializer)
         rank = max([flags.refined_rank, *(factor_rank(entry.factors) for entry in registry.entries)])
@@ -93,6 +103,9 @@ def serve_command(flags: Serve) -> None:
         if flags.warm_up:  # last: it takes long, and nothing is wrong by now
             print("compiling for prompts of every length (--no-warm-up leaves it out) …", file=sys.stderr)
             scheduler.warm_up()
+        # What is there by now stays: looked through again and again, it would hold requests up for seconds.
+        gc.collect()
+        gc.freeze()
 
         def ready() -> None:
             host, port = listener.getsockname()[:2]
@@ -100,7 +113,7 @@ def serve_command(flags: Serve) -> None:
             edge = specializer.config.edge.source
             print(f"serving http://{host}:{port}  (edge {edge}, {len(registry)} specialisations)", flush=True)
 
-        status = run_server(service, listener, flags.shutdown_timeout, ready)
+        status = run_server(service, listener, flags.shutdown_timeout, ready, hosts)
     if status:
         sys.exit(status)
 
@@ -116,6 +129,19 @@ def _check(flags: Serve) -> None:
         raise ConfigError(f"--refined-rank is {flags.refined_rank}", field="--refined-rank", remedy="give 0 to 256")
     if not 0 <= flags.port < 65536:
         raise ConfigError(f"--port is {flags.port}", field="--port", remedy="give 1 to 65535, or 0 for a free one")
+
+
+def _check_exposed(flags: Serve, listener: socket.socket, key: str | None) -> None:
+    """Raises ConfigError for an address that others reach and no key, unless that is what is wanted."""
+    from lora_gen_jax.serving.guard import is_loopback
+
+    if key is None and not flags.without_key and not is_loopback(listener):
+        raise ConfigError(
+            f"--host {flags.host} can be reached from other machines, and there is no key",
+            field="--api-key",
+            code="missing",
+            remedy="give --api-key @FILE, or --without-key if whoever reaches it may ask",
+        )
 
 
 def _check_installed() -> None:

@@ -5,6 +5,7 @@ In: a `Service` and an address. Out: what the process's exit status should be.
 
 import asyncio
 import contextlib
+import functools
 import logging
 import signal
 import socket
@@ -18,6 +19,8 @@ import uvicorn
 
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.serving.app import make_app
+from lora_gen_jax.serving.connections import Connection, most_connections
+from lora_gen_jax.serving.guard import Hosts
 from lora_gen_jax.serving.service import Service
 
 log = logging.getLogger(__name__)
@@ -27,7 +30,6 @@ _LINGER_SECONDS = 0.3
 _POLL_SECONDS = 0.02
 # A connection that is to be closed waits until its client has read everything; one that reads nothing is cut off.
 _UNREAD_SECONDS = 5.0
-_MOST_CONNECTIONS = 1024
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Beyond the time to end, for requests that were cut off, and for their rows: they stop at the next step.
 _LEAST_SECONDS = 1.0
@@ -159,7 +161,13 @@ def _abort(connection: Any) -> None:
     connection.transport.abort()
 
 
-def run_server(service: Service, listener: socket.socket, shutdown_timeout: float, ready: Callable[[], None]) -> int:
+def run_server(
+    service: Service,
+    listener: socket.socket,
+    shutdown_timeout: float,
+    ready: Callable[[], None],
+    hosts: Hosts | None = None,
+) -> int:
     """Serves until a signal comes.
 
     Args:
@@ -167,20 +175,21 @@ def run_server(service: Service, listener: socket.socket, shutdown_timeout: floa
         listener: as `bind` returns it.
         shutdown_timeout: seconds from the signal to the end, at most.
         ready: called when requests can come.
+        hosts: names that it answers to; left out, those of this machine's loopback.
 
     Returns:
         0 when every accepted request was answered, whether its client read the answer or not; else 1.
     """
     config = uvicorn.Config(
-        make_app(service),
+        make_app(service, hosts),
         log_config=None,
         access_log=False,
         lifespan="off",
         ws="none",
         server_header=False,
-        http="h11",  # whatever is installed beside it: `Server` ends its connections itself
+        http=functools.partial(Connection, waiting={}),  # pyright: ignore[reportArgumentType]
         timeout_keep_alive=75,
-        limit_concurrency=_MOST_CONNECTIONS,
+        limit_concurrency=most_connections(),
     )
     server = Server(service, config, ready, shutdown_timeout)
     server.run(sockets=[listener])

@@ -126,6 +126,7 @@ class Service:
 
         def ids(prompt: str | list[int]) -> list[int]:
             if isinstance(prompt, str):
+                self._check_length(len(prompt))
                 return self.encoder.text(prompt)
             check_tokens(prompt, self.encoder.vocab_size, "prompt")
             return prompt
@@ -143,6 +144,7 @@ class Service:
         """
         try:
             size = sum(len(turn["content"]) for turn in turns)
+            self._check_length(size)
             ids = await _tokenized(lambda: self.encoder.chat(turns), size)
         except jinja2.TemplateError as error:
             raise invalid(f"the model's chat template refuses these messages: {error}", "messages") from error
@@ -151,6 +153,14 @@ class Service:
         if not ids:
             raise invalid("the messages are empty: give at least one with text", "messages")
         return ids
+
+    def _check_length(self, characters: int) -> None:
+        """Raises ApiError (400) for a text that has no room, before it is made into tokens."""
+        if self.encoder.exceeds(characters, self.scheduler.longest):
+            message = (
+                f"the prompt has {characters} characters, the limit is {self.scheduler.longest} tokens: shorten it"
+            )
+            raise invalid(message, None, "context_length_exceeded")
 
     async def automatic(
         self, turns: list[dict[str, str]], turns_as_examples: bool = False

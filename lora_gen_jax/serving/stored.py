@@ -3,18 +3,24 @@
 In: directories. Out: `Entry`s to serve, or an error that names the directory.
 """
 
+import contextlib
+import json
+import logging
 import os
 import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from lora_gen_jax.adapters.specialization import TENSORS, load_specialization
+from lora_gen_jax.adapters.specialization import READABLE, TENSORS, load_specialization
 from lora_gen_jax.errors import CheckpointError, ConfigError, LoraGenError, OutputError
+from lora_gen_jax.files import sync
 from lora_gen_jax.serving.errors import ApiError
 from lora_gen_jax.serving.registry import Entry, Served, check_new_name
 
-_REMOVED = ".removed-"
+log = logging.getLogger(__name__)
+_REMOVED, _DAMAGED = ".removed-", ".damaged-"
 
 
 def read_entries(paths: Iterable[Path], served: Served) -> list[Entry]:
@@ -31,10 +37,10 @@ def read_store(store: Path, served: Served) -> list[Entry]:
     """The specialisations that servers have kept in a directory, which is made where there is none.
 
     What no server can have put there (plain files, a file system's lost+found) is passed over; what one was removing
-    when it ended is removed.
+    when it ended is removed; what is damaged is set aside under a hidden name, so that the others are served.
 
     Raises:
-        CheckpointError: naming the specialisation that is damaged or does not fit the generator.
+        CheckpointError: naming the specialisation that is whole, but not of this generator.
         ConfigError: when the directory is a specialisation itself.
         OutputError: when it cannot be used.
     """
@@ -58,7 +64,38 @@ def read_store(store: Path, served: Served) -> list[Entry]:
     for child in children:
         if child.name.startswith(".") and _REMOVED in child.name:
             shutil.rmtree(child, ignore_errors=True)
-    return _entries([child for child in children if _can_be_named(child.name) and child.is_dir()], served)
+    named = [child for child in children if _can_be_named(child.name) and child.is_dir()]
+    return _entries([child for child in named if not _set_aside(child, served)], served)
+
+
+def _set_aside(directory: Path, served: Served) -> bool:
+    """Whether a stored specialisation is damaged; it is given a hidden name then, and the log says so."""
+    try:
+        specialization = load_specialization(directory)
+        noted = _noted(directory)
+        for part, ours in (("pool", served.fit.pool), ("edge", served.edge)):
+            if specialization.fingerprints[part] != ours and noted.get(part) != ours:
+                return False  # of another generator, as both of its files say: another store was meant
+            if specialization.fingerprints[part] != ours:
+                raise CheckpointError(f"its files differ in the fingerprint of the {part}", field=f"{TENSORS}:{part}")
+        served.fit.check(specialization)
+    except LoraGenError as error:
+        hidden = directory.with_name(f".{directory.name}{_DAMAGED}{time.time_ns()}")
+        kept = f"it is kept as {hidden.name}"
+        try:
+            directory.rename(hidden)
+        except OSError as failed:
+            kept = f"it is left there ({failed.strerror})"
+        log.warning("%s is not served: %s; %s", directory, error.problem, kept)
+        return True
+    return False
+
+
+def _noted(directory: Path) -> dict[str, Any]:
+    """The fingerprints as the readable file has them."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        return dict(json.loads((directory / READABLE).read_text(encoding="utf-8"))["fingerprints"])
+    return {}
 
 
 def remove_directory(directory: Path) -> None:
@@ -73,6 +110,7 @@ def remove_directory(directory: Path) -> None:
             directory.unlink()
         else:
             directory.rename(hidden)
+            sync(directory.parent)  # it is not back after a loss of power
             shutil.rmtree(hidden)
     except FileNotFoundError:
         return

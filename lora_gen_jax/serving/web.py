@@ -27,15 +27,20 @@ _STARTED, _STATUS = "lora_gen.started", "lora_gen.status"
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """A request's body.
+    """A request's body, in JSON as its head says: pages of other sites may send texts and forms unasked.
 
     Raises:
-        ApiError: 413 when it is longer than `limit` bytes, whatever its head says; 408 when it does not come.
+        ApiError: 415 for another type; 413 when it is longer than `limit` bytes, whatever its head says; 408 when it
+            does not come.
         ClientGone: when the client leaves before its end.
     """
     too_large = ApiError(413, f"the body is larger than {limit} bytes, the limit", None, "body_too_large", _CLOSE)
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and len(length) < 20 and int(length) > limit:
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media != "application/json":
+        message = f"the body's type is {media[:80]!r}: send JSON, with the header Content-Type: application/json"
+        raise ApiError(415, message, "Content-Type", "unsupported_media_type", _CLOSE)
+    length = request.headers.get("content-length", "0")
+    if int(length) > limit:  # digits, and not too many of them, or the head would have been refused
         raise too_large
     parts, size = [], 0
     try:

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import from_json, to_json
 from lora_gen_jax.errors import CheckpointError, OutputError
+from lora_gen_jax.full_disk import disk_reason
 from lora_gen_jax.training.bucket import absolute, is_bucket, location, remote_errors
 from lora_gen_jax.training.portable import SHIPPED, TENSORS, load_portable
 from lora_gen_jax.training.step import TrainState
@@ -136,7 +137,8 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, *self._errors) as error:  # a full disk is a ValueError of who writes arrays
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = disk_reason(error) or first_line
             cause = "may this machine write to the bucket?" if self._errors else "is the disk full?"
             raise OutputError(
                 f"a checkpoint in {self.directory} cannot be written: {reason}",

@@ -15,7 +15,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lora_gen_jax.files import writing
+from lora_gen_jax.files import write_text, writing
 
 
 def summary_writer(directory: Path, purge_step: int) -> Any:
@@ -71,10 +71,11 @@ class Recorder:
     ) -> None:
         self.progress.stop()
         if self.file is not None and self.board is not None:
-            # What could not be written stays in the file's buffer, and closing tries again.
-            with writing(self.path, "--workdir") if error is None else suppress(OSError):
-                self.file.close()
-            self.board.close()
+            # What could not be written stays in the file's buffer, and closing tries again. The error that ended the
+            # block is the one to be told.
+            for opened in (self.file, self.board):
+                with writing(self.path, "--workdir") if error is None else suppress(OSError, ValueError):
+                    opened.close()
 
     def say(self, text: str) -> None:
         """A line above the bar."""
@@ -91,8 +92,8 @@ class Recorder:
         with writing(self.path, "--workdir"):
             self.file.write(json.dumps({"step": step, **metrics}) + "\n")
             self.file.flush()
-        for name, value in metrics.items():
-            self.board.add_scalar(name, value, step)
+            for name, value in metrics.items():
+                self.board.add_scalar(name, value, step)
         if "loss" not in metrics:
             return
         text = " ".join(f"{short} {metrics[name]:.3g}" for name, short in SHOWN.items() if name in metrics)
@@ -112,9 +113,7 @@ class Recorder:
             except (ValueError, KeyError):  # the line that a kill cut short
                 continue
         # Replaced at once: a kill at this moment loses nothing.
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(self.path)
+        write_text(self.path, "".join(kept), "--workdir")
 
 
 # Short enough for a terminal of 80 columns.

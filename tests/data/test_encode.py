@@ -31,3 +31,12 @@ def test_a_conversation_is_read_turn_by_turn_as_when_it_is_served(encoder):
     assert response == encoder.tokenizer("yellow", add_special_tokens=False)["input_ids"]
     one, _ = encoder.query(Example("2", "red", "blue"), chat=True)
     assert one == encoder.chat([{"role": "user", "content": "red"}])
+
+
+def test_a_text_with_more_characters_than_its_tokens_can_have_is_known_unread(encoder):
+    assert encoder.longest_token == 32  # "question" and "<unk>" are shorter
+    assert not encoder.exceeds(64, 2)
+    assert encoder.exceeds(65, 2)
+    encoder.tokenizer.add_tokens(["x" * 100])
+    del encoder.longest_token
+    assert not encoder.exceeds(200, 2)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import experiment, raises
 
+from lora_gen_jax.data.encode import Encoder
 from lora_gen_jax.data.pipeline import Shard, TrainingBatches, build_batch, validation_batches
 from lora_gen_jax.errors import CheckpointError, DataError
 from lora_gen_jax.models import load_pair
@@ -184,3 +185,25 @@ def test_the_place_of_an_earlier_version_is_read_and_any_other_refused(sampler_o
     batches.close()
     with raises(CheckpointError, "state", "{'threads': 3}"):
         batches.set_state({"threads": 3})
+
+
+@pytest.mark.parametrize("part", ["query", "response", "description"])
+def test_a_row_of_megabytes_is_left_out_unread(sampler_of, monkeypatch, part):
+    sampler = copy.copy(sampler_of())
+    long = "red " * 100_000
+
+    def text(self, text):
+        assert len(text) < len(long), "it was made into tokens"
+        return read(self, text)
+
+    read = Encoder.text
+    monkeypatch.setattr(Encoder, "text", text)
+    if part == "description":
+        sampler.tasks = [dataclasses.replace(task, descriptions=(long,)) for task in sampler.tasks]
+        with raises(DataError, "data.query_length"):
+            build_batch(sampler, (0, 0), Shard())
+        return
+    rows = [dataclasses.replace(task.train[0], **{part: long}) for task in sampler.tasks]
+    tasks = zip(sampler.tasks, rows, strict=True)
+    sampler.tasks = [dataclasses.replace(task, train=(row, *task.train[1:])) for task, row in tasks]
+    build_batch(sampler, (0, 0), Shard())

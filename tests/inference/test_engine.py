@@ -244,3 +244,9 @@ def test_a_work_that_cannot_be_done_is_refused(llama, change, error, field, code
 def test_a_batch_that_the_model_cannot_hold_is_refused(llama, rows, slots, field, facts):
     with raises(ConfigError, field, *facts):
         Engine(*llama, None, rows=rows, slots=slots)
+
+
+def test_rows_that_no_memory_holds_are_refused_before_any_is_made():
+    model = make_model(CONFIGS["llama"])
+    with raises(ConfigError, "rows", 10**9, SLOTS, code="memory"):
+        Engine(model.decoder, model.params, None, rows=10**9, slots=SLOTS)

@@ -26,11 +26,19 @@ TEMPLATE = (
 MAX_NEW_TOKENS = 24
 
 
+def raw_request(body, length=None):
+    """A completion's head and body, for a socket."""
+    size = len(body) if length is None else length
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {size}\r\n\r\n".encode() + body
+
+
 @contextlib.contextmanager
-def serving(service):
-    """The address of a server in a thread."""
+def serving(service, hosts=None, **settings):
+    """The address of a server in a thread, with uvicorn's settings beside the usual ones."""
     listener = bind("127.0.0.1", 0)
-    config = uvicorn.Config(make_app(service), log_config=None, access_log=False, lifespan="off", ws="none")
+    usual = {"log_config": None, "access_log": False, "lifespan": "off", "ws": "none"}
+    config = uvicorn.Config(make_app(service, hosts), **usual, **settings)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

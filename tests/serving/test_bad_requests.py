@@ -4,15 +4,17 @@ import json
 
 import httpx
 import pytest
-from helpers import unsaid
+from helpers import raises, unsaid
 from pydantic import ValidationError
 from serving_tools import KEY
 
+from lora_gen_jax.serving import bodies
 from lora_gen_jax.serving.bodies import read_request
 from lora_gen_jax.serving.errors import ApiError
 from lora_gen_jax.serving.schemas import Chat, Completion, Message, NewSpecialization
 
 QUESTION = "what color is the sun ?"
+JSON = {"Content-Type": "application/json"}
 
 BAD = [
     ({"model": "none"}, "model", "model_not_found", "'none'"),
@@ -95,7 +97,7 @@ BODIES = [
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: repr(body[:60]))
 def test_a_body_that_cannot_be_read_is_an_error_of_the_client(client, body):
     for path in ("/v1/completions", "/v1/chat/completions", "/v1/specializations"):
-        answer = client.post(path, content=body)
+        answer = client.post(path, content=body, headers=JSON)
         assert answer.status_code == 400, answer.text
         assert answer.json()["error"]["type"] == "invalid_request_error"
 
@@ -104,7 +106,7 @@ def test_a_body_is_read_to_its_limit_only(client):
     large = json.dumps({"model": "red", "prompt": "cat " * 10000}).encode()
     parts = (large[i : i + 1000] for i in range(0, len(large), 1000))  # without a Content-Length
     for content in (large, parts):
-        answer = client.post("/v1/completions", content=content)
+        answer = client.post("/v1/completions", content=content, headers=JSON)
         assert answer.status_code == 413
         assert "20000" in answer.json()["error"]["message"]
 
@@ -154,6 +156,23 @@ def test_of_many_mistakes_the_first_is_looked_at_alone(kind, fields):
     if isinstance(found, ValidationError):  # a list of hundreds of thousands takes seconds
         assert found.error_count() <= len(Message.model_fields)
     assert raised.value.status == 400
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_lists_are_counted_before_they_are_made(monkeypatch, deep):
+    lists = b"[" * 100_000 + b"]" * 100_000 if deep else b"[" + b"[]," * 200_000 + b"[]]"
+    monkeypatch.setattr(bodies.json, "loads", None)
+    with raises(ApiError, None, 32768, code="too_many_values"):
+        read_request(Completion, b'{"model": "red", "prompt": ' + lists + b"}")
+
+
+@pytest.mark.timeout(20)
+def test_brackets_of_texts_are_no_lists():
+    text = '[{"\\' * 50_000
+    assert read_request(Completion, json.dumps({"model": "red", "prompt": text}).encode()).prompt == [text]
+    for half in (b'"\\"' * 300_000 + b"[" * 40_000, b"[" * 40_000 + b'"' + b'\\"' * 300_000):
+        with raises(ApiError, None):
+            read_request(Completion, b'{"prompt": ' + half)
 
 
 def test_a_byte_order_mark_is_no_mistake():

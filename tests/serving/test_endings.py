@@ -11,10 +11,10 @@ import time
 import httpx
 import pytest
 from helpers import raises
-from serving_tools import Puppet, say_at_once, serving, wait_until
+from serving_tools import Puppet, raw_request, say_at_once, serving, wait_until
 
 from lora_gen_jax.errors import ConfigError
-from lora_gen_jax.serving import server, web
+from lora_gen_jax.serving import connections, server, web
 from lora_gen_jax.serving.app import make_app
 from lora_gen_jax.serving.scheduler import Closing, Failed, QueueFull
 from lora_gen_jax.serving.server import bind, run_server
@@ -32,7 +32,7 @@ def build(specializer, registry_of):
 def post(service, fields, path="/v1/completions"):
     async def run():
         transport = httpx.ASGITransport(make_app(service), raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.post(path, json=fields)
 
     return asyncio.run(run())
@@ -142,11 +142,10 @@ def test_a_stop_string_cancels_the_row(build, puppet, specializer):
 def test_a_client_that_leaves_frees_its_rows(build, puppet, stream):
     service = build(puppet)
     body = json.dumps({**ASK, "stream": stream}).encode()
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body)
     with serving(service) as url:
         port = httpx.URL(url).port
         with socket.create_connection(("127.0.0.1", port)) as connection:
-            connection.sendall(head + body)
+            connection.sendall(raw_request(body))
             wait_until(lambda: len(puppet.works) == 3)
             puppet.say(0, [8, 9])
             if stream:
@@ -160,7 +159,7 @@ def test_a_client_that_leaves_before_the_end_of_its_body_asks_nothing(build, pup
     service = build(puppet)
     with serving(service) as url:
         with socket.create_connection(("127.0.0.1", httpx.URL(url).port)) as connection:
-            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
+            connection.sendall(raw_request(b"{", 100))
         wait_until(lambda: b'status="499"} 1.0' in service.metrics.text())
     assert puppet.works == []
 
@@ -168,7 +167,7 @@ def test_a_client_that_leaves_before_the_end_of_its_body_asks_nothing(build, pup
 def test_the_event_loop_is_free_while_others_wait(build, puppet):
     with serving(build(puppet)) as url, socket.create_connection(("127.0.0.1", httpx.URL(url).port)) as connection:
         body = json.dumps(ASK).encode()
-        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        connection.sendall(raw_request(body))
         wait_until(lambda: len(puppet.works) == 3)
         assert httpx.get(url + "/health").status_code == 200
 
@@ -189,15 +188,17 @@ def test_a_short_time_to_end_is_enough_where_nothing_is_asked(build, puppet):
     assert end_after(build(puppet), listener, 0.2, lambda: os.kill(os.getpid(), signal.SIGTERM)) == 0
 
 
-def test_too_many_connections_are_refused(build, puppet, monkeypatch):
-    monkeypatch.setattr(server, "_MOST_CONNECTIONS", 2)
+def test_too_many_requests_at_a_time_are_refused(build, puppet, monkeypatch):
+    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 2)
     puppet.close = lambda timeout: True
     listener, statuses = bind("127.0.0.1", 0), []
 
     def talk():
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/health"
         statuses.append(httpx.get(url).status_code)
-        with socket.create_connection(listener.getsockname()):
+        with socket.create_connection(listener.getsockname()) as asking:
+            asking.sendall(raw_request(json.dumps(ASK).encode()))
+            wait_until(lambda: len(puppet.works) == 3)
             statuses.append(httpx.get(url).status_code)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -222,7 +223,7 @@ def test_a_client_that_does_not_read_holds_nothing_up(build, puppet, monkeypatch
     def talk():
         client.connect(listener.getsockname())
         body = json.dumps({**ASK, "prompt": "sun", "stream": stream}).encode()
-        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        client.sendall(raw_request(body))
         wait_until(lambda: len(puppet.works) == 1)
         puppet.say(0, [8] * 40_000, "stop")
         if stream:  # it is cut off while the server runs
@@ -284,7 +285,7 @@ def test_an_address_that_is_taken_is_an_error():
 def test_health_tells_an_end_and_a_failure(build):
     async def health(service):
         transport = httpx.ASGITransport(make_app(service))
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.get("/health")
 
     closing, failed = build(Puppet()), build(Puppet())

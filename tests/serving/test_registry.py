@@ -12,6 +12,7 @@ from helpers import raises
 from serving_tools import PROMPTS, Puppet, say_at_once
 
 from lora_gen_jax.adapters.specialization import load_specialization
+from lora_gen_jax.data.encode import Encoder
 from lora_gen_jax.errors import OutputError
 from lora_gen_jax.serving.app import make_app
 from lora_gen_jax.serving.errors import ApiError
@@ -52,7 +53,7 @@ def talk(service, conversation):
 
     async def run():
         transport = httpx.ASGITransport(make_app(service), raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await conversation(client)
 
     try:
@@ -286,7 +287,7 @@ def test_long_texts_do_not_hold_the_event_loop_up(counting, monkeypatch):
         threads.append(threading.current_thread() is threading.main_thread())
         return [8]
 
-    monkeypatch.setattr(service, "encoder", SimpleNamespace(text=note, vocab_size=64))
+    monkeypatch.setattr(service, "encoder", SimpleNamespace(text=note, vocab_size=64, exceeds=lambda *sizes: False))
     for prompts in (["cat"] * 3, ["cat " * 1000] * 5):
         assert asyncio.run(service.prompt_ids(prompts)) == [[8]] * len(prompts)
     service.close()
@@ -308,3 +309,19 @@ def test_a_reserved_name_counts(made, specializer):
     assert registry.get("c") is entry
     assert registry.get("C") is registry.get("a") is None
     assert json.dumps(entry.body)
+
+
+def test_a_text_of_many_characters_is_refused_unread(specializer, monkeypatch):
+    service, long = Service(Puppet(), specializer, Registry(10)), "cat " * 10_000
+    monkeypatch.setattr(Encoder, "text", lambda self, text: pytest.fail("it was made into tokens"))
+    monkeypatch.setattr(Encoder, "chat", lambda self, turns: pytest.fail("it was made into tokens"))
+    for ask in (service.prompt_ids([long]), service.chat_ids([{"role": "user", "content": long}])):
+        with raises(ApiError, None, 40_000, 96, code="context_length_exceeded"):
+            asyncio.run(ask)
+
+    async def conversation(client):
+        answer = await make(client, name="a", prompt=long)
+        assert (answer.status_code, service.registry.get("a")) == (400, None)
+
+    talk(service, conversation)
+    service.close()

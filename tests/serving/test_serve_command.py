@@ -1,6 +1,7 @@
 """The flags of ``serve``: mistakes are told before anything is loaded, and the start fills the registry."""
 
 import dataclasses
+import gc
 import importlib.util
 import json
 import shutil
@@ -91,3 +92,25 @@ def test_the_registry_holds_what_flags_and_store_name(specializer, made, tmp_pat
     (tmp_path / "file").write_text("")
     with raises(OutputError, "--store", "--store", code="unusable"):
         read_registry(Serve(store=tmp_path / "file"), specializer)
+
+
+def test_what_is_there_before_the_first_request_is_not_collected_again(generator_directory, monkeypatch):
+    frozen = []
+
+    def run(service, listener, *args):
+        frozen.append(gc.get_freeze_count())
+        service.close()
+        assert service.scheduler.close(30)
+        return 0
+
+    monkeypatch.setattr("lora_gen_jax.serving.server.run_server", run)
+    try:
+        serve_command(Serve(checkpoint=generator_directory, port=0, rows=1, context=32, warm_up=False))
+    finally:
+        gc.unfreeze()
+    assert frozen[0] > 10_000
+
+
+def test_more_rows_than_there_is_memory_for_are_refused(generator_directory):
+    with raises(ConfigError, "rows", 10**9, code="memory"):
+        serve_command(Serve(checkpoint=generator_directory, port=0, rows=10**9, warm_up=False))

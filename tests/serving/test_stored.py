@@ -1,10 +1,14 @@
 """Specialisations on disk: what a server reads at its start, and what it refuses to."""
 
 import dataclasses
+import errno
+import logging
+import os
 from pathlib import Path
 
 import numpy as np
-from helpers import raises
+import pytest
+from helpers import raises, unsaid
 from serving_tools import PROMPTS
 
 from lora_gen_jax.adapters.specialization import load_specialization, save_specialization
@@ -86,3 +90,71 @@ def test_a_small_change_of_a_stored_file_is_noticed(specializer, made, tmp_path)
     (tmp_path / "red" / "prompt.txt").write_text("say blue")
     with raises(CheckpointError, "prompt.txt:sha256", tmp_path / "red"):
         read_entries([tmp_path / "red"], Served.of(specializer))
+
+
+def flip(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def fingerprint_flipped(part):
+    def damage(directory):
+        path = directory / "specialization.safetensors"
+        data = path.read_bytes()
+        flip(path, data.index(f'"{part}":"'.encode()) + len(part) + 5)
+
+    return damage
+
+
+DAMAGES = {
+    "cut": lambda directory: os.truncate(directory / "specialization.safetensors", 60),
+    "gates": lambda directory: flip(
+        directory / "specialization.safetensors", -5
+    ),  # behind it is the index, 2 × 2 × 1 byte
+    "header": lambda directory: flip(directory / "specialization.safetensors", 8),
+    "pool": fingerprint_flipped("pool"),
+    "edge": fingerprint_flipped("edge"),
+    "prompt": lambda directory: flip(directory / "prompt.txt", 0),
+    "readable": lambda directory: (directory / "specialization.json").write_bytes(b"{"),
+    "empty": lambda directory: (directory / "specialization.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_entry_of_a_store_is_set_aside_and_the_others_are_served(specializer, made, tmp_path, caplog, damage):
+    for name in ("red", "two"):
+        save_specialization(made[name], tmp_path / name)
+    DAMAGES[damage](tmp_path / "red")
+    served = Served.of(specializer)
+    with caplog.at_level(logging.WARNING, "lora_gen_jax"):
+        assert [entry.name for entry in read_store(tmp_path, served)] == ["two"]
+    (record,) = caplog.records
+    (aside,) = (path.name for path in tmp_path.iterdir() if path.name != "two")
+    assert aside.startswith(".red.damaged-")
+    assert unsaid(record.getMessage(), [str(tmp_path / "red"), aside]) == []
+    caplog.clear()
+    save_specialization(made["red"], tmp_path / "red")  # the name is free
+    assert [entry.name for entry in read_store(tmp_path, served)] == ["red", "two"]
+    assert caplog.records == []
+
+
+def test_a_store_of_another_generator_is_left_as_it_is(specializer, made, tmp_path):
+    for part in ("pool", "edge"):
+        other = dataclasses.replace(made["red"], fingerprints={**made["red"].fingerprints, part: "0" * 16})
+        save_specialization(other, tmp_path / part / "red")
+        with raises(CheckpointError, "specialization.safetensors:pool" if part == "pool" else "--edge"):
+            read_store(tmp_path / part, Served.of(specializer))
+        assert [path.name for path in (tmp_path / part).iterdir()] == ["red"]
+
+
+def test_a_damaged_entry_that_cannot_be_set_aside_is_passed_over(specializer, made, tmp_path, monkeypatch, caplog):
+    save_specialization(made["red"], tmp_path / "red")
+    DAMAGES["cut"](tmp_path / "red")
+
+    def read_only(self, target):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "rename", read_only)
+    assert read_store(tmp_path, Served.of(specializer)) == []
+    assert os.strerror(errno.EROFS) in caplog.text

@@ -1,0 +1,106 @@
+"""Who is heard: requests to a name of this server, from programs and not from other sites' pages.
+
+In: ASGI's messages. Out: those of good requests; the others are answered with an error. A browser sends whatever a page
+asks for, to addresses that the page itself could not read: such requests bear the page's origin, or, where the page's
+own name was pointed at this machine (DNS rebinding), that name as their host.
+"""
+
+import dataclasses
+import ipaddress
+import re
+import socket
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.serving.errors import ApiError
+from lora_gen_jax.serving.web import error_response
+
+_HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[a-zA-Z0-9._-]+)(:[0-9]{1,5})?")
+_PATTERN = re.compile(r"\*|(\*\.)?[a-zA-Z0-9._-]+|\[[0-9a-fA-F:.]+\]")
+_CLOSE = {"Connection": "close"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+    """Names that a server answers to.
+
+    Starlette's `TrustedHostMiddleware` knows lists of names alone. Beyond this machine any address is as good as
+    another: a page's name can be pointed anywhere, but an address as a host is what the browser really asks.
+
+    Attributes:
+        names: in small letters; "*.example.com" is any name below it, "*" any at all.
+        addresses: also any IP address; otherwise those of this machine's own loopback.
+    """
+
+    names: frozenset[str] = frozenset({"localhost"})
+    addresses: bool = False
+
+    @classmethod
+    def of(cls, listener: socket.socket, given: Sequence[str] = ()) -> "Hosts":
+        """Of a bound socket: localhost, the names given, and, beyond loopback, this machine's name.
+
+        Raises:
+            ConfigError: for what can be no name.
+        """
+        for name in given:
+            if not _PATTERN.fullmatch(name):
+                raise ConfigError(
+                    f"--allowed-hosts has {name[:80]!r}",
+                    field="--allowed-hosts",
+                    remedy="give names without http:// and port, as example.com, *.example.com or [2001:db8::1]",
+                )
+        local = is_loopback(listener)
+        names = {"localhost", *(name.strip("[]") for name in given), *(() if local else (socket.gethostname(),))}
+        return cls(frozenset(name.lower() for name in names), not local)
+
+    def include(self, host: str) -> bool:
+        """Whether a request's Host is one of them; any port will do."""
+        if "*" in self.names:
+            return True
+        if not (found := _HOST.fullmatch(host)):
+            return False
+        name = found[1].strip("[]").rstrip(".").lower()
+        if name in self.names or any(p.startswith("*.") and name.endswith(p[1:]) for p in self.names):
+            return True
+        try:
+            address = ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return self.addresses or address.is_loopback
+
+
+def is_loopback(listener: socket.socket) -> bool:
+    """Whether a bound socket can be reached from this machine alone."""
+    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
+
+
+class Guarded:
+    """ASGI around the application: refuses other hosts, other sites' pages, and bodies of two lengths."""
+
+    def __init__(self, app: ASGIApp, hosts: Hosts):
+        self.app, self.hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        error = self._error(Headers(scope=scope)) if scope["type"] == "http" else None
+        if error is None:
+            await self.app(scope, receive, send)
+        else:
+            await error_response(error)(scope, receive, send)
+
+    def _error(self, headers: Headers) -> ApiError | None:
+        # Without a host: HTTP/1.0, which no browser speaks.
+        host, origin = headers.get("host"), headers.get("origin")
+        if host is not None and not self.hosts.include(host):
+            message = f"this server is not {host[:80]!r}: start it with --allowed-hosts if that is one of its names"
+            return ApiError(403, message, "Host", "foreign_host", _CLOSE)
+        if origin is not None and origin.lower() not in {f"{scheme}://{host}".lower() for scheme in ("http", "https")}:
+            message = f"pages of {origin[:80]!r} may not ask this server: ask from a program, or through your own"
+            return ApiError(403, message, "Origin", "foreign_origin", _CLOSE)
+        if "transfer-encoding" in headers and "content-length" in headers:
+            # A proxy before this server may go by the other one, and see another request's beginning.
+            message = "the body has a Content-Length and a Transfer-Encoding: send one of them"
+            return ApiError(400, message, "Content-Length", "two_lengths", _CLOSE)
+        return None
