@@ -6,6 +6,7 @@ In: whatever other libraries raise, log and print of it, in threads and while Py
 import errno
 import logging
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ _NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _REASONS = tuple(map(os.strerror, _NUMBERS))
 # Of checkpoints' threads, and of the event loops in them.
 _LOGGERS = ("absl", "asyncio")
+_SHORT = re.compile(r"\d+ requested and \d+ written")  # NumPy's words
 _ENDED = "Event loop is closed"
 
 
@@ -42,6 +44,8 @@ def disk_reason(error: BaseException | None) -> str | None:
 
 
 def _named(text: str) -> str | None:
+    if _SHORT.search(text):
+        return os.strerror(errno.ENOSPC)
     return next((reason for reason in _REASONS if reason in text), None)
 
 

@@ -92,6 +92,7 @@ def test_other_errors_are_shown_as_ever(monkeypatch, caplog):
 def test_the_reason_is_found_in_what_libraries_make_of_it():
     for made in (
         ValueError(f"RESOURCE_EXHAUSTED: Error writing file: {FULL}"),
+        OSError("12288 requested and 5584 written"),
         ExceptionGroup("several", [KeyError("a"), OSError(errno.ENOSPC, "")]),
     ):
         assert disk_reason(made) == FULL

@@ -59,9 +59,9 @@ def check_room(kept: Any, params: Any, what: str) -> None:
     """Raises ConfigError for arrays, of which the shapes are known, that all memory there is cannot hold."""
     mesh = mesh_of(params)
     devices = list(mesh.devices.flat) if mesh is not None else jax.local_devices()[:1]
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
-    # A CPU's devices share the machine's memory.
-    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if None in limits else sum(limits)
+    limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices]
+    # A CPU's devices have no limit of their own, and share the machine's memory.
+    room = sum(limits) if all(limits) else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
     if needed > room:
         raise ConfigError(
