@@ -21,7 +21,7 @@ from lora_gen_jax.adapters.refined import RefinedPool
 from lora_gen_jax.config import GeneratorConfig
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import ConfigError, DataError
-from lora_gen_jax.generator.router import Routing, gates_of
+from lora_gen_jax.generator.router import Routing, gates_of, gumbel_softmax, keep_top_k
 from lora_gen_jax.generator.trained_module import Generated
 from lora_gen_jax.inference.placement import mesh_context, padded_rows, place_rows
 from lora_gen_jax.specialization.rows import ExampleIds, ExampleRows, check_examples, pack_examples
@@ -55,8 +55,8 @@ class Form(NamedTuple):
 
     @property
     def chooses(self) -> bool:
-        """Gates are learned of which some are kept and renormalized (`keep_top_k`)."""
-        return self.kind == "gates" and self.top_k > 1 and self.routing in ("keep_top_k", "gumbel_top_k")
+        """Gates are learned of which only K differ from zero."""
+        return self.kind == "gates" and self.routing in ("keep_top_k", "gumbel_top_k")
 
 
 class State(struct.PyTreeNode):
@@ -219,11 +219,6 @@ def _step(decoder: Decoder, form: Form, params: Any, fixed: Fixed, state: State,
     rate, pull = rates
     grad_fn = jax.grad(_objective, argnums=0, has_aux=True)
     gradients, losses = grad_fn(state.value, decoder, form, params, fixed)
-    if form.chooses:
-        # Renormalized, the others do not matter: what is left of their gradients is rounding, and Adam would make whole
-        # steps of it.
-        chosen_LVE = gates_of(state.value["gates"], form.routing, form.top_k, form.temperature) > 0
-        gradients = {"gates": jnp.where(chosen_LVE, gradients["gates"], 0.0)}
     state = _noted(form, state, losses)
     # Optax mixes Python and array scalars in ways that strict promotion rejects.
     with jax.numpy_dtype_promotion("standard"):
@@ -256,7 +251,7 @@ def _objective(value: Any, decoder: Decoder, form: Form, params: Any, fixed: Fix
         rows.positions_BT,
         segments_BT=rows.segments_BT,
         packed=True,
-        adapter=with_values(adapter, value, form),
+        adapter=_learning(adapter, value, form),
     )
     hidden_BSD = jnp.take_along_axis(hidden_BTD, rows.source_BS[:, :, None], axis=1)
     loss_BS = slot_cross_entropy(decoder, params, hidden_BSD, rows.target_BS)
@@ -266,16 +261,34 @@ def _objective(value: Any, decoder: Decoder, form: Form, params: Any, fixed: Fix
     return jnp.sum(mean_V), (mean_V, held_V, held_tokens_V)
 
 
+def _learning(adapter: Any, value: Any, form: Form) -> Any:
+    """`with_values` while it learns: the same outputs, and gradients for the experts that are not chosen, too.
+
+    Renormalized gates of the K chosen experts say nothing about the others, which could then never come in. So all
+    experts are computed, and the gradient is that of the softmax over all of them: a straight-through estimator
+    (Bengio et al., 2013, arXiv:1308.3432).
+    """
+    if not form.chooses:
+        return with_values(adapter, value, form)
+    soft_LVE = gumbel_softmax(value["gates"], None, 1.0 if form.routing == "keep_top_k" else form.temperature)
+    hard_LVE = keep_top_k(soft_LVE, form.top_k)
+    gates_LVE = soft_LVE + jax.lax.stop_gradient(hard_LVE - soft_LVE)
+    return _with_gates(adapter, gates_LVE, top_k=gates_LVE.shape[-1])
+
+
 def with_values(adapter: Any, value: Any, form: Form) -> Any:
     """An adapter with trained values [L, V, …] in the place of those that it has."""
     if form.kind == "lora":
         pool = adapter.generated if isinstance(adapter, RefinedPool) else adapter
         return RefinedPool.of(pool, kept_factors(value))
-    gates = {"gates": gates_of(value["gates"], form.routing, form.top_k, form.temperature)}
-    if isinstance(adapter, RefinedPool):
-        pool = adapter.generated
-        return RefinedPool.of(pool.replace(scanned={**pool.scanned, **gates}), adapter.scanned["factors"])
-    return adapter.replace(scanned={**adapter.scanned, **gates})
+    return _with_gates(adapter, gates_of(value["gates"], form.routing, form.top_k, form.temperature))
+
+
+def _with_gates(adapter: Any, gates_LVE: jax.Array, top_k: int | None = None) -> Any:
+    refined = isinstance(adapter, RefinedPool)
+    pool = adapter.generated if refined else adapter
+    pool = pool.replace(scanned={**pool.scanned, "gates": gates_LVE}, top_k=top_k or pool.top_k)
+    return RefinedPool.of(pool, adapter.scanned["factors"]) if refined else pool
 
 
 def kept_factors(value: Any) -> Any:

@@ -122,11 +122,11 @@ def test_factors_stand_beside_a_generated_update_that_stays(made):
     np.testing.assert_array_equal(start.steps_P, 0)
 
 
-def plain_adam(loss, start, steps, rate, pull, learns=lambda x: True):
-    """Adam by its paper's equations, and the way back to the start; entries that do not learn have no gradient."""
+def plain_adam(loss, start, steps, rate, pull):
+    """Adam by its paper's equations, and the way back to the start."""
     x, m, v = start, np.zeros_like(start), np.zeros_like(start)
     for t in range(1, steps + 1):
-        g = np.where(learns(x), np.asarray(jax.grad(loss)(x)), 0)
+        g = np.asarray(jax.grad(loss)(x))
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
         step = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
         x = (x - rate * (step + pull * (x - start))).astype(np.float32)
@@ -146,14 +146,15 @@ def test_gates_take_the_steps_of_a_plain_rendering(made, pull):
     single = generated.adapter.select(1)
 
     def gates_of(logits_LE):
-        return keep_top_k(jax.nn.softmax(jnp.asarray(logits_LE), axis=-1), settings.top_k)
+        soft_LE = jax.nn.softmax(jnp.asarray(logits_LE), axis=-1)
+        return soft_LE + jax.lax.stop_gradient(keep_top_k(soft_LE, settings.top_k) - soft_LE)
 
     def loss(logits_LE):
-        gates = {"gates": gates_of(logits_LE)[:, None]}
-        return plain_loss(merge(PARAMS, single.replace(scanned=single.scanned | gates)), EXAMPLES[1])
+        scanned = single.scanned | {"gates": gates_of(logits_LE)[:, None]}
+        return plain_loss(merge(PARAMS, single.replace(scanned=scanned, top_k=settings.num_experts)), EXAMPLES[1])
 
     start = np.asarray(generated.logits_PLE[1])
-    expected = plain_adam(loss, start, 3, 0.1, pull, learns=lambda x: np.asarray(gates_of(x)) > 0)
+    expected = plain_adam(loss, start, 3, 0.1, pull)
     gates = gates_of(expected)
     np.testing.assert_allclose(found.gates_PLE[1], gates, atol=3 * 1e-4 * 0.1)
     assert np.abs(found.gates_PLE[1] - generated.gates_PLE[1]).max() > 0.01
@@ -208,20 +209,35 @@ def test_pool_and_edge_model_stay_bit_for_bit(made, kind):
     jax.tree.map(np.testing.assert_array_equal, found.adapter.shared, before[1])
 
 
-def test_experts_that_are_not_chosen_keep_their_logits(made):
-    """Of their gradients only rounding is left, which Adam would make steps of: they never come in by themselves."""
+def test_all_experts_learn_by_the_gradient_of_the_softmax_over_all_of_them(made):
+    """Straight-through: outputs of the K chosen gates; dL/dlogit = p_e · (dL/dG_e - Σ_j p_j · dL/dG_j)."""
     settings, generated = made()
-    found = run(made, RefineConfig(steps=5, learning_rate=1e-3))
-    np.testing.assert_array_equal(found.gates_PLE > 0, np.asarray(generated.gates_PLE) > 0)
-    state = module._initial(
-        form := module.Form("gates", "keep_top_k", settings.top_k, 1.0, 1, False),
-        {"gates": jnp.asarray(generated.logits_PLE).transpose(1, 0, 2)},
-    )
     rows, _ = pack_examples(EXAMPLES, 3, RefineConfig())
+    logits_LPE = jnp.asarray(generated.logits_PLE).transpose(1, 0, 2)
+    form = module.Form("gates", "keep_top_k", settings.top_k, 1.0, 1, False)
+
+    def loss(gates_LPE):
+        """Of gates that are any numbers, all experts computed."""
+        pool = generated.adapter.replace(scanned={**generated.adapter.scanned, "gates": gates_LPE}, top_k=4)
+        hidden, _ = DECODER.apply(
+            {"params": PARAMS}, rows.tokens_BT, rows.positions_BT, segments_BT=rows.segments_BT, adapter=pool
+        )
+        hidden = jnp.take_along_axis(hidden, rows.source_BS[:, :, None], axis=1)
+        loss_BS = module.slot_cross_entropy(DECODER, PARAMS, hidden, rows.target_BS) * rows.train_BS
+        return jnp.sum(jnp.sum(loss_BS.reshape(3, -1), 1) / jnp.sum(rows.train_BS.reshape(3, -1), 1))
+
+    value, of_gates = jax.value_and_grad(loss)(jnp.asarray(generated.gates_PLE).transpose(1, 0, 2))
+    p = jax.nn.softmax(logits_LPE, axis=-1)
+    expected = p * (of_gates - jnp.sum(p * of_gates, axis=-1, keepdims=True))
     fixed = generated.adapter, rows
-    after = module._step(DECODER, form, PARAMS, fixed, state, (np.float32(1e-3), np.float32(0.0))).value["gates"]
-    moved = np.asarray(after != state.value["gates"])
-    np.testing.assert_array_equal(moved, np.asarray(generated.gates_PLE.transpose(1, 0, 2)) > 0)
+    (total, _), found = jax.value_and_grad(module._objective, has_aux=True)(
+        {"gates": logits_LPE}, DECODER, form, PARAMS, fixed
+    )
+    # Two programs in float32: sums of some hundred terms, each rounded at 6e-8.
+    np.testing.assert_allclose(total, value, rtol=1e-5)
+    np.testing.assert_allclose(found["gates"], expected, rtol=1e-3, atol=1e-4 * float(jnp.max(jnp.abs(expected))))
+    outside = np.asarray(generated.gates_PLE.transpose(1, 0, 2)) == 0
+    assert np.all(np.asarray(found["gates"])[outside] != 0)
 
 
 def test_an_expert_that_was_not_chosen_can_come_in(made):
