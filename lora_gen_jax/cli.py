@@ -81,7 +81,9 @@ def _guarded(run: Callable[[], Any], disk: DiskErrors) -> Any:
             raise
         _fail(f"{error.filename}: {error.strerror}")
     except Exception as error:
-        if not disk.hides(error):
+        # What was closed by a thread that met the disk's error may be used much later.
+        closed = disk.reason is not None and isinstance(error, OSError | ValueError)
+        if not (disk.hides(error) or closed):
             raise
         _fail(_unwritten(error, disk))
     if disk.reason is not None:

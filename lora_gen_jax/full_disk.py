@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ _REASONS = tuple(map(os.strerror, _NUMBERS))
 # Of checkpoints' threads, and of the event loops in them.
 _LOGGERS = ("absl", "asyncio")
 _SHORT = re.compile(r"\d+ requested and \d+ written")  # NumPy's words
+_SECONDS = 10.0  # in which the errors come that follow from one
 _ENDED = "Event loop is closed"
 
 
@@ -57,6 +59,7 @@ class DiskErrors(logging.Filter):
     """
 
     reason: str | None = None
+    _until = 0.0
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether other libraries' log may say something: not of the disk, nor of what follows from that."""
@@ -64,9 +67,10 @@ class DiskErrors(logging.Filter):
         return not self.hides(error, record.getMessage())
 
     def hides(self, error: BaseException | None, text: str = "") -> bool:
-        """Notes a disk's error; whether it, or an error after one, is to be hidden."""
-        self.reason = self.reason or disk_reason(error) or _named(text)
-        return self.reason is not None
+        """Notes a disk's error; whether it, or what follows soon after one, is to be hidden."""
+        if reason := disk_reason(error) or _named(text):
+            self.reason, self._until = self.reason or reason, time.monotonic() + _SECONDS
+        return time.monotonic() < self._until
 
 
 @contextmanager

@@ -126,19 +126,21 @@ class Specializer:
             )
         encoder = self.pair.cloud.encoder
         if encoder.exceeds(len(prompt), self.limit):
-            raise self._too_long(f"{len(prompt)} characters")
+            raise DataError(
+                f"the prompt has {len(prompt)} characters, more than {self.limit} tokens can have",
+                field="prompt",
+                code="too long",
+                remedy="shorten it, or give fewer shots",
+            )
         ids = encoder.prompt(prompt)
         if len(ids) > self.limit:
-            raise self._too_long(f"{len(ids)} tokens")
+            raise DataError(
+                f"the prompt has {len(ids)} tokens, the limit is {self.limit}",
+                field="prompt",
+                code="too long",
+                remedy="shorten it, or give fewer shots",
+            )
         return ids
-
-    def _too_long(self, length: str) -> DataError:
-        return DataError(
-            f"the prompt has {length}, the limit is {self.limit} tokens",
-            field="prompt",
-            code="too long",
-            remedy="shorten it, or give fewer shots",
-        )
 
     def specialize(
         self,

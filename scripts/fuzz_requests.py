@@ -35,23 +35,29 @@ _KEY = "a-key"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a case: a status, None where the connection ended or the client left; and after how long."""
+    """What came of a case: a status, None where the connection ended or the client left; and after how long.
+
+    `silent`: the server read all of it, and ended the connection without a word.
+    """
 
     case: Case
     status: int | None
     seconds: float
+    silent: bool = False
 
     @property
     def wrong(self) -> str | None:
         """What must not be, None for all that may."""
         if self.seconds >= SECONDS:
             return f"no answer within {SECONDS:g} s"
+        if self.silent and self.case.whole:
+            return "no answer"
         return f"status {self.status}" if self.status is not None and self.status >= 500 else None
 
 
 def send(address: tuple[str, int], case: Case) -> Outcome:
     """Sends one case over a connection of its own, and reads the first answer."""
-    began, status = time.monotonic(), None
+    began, status, silent = time.monotonic(), None, False
     # Closed while it sends is an answer, too: servers need not read what they have refused.
     refusals = (OSError, http.client.HTTPException)
     with contextlib.suppress(*refusals), socket.create_connection(address, timeout=SECONDS) as connection:
@@ -60,11 +66,15 @@ def send(address: tuple[str, int], case: Case) -> Outcome:
         if not case.whole:
             connection.settimeout(_WAIT)
         answer = http.client.HTTPResponse(connection)
-        answer.begin()
-        status = answer.status
-        answer.read()
+        try:
+            answer.begin()
+        except http.client.RemoteDisconnected:
+            silent = True
+        else:
+            status = answer.status
+            answer.read()
     seconds = time.monotonic() - began
-    return Outcome(case, status, seconds if case.whole else 0.0)
+    return Outcome(case, status, seconds if case.whole else 0.0, silent)
 
 
 def ask_good(address: tuple[str, int], key: str) -> list[object]:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -87,6 +88,16 @@ def test_other_errors_are_shown_as_ever(monkeypatch, caplog):
     assert (disk.reason, shown, caplog.messages) == (None, [ZeroDivisionError], ["something else"])
     assert hooks == (sys.excepthook, threading.excepthook, sys.unraisablehook)
     assert logging.getLogger("absl").filters == []
+
+
+def test_what_comes_long_after_a_full_disk_is_shown(monkeypatch, caplog):
+    with told_once() as disk:
+        logging.getLogger("absl").error(FULL)
+        logging.getLogger("absl").error("what follows")
+        later = time.monotonic() + 60
+        monkeypatch.setattr(time, "monotonic", lambda: later)
+        logging.getLogger("absl").error("something else")
+        assert (disk.reason, caplog.messages) == (FULL, ["something else"])
 
 
 def test_the_reason_is_found_in_what_libraries_make_of_it():

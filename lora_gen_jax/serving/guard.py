@@ -97,7 +97,9 @@ class Guarded:
             message = f"this server is not {host[:80]!r}: start it with --allowed-hosts if that is one of its names"
             return ApiError(403, message, "Host", "foreign_host", _CLOSE)
         if origin is not None and origin.lower() not in {f"{scheme}://{host}".lower() for scheme in ("http", "https")}:
-            message = f"pages of {origin[:80]!r} may not ask this server: ask from a program, or through your own"
+            message = (
+                f"pages of {origin[:80]!r} may not ask this server: ask from a program, or from a page of its own name"
+            )
             return ApiError(403, message, "Origin", "foreign_origin", _CLOSE)
         if "transfer-encoding" in headers and "content-length" in headers:
             # A proxy before this server may go by the other one, and see another request's beginning.
