@@ -189,7 +189,7 @@ def test_requests_with_the_same_system_message_specialise_once(counting):
 
 
 def test_a_specialisation_that_takes_too_long_is_given_up_and_kept(counting):
-    service = Service(Puppet(), counting, Registry(10), Limits(timeout=0.05))
+    service = Service(Puppet(), counting, Registry(10), Limits(timeout=0.5))
 
     async def conversation(client):
         counting.go.clear()
