@@ -5,6 +5,7 @@ ends it early frees their rows.
 """
 
 import time
+from pathlib import PurePath
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -17,6 +18,7 @@ from lora_gen_jax.serving.bodies import read_request
 from lora_gen_jax.serving.errors import ApiError, api_error, invalid
 from lora_gen_jax.serving.generation import answer, answer_length, check_count, in_time, make_works
 from lora_gen_jax.serving.guard import Guarded, Hosts
+from lora_gen_jax.serving.page import page_response
 from lora_gen_jax.serving.registry import AUTO, BASE
 from lora_gen_jax.serving.replies import Reply
 from lora_gen_jax.serving.schemas import Chat, Completion, NewSpecialization, as_turns
@@ -26,18 +28,21 @@ from lora_gen_jax.serving.web import Measured, check_key, error_response, read_b
 _COMPLETION_TOKENS = 16  # of a completion that does not say how many, as OpenAI has it
 
 
-def make_app(service: Service, hosts: Hosts | None = None) -> FastAPI:
+def make_app(service: Service, hosts: Hosts | None = None, page: bool = True) -> FastAPI:
     """The application.
 
     Args:
         service: what it answers with; the caller starts and ends its scheduler.
         hosts: names that it answers to; left out, those of this machine's loopback.
+        page: whether the playground is shown at /.
     """
     # No pages of documentation: they would load scripts from elsewhere.
     app = FastAPI(title="lora_gen_jax", openapi_url=None)
     app.include_router(_model_routes(service))
     app.include_router(_specialization_routes(service))
     app.include_router(_open_routes(service))
+    if page:
+        app.add_api_route("/", page_response, response_class=Response)
     app.add_middleware(Guarded, hosts=hosts or Hosts())
     app.add_middleware(Measured, service=service)
 
@@ -72,7 +77,9 @@ def _model_routes(service: Service) -> APIRouter:
     lasting = [BASE, AUTO] if service.chats else [BASE]
 
     def model(name: str, created: int) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": created, "owned_by": "lora_gen_jax"}
+        # The model below, by its last name: where it lies on this machine is nobody's business.
+        root = PurePath(service.specializer.config.edge.source).name
+        return {"id": name, "object": "model", "created": created, "owned_by": "lora_gen_jax", "root": root}
 
     @router.get("/models")
     async def models() -> dict[str, Any]:
@@ -134,7 +141,7 @@ def _specialization_routes(service: Service) -> APIRouter:
 
     @router.get("/specializations/{name}")
     async def one_specialization(name: str) -> dict[str, Any]:
-        return service.entry(name).body
+        return service.entry(name).details
 
     @router.delete("/specializations/{name}")
     async def delete(name: str) -> dict[str, Any]:

@@ -76,6 +76,8 @@ class Serve:
     """Key that requests must bear, or @FILE to read it from a file; left out, that in LORA_GEN_API_KEY, if any."""
     without_key: bool = False
     """Listen beyond loopback without a key: whoever reaches the address may ask."""
+    page: bool = True
+    """Show a page at / on which specializations are made, asked and corrected in a browser."""
 
 
 def serve_command(flags: Serve) -> None:
@@ -113,7 +115,7 @@ def serve_command(flags: Serve) -> None:
             edge = specializer.config.edge.source
             print(f"serving http://{host}:{port}  (edge {edge}, {len(registry)} specialisations)", flush=True)
 
-        status = run_server(service, listener, flags.shutdown_timeout, ready, hosts)
+        status = run_server(service, listener, flags.shutdown_timeout, ready, hosts, flags.page)
     if status:
         sys.exit(status)
 

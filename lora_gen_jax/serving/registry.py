@@ -34,6 +34,7 @@ class Entry:
         gates_LE: [L, E], fp32.
         factors: beside the gates' update, where a LoRA has learned from examples; else empty.
         refined: how it learned from examples; None where it did not.
+        prompt: that it was made of.
         active: gates of a layer that are not zero by construction, K.
         prompt_tokens: what the cloud model read.
         created: seconds since 1970.
@@ -48,6 +49,7 @@ class Entry:
     automatic: bool = False
     factors: Factors = field(default_factory=dict)
     refined: dict[str, Any] | None = None
+    prompt: str = ""
 
     @property
     def body(self) -> dict[str, Any]:
@@ -62,6 +64,15 @@ class Entry:
             "automatic": self.automatic,
             "refined": self.refined,
         }
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """As the interface shows it alone: with its gates, and the prompt if a client named it.
+
+        What is made of a conversation keeps its prompt to itself: another client's system message is in it.
+        """
+        weights = [[round(float(gate), 6) for gate in layer] for layer in self.gates_LE]
+        return self.body | {"gate_weights": weights, "prompt": None if self.automatic else self.prompt}
 
 
 class Registry:
@@ -208,4 +219,13 @@ class Served:
                 field="--refined-rank",
                 remedy=f"start it with --refined-rank {rank}, or refine the gates instead",
             )
-        return Entry(name, gates_LE, s.active, tokens, automatic=automatic, factors=factors, refined=s.refined)
+        return Entry(
+            name,
+            gates_LE,
+            s.active,
+            tokens,
+            automatic=automatic,
+            factors=factors,
+            refined=s.refined,
+            prompt=s.prompt,
+        )

@@ -167,6 +167,7 @@ def run_server(
     shutdown_timeout: float,
     ready: Callable[[], None],
     hosts: Hosts | None = None,
+    page: bool = True,
 ) -> int:
     """Serves until a signal comes.
 
@@ -176,12 +177,13 @@ def run_server(
         shutdown_timeout: seconds from the signal to the end, at most.
         ready: called when requests can come.
         hosts: names that it answers to; left out, those of this machine's loopback.
+        page: whether the playground is shown at /.
 
     Returns:
         0 when every accepted request was answered, whether its client read the answer or not; else 1.
     """
     config = uvicorn.Config(
-        make_app(service, hosts),
+        make_app(service, hosts, page),
         log_config=None,
         access_log=False,
         lifespan="off",
