@@ -6,6 +6,7 @@ says what to do, and status 2.
 
 import dataclasses
 import difflib
+import errno
 import logging
 import os
 import sys
@@ -28,6 +29,7 @@ from lora_gen_jax.generate_command import Generate, generate_command
 from lora_gen_jax.instructions.command import Instructions, instructions_command
 from lora_gen_jax.serving.command import Serve, serve_command
 from lora_gen_jax.specialization.command import Refine, refine_command
+from lora_gen_jax.untrusted import shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +78,13 @@ def _guarded(run: Callable[[], Any], disk: DiskErrors) -> Any:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except PermissionError as error:
-        if error.filename is None:
-            raise
-        _fail(f"{error.filename}: {error.strerror}")
     except Exception as error:
+        if (
+            isinstance(error, OSError)
+            and error.filename
+            and error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+        ):
+            _fail(f"{str(error.filename)[:200]}: {error.strerror}")
         # What was closed by a thread that met the disk's error may be used much later.
         closed = disk.reason is not None and isinstance(error, OSError | ValueError)
         if not (disk.hides(error) or closed):
@@ -97,6 +101,17 @@ def _unwritten(error: Exception | None, disk: DiskErrors) -> str:
     return f"{what} cannot be written: {disk.reason}; make room there, or name another place (--out, --workdir)"
 
 
+def arguments_of(args: Sequence[str] | None) -> list[str]:
+    """The given arguments, else the command line's, which must be text: its bytes become prompts, inputs and names."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            _fail(f"the argument {shown(argument)} is not UTF-8 text")
+    return arguments
+
+
 def _fail(message: str) -> NoReturn:
     try:
         sys.stdout.flush()
@@ -108,7 +123,7 @@ def _fail(message: str) -> NoReturn:
 
 def train_main(args: Sequence[str] | None = None) -> None:
     """train.py."""
-    arguments = list(sys.argv[1:] if args is None else args)
+    arguments = arguments_of(args)
 
     def run() -> None:
         config = config_from_args("train.py", arguments)
@@ -142,7 +157,7 @@ def trained_and_compared(config: Config) -> None:
 
 def eval_main(args: Sequence[str] | None = None) -> None:
     """eval.py."""
-    arguments = list(sys.argv[1:] if args is None else args)
+    arguments = arguments_of(args)
 
     def run() -> None:
         config, flags, shots = eval_config(arguments)
@@ -267,7 +282,7 @@ COMMANDS = {
 
 def main(args: Sequence[str] | None = None) -> None:
     """``python -m lora_gen_jax COMMAND …``."""
-    arguments = list(sys.argv[1:] if args is None else args)
+    arguments = arguments_of(args)
     listing = "\n".join(f"  {name:<14}{text}" for name, (_, _, text) in COMMANDS.items())
     usage = f"usage: lora-gen COMMAND [flags]\n\n{listing}\n\nlora-gen COMMAND --help explains its flags."
     if not arguments or arguments[0] in ("-h", "--help"):

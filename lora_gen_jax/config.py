@@ -12,7 +12,8 @@ class ModelConfig:
     """A frozen language model.
 
     Attributes:
-        source: a known name (pocket-edge, pocket-cloud, smollm2-135m), a directory, a .gguf file or a hub id.
+        source: a known name (pocket-edge, pocket-cloud, smollm2-135m), a directory, a .gguf file or a hub id
+            (org/name, or org/name@revision).
         dtype: float32 or bfloat16, of weights and activations; or mixed: weights are stored in bfloat16 and large
             products round their operands to it, while their sums and everything else stay in float32. "auto" is
             bfloat16 on an accelerator and float32 on a CPU, but mixed for training on a CPU that multiplies bfloat16

@@ -5,18 +5,15 @@ In: a config. Out: the same, or an error that names the field and the remedy, be
 
 import dataclasses
 import itertools
-import math
 import re
-import types
 from collections.abc import Iterator
-from numbers import Integral, Real
-from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from lora_gen_jax.adapters.protocol import SITES
 from lora_gen_jax.config import Config, DataConfig, DistributedConfig, GeneratorConfig
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.methods import BEHIND_PROMPT, METHODS, trained_method
+from lora_gen_jax.untrusted import fits, wanted
 
 POSITIVE = (
     "generator.num_experts",
@@ -54,19 +51,27 @@ def check(config: Config) -> Config:
     """
     for message in wrong_values(config):
         raise _wrong(message, "type")
+    check_saved(config)
+    parts = (_distributed_rules(config.distributed), _data_rules(config.data), _method_rules(config))
+    for holds, message in (*itertools.chain(*parts), *_run_rules(config)):
+        if not holds:
+            raise _wrong(message, "range")
+    return config
+
+
+def check_saved(config: Config) -> Config:
+    """What must hold of a saved config as well, which may lack its data: its method, and the generator's sizes.
+
+    Raises:
+        ConfigError: naming the field.
+    """
     trained_method(config.method)
     for field in POSITIVE:
         part, name = field.split(".")
         value = getattr(getattr(config, part), name)
         if value is not None and value < 1:
             raise ConfigError(f"{field} is {value}; it must be at least 1", field=field, code="range")
-    parts = (
-        _distributed_rules(config.distributed),
-        _generator_rules(config.generator),
-        _data_rules(config.data),
-        _method_rules(config),
-    )
-    for holds, message in (*itertools.chain(*parts), *_run_rules(config)):
+    for holds, message in _generator_rules(config.generator):
         if not holds:
             raise _wrong(message, "range")
     return config
@@ -93,35 +98,6 @@ def wrong_values(part: Any, prefix: str = "") -> Iterator[str]:
                 yield f"{prefix}{name} is {value!r}; write {hint.__name__}(…)"
         elif not fits(value, hint):
             yield f"{prefix}{name} is {value!r}; it must be {wanted(hint)}"
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type as configs name them; an integer counts as a float, a list as a tuple."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return value in inner
-    if origin in (Union, types.UnionType):
-        return any(fits(value, one) for one in inner)
-    if origin is tuple:
-        # Of as many as one likes, all of one type.
-        return isinstance(value, tuple | list) and all(fits(one, inner[0]) for one in value)
-    if hint in (int, float):
-        number = isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
-        return number and math.isfinite(value)
-    return isinstance(value, hint)
-
-
-def wanted(hint: Any) -> str:
-    """A field's type in words."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return "one of " + ", ".join(map(repr, inner))
-    if origin in (Union, types.UnionType):
-        return " or ".join(wanted(one) for one in inner)
-    if origin is tuple:
-        return f"a tuple, each entry {wanted(inner[0])}"
-    named = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a text", Path: "a Path"}
-    return named.get(hint, "None")
 
 
 def trained(config: Config) -> list[str]:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from lora_gen_jax.config import Config, DistributedConfig, MeshConfig
-from lora_gen_jax.config_check import check
+from lora_gen_jax.config_check import check, check_saved
 from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.untrusted import fits, shown, wanted
 
 _Made = TypeVar("_Made")
 
@@ -137,41 +138,47 @@ def to_json(config: Any) -> dict[str, Any]:
 FORMER = {"generator.batch_norm_variance": "biased"}
 
 
-def from_json(values: dict[str, Any]) -> Config:
+def from_json(values: Any) -> Config:
     """A `Config` from `to_json`'s values; fields that a newer version added take their defaults, or `FORMER`.
 
     Raises:
-        ConfigError: for a field that this version does not know.
+        ConfigError: for a field that this version does not know, a value of another type, a method that is none, or
+            sizes that cannot be.
     """
 
-    def build(cls: Any, fields: dict[str, Any], prefix: str) -> Any:
-        known = {field.name for field in dataclasses.fields(cls)}
+    def build(cls: Any, fields: Any, prefix: str) -> Any:
+        if not isinstance(fields, dict):
+            name = prefix.rstrip(".") or "config"
+            raise ConfigError(f"saved {name} is {shown(fields)}; it must be an object", field=name, code="type")
         hints = get_type_hints(cls)
         for name in fields:
-            if name not in known:
+            if name not in hints:
                 raise ConfigError(
                     f"saved config has the field {prefix}{name}, which this version does not know",
                     field=f"{prefix}{name}",
                     code="unknown",
                 )
-        former = {name: FORMER[prefix + name] for name in known if prefix + name in FORMER}
+        former = {name: FORMER[prefix + name] for name in hints if prefix + name in FORMER}
         made = {
             name: build(hints[name], value, f"{prefix}{name}.")
-            if dataclasses.is_dataclass(hints[name]) and isinstance(value, dict)
-            else _from_json_value(name, value)
+            if dataclasses.is_dataclass(hints[name])
+            else _from_json_value(f"{prefix}{name}", value, hints[name])
             for name, value in (former | fields).items()
         }
         return cls(**made)
 
-    return build(Config, values, "")
+    return check_saved(build(Config, values, ""))
 
 
-def _from_json_value(name: str, value: Any) -> Any:
-    if name in ("dir", "tfds_dir", "workdir"):
-        return None if value is None else Path(value)
-    if name == "files":
-        return tuple(Path(v) for v in value)
-    return tuple(value) if isinstance(value, list) else value
+def _from_json_value(field: str, value: Any, hint: Any) -> Any:
+    name = field.rpartition(".")[2]
+    if name in ("dir", "tfds_dir", "workdir") and isinstance(value, str):
+        value = Path(value)
+    if isinstance(value, list):
+        value = tuple(Path(v) if name == "files" and isinstance(v, str) else v for v in value)
+    if not fits(value, hint):
+        raise ConfigError(f"saved {field} is {shown(value)}; it must be {wanted(hint)}", field=field, code="type")
+    return value
 
 
 # Where things lie and how devices are arranged may differ between two machines that continue the same run.

@@ -26,6 +26,13 @@ def check_output(path: Path) -> None:
     Raises:
         OutputError: when it holds something or is a file, a link, a mount point or the current directory.
     """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"output cannot be written: {reason}", field="--out", code="unwritable") from error
     if path.is_symlink() or (path.is_dir() and (path.is_mount() or path.samefile(Path.cwd()))):
         raise OutputError(
             f"output {path} cannot be replaced",

@@ -45,6 +45,8 @@ class Generate:
     """With --requests: the JSONL file to write, the requests with "answer" and "finish" ("stop" or "length")."""
     checkpoint: Path | None = None
     """Where the generator with the expert pool is, if not where it was when the specialisation was made."""
+    trust_recorded: bool = False
+    """Open the generator's address that the specialization records in a bucket, too, with your own credentials."""
     edge: str | None = None
     """Where the edge model is, if not where it was when the generator was trained."""
     max_new_tokens: int = 64
@@ -112,7 +114,7 @@ def _answer_one(flags: Generate, directory: Path) -> None:
 
     assert flags.input is not None
     text = text_argument(flags.input, "--input")
-    specialization, loaded, config = read_specialization(directory, flags.checkpoint, flags.edge)
+    specialization, loaded, config = read_specialization(directory, flags.checkpoint, flags.edge, flags.trust_recorded)
     edge = load_model(config.edge, evaluation_mesh(config.mesh.fsdp))
     params = edge.params
     if not flags.base:
@@ -154,7 +156,7 @@ def _answer_requests(flags: Generate, path: Path) -> None:
             code="none",
             remedy="name one in the file, or with --specialization",
         )
-    found, loaded, config = read_specializations(directories, flags.checkpoint, flags.edge)
+    found, loaded, config = read_specializations(directories, flags.checkpoint, flags.edge, flags.trust_recorded)
     first = found[directories[0]]
     if first.direct:
         raise CheckpointError(

@@ -4,8 +4,7 @@ In: a `Config`. Out: a `Pair`. Where cloud and edge are the same model, they sha
 """
 
 import dataclasses
-import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +23,17 @@ from lora_gen_jax.decoder.pretrained import (
     resolve,
 )
 from lora_gen_jax.errors import ConfigError, ModelError
+from lora_gen_jax.generator.cloud import pack_prompts
 from lora_gen_jax.inference.prefix import Prefix
 from lora_gen_jax.methods import trained_method
 from lora_gen_jax.processor import multiplies_bfloat16
 from lora_gen_jax.sharding import param_shardings
+from lora_gen_jax.untrusted import check_fields, check_tensors, flatten, read_object
+
+if TYPE_CHECKING:
+    from lora_gen_jax.training.checkpoint import Loaded
+
+_END_IDS = int | list[int] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -142,17 +148,12 @@ def end_ids(source: str, model: Model) -> tuple[int, ...]:
     """
     found = resolve(source)
     path = found.model / "generation_config.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{path} cannot be read ({error})", field=path.name, code="unreadable", remedy="download it again"
-        ) from error
-    if not isinstance(settings, dict):
-        raise ModelError(f"{path} must hold an object", field=path.name, code="type", remedy="download it again")
+    settings = read_object(path, ModelError, "download it again") if path.is_file() else {}
+    check_fields(settings, {"eos_token_id": _END_IDS}, path.name, ModelError)
     named = settings.get("eos_token_id")
     if named is None and found.kind == "hf":
         named = load_hf_config(found).get("eos_token_id")
+        check_fields({"eos_token_id": named}, {"eos_token_id": _END_IDS}, "config.json", ModelError)
     ids = named if isinstance(named, list) else [named]
     return tuple(sorted({i for i in (*ids, model.encoder.end) if i is not None}))
 
@@ -187,3 +188,28 @@ def make_generator(config: Config, pair: Pair) -> Any:
     build = trained_method(config.method).build
     assert build is not None
     return build(config, pair)
+
+
+def check_variables(loaded: "Loaded", module: Any, pair: Pair, reads: bool = True) -> None:
+    """A checkpoint's variables must be those that its module has beside these models.
+
+    Args:
+        loaded: the checkpoint.
+        module: as `make_generator` makes it for the checkpoint's config.
+        pair: of models.
+        reads: the module is called with prompts.
+
+    Raises:
+        CheckpointError: naming the tensor that is missing, too much or of another shape.
+    """
+    layers = pair.edge.config.num_layers
+    prompts = pack_prompts([[0]], layers, 1, layers + 1) if reads else None
+    frozen = pair.frozen[module.reader] if reads and module.reader else None
+    keys = {name: jax.random.key(0) for name in ("params", "dropout", "gumbel")}
+    wanted = jax.eval_shape(module.init, keys, frozen, prompts)
+    shapes = {name: x.shape for name, x in flatten({kind: wanted.get(kind, {}) for kind in ("params", "batch_stats")})}
+    # A portable generator has its scalars as vectors of one.
+    found = {
+        name: x.reshape(()) if (shapes.get(name), x.shape) == ((), (1,)) else x for name, x in flatten(loaded.variables)
+    }
+    check_tensors(found, shapes, str(loaded.path))

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_gen_jax.adapters.gated_pool import GatedPool
 from lora_gen_jax.adapters.specialization import Specialization, load_specialization, sparse_tensors
-from lora_gen_jax.adapters.specialization_fit import Fit, fitted_adapter, pool_fingerprint, pool_of
+from lora_gen_jax.adapters.specialization_fit import Fit, check_pool, fitted_adapter, pool_fingerprint, pool_of
 from lora_gen_jax.config import Config, ModelConfig
 from lora_gen_jax.data.record_rows import check_text
 from lora_gen_jax.data.tasks import Example
@@ -27,7 +27,7 @@ from lora_gen_jax.generator.lora_gen import gated_adapter
 from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.inference.buckets import bucket, power_of_two
 from lora_gen_jax.inference.placement import mesh_of
-from lora_gen_jax.models import Model, Pair, load_pair, make_generator
+from lora_gen_jax.models import Model, Pair, check_variables, load_pair, make_generator
 from lora_gen_jax.sharding import evaluation_mesh
 from lora_gen_jax.specialization.apply import Before, check_refinable, learning_model, logits_of, refine_all
 from lora_gen_jax.specialization.prompt import Prompt, pairs_of, solved
@@ -36,6 +36,7 @@ from lora_gen_jax.specialization.settings import Kind, RefineConfig
 from lora_gen_jax.training.bucket import absolute, is_bucket
 from lora_gen_jax.training.checkpoint import Loaded, check_models, load_checkpoint, versions
 from lora_gen_jax.training.portable import DEFAULT, SHIPPED
+from lora_gen_jax.untrusted import check_tensors
 
 
 class Specializer:
@@ -63,6 +64,7 @@ class Specializer:
         self.layers = pair.edge.config.num_layers
         self.limit = pair.prompt_room(self.config.eval.prompt_limit)
         self._generator = make_generator(self.config, pair)
+        check_variables(loaded, self._generator, pair)
         mesh = mesh_of(pair.cloud.params)
         # Once: a checkpoint's variables may be on the host.
         self._variables = jax.device_put(
@@ -259,6 +261,7 @@ class Specializer:
         return [] if isinstance(prompt, str) else pairs_of(self.pair.edge.encoder, prompt.shots, prompt.chat)
 
     def _made(self, text: str, tensors: dict[str, np.ndarray]) -> Specialization:
+        check_tensors(tensors, None, "the specialization that was made")
         return Specialization(tensors, self._fingerprints, text, self._checkpoint, self._versions)
 
     def adapter(self, specialization: Specialization) -> Any:
@@ -299,15 +302,15 @@ class Specializer:
 
 
 def read_specialization(
-    directory: Path, checkpoint: Path | None, edge: str | None
+    directory: Path, checkpoint: Path | None, edge: str | None, follow_remote: bool = False
 ) -> tuple[Specialization, Loaded, Config]:
     """As `read_specializations`, of one directory."""
-    found, loaded, config = read_specializations([directory], checkpoint, edge)
+    found, loaded, config = read_specializations([directory], checkpoint, edge, follow_remote)
     return found[directory], loaded, config
 
 
 def read_specializations(
-    directories: Sequence[Path], checkpoint: Path | None, edge: str | None
+    directories: Sequence[Path], checkpoint: Path | None, edge: str | None, follow_remote: bool = False
 ) -> tuple[dict[Path, Specialization], Loaded, Config]:
     """Specialisations of one generator, that generator, and its config with the edge model relocated.
 
@@ -315,18 +318,21 @@ def read_specializations(
 
     Args:
         directories: at least one, that `specialize` wrote.
-        checkpoint: where the generator is; None for where it was, or the shipped one (`find_generator`).
+        checkpoint: where the generator is; None for the shipped one, or where it was (`find_generator`).
         edge: where the edge model is, if not where it was when the generator was trained.
+        follow_remote: as of `find_generator`.
 
     Raises:
         CheckpointError: naming the directory that is damaged, does not fit the generator or is of another edge model;
             when no generator is found.
     """
     found = {directory: load_specialization(directory) for directory in dict.fromkeys(directories)}
-    loaded = find_generator(next(iter(found.values())), checkpoint)
+    loaded = find_generator(next(iter(found.values())), checkpoint, follow_remote)
     config = relocate(loaded.config, None, edge)
     source = resolve(config.edge.source)
-    fit, weights = Fit.of(loaded.variables, config.generator, load_config(source).num_layers), fingerprint(source)
+    edge_config = load_config(source)
+    check_pool(loaded.variables, config.generator, edge_config, str(loaded.path))
+    fit, weights = Fit.of(loaded.variables, config.generator, edge_config.num_layers), fingerprint(source)
     for directory, specialization in found.items():
         try:
             fit.check(specialization)
@@ -342,30 +348,43 @@ def read_specializations(
     return found, loaded, config
 
 
-def find_generator(specialization: Specialization, named: Path | None) -> Loaded:
-    """The checkpoint with a specialisation's pool: the one named, else the one recorded when it was made, else the
-    shipped generator that has this pool.
+def find_generator(specialization: Specialization, named: Path | None, follow_remote: bool = False) -> Loaded:
+    """The checkpoint with a specialisation's pool: the one named, else the shipped generator that has this pool, else
+    the one recorded when it was made.
+
+    Args:
+        specialization: whose author may be anyone: the address it records is opened only below a local path.
+        named: by the user.
+        follow_remote: open a recorded address in a bucket, too, with the user's own credentials.
 
     Raises:
-        CheckpointError: when none of them is there.
+        CheckpointError: when none of them is there, or has the pool.
     """
     if named is not None:
         return load_checkpoint(named)
-    recorded, reason = specialization.checkpoint, "none was recorded when it was made"
-    if recorded is not None:
-        reason = f"the one recorded when it was made ({recorded[:200]}) is gone"
-        if is_bucket(recorded) or is_directory(Path(recorded)):
-            try:
-                return load_checkpoint(recorded)
-            except (CheckpointError, ConfigError) as error:
-                reason = f"the one recorded when it was made cannot be used ({error})"
+    pool = specialization.fingerprints["pool"]
     for path in SHIPPED.values():
         loaded = load_checkpoint(path)
-        if pool_fingerprint(loaded.variables) == specialization.fingerprints["pool"]:
+        if pool_fingerprint(loaded.variables) == pool:
             return loaded
+    recorded, reason = specialization.checkpoint, "none was recorded when it was made"
+    if recorded is not None:
+        at = recorded[:200]
+        reason = f"the one recorded when it was made ({at}) is gone"
+        remote = "://" in recorded or is_bucket(recorded)
+        if remote and not follow_remote:
+            reason = f"the address recorded when it was made ({at}) is not opened without --trust-recorded"
+        elif remote or is_directory(Path(recorded)):
+            try:
+                loaded = load_checkpoint(recorded)
+                if (found := pool_fingerprint(loaded.variables)) == pool:
+                    return loaded
+                reason = f"the one recorded when it was made ({at}) has another pool (fingerprint {found}, not {pool})"
+            except (CheckpointError, ConfigError) as error:
+                reason = f"the one recorded when it was made cannot be used ({error})"
     raise CheckpointError(
-        f"the expert pool of this specialization was not found: no --checkpoint was given, {reason}, and no shipped"
-        " generator has that pool",
+        f"the expert pool of this specialization was not found: no --checkpoint was given, no shipped generator has"
+        f" that pool, and {reason}",
         field="--checkpoint",
         remedy="Give --checkpoint DIR",
     )

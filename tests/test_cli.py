@@ -106,6 +106,28 @@ def test_specialise_refuses_bad_input_and_writes_nothing(capsys, tmp_path, flags
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("flag", ["--prompt", "--checkpoint", "--out", "--cloud"])
+def test_half_a_surrogate_on_the_command_line_is_refused(capsys, tmp_path, flag):
+    """What bytes that are no UTF-8 become: no file and no text of this package has such a name."""
+    args = {"--checkpoint": str(trained().directory), "--prompt": PROMPT, "--out": str(tmp_path / "out")}
+    args |= {flag: "x\udcff"}
+    refused(capsys, main, ["specialize", *(x for pair in args.items() for x in pair)], "UTF-8")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flag", ["--checkpoint", "--out", "--cloud", "--shots", "--chat", "--prompts", "--examples"])
+def test_a_path_of_five_thousand_characters_is_refused(capsys, tmp_path, flag):
+    args = {"--checkpoint": str(trained().directory), "--out": str(tmp_path / "out")} | {flag: "x" * 5000}
+    if flag in ("--checkpoint", "--out", "--cloud"):
+        args["--prompt"] = PROMPT
+    refused(capsys, main, ["specialize", *(x for pair in args.items() for x in pair)])
+    for command, name in (("generate", "--specialization"), ("export", "--specialization"), ("pack", "--checkpoint")):
+        given = {"generate": ["--input", "x"], "export": ["--out", "y", "--format", "peft"], "pack": ["--out", "y"]}
+        refused(capsys, main, [command, name, "x" * 5000, *given[command]])
+    refused(capsys, train_main, ["x" * 5000 + ".py"])
+    assert list(tmp_path.iterdir()) == []
+
+
 CHAT = [
     {"role": "system", "content": "say the color of the sun"},
     {"role": "user", "content": "what kind is the star ?"},
@@ -145,7 +167,7 @@ def test_many_prompts_make_a_directory_each_and_one_line_says_what_they_took(spe
     said, err = capsys.readouterr()
     assert said == ""
     assert re.fullmatch(
-        rf"{out}: 10 specialisations in \d+\.\d s, \d+\.\d prompts/s, {10 * 2 * 2 * 5} bytes of gates", err.strip()
+        rf"{out}: 10 specializations in \d+\.\d s, \d+\.\d prompts/s, {10 * 2 * 2 * 5} bytes of gates", err.strip()
     )
     assert sorted(p.name for p in out.iterdir()) == ["01", *(f"{n:02d}" for n in range(3, 11)), "warm"]
     assert same_gates(special, out / "warm")
@@ -167,7 +189,7 @@ def test_a_bad_prompt_among_many_is_named_and_nothing_is_written(capsys, tmp_pat
 @pytest.mark.parametrize(
     ("flags", "fact"),
     [
-        ([], "--prompt, --chat, --shots and --prompts"),
+        ([], "--prompt, --chat, --shots, --examples and --prompts"),
         (["--prompt", "x", "--chat", "c.json"], "found --prompt and --chat"),
         (["--shots", "s.jsonl", "--chat", "c.json"], "found --chat and --shots"),
         (["--prompt", "x", "--prompts", "p.jsonl"], "found --prompt and --prompts"),

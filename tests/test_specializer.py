@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from helpers import WORDS, raises, trained, write_model
@@ -16,6 +17,7 @@ from lora_gen_jax.adapters.specialization_fit import pool_fingerprint
 from lora_gen_jax.data.encode import Encoder
 from lora_gen_jax.errors import CheckpointError, DataError
 from lora_gen_jax.generator import specialize as specializing
+from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.sharding import make_mesh
 from lora_gen_jax.specializer import Specializer, find_generator, read_specialization, relocate
 from lora_gen_jax.training.checkpoint import load_checkpoint, versions
@@ -212,6 +214,56 @@ def test_a_specialisation_is_read_with_its_generator(specializer, tmp_path):
     save_specialization(dataclasses.replace(made, checkpoint="gone"), tmp_path / "lost")
     with raises(CheckpointError, "--checkpoint", "(gone)"):
         read_specialization(tmp_path / "lost", None, None)
+
+
+def test_an_address_that_a_specialisation_records_is_opened_below_a_local_path_or_on_request(specializer, monkeypatch):
+    """Its author may be anyone: the reader's own credentials go nowhere that they did not name."""
+    (made,) = specializer.specialize([PROMPT])
+    opened = []
+
+    def load(path):
+        opened.append(str(path))
+        return load_checkpoint(trained().directory if str(path).startswith("gs://") else path)
+
+    monkeypatch.setattr("lora_gen_jax.specializer.load_checkpoint", load)
+    for address in ("gs://elsewhere/run", "gs:/elsewhere/run", "s3://elsewhere/run", "file://elsewhere/run"):
+        opened.clear()
+        with raises(CheckpointError, "--checkpoint", address, "--trust-recorded"):
+            find_generator(dataclasses.replace(made, checkpoint=address), None)
+        assert opened == [str(path) for path in SHIPPED.values()]
+    remote = dataclasses.replace(made, checkpoint="gs://elsewhere/run")
+    assert find_generator(remote, None, follow_remote=True).step == 24
+    # A shipped generator is found before anything that is recorded, and one with another pool is never used.
+    pool = pool_fingerprint(load_checkpoint(SHIPPED["quickstart"]).variables)
+    quick = dataclasses.replace(remote, fingerprints={**made.fingerprints, "pool": pool})
+    opened.clear()
+    assert find_generator(quick, None, follow_remote=True).path == SHIPPED["quickstart"]
+    assert opened == [str(SHIPPED["quickstart"])]
+    other = dataclasses.replace(made, fingerprints={**made.fingerprints, "pool": "0" * 16})
+    with raises(CheckpointError, "--checkpoint", "0" * 16):
+        find_generator(other, None)
+
+
+def test_gates_that_are_no_numbers_are_not_handed_out(specializer, monkeypatch):
+    def broken(*args):
+        generated = specialize(*args)
+        return generated.replace(gates_PLE=generated.gates_PLE * np.nan)
+
+    monkeypatch.setattr("lora_gen_jax.specializer.specialize", broken)
+    with raises(CheckpointError, "the specialization that was made:weight", code="not finite"):
+        specializer.specialize([PROMPT])
+
+
+@pytest.mark.parametrize("change", ["missing", "renamed", "misshaped"])
+def test_a_generator_whose_tensors_are_not_its_modules_is_refused(specializer, change):
+    variables = jax.tree.map(lambda x: x, specializer.loaded.variables)
+    pool = variables["params"]["pool"]
+    value = pool.pop("up_a")
+    if change != "missing":
+        pool["up_a" if change == "misshaped" else "up_c"] = value[..., :1] if change == "misshaped" else value
+    place = specializer.loaded.path
+    with raises(CheckpointError, f"{place}:params/pool/up_a", code="shape" if change == "misshaped" else "missing"):
+        Specializer(dataclasses.replace(specializer.loaded, variables=variables), specializer.pair)
 
 
 def test_models_are_relocated_one_by_one():

@@ -21,6 +21,7 @@ from lora_gen_jax.config import GeneratorConfig
 from lora_gen_jax.errors import CheckpointError
 from lora_gen_jax.files import complete_directory, writing
 from lora_gen_jax.generator.trained_module import Generated
+from lora_gen_jax.untrusted import check_digests, digest_of, file_digest
 
 TENSORS, PROMPT, READABLE = "specialization.safetensors", "prompt.txt", "specialization.json"
 
@@ -175,7 +176,10 @@ def load_specialization(directory: str | Path) -> Specialization:
         fingerprints, digest = {name: metadata[name] for name in ("cloud", "edge", "pool")}, metadata["prompt"]
         refined = read_refined(metadata.get("refined"), f"{TENSORS}:refined")
     with reading(directory / READABLE):
-        checkpoint, versions = read_readable(directory / READABLE)
+        checkpoint, versions, digests = read_readable(directory / READABLE)
+    with reading(directory / TENSORS):
+        if digests:  # older versions wrote none
+            check_digests({TENSORS: file_digest(directory / TENSORS)}, digests, "its files")
     with reading(directory / PROMPT):
         check_size(directory / PROMPT)
         # Bytes: read as text, a carriage return would become a line feed.
@@ -203,8 +207,9 @@ def _write(s: Specialization, directory: Path) -> None:
         readable["refined"] = s.refined
     if not s.direct:
         readable["gates"] = _readable_gates(s)
-    tensors = {name: np.ascontiguousarray(value) for name, value in s.tensors.items()}
-    (directory / TENSORS).write_bytes(safetensors.numpy.save(tensors, metadata))
+    stored = safetensors.numpy.save({name: np.ascontiguousarray(x) for name, x in s.tensors.items()}, metadata)
+    readable["sha256"] = {TENSORS: digest_of(stored)}
+    (directory / TENSORS).write_bytes(stored)
     (directory / PROMPT).write_bytes(s.prompt.encode())
     (directory / READABLE).write_text(json.dumps(readable, indent=2) + "\n", encoding="utf-8")
 

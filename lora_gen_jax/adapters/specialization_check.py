@@ -3,7 +3,6 @@
 In: paths. Out: tensors, metadata and readable fields that are safe to work with, or an error that says what is wrong.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +12,14 @@ import numpy as np
 import safetensors
 
 from lora_gen_jax.errors import CheckpointError
+from lora_gen_jax.untrusted import check_fields, parse_json, read_object, reason_of
 
 LARGEST = 64 * 2**20
 """Bytes of any file but one with factors. Gates of a thousand layers and experts fit many times over."""
 SPARSE, DENSE = frozenset({"index", "weight"}), frozenset({"weight", "scale"})
 FLOAT = ("F16", "F32")
+READABLE_SCHEMA = {"checkpoint": str | None, "versions": dict[str, str], "sha256": dict[str, str] | None}
+REFINED_SCHEMA = {"kind": str, **dict.fromkeys(("examples", "steps", "loss_before", "loss_after"), float)}
 _TYPES = {"index": ("U8", "U16", "U32"), "scale": FLOAT}
 _AXES = {"index": 2, "weight": 2, "scale": 1}
 
@@ -40,7 +42,7 @@ def reading(path: Path) -> Iterator[None]:
             f"{place}: {path.name} lacks {key!r}", field=f"{path.name}:{key}", remedy=remedy
         ) from error
     except (OSError, TypeError, ValueError, RecursionError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{place}: {path.name}: {error}", field=path.name, remedy=remedy) from error
+        raise CheckpointError(f"{place}: {path.name}: {reason_of(error)}", field=path.name, remedy=remedy) from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -120,27 +122,18 @@ def _refuse(wrong_L: np.ndarray, values_LK: np.ndarray, field: str, rule: str) -
         raise CheckpointError(f"layer {layer} has {values}{more}: {rule}", field=f"{field}.{layer}")
 
 
-def read_readable(path: Path) -> tuple[str | None, dict[str, str]]:
-    """(checkpoint, versions).
+def read_readable(path: Path) -> tuple[str | None, dict[str, str], dict[str, str]]:
+    """(checkpoint, versions, {file: SHA-256}, which older versions did not write).
 
     Raises:
-        CheckpointError, ValueError, OSError: when the file says something else.
+        CheckpointError: when the file says something else.
     """
     check_size(path)
-    readable = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(readable, dict) or not {"checkpoint", "versions"} <= readable.keys():
-        raise CheckpointError(f'{path.name} must be an object with "checkpoint" and "versions"', field=path.name)
-    checkpoint, versions = readable["checkpoint"], readable["versions"]
-    if not (checkpoint is None or isinstance(checkpoint, str)):
-        raise CheckpointError(
-            f'"checkpoint" in {path.name} must be a path or null, found {type(checkpoint).__name__}',
-            field=f"{path.name}:checkpoint",
-        )
-    if not isinstance(versions, dict) or not all(isinstance(version, str) for version in versions.values()):
-        raise CheckpointError(
-            f'"versions" in {path.name} must map names of packages to texts', field=f"{path.name}:versions"
-        )
-    return checkpoint, versions
+    readable = read_object(path, CheckpointError)
+    if "checkpoint" not in readable:
+        raise CheckpointError(f"{path.name} lacks checkpoint", field=f"{path.name}:checkpoint", code="missing")
+    check_fields(readable, READABLE_SCHEMA, path.name, CheckpointError)
+    return readable["checkpoint"], readable["versions"], readable.get("sha256") or {}
 
 
 def read_refined(text: str | None, field: str) -> dict[str, Any] | None:
@@ -151,14 +144,13 @@ def read_refined(text: str | None, field: str) -> dict[str, Any] | None:
     """
     if text is None:
         return None
-    refined = json.loads(text)
-    numbers = ("examples", "steps", "loss_before", "loss_after")
-    if not (
-        isinstance(refined, dict)
-        and isinstance(refined.get("kind"), str)
-        and all(isinstance(refined.get(name), int | float) for name in numbers)
-    ):
-        raise CheckpointError(f'"refined" must be an object with kind, {", ".join(numbers)}', field=field)
+    refined = parse_json(text)
+    if not isinstance(refined, dict):
+        raise CheckpointError('"refined" must be an object', field=field, code="type")
+    try:
+        check_fields(refined, REFINED_SCHEMA, "refined", CheckpointError)
+    except CheckpointError as error:
+        raise CheckpointError(error.problem, field=field, code=error.code) from error
     return refined
 
 

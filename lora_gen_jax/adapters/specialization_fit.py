@@ -16,8 +16,10 @@ from lora_gen_jax.adapters.lora import PromptLoRA
 from lora_gen_jax.adapters.refined import RefinedPool
 from lora_gen_jax.adapters.specialization import TENSORS, Specialization
 from lora_gen_jax.config import GeneratorConfig
+from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.errors import CheckpointError
 from lora_gen_jax.generator.lora_gen import gated_adapter
+from lora_gen_jax.untrusted import check_tensors, flatten
 
 _REMEDY = "give the checkpoint that it was made with (--checkpoint)"
 
@@ -179,6 +181,28 @@ def pool_of(variables: Any) -> dict[str, dict[str, Any]]:
         site, factor = name.rsplit("_", 1)
         pool.setdefault(site, {})[factor] = value
     return pool
+
+
+def check_pool(variables: Any, settings: GeneratorConfig, edge: DecoderConfig, place: str) -> None:
+    """A generator's pool, or what makes the factors of direct generation, must be of the edge model's shapes.
+
+    Raises:
+        CheckpointError: naming the tensor.
+    """
+    params, rank = variables["params"], settings.rank
+    if "pool" in params:
+        lead = ((edge.num_layers,) if settings.pool == "per_layer" else ()) + (settings.num_experts,)
+        wanted = {
+            f"pool/{site}_{x}": (*lead, *shape)
+            for site, (inputs, outputs) in edge.ffn_shapes.items()
+            for x, shape in (("a", (inputs, rank)), ("b", (rank, outputs)))
+        }
+        check_tensors(dict(flatten(params["pool"], "pool/")), wanted, place)
+        return
+    wanted = {f"direct/{site}_a_start": (inputs, rank) for site, (inputs, _) in edge.ffn_shapes.items()}
+    wanted |= {f"direct/{site}_b/bias": (rank * outputs,) for site, (_, outputs) in edge.ffn_shapes.items()}
+    found = dict(flatten(params["direct"], "direct/"))
+    check_tensors({name: x for name, x in found.items() if name.endswith(("_a_start", "_b/bias"))}, wanted, place)
 
 
 def _layers(variables: Any, settings: GeneratorConfig) -> int | None:

@@ -35,7 +35,10 @@ def reader(config: Config, pair: "Pair", loaded: "Loaded") -> Callable[[str], Ge
 
     Of an empty text the line break is read that every prompt ends with.
     """
+    from lora_gen_jax.models import check_variables
+
     generator, encoder = build(loaded.config, pair), pair.cloud.encoder
+    check_variables(loaded, generator, pair)
 
     def read(text: str) -> Generated:
         ids = encoder.prompt(text) if text else [encoder.line_break]

@@ -131,9 +131,11 @@ def fixed(config: Config, pair: "Pair", loaded: "Loaded | None") -> Specialise:
 
     @functools.cache
     def made() -> Specialised:
-        from lora_gen_jax.models import make_generator
+        from lora_gen_jax.models import check_variables, make_generator
 
-        adapter = make_generator(loaded.config, pair).apply(loaded.variables, None, None).adapter
+        module = make_generator(loaded.config, pair)
+        check_variables(loaded, module, pair, reads=False)
+        adapter = module.apply(loaded.variables, None, None).adapter
         return beside_or_merged(pair.edge.params, jax.device_put(adapter))
 
     return lambda prompt: made()

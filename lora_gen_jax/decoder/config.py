@@ -4,9 +4,10 @@ In: the dictionary of a Hugging Face ``config.json``. Out: a `DecoderConfig`, wh
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from lora_gen_jax.errors import ModelError
+from lora_gen_jax.untrusted import check_fields, shown
 
 FAMILIES = ("llama", "qwen2", "gemma", "gemma2", "opt")
 GEMMA = ("gemma", "gemma2")
@@ -15,6 +16,22 @@ GEMMA_HEAD_DIM = 256
 # Fields of a config.json that count something.
 SIZES = ("vocab_size", "num_hidden_layers", "hidden_size", "intermediate_size", "ffn_dim", "num_attention_heads")
 SIZES += ("num_key_value_heads", "head_dim", "max_position_embeddings")
+LARGEST_SIZE, MOST_LAYERS = 2**31, 10_000
+_POSITIVE = Annotated[float, 1e-30, 1e30]
+# Its other fields that are read, where it has them.
+_FIELDS = {
+    **dict.fromkeys(("rms_norm_eps", "rope_theta", "query_pre_attn_scalar"), _POSITIVE),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), _POSITIVE | None),
+    **dict.fromkeys(("rope_parameters", "rope_scaling"), dict | None),
+    **dict.fromkeys(("hidden_act", "hidden_activation", "activation_function"), str | None),
+    **dict.fromkeys(("sliding_window", "max_window_layers", "word_embed_proj_dim"), int | None),
+    "layer_types": list[str] | None,
+}
+_ROPE = {
+    **dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor"), _POSITIVE),
+    "original_max_position_embeddings": Annotated[int, 1, LARGEST_SIZE],
+}
+_FILE = "config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,16 +152,23 @@ class DecoderConfig:
         family = hf.get("model_type")
         if family not in FAMILIES:
             raise ModelError(
-                f"config.json: model_type {family!r} is not supported",
+                f"config.json: model_type {shown(family)} is not supported",
                 field="config.json:model_type",
                 remedy=f"use one of {', '.join(FAMILIES)}",
             )
+        hf = {field: value for field, value in hf.items() if value is not None or field not in SIZES}
         for field in SIZES:
             if (size := hf.get(field)) is not None and (type(size) is not int or size < 1):
                 raise ModelError(
-                    f"config.json: {field} is {size!r}; it must be a whole number of at least 1",
+                    f"config.json: {field} is {shown(size)}; it must be a whole number of at least 1",
                     field=f"config.json:{field}",
                 )
+            most = MOST_LAYERS if field == "num_hidden_layers" else LARGEST_SIZE
+            if size is not None and size > most:
+                raise ModelError(
+                    f"config.json: {field} is {shown(size)}; at most {most}", field=f"config.json:{field}", code="range"
+                )
+        check_fields(hf, {name: hint for name, hint in _FIELDS.items() if name in hf}, _FILE, ModelError)
         try:
             config = _opt(hf) if family == "opt" else _rotary(family, hf)
         except KeyError as error:
@@ -152,6 +176,16 @@ class DecoderConfig:
                 f"config.json of this {family} model lacks the field {error.args[0]!r}",
                 field=f"config.json:{error.args[0]}",
             ) from error
+        if config.rope_theta is not None and config.head_dim % 2:
+            raise ModelError(
+                f"config.json: head_dim is {config.head_dim}; heads whose halves are rotated have an even one",
+                field="config.json:head_dim",
+            )
+        if config.windowed_layers and len(config.windowed_layers) != config.num_layers:
+            raise ModelError(
+                f"config.json: layer_types has {len(config.windowed_layers)} entries for {config.num_layers} layers",
+                field="config.json:layer_types",
+            )
         if config.num_heads % config.num_kv_heads:
             raise ModelError(
                 f"config.json: num_attention_heads = {config.num_heads} is not a multiple of num_key_value_heads ="
@@ -263,6 +297,8 @@ def _rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     parameters = hf.get("rope_parameters") or {}
     theta = parameters.get("rope_theta", hf.get("rope_theta", 10_000.0))
     scaling = parameters or hf.get("rope_scaling") or {}
+    for place in (parameters, scaling):
+        check_fields(place, {name: hint for name, hint in _ROPE.items() if name in place}, _FILE, ModelError)
     for place in (hf, parameters, scaling):
         if place.get("partial_rotary_factor") not in (None, 1):
             raise ModelError(
@@ -276,7 +312,7 @@ def _rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
         return theta, None
     if kind != "llama3":
         raise ModelError(
-            f"config.json: rope type {kind!r} is not supported",
+            f"config.json: rope type {shown(kind)} is not supported",
             field="config.json:rope_type",
             remedy="use 'default' or 'llama3'",
         )

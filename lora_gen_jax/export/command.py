@@ -36,6 +36,8 @@ class Export:
     """Directory that `specialize` wrote. May be left out with --base and --edge."""
     checkpoint: Path | None = None
     """Where the generator with the expert pool is, if not where it was when the specialisation was made."""
+    trust_recorded: bool = False
+    """Open the generator's address that the specialization records in a bucket, too, with your own credentials."""
     edge: str | None = None
     """Where the edge model is, if not where it was when the generator was trained."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -61,7 +63,9 @@ def export_command(flags: Export) -> None:
     if flags.specialization is not None:
         from lora_gen_jax.specializer import read_specialization
 
-        special, loaded, config = read_specialization(flags.specialization, flags.checkpoint, flags.edge)
+        special, loaded, config = read_specialization(
+            flags.specialization, flags.checkpoint, flags.edge, flags.trust_recorded
+        )
         made = Made(special, loaded, config.edge)
     if flags.format == "merged":
         what, loads = _merged(flags, made)

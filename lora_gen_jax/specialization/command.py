@@ -34,6 +34,8 @@ class Refine:
     """The examples stand in the edge model's chat template, as a server's chats and `generate --chat` have it."""
     checkpoint: Path | None = None
     """Where the generator with the expert pool is, if not where it was when the specialization was made."""
+    trust_recorded: bool = False
+    """Open the generator's address that the specialization records in a bucket, too, with your own credentials."""
     cloud: str | None = None
     """Where the cloud model is, if not where it was when the generator was trained."""
     edge: str | None = None
@@ -53,7 +55,7 @@ def refine_command(flags: Refine) -> None:
 
     from lora_gen_jax.specializer import Specializer, read_specialization
 
-    special, loaded, _ = read_specialization(flags.specialization, flags.checkpoint, flags.edge)
+    special, loaded, _ = read_specialization(flags.specialization, flags.checkpoint, flags.edge, flags.trust_recorded)
     specializer = Specializer.of(loaded, flags.cloud, flags.edge)
     config = specializer.refinement(flags.refine, flags.steps)
     refined(flags.out, lambda: specializer.refine(special, examples, config, flags.as_chat))

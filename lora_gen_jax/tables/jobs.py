@@ -155,7 +155,9 @@ def finished(job: Job) -> dict[str, Any] | None:
     """
     try:
         result = json.loads(job.result.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(result, dict) or not isinstance(result.get("settings"), dict):
         return None
     old, new = as_now(result["settings"]), as_now(settings_of(job))
     lines = difference(old, new)
@@ -170,7 +172,7 @@ def check_begun(job: Job) -> None:
         return
     try:
         saved = json.loads((job.config.directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return
     refuse(job, difference(as_now(saved), as_now(to_json(job.config))))
 

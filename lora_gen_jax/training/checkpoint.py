@@ -2,31 +2,35 @@
 
 A step's directory holds three items, so that each reader takes what it needs: `generator` (params and batch
 statistics), `optimizer` (its state and the step), `data` (the input iterator's place), beside `metadata` with the
-config, the fingerprints of the frozen models and versions.
+config, the fingerprints of the frozen models and versions. The metadata also hold a SHA-256 of every array, of the
+iterator's place and of themselves, which reading compares: storage notices damage to its lists, but not to the arrays.
 """
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import from_json, to_json
-from lora_gen_jax.errors import CheckpointError, OutputError
+from lora_gen_jax.errors import CheckpointError, LoraGenError, OutputError
 from lora_gen_jax.full_disk import disk_reason
 from lora_gen_jax.training.bucket import absolute, is_bucket, location, remote_errors
-from lora_gen_jax.training.portable import SHIPPED, TENSORS, load_portable
+from lora_gen_jax.training.digests import compare_digests, digests_of, drop_late_reads, opened, sealed
+from lora_gen_jax.training.portable import SHIPPED, TENSORS, check_generator, load_portable
 from lora_gen_jax.training.step import TrainState
+from lora_gen_jax.untrusted import reason_of
 
 log = logging.getLogger(__name__)
 PACKAGES = ("lora_gen_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
 ITEMS = ("generator", "optimizer", "data", "metadata")
+_Read = TypeVar("_Read")
 
 # Orbax logs every save and restore at INFO and reports on its own threads; a run has its own progress.
 logging.getLogger("absl").setLevel(logging.ERROR)
@@ -73,6 +77,7 @@ class Checkpoints:
 
     Raises:
         OutputError: when it cannot be used.
+        CheckpointError: when what lies there cannot be listed.
     """
 
     def __init__(self, directory: Any, keep: int):
@@ -99,8 +104,18 @@ class Checkpoints:
         )
         self.directory = absolute(directory)
         self._errors = remote_errors(self.directory)
-        with self._writing():
-            self.manager = ocp.CheckpointManager(self.directory, options=options, item_names=ITEMS)
+        try:
+            with self._writing():
+                self.manager = ocp.CheckpointManager(self.directory, options=options, item_names=ITEMS)
+        except OutputError:
+            raise
+        except Exception as error:  # whatever damaged lists make storage raise
+            raise CheckpointError(
+                f"the checkpoints in {self.directory} cannot be listed: {reason_of(error)}",
+                field="checkpoint",
+                code="damaged",
+                remedy="Delete the newest step's directory to go on from the one before",
+            ) from error
 
     def save(self, state: TrainState, data_state: Any, metadata: dict[str, Any], validation_loss: float | None) -> None:
         """Starts writing; training goes on meanwhile. A checkpoint appears under its step only when complete.
@@ -108,11 +123,13 @@ class Checkpoints:
         Raises:
             OutputError: when this one, or the one before, cannot be written.
         """
+        optimizer = {"opt_state": state.opt_state, "step": state.step}
+        digests = digests_of({"generator": state.variables, "optimizer": optimizer, "data": data_state})
         items = ocp.args.Composite(
             generator=ocp.args.StandardSave(state.variables),
-            optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "step": state.step}),
+            optimizer=ocp.args.StandardSave(optimizer),
             data=ocp.args.JsonSave(data_state),
-            metadata=ocp.args.JsonSave(metadata),
+            metadata=ocp.args.JsonSave(sealed(metadata | {"sha256": digests})),
         )
         metrics = None if validation_loss is None else {"validation_loss": validation_loss}
         with self._writing():
@@ -153,43 +170,51 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def made_with(self) -> tuple[dict[str, str], dict[str, str]]:
-        """(fingerprints of the models, contents of the tasks) that the newest checkpoint was trained with.
+        """(fingerprints of the models, contents of the tasks) that the newest readable checkpoint was trained with.
 
         Raises:
-            CheckpointError: when the checkpoint cannot be read.
+            CheckpointError: when none can be read.
         """
-        items = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-        with self._reading(self.latest):
-            found: Any = self.manager.restore(self.latest, args=items)
-            return found.metadata["fingerprints"], found.metadata.get("tasks", {})
 
-    @contextmanager
-    def _reading(self, step: int | None) -> Iterator[None]:
-        try:
-            yield
-        except (ValueError, KeyError, OSError, TypeError, *self._errors) as error:
-            raise CheckpointError(
-                f"checkpoint {self.manager.directory / str(step)} cannot be restored: {error}",
-                field="checkpoint",
-                code="damaged",
-                remedy="Delete that step's directory to go on from the one before",
-            ) from error
+        def read(step: int) -> tuple[dict[str, str], dict[str, str]]:
+            found: Any = self.manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))
+            metadata = opened(found.metadata)
+            return metadata["fingerprints"], metadata.get("tasks") or {}
+
+        return self._newest(read)[1]
 
     def restore(self, state: TrainState) -> tuple[TrainState, Any]:
         """The newest state, in the shapes, types and shardings of `state`, and the data iterator's place.
 
+        Of a run in one process whose newest checkpoints in its directory are damaged, the newest that is not; the
+        damaged ones are set aside as <step>.damaged.
+
         Raises:
-            CheckpointError: when the checkpoint cannot be read or has other shapes.
+            CheckpointError: when none can be read, or has these shapes.
         """
-        step = self.latest
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         items = ocp.args.Composite(
             generator=ocp.args.StandardRestore(like.variables),
             optimizer=ocp.args.StandardRestore({"opt_state": like.opt_state, "step": like.step}),
             data=ocp.args.JsonRestore(),
+            metadata=ocp.args.JsonRestore(),
         )
-        with self._reading(step):
+
+        def read(step: int) -> Any:
             found: Any = self.manager.restore(step, args=items)
+            parts = {"generator": found.generator, "optimizer": found.optimizer, "data": found.data}
+            compare_digests(opened(found.metadata), parts, str(step))
+            return found
+
+        step, found = self._newest(read)
+        damaged_steps = [other for other in self.manager.all_steps() if other > step]
+        for damaged in damaged_steps:
+            aside = self.directory / f"{damaged}.damaged"
+            log.warning("checkpoint %d is damaged: set aside as %s; going on from step %d", damaged, aside, step)
+            with self._writing():
+                (self.directory / str(damaged)).rename(aside)
+        if damaged_steps:
+            self.manager.reload()
         restored = TrainState(
             found.optimizer["step"],
             found.generator["params"],
@@ -197,6 +222,26 @@ class Checkpoints:
             found.optimizer["opt_state"],
         )
         return restored, found.data
+
+    def _newest(self, read: Callable[[int], _Read]) -> tuple[int, _Read]:
+        """(step, what was read) of the newest checkpoint that can be read; CheckpointError of the newest, if none can.
+
+        In a bucket, and for several processes, only the newest is tried: all of them would have to go back together.
+        """
+        drop_late_reads()
+        steps = sorted(self.manager.all_steps(), reverse=True)
+        first: Exception | None = None
+        for step in steps if not self._errors and jax.process_count() == 1 else steps[:1]:
+            try:
+                return step, read(step)
+            except Exception as error:  # whatever storage raises for damaged bytes
+                first = first or error
+        raise CheckpointError(
+            f"checkpoint {self.manager.directory / str(steps[0])} cannot be restored: {reason_of(first or KeyError())}",
+            field="checkpoint",
+            code="damaged",
+            remedy="Delete that step's directory to go on from the one before",
+        ) from first
 
     def close(self) -> None:
         """Waits, as `wait`, and ends the threads that write."""
@@ -257,25 +302,38 @@ def load_checkpoint(path: str | Path) -> Loaded:
         directory = absolute(step_directory(place))
     except (OSError, *remote_errors(place)) as error:
         raise CheckpointError(f"{place} cannot be read: {error}", field="--checkpoint", code="unreadable") from error
+    drop_late_reads()
     try:
         handler = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
         items = ocp.args.Composite(
             generator=ocp.args.StandardRestore(None, fallback_sharding=_one_device()), metadata=ocp.args.JsonRestore()
         )
         found = handler.restore(directory, args=items)
-        metadata = found.metadata
+        metadata = opened(found.metadata)
+        # On the host: on one device they could not meet models that lie on several.
+        variables = jax.device_get(found.generator)
+        compare_digests(metadata, {"generator": variables}, directory.name)
+        config = from_json(metadata["config"])
+        check_generator(variables, config, directory.name)
         return Loaded(
-            step=int(metadata["step"]),
-            # On the host: on one device they could not meet models that lie on several.
-            variables=jax.device_get(found.generator),
-            config=from_json(metadata["config"]),
+            step=metadata["step"],
+            variables=variables,
+            config=config,
             fingerprints=metadata["fingerprints"],
             versions=metadata["versions"],
             path=directory,
         )
-    except (ValueError, KeyError, OSError, TypeError, *remote_errors(directory)) as error:
+    except Exception as error:  # whatever storage raises for damaged bytes
+        reason = error.problem if isinstance(error, LoraGenError) else reason_of(error)
+        others = [
+            p for p in directory.parent.glob("*") if p.name.isdigit() and p.name != directory.name and complete(p)
+        ]
+        older = max(others, key=lambda p: int(p.name), default=None)
         raise CheckpointError(
-            f"checkpoint {directory} is damaged or incomplete: {error}", field="--checkpoint", code="damaged"
+            f"checkpoint {directory} is damaged or incomplete: {reason}",
+            field="--checkpoint",
+            code="damaged",
+            remedy=None if older is None else f"Give --checkpoint {older} for another of that run",
         ) from error
 
 
@@ -340,9 +398,9 @@ def check_models(expected: dict[str, str], found: dict[str, str], what: str) -> 
         CheckpointError: naming the model that differs.
     """
     for name in ("cloud", "edge"):
-        if expected[name] != found[name]:
+        if expected.get(name) != found[name]:
             raise CheckpointError(
-                f"{what} was made for another {name} model (fingerprint {expected[name]}, loaded {found[name]})",
+                f"{what} was made for another {name} model (fingerprint {expected.get(name)}, loaded {found[name]})",
                 field=f"{name}.source",
                 remedy=f"load the model it was trained on ({name}.source)",
             )

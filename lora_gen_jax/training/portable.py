@@ -5,9 +5,8 @@ In: a checkpoint. Out: a directory with `generator.safetensors` (parameters and 
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors then returns)
@@ -15,11 +14,29 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import from_json, to_json
-from lora_gen_jax.errors import CheckpointError
+from lora_gen_jax.errors import CheckpointError, LoraGenError
 from lora_gen_jax.files import complete_directory, writing
+from lora_gen_jax.untrusted import (
+    check_digests,
+    check_fields,
+    check_tensors,
+    digest_of,
+    file_digest,
+    flatten,
+    read_object,
+    reason_of,
+)
 
 TENSORS, READABLE = "generator.safetensors", "generator.json"
+SCHEMA = {
+    "step": Annotated[int, 0, 2**53],
+    "config": dict,
+    "fingerprints": dict[str, str],
+    "versions": dict[str, str],
+    "sha256": dict[str, str] | None,
+}
 _PACKAGE = Path(__file__).parents[1]
 # By the name of the config that a generator belongs to; ``--checkpoint`` takes the names, too.
 SHIPPED = {
@@ -44,19 +61,21 @@ def save_portable(loaded: Any, directory: Path, dtype: Any) -> None:
     """
     tensors = {}
     for name, value in flatten(loaded.variables):
-        stored = np.asarray(value)
-        tensors[name] = np.ascontiguousarray(stored.astype(dtype) if name.startswith("params/") else stored)
+        array = np.asarray(value)
+        tensors[name] = np.ascontiguousarray(array.astype(dtype) if name.startswith("params/") else array)
     # Where the run was has no meaning elsewhere.
     config: dict[str, Any] = to_json(loaded.config) | {"workdir": None, "bucket": None}
     config["data"] |= {"dir": None, "tfds_dir": None, "files": []}
-    readable = {
+    readable: dict[str, Any] = {
         "step": loaded.step,
         "config": config,
         "fingerprints": loaded.fingerprints,
         "versions": loaded.versions,
     }
+    stored = safetensors.numpy.save(tensors)
+    readable["sha256"] = {TENSORS: digest_of(stored), READABLE: digest_of(readable)}
     with complete_directory(directory) as temporary, writing(directory):
-        (temporary / TENSORS).write_bytes(safetensors.numpy.save(tensors))
+        (temporary / TENSORS).write_bytes(stored)
         (temporary / READABLE).write_text(json.dumps(readable, indent=2) + "\n", encoding="utf-8")
 
 
@@ -67,39 +86,67 @@ def load_portable(directory: Path) -> dict[str, Any]:
         CheckpointError: when a file is missing or damaged.
     """
     try:
-        with safetensors.safe_open(directory / TENSORS, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        readable = json.loads((directory / READABLE).read_text(encoding="utf-8"))
-        return {
-            "step": int(readable["step"]),
-            "variables": unflatten({name: jnp.asarray(x.astype(np.float32)) for name, x in tensors.items()}),
-            "config": from_json(readable["config"]),
-            "fingerprints": readable["fingerprints"],
-            "versions": readable["versions"],
-            "path": directory,
-        }
-    except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
-        raise CheckpointError(
-            f"generator {directory} is damaged or incomplete: {error}", field="--checkpoint", code="damaged"
-        ) from error
+        readable = read_object(directory / READABLE, CheckpointError)
+        check_fields(readable, SCHEMA, READABLE, CheckpointError)
+        recorded = readable.get("sha256") or {}
+        if recorded:  # older versions wrote none
+            rest = {name: value for name, value in readable.items() if name != "sha256"}
+            found = {TENSORS: file_digest(directory / TENSORS), READABLE: digest_of(rest)}
+            check_digests(found, recorded, directory.name)
+        config = from_json(readable["config"])
+        variables = unflatten(_tensors(directory / TENSORS))
+        check_generator(variables, config, TENSORS)
+        fields = {name: readable[name] for name in ("step", "fingerprints", "versions")}
+        return fields | {"variables": variables, "config": config, "path": directory}
+    except LoraGenError as error:
+        reason, cause = error.problem, error
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        reason, cause = reason_of(error), error
+    raise CheckpointError(
+        f"generator {directory} is damaged or incomplete: {reason}", field="--checkpoint", code="damaged"
+    ) from cause
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves with their keys joined by slashes."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}/")
-        else:
-            yield prefix + key, value
+def _tensors(path: Path) -> dict[str, Any]:
+    with safetensors.safe_open(path, framework="numpy") as file:
+        names = list(file.keys())
+        for name in names:
+            if (kind := file.get_slice(name).get_dtype()) not in ("BF16", "F16", "F32"):
+                raise CheckpointError(f"{path.name}: tensor {name} is of type {kind}", field=f"{path.name}:{name}")
+        return {name: jnp.asarray(file.get_tensor(name).astype(np.float32)) for name in names}
+
+
+def check_generator(variables: Any, config: Config, file: str) -> None:
+    """What can be said of variables without the models: {"params", "batch_stats"} of finite numbers, one kind of head.
+
+    Raises:
+        CheckpointError: naming the tensor.
+    """
+    if not isinstance(variables, dict) or not isinstance(variables.get("params"), dict) or not variables["params"]:
+        raise CheckpointError(f"{file} holds no params", field=f"{file}:params", code="missing")
+    if config.method == "lora_gen":
+        head = "direct" if config.generator.generator == "direct" else "pool"
+        if (
+            not isinstance(variables["params"].get(head), dict)
+            or ({"pool", "direct"} - {head}) & variables["params"].keys()
+        ):
+            raise CheckpointError(f"{file} does not hold params/{head} alone", field=f"{file}:{head}", code="missing")
+    check_tensors(dict(flatten(variables)), None, file)
 
 
 def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
-    """Nested dictionaries from leaves named as `flatten` names them."""
+    """Nested dictionaries from leaves named as `flatten` names them.
+
+    Raises:
+        CheckpointError: for a name that is none, or that another name goes on from.
+    """
     tree: dict[str, Any] = {"params": {}, "batch_stats": {}}
     for name, value in leaves.items():
         *path, last = name.split("/")
-        node = tree
+        node: Any = tree
         for key in path:
-            node = node.setdefault(key, {})
+            node = node.setdefault(key, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or last in node or not path or path[0] not in ("params", "batch_stats"):
+            raise CheckpointError(f"a generator has no tensor {name}", field=name, code="unknown")
         node[last] = value
     return tree

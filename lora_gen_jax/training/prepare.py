@@ -30,6 +30,7 @@ from lora_gen_jax.models import Pair
 from lora_gen_jax.sharding import spec
 from lora_gen_jax.training import distributed
 from lora_gen_jax.training.bucket import is_bucket, location, remote_errors, writing
+from lora_gen_jax.untrusted import read_object, reason_of
 
 
 def keep_freed_memory() -> None:
@@ -203,17 +204,17 @@ SHARED = "set --workdir to a directory that all processes share, or --bucket to 
 
 
 def _compare(path: Any, new: dict[str, Any]) -> None:
+    remedy = "Delete that file, and go on with the same config"
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, *remote_errors(path)) as error:
+        saved = to_json(from_json(read_object(path, CheckpointError, remedy)))
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}", field="config.json", code="malformed", remedy=remedy) from error
+    except remote_errors(path) as error:
         raise CheckpointError(
-            f"{path}, the config of the run, cannot be read: {error}",
-            field="config.json",
-            code="unreadable",
-            remedy="Delete that file, and go on with the same config",
+            f"{path} cannot be read: {reason_of(error)}", field="config.json", code="unreadable", remedy=remedy
         ) from error
     # Fields that were added since that run was started count as their defaults.
-    if lines := difference(to_json(from_json(saved)), new):
+    if lines := difference(saved, new):
         other = "--bucket" if is_bucket(path) else "--workdir"
         raise CheckpointError(
             f"{path.parent} holds a run with another config",

@@ -106,11 +106,11 @@ class Recorder:
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if start and json.loads(line)["step"] <= start:
                     kept.append(line + "\n")
-            except (ValueError, KeyError):  # the line that a kill cut short
+            except (ValueError, KeyError, TypeError, RecursionError):  # the line that a kill cut short, or damage
                 continue
         # Replaced at once: a kill at this moment loses nothing.
         write_text(self.path, "".join(kept), "--workdir")

@@ -29,6 +29,7 @@ from lora_gen_jax.errors import CheckpointError, OutputError
 from lora_gen_jax.generator.lora_gen import LoRAGen
 from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.generator.trained_module import Generated
+from lora_gen_jax.untrusted import file_digest
 
 FINGERPRINTS = {"cloud": "c" * 16, "edge": "e" * 16, "pool": "p" * 16}
 VERSIONS: dict[str, str] = dict.fromkeys(
@@ -289,7 +290,8 @@ def tampered(tmp_path):
         changed = {name: value for name, value in {**kept, **tensors}.items() if value is not None}
         (directory / TENSORS).write_bytes(safetensors.numpy.save(changed, {**known, **(metadata or {})}))
         path = directory / "specialization.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **(readable or {})}))
+        sealed = {"sha256": {TENSORS: file_digest(directory / TENSORS)}}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **sealed, **(readable or {})}))
         return load_specialization(directory)
 
     return load
@@ -347,7 +349,7 @@ def key(name):
             key("scale"),
             "(3, 1)",
         ),
-        ({"readable": {"checkpoint": 3}}, "specialization.json:checkpoint", "int"),
+        ({"readable": {"checkpoint": 3}}, "specialization.json:checkpoint", 3),
         ({"readable": {"versions": ["x"]}}, "specialization.json:versions", "versions"),
         ({"readable": {"versions": {"jax": 1}}}, "specialization.json:versions", "versions"),
     ],
@@ -372,6 +374,20 @@ def test_a_factor_that_is_no_number_is_refused(tampered):
 def test_a_good_file_with_one_gate_a_layer_is_loaded(tampered):
     weight = np.array([[0.3], [1.0], [0.9]], np.float32)
     np.testing.assert_array_equal(tampered(k=1, weight=weight).tensors["weight"], weight)
+
+
+def test_a_flipped_bit_that_leaves_the_gates_plausible_is_noticed_and_older_files_are_read(tmp_path):
+    save_specialization(synthetic(), tmp_path / "s")
+    path, readable = tmp_path / "s" / TENSORS, tmp_path / "s" / "specialization.json"
+    stored = bytearray(path.read_bytes())
+    stored[-4] ^= 1  # the last bit of a gate's mantissa
+    path.write_bytes(bytes(stored))
+    with raises(CheckpointError, TENSORS, tmp_path / "s", code="damaged"):
+        load_specialization(tmp_path / "s")
+    fields = json.loads(readable.read_text())
+    del fields["sha256"]
+    readable.write_text(json.dumps(fields))
+    load_specialization(tmp_path / "s")
 
 
 @pytest.mark.parametrize("name", ["cloud", "edge", "pool", "prompt"])

@@ -374,3 +374,82 @@ def test_tokenizer_is_quiet_and_needs_no_torch(tmp_path, torch_is):
     command = [sys.executable, "-c", BLOCKED, str(directory), torch_is]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def with_metadata(path, **changes):
+    """A llama with a tokenizer, whose metadata are replaced: None leaves one out."""
+    tensors = hf_directory(path.parent / f"{path.stem}-hf", "llama")
+
+    def extra(writer):
+        vocabulary(add_bos=True)(writer)
+        for name, value in changes.items():
+            fields = writer.kv_data[0]
+            key = next(k for k in fields if k.rpartition(".")[2] == name)
+            old = fields.pop(key)
+            if value is not None:
+                kind = gguf.GGUFValueType.get_type(value)
+                fields[key] = gguf.GGUFValue(value, gguf.GGUFValueType.UINT64 if type(value) is int else kind)
+            del old
+
+    to_gguf(path, "llama", tensors, extra=extra)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"block_count": 4294967295}, "llama.block_count"),
+        ({"block_count": 0}, "llama.block_count"),
+        ({"block_count": "two"}, "llama.block_count"),
+        ({"embedding_length": 0}, "llama.embedding_length"),
+        ({"head_count": 0}, "llama.attention.head_count"),
+        ({"head_count": "four"}, "llama.attention.head_count"),
+        ({"layer_norm_rms_epsilon": float("nan")}, "llama.attention.layer_norm_rms_epsilon"),
+        ({"freq_base": "x"}, "llama.rope.freq_base"),
+    ],
+)
+def test_sizes_that_the_file_cannot_hold_are_refused_before_anything_is_built(tmp_path, change, field):
+    path = with_metadata(tmp_path / "model.gguf", **change)
+    with raises(ModelError, f"model.gguf:{field}"):
+        pretrained.fingerprint(path)
+
+
+def test_a_damaged_size_takes_neither_time_nor_memory(tmp_path):
+    """41 KB once took all memory of a machine; 2 GB more than the process has would be an error here."""
+    path = with_metadata(tmp_path / "model.gguf", block_count=4294967295)
+    code = (
+        "import resource, sys\nfrom lora_gen_jax.decoder import pretrained\n"
+        "from lora_gen_jax.errors import ModelError\n"
+        "size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (size + 2**31, size + 2**31))\n"
+        "try:\n    pretrained.fingerprint(sys.argv[1])\nexcept ModelError as error:\n    print(error.field)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=300)
+    assert done.stdout == "model.gguf:llama.block_count\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"tokens": 5}, "tokens"),
+        ({"tokens": [1, 2]}, "tokens"),
+        ({"tokens": ["a", "a"]}, "tokens"),
+        ({"merges": "a b"}, "merges"),
+        ({"merges": ["a"]}, "merges"),
+        ({"merges": ["no such"]}, "merges"),
+        ({"token_type": [1]}, "tokens"),
+        ({"token_type": ["x"]}, "token_type"),
+        ({"bos_token_id": 10**6}, "bos_token_id"),
+        ({"eos_token_id": "x"}, "eos_token_id"),
+        ({"bos_token_id": None}, "bos_token_id"),
+        ({"model": 3}, "model"),
+        ({"pre": 3}, "pre"),
+        ({"add_bos_token": "x"}, "add_bos_token"),
+    ],
+)
+def test_headers_of_a_tokenizer_that_are_malformed_are_named(tmp_path, monkeypatch, change, field):
+    monkeypatch.setenv("LORA_GEN_CACHE", str(tmp_path / "cache"))
+    path = with_metadata(tmp_path / "model.gguf", **change)
+    with raises(ModelError, f"model.gguf:tokenizer.ggml.{field}"):
+        pretrained.load_tokenizer(path)
+    assert not (tmp_path / "cache").exists()

@@ -302,3 +302,48 @@ def test_quantised_checkpoint(llama):
     tensors[name] = tensors[name].astype(np.int8)
     save_file(tensors, llama / "model.safetensors")
     fails(llama, name, "I8", "F32")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_hidden_layers", 2**32 - 1),
+        ("hidden_size", 10**40),
+        ("hidden_size", None),
+        ("rms_norm_eps", "small"),
+        ("rms_norm_eps", None),
+        ("rope_parameters", [1]),
+        ("rope_scaling", "x"),
+        ("hidden_act", ["silu"]),
+        ("model_type", ["llama"]),
+    ],
+)
+def test_a_field_of_another_type_or_beyond_any_model_is_named(llama, field, value):
+    edit_config(llama, **{field: value})
+    with raises(ModelError, f"config.json:{field}"):
+        pretrained.load_config(llama)
+
+
+def test_more_layers_than_the_file_holds_are_noticed_at_the_last_one(llama):
+    edit_config(llama, num_hidden_layers=9_999)
+    with raises(ModelError, "model.layers.9998.input_layernorm.weight"):
+        pretrained.load_params(llama)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": NaN}', "[]"])
+def test_a_config_that_is_no_object_within_bounds_is_named(llama, text):
+    (llama / "config.json").write_text(text)
+    with raises(ModelError, "config.json", llama / "config.json"):
+        pretrained.load_config(llama)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_no_numbers_are_refused(llama, value):
+    from safetensors.numpy import load_file, save_file
+
+    tensors, name = load_file(llama / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].copy()
+    tensors[name][3, 5] = value
+    save_file(tensors, llama / "model.safetensors")
+    with raises(ModelError, name, llama, code="not finite"):
+        pretrained.load_params(llama)

@@ -189,6 +189,10 @@ def test_hub_is_asked_for_an_id(tmp_path, monkeypatch):
     hub_id, options = asked[-1]
     assert hub_id == "org/name"
     assert not any(pattern.endswith((".bin", ".pt", "*")) for pattern in options["allow_patterns"])
+    assert options["revision"] is None
+    sources.resolve("org/name@v1.0")
+    assert asked[-1][0] == "org/name"
+    assert asked[-1][1]["revision"] == "v1.0"
 
 
 def test_hub_errors(tmp_path, monkeypatch):

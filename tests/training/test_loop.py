@@ -321,7 +321,7 @@ def test_what_is_damaged_in_a_work_directory_is_named(root, tmp_path, whole):
     shutil.copytree(whole[0].directory, tmp_path / "run")
     config = dataclasses.replace(whole[0], workdir=tmp_path / "run")
     newest = step_directory(config.directory)
-    for file in (newest / "metadata").rglob("*"):
+    for file in newest.parent.glob("*/metadata/*"):  # of one alone, the run would go on from the step before
         if file.is_file():
             file.write_text("{")
     with raises(CheckpointError, "checkpoint", newest, code="damaged"):

@@ -16,6 +16,7 @@ import numpy as np
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.pretrained.layout import Leaf, leaves
 from lora_gen_jax.errors import ModelError
+from lora_gen_jax.untrusted import finite
 
 _BLOCK_ELEMENTS = 1 << 22  # read at once: bounds the temporaries of casting and dequantising
 Index = tuple[slice, ...]
@@ -86,7 +87,9 @@ def check(config: DecoderConfig, checkpoint: Checkpoint, table: list[Leaf]) -> N
         ModelError: a tensor is missing or of another shape, or there are more layers than the config says.
     """
     for leaf in table:
-        for name in leaf.tensor_names(config.num_layers):
+        # The last layer first: a config may ask for a billion layers, whose names alone would fill the memory.
+        last = leaf.name.format(layer=config.num_layers - 1)
+        for name in leaf.tensor_names(config.num_layers) if last in checkpoint else [last]:
             if name not in checkpoint:
                 hint = "; set tie_word_embeddings if the model has none" if name == "lm_head.weight" else ""
                 raise ModelError(
@@ -182,4 +185,12 @@ def _fill(out: np.ndarray, checkpoint: Checkpoint, name: str, index: Index, tran
     first, last = index[0].start, index[0].stop
     for start in range(first, last, step):
         stop = min(start + step, last)
-        target[start - first : stop - first] = checkpoint.read(name, (slice(start, stop), *index[1:]))
+        block = checkpoint.read(name, (slice(start, stop), *index[1:]))
+        target[start - first : stop - first] = block
+        if not finite(block):
+            raise ModelError(
+                f"{checkpoint.description}: tensor {name!r} holds values that are not numbers",
+                field=name,
+                code="not finite",
+                remedy="download it again",
+            )

@@ -5,9 +5,6 @@ In: a ``.gguf`` file of architecture llama, qwen2, gemma or gemma2. Out: a Huggi
 undone: rows of q and k permuted for interleaved rotary embeddings (llama), norms stored as w + 1 (gemma, gemma2).
 """
 
-import dataclasses
-import functools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,76 +12,8 @@ import gguf
 import numpy as np
 
 from lora_gen_jax.decoder.pretrained.assembly import Index
+from lora_gen_jax.decoder.pretrained.gguf_file import ARCHITECTURES, GGUFFile, open_gguf
 from lora_gen_jax.errors import ModelError
-
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "gemma": "GemmaForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-}
-
-
-class _Reader(gguf.GGUFReader):
-    # Same result as the parent's method without NumPy's slow slicing of memory maps: a vocabulary parses 4x faster.
-    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
-        if self.byte_order == "S":
-            return super()._get(offset, dtype, count, override_order)
-        return np.frombuffer(self.data, dtype, int(count), int(offset))
-
-
-@dataclasses.dataclass(frozen=True)
-class GGUFFile:
-    """A parsed file: `metadata` as plain Python values and `tensors` as views of the memory-mapped data."""
-
-    path: Path
-    metadata: dict[str, Any]
-    tensors: dict[str, gguf.ReaderTensor]
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """A metadata value of the file's architecture: `get("block_count")` is `llama.block_count`.
-
-        Raises:
-            ModelError: the value is missing and there is no default, or it differs from layer to layer.
-        """
-        value = self.metadata.get(f"{self.architecture}.{key}", default)
-        if value is None or isinstance(value, list):
-            problem = "lacks" if value is None else "has a separate value for every layer in"
-            raise ModelError(
-                f"{self.path} {problem} the metadata field {self.architecture}.{key}",
-                field=f"{self.path.name}:{self.architecture}.{key}",
-                remedy="use another file",
-            )
-        return value
-
-    @property
-    def architecture(self) -> str:
-        """llama.cpp's name of the model family."""
-        return self.metadata.get("general.architecture", "")
-
-
-def open_gguf(path: Path) -> GGUFFile:
-    """Parses a file; a file that has not changed is parsed once per process, as its vocabulary takes a while.
-
-    Raises:
-        ModelError: the file is missing, truncated or no GGUF file.
-    """
-    try:
-        stat = os.stat(path)
-        return _parse(path, stat.st_mtime_ns, stat.st_size)
-    except FileNotFoundError as error:
-        raise ModelError(f"{path} does not exist", field=path.name, remedy="give a .gguf file") from error
-    except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
-        raise ModelError(
-            f"{path} is truncated or not a GGUF file ({error})", field=path.name, remedy="download it again"
-        ) from error
-
-
-@functools.lru_cache(maxsize=2)
-def _parse(path: Path, _modified: int, _size: int) -> GGUFFile:
-    reader = _Reader(path)
-    metadata = {key: field.contents() for key, field in reader.fields.items()}
-    return GGUFFile(path, metadata, {tensor.name: tensor for tensor in reader.tensors})
 
 
 def read_gguf_config(path: Path) -> dict[str, Any]:
@@ -95,11 +24,11 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
     """
     file = open_gguf(path)
     family = file.architecture
-    if family not in _ARCHITECTURES:
+    if family not in ARCHITECTURES:
         raise ModelError(
             f"{path}: architecture {family!r} is not supported",
             field=f"{path.name}:general.architecture",
-            remedy=f"use one of {', '.join(_ARCHITECTURES)}",
+            remedy=f"use one of {', '.join(ARCHITECTURES)}",
         )
     if file.get("expert_count", 0):
         raise ModelError(
@@ -108,7 +37,7 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
             remedy="use a dense model",
         )
     width, heads = file.get("embedding_length"), file.get("attention.head_count")
-    head_dim = file.get("attention.key_length", width // heads)
+    head_dim = file.get("attention.key_length", max(1, width // heads))
     if (rotated := file.get("rope.dimension_count", head_dim)) != head_dim:
         raise ModelError(
             f"{path}: rope.dimension_count is {rotated} of {head_dim} in a head, but only heads that are rotated whole"
@@ -118,9 +47,9 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
         )
     special = {key: file.metadata.get(f"tokenizer.ggml.{key}") for key in ("bos_token_id", "eos_token_id")}
     config = {
-        "architectures": [_ARCHITECTURES[family]],
+        "architectures": [ARCHITECTURES[family]],
         "model_type": family,
-        "vocab_size": int(_shape(_tensor(file, "token_embd.weight"))[0]),
+        "vocab_size": int((_shape(_tensor(file, "token_embd.weight")) or (0,))[0]),
         "hidden_size": width,
         "intermediate_size": file.get("feed_forward_length"),
         "num_hidden_layers": file.get("block_count"),
@@ -181,7 +110,14 @@ class GGUFCheckpoint:
         rows = _rope_rows(len(tensor.data), self._permuted_heads.get(name.split(".")[-2]))
         # Quantisation blocks run along rows, so rows can be picked before dequantising.
         stored = tensor.data[index[0] if rows is None else rows[index[0]]]
-        values = gguf.dequantize(stored, tensor.tensor_type).astype(np.float32, copy=False)
+        try:
+            values = gguf.dequantize(stored, tensor.tensor_type).astype(np.float32, copy=False)
+        except (NotImplementedError, ValueError) as error:
+            raise ModelError(
+                f"{self.description}: tensor {name!r} is stored as {tensor.tensor_type.name}, which cannot be read",
+                field=name,
+                remedy="use another file",
+            ) from error
         if name.endswith("norm.weight"):
             values = values - np.float32(self._norm_offset)
         return values[(slice(None), *index[1:])]
@@ -236,7 +172,7 @@ def _rope_scaling(file: GGUFFile) -> dict[str, Any]:
             field=f"{file.path.name}:rope.scaling.type",
             remedy="use a Hugging Face directory",
         )
-    if "rope_freqs.weight" not in file.tensors:
+    if "rope_freqs.weight" not in file.tensors or not file.tensors["rope_freqs.weight"].data.size:
         return {}
     stored = np.asarray(file.tensors["rope_freqs.weight"].data, np.float32)
     # The factors leave low, high and original length open up to a common factor; all Llama 3 models use these.

@@ -9,13 +9,14 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from lora_gen_jax.decoder.pretrained.gguf import GGUFFile, open_gguf
+from lora_gen_jax.decoder.pretrained.gguf_file import GGUFFile, open_gguf
 from lora_gen_jax.errors import ModelError
+from lora_gen_jax.untrusted import check_fields, reason_of
 
 _CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types
 # As in the tokenizer.json of Llama 3 and of Qwen2; they differ in how many digits stay together.
@@ -77,22 +78,44 @@ def _build(file: GGUFFile) -> Tokenizer:
     tokens: list[str] = file.metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in file.metadata["tokenizer.ggml.merges"]]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe"))
+    types = file.metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    if len(vocabulary) != len(tokens) or len(types) != len(tokens):
+        raise _damaged(file, "tokens", "each token must stand there once, with one type")
+    try:
+        tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe"))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise _damaged(file, "merges", reason_of(error)) from error
     tokenizer.pre_tokenizer = _pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
-    types = file.metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
     added = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _USER_DEFINED)]
     tokenizer.add_tokens([AddedToken(token, special=kind == _CONTROL, normalized=False) for token, kind in added])
     if file.metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
-        bos = file.metadata["tokenizer.ggml.bos_token_id"]
+        bos = _special(file, "bos")
+        if bos is None:
+            raise _damaged(file, "bos_token_id", "it is missing")
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{tokens[bos]} $A",
-            pair=f"{tokens[bos]} $A {tokens[bos]}:1 $B:1",
+            single=[tokens[bos], "$A"],
+            pair=[tokens[bos], "$A", f"{tokens[bos]}:1", "$B:1"],
             special_tokens=[(tokens[bos], bos)],
         )
     return tokenizer
+
+
+def _special(file: GGUFFile, field: str) -> int | None:
+    """The id of a special token, which must be one of the tokens."""
+    name = f"tokenizer.ggml.{field}_token_id"
+    place: Any = Annotated[int, 0, len(file.metadata["tokenizer.ggml.tokens"]) - 1]
+    check_fields(file.metadata, {name: place | None}, file.path.name, ModelError)
+    return file.metadata.get(name)
+
+
+def _damaged(file: GGUFFile, field: str, reason: str) -> ModelError:
+    name = f"tokenizer.ggml.{field}"
+    return ModelError(
+        f"{file.path}: {name}: {reason}", field=f"{file.path.name}:{name}", code="damaged", remedy="download it again"
+    )
 
 
 def _pre_tokenizer(pre: str) -> Any:
@@ -110,7 +133,7 @@ def _tokenizer_config(file: GGUFFile) -> dict[str, Any]:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     fields = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     for name, field in fields.items():
-        token_id = file.metadata.get(f"tokenizer.ggml.{field}_token_id")
+        token_id = _special(file, field)
         if token_id is not None:
             config[name] = tokens[token_id]
     template = file.metadata.get("tokenizer.chat_template")

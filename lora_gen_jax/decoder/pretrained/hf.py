@@ -4,7 +4,6 @@ In: a directory with ``config.json`` and ``model.safetensors``, or ``model.safet
 Out: the config dictionary, and an `HFCheckpoint` that reads slices of tensors from the memory-mapped shards.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_gen_jax.decoder.pretrained.assembly import Index
 from lora_gen_jax.errors import ModelError
+from lora_gen_jax.untrusted import fits, read_object
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -30,7 +30,7 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
         raise ModelError(
             f"{path} does not exist", field=path.name, remedy="give a directory saved by transformers (save_pretrained)"
         )
-    return _read_json(path)
+    return read_object(path, ModelError, "download it again")
 
 
 class HFCheckpoint:
@@ -104,10 +104,12 @@ def _shards(directory: Path) -> list[Path]:
         if any(directory.glob("pytorch_model*.bin")):
             remedy = "it has PyTorch weights only: load them in transformers and save them with save_pretrained"
         raise ModelError(f"{directory} has neither {_SINGLE} nor {_INDEX}", field=_SINGLE, remedy=remedy)
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    weight_map = read_object(index, ModelError, "download it again").get("weight_map")
+    if not fits(weight_map, dict[str, str]) or not weight_map or any(Path(x).name != x for x in weight_map.values()):
         raise ModelError(
-            f"{index} has no weight_map", field=f"{index.name}:weight_map", remedy="download the checkpoint again"
+            f"{index} has no weight_map of tensors to files beside it",
+            field=f"{index.name}:weight_map",
+            remedy="download the checkpoint again",
         )
     shards = [directory / name for name in sorted(set(weight_map.values()))]
     for shard in shards:
@@ -127,15 +129,3 @@ def _open(path: Path) -> Any:
         raise ModelError(
             f"{path} is truncated or not a safetensors file ({error})", field=path.name, remedy="download it again"
         ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelError(
-            f"{path} cannot be read as JSON ({error})", field=path.name, remedy="download it again"
-        ) from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} does not hold a JSON object", field=path.name, remedy="download it again")
-    return value

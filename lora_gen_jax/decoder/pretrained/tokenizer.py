@@ -48,7 +48,7 @@ def load_tokenizer(source: str | os.PathLike[str] | Source) -> "PreTrainedTokeni
         else:
             from transformers import AutoTokenizer as tokenizer_class
         try:
-            return tokenizer_class.from_pretrained(directory, local_files_only=True)
+            return tokenizer_class.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # tokenizers raises plain Exception for a damaged file
             raise ModelError(
                 f"the tokenizer in {directory} cannot be read ({error})",

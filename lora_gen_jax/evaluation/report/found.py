@@ -141,7 +141,7 @@ def read_object(path: Path) -> dict[str, Any]:
     again = f"write it again with {SOURCES[path.name][1]}, or remove it"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"{path} cannot be read as JSON ({error})", field=path.name, code="json", remedy=again
         ) from error
@@ -165,7 +165,7 @@ def read_curves(path: Path) -> dict[str, Curve]:
         try:
             metrics = json.loads(line)
             step = int(metrics["step"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue
         for name, value in metrics.items():
             if name != "step" and isinstance(value, int | float) and math.isfinite(value):
