@@ -24,6 +24,8 @@ pytestmark = pytest.mark.skipif(
     reason="needs Chromium and its driver: apt-get install chromium chromium-driver",
 )
 
+pytest.importorskip("selenium", reason="needs selenium: pip install -e '.[test]'")
+
 from selenium.webdriver import ActionChains, Chrome, ChromeOptions  # noqa: E402
 from selenium.webdriver.chrome.service import Service  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
