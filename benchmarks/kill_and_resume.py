@@ -2,7 +2,7 @@
 
 Command:  python benchmarks/kill_and_resume.py [--kills 10] [--config configs/quickstart.py] [--steps 60]
 Out:      a table of the kills: when each came, whether a checkpoint was being written, where the run went on; then what
-          differs in the end between the two runs: parameters, optimiser, place in the data, losses; status 1 if any.
+          differs in the end between the two runs: parameters, optimizer, place in the data, losses; status 1 if any.
 
 Every third kill waits until a checkpoint is being written.
 """

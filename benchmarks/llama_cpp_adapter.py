@@ -1,7 +1,7 @@
 """llama.cpp with an exported adapter against our merged model: logits and greedy tokens of a few texts.
 
-In: a specialisation of an edge model that is a GGUF file. The file's weights are dequantised to F32 first, as
-llama.cpp rounds activations beside quantised ones, and its keys and values are kept in F32. Out: a line per text.
+In: a specialization of an edge model that is a GGUF file. The file's weights are dequantized to F32 first, as
+llama.cpp rounds activations beside quantized ones, and its keys and values are kept in F32. Out: a line per text.
 
     pip install llama-cpp-python
     python benchmarks/llama_cpp_adapter.py --specialization DIR [--checkpoint DIR] [--dtype float16]
@@ -35,7 +35,7 @@ TEXTS = (
 )
 
 
-def dequantised(source: Path, target: Path) -> Path:
+def dequantized(source: Path, target: Path) -> Path:
     """The same GGUF file with all tensors in F32."""
     reader = gguf.GGUFReader(source)
     fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
@@ -79,7 +79,7 @@ def main() -> None:
     model = load_model(ModelConfig(config.edge.source, dtype="float32"))
     params = merge(model.params, adapter_of(special, loaded.variables, config.generator, model.config.num_layers))
     with tempfile.TemporaryDirectory() as temporary:
-        base, out = dequantised(source.model, Path(temporary, "base.gguf")), Path(temporary, "adapter")
+        base, out = dequantized(source.model, Path(temporary, "base.gguf")), Path(temporary, "adapter")
         export_command(Export("gguf", out, args.specialization, args.checkpoint, dtype=args.dtype))
         options = {"n_ctx": 512, "n_batch": 512, "logits_all": True, "verbose": False}
         options |= {"type_k": _F32, "type_v": _F32, "flash_attn": False}

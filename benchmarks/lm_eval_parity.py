@@ -127,7 +127,7 @@ def text_parity(ours: LoraGenLM, hf: Any, contexts: list[str]) -> tuple[int, int
 def report(results: list[dict[str, Any]]) -> None:
     """One line a task and number of shots, and one for all tasks and for those of four options together."""
     head = f"{'task':<15}{'shots':>5}{'docs':>6}{'acc':>7}{'acc hf':>8}{'differ':>8}{'ties':>6}{'largest':>10}"
-    print(head + f"{'s':>8}{'s hf':>8}{'ratio':>7}{'CPU':>7}{'compile':>9}{'tokenise':>10}")
+    print(head + f"{'s':>8}{'s hf':>8}{'ratio':>7}{'CPU':>7}{'compile':>9}{'tokenize':>10}")
     for shots in sorted({r["shots"] for r in results}):
         rows = [r for r in results if r["shots"] == shots]
         for name, members in [

@@ -1,7 +1,7 @@
 """Whether a generator tells prompts apart: held-out answers under their task's own prompt and under the others'.
 
 In: a checkpoint and the tasks' original files. Out: for every task the mean negative log-likelihood of a token of its
-answers (nats), by the base model, with the specialisation of its own prompt, and with those of the other tasks'
+answers (nats), by the base model, with the specialization of its own prompt, and with those of the other tasks'
 prompts; then how much gates vary between prompts and between layers. Loss alone does not show it: a generator that
 makes one good adapter for all prompts has a low loss, and both columns the same.
 

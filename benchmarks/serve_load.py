@@ -1,4 +1,4 @@
-"""A server under load: many clients, many specialisations, bad requests, clients that leave, and an end in the middle.
+"""A server under load: many clients, many specializations, bad requests, clients that leave, and an end in the middle.
 
 Command:  python benchmarks/serve_load.py [--requests 10000] [--clients 64] [--specializations 40] [--end-at 0.97]
 In:       the shipped pair and the prompts and queries of the embedded suite; the server is a process of its own.
@@ -100,7 +100,7 @@ class Load:
         if stream:
             ask["stream_options"] = {"include_usage": True}
         if kind == "left":
-            # The unspecialised model at a high temperature goes on and on.
+            # The unspecialized model at a high temperature goes on and on.
             ask |= {"model": "base", "max_tokens": LEFT_TOKENS, "temperature": 2, "n": 2}
         await connection.send("/v1/completions", rng.choice(BAD) if kind == "bad" else json.dumps(ask).encode())
         progress["sent"] = time.monotonic()
@@ -154,7 +154,7 @@ def memory(process: subprocess.Popen) -> float:
 
 
 async def run(process: subprocess.Popen, load: Load, prompts: dict[str, str]) -> tuple[int, int, float]:
-    """Makes the specialisations, runs the clients, ends the server while they ask.
+    """Makes the specializations, runs the clients, ends the server while they ask.
 
     Returns:
         requests, tokens and seconds until the signal.
@@ -165,7 +165,7 @@ async def run(process: subprocess.Popen, load: Load, prompts: dict[str, str]) ->
         status, fields = await maker.head()
         body = await maker.body(fields)
         if status != 200:
-            raise SystemExit(f"{name} was not specialised: {body!r}")
+            raise SystemExit(f"{name} was not specialized: {body!r}")
     maker.close()
     found, began = load.found, time.perf_counter()
     found.memory["start"] = memory(process)
@@ -233,7 +233,7 @@ def main() -> int:
     parser.add_argument("--end-at", type=float, default=0.97, help="part of the requests before the signal")
     flags = parser.parse_args()
     prompts, answers, seconds = offline_answers(flags.specializations)
-    print(f"{len(answers)} answers of {len(prompts)} specialisations computed offline in {seconds:.0f} s")
+    print(f"{len(answers)} answers of {len(prompts)} specializations computed offline in {seconds:.0f} s")
     with tempfile.TemporaryFile("w+") as log:
         return serve_and_ask(flags, prompts, answers, log)
 

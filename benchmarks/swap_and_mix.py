@@ -1,8 +1,8 @@
-"""What changing the specialisation of a running model costs, and what many at once are worth.
+"""What changing the specialization of a running model costs, and what many at once are worth.
 
 In: nothing (a random pool and random gates beside the real weights). Out: milliseconds of a swap, by gates alone and
 merged, beside streaming the FFN's weights once; then answers a second for 64 queries of 1 to 64 different
-specialisations, in one batch beside the unmerged weights, and merged one after another (the best of three); by turns.
+specializations, in one batch beside the unmerged weights, and merged one after another (the best of three); by turns.
 
 Command:  python benchmarks/swap_and_mix.py [--model smollm2-135m] [--query-tokens 24] [--new-tokens 8]
 """
@@ -93,11 +93,11 @@ def swaps(params: Any, adapter: Any) -> None:
 
 
 def mixtures(decoder: Decoder, params: Any, adapter: Any, args: argparse.Namespace) -> None:
-    """Prints queries a second by number of specialisations, as `generate --requests` answers them."""
+    """Prints queries a second by number of specializations, as `generate --requests` answers them."""
     rng, gates_LPE = np.random.default_rng(0), np.asarray(adapter.scanned["gates"])
     queries = rng.integers(2, decoder.config.vocab_size, (QUERIES, args.query_tokens)).tolist()
     print(f"{QUERIES} queries of {args.query_tokens} tokens, {args.new_tokens} new tokens each; queries/s")
-    print(f"{'specialisations':>16}{'mixed':>10}{'merged':>10}{'ratio':>8}")
+    print(f"{'specializations':>16}{'mixed':>10}{'merged':>10}{'ratio':>8}")
     for count in (1, 2, 4, 8, 16, 32, 64):
         works = [Work(ids, args.new_tokens, gates_LPE[:, i % count]) for i, ids in enumerate(queries)]
         runs = {

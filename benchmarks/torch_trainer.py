@@ -1,8 +1,8 @@
-"""The optimiser's side of LoRA-Gen in torch: one update, and parameters copied from this project and back.
+"""The optimizer's side of LoRA-Gen in torch: one update, and parameters copied from this project and back.
 
 In: a pair of models, a config and the trainable tree of this project; then its `Batch`es of NumPy arrays. Out: the
 step's figures, and parameters or gradients in the shapes of this project's tree. AdamW is torch's fused one. With
-"bfloat16" the pass runs under autocast; parameters, gradients and the optimiser's state stay in fp32.
+"bfloat16" the pass runs under autocast; parameters, gradients and the optimizer's state stay in fp32.
 """
 
 import copy
@@ -52,7 +52,7 @@ class Leaf:
 
 
 class TorchTrainer:
-    """The model and its optimiser; `step` is one update.
+    """The model and its optimizer; `step` is one update.
 
     Args:
         pair: the two models of this project, whose weights are copied.

@@ -1,10 +1,10 @@
 """LoRA-Gen's pieces inside a Linen model that knows nothing of this package.
 
-Somebody has an MLP that was trained on waves a·sin(x + φ) of all amplitudes and phases at once, so that it has learnt
+Somebody has an MLP that was trained on waves a·sin(x + φ) of all amplitudes and phases at once, so that it has learned
 their average. A generator reads ten points of one wave (its "prompt"), a router turns what it read into gates over a
 pool of LoRA experts, and the gated products are added to the MLP's own kernels: a specialist for a wave never seen.
 
-In: nothing. Out: the error of the MLP as it is and specialised, on waves that were not trained on.
+In: nothing. Out: the error of the MLP as it is and specialized, on waves that were not trained on.
 
 Command:  python examples/own_model.py        (half a minute on two CPU cores)
 """
@@ -24,7 +24,7 @@ HIDDEN = ("hidden_0", "hidden_1")
 
 
 class Theirs(nn.Module):
-    """The model that is specialised: plain Linen, with parameters called as its author likes."""
+    """The model that is specialized: plain Linen, with parameters called as its author likes."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -45,7 +45,7 @@ class Generator(nn.Module):
         return gates_PLE, ExpertPool({"kernel": (WIDTH, WIDTH)}, EXPERTS, RANK)()
 
 
-def specialise(params: Any, gates_LE: jax.Array, pool: Any) -> Any:
+def specialize(params: Any, gates_LE: jax.Array, pool: Any) -> Any:
     """The author's parameters with equation 8 added: a tree of the same shape, for the same `apply`."""
     changed = dict(params)
     for gates_E, name in zip(gates_LE, HIDDEN, strict=True):
@@ -64,17 +64,17 @@ def waves(key: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
 
 def errors(params: Any, generator: Any, variables: Any, key: jax.Array) -> tuple[float, float]:
-    """Mean squared error on waves, of the model as it is and specialised."""
+    """Mean squared error on waves, of the model as it is and specialized."""
     read, asked = waves(key, 500)
     gates_PLE, pool = generator.apply(variables, read, False)
 
     def error(gates_LE: jax.Array, points: jax.Array) -> jax.Array:
         x, y = points[:, :1], points[:, 1:]
-        models = (params, specialise(params, gates_LE, pool))
+        models = (params, specialize(params, gates_LE, pool))
         return jnp.stack([jnp.mean((Theirs().apply({"params": p}, x) - y) ** 2) for p in models])
 
-    base, specialised = jnp.mean(jax.vmap(error)(gates_PLE, asked), axis=0)
-    return float(base), float(specialised)
+    base, specialized = jnp.mean(jax.vmap(error)(gates_PLE, asked), axis=0)
+    return float(base), float(specialized)
 
 
 def pretrained(steps: int) -> Any:
@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> tuple[float, float]:
             (gates_PLE, pool), updated = generator.apply(everything, read, True, mutable=["batch_stats"])
 
             def error(gates_LE: jax.Array, points: jax.Array) -> jax.Array:
-                says = Theirs().apply({"params": specialise(params, gates_LE, pool)}, points[:, :1])
+                says = Theirs().apply({"params": specialize(params, gates_LE, pool)}, points[:, :1])
                 return jnp.mean((says - points[:, 1:]) ** 2)
 
             return jnp.mean(jax.vmap(error)(gates_PLE, asked)) + 0.01 * cv_squared(gates_PLE), updated
@@ -125,11 +125,11 @@ def main(arguments: list[str] | None = None) -> tuple[float, float]:
     state, key = tx.init(variables["params"]), jax.random.key(2)
     for i in range(steps):
         variables, state = step(variables, state, jax.random.fold_in(key, i))
-    base, specialised = errors(params, generator, variables, jax.random.key(3))
+    base, specialized = errors(params, generator, variables, jax.random.key(3))
     print(
-        f"mean squared error on 500 waves that were not trained on: {base:.3f} as it is, {specialised:.3f} specialised"
+        f"mean squared error on 500 waves that were not trained on: {base:.3f} as it is, {specialized:.3f} specialized"
     )
-    return base, specialised
+    return base, specialized
 
 
 if __name__ == "__main__":

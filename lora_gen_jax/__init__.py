@@ -1,4 +1,4 @@
-"""LoRA-Gen in JAX/Flax: a cloud language model reads a prompt once and specialises a small edge model.
+"""LoRA-Gen in JAX/Flax: a cloud language model reads a prompt once and specializes a small edge model.
 
 Shape letters, used as suffixes of array names everywhere:
 

@@ -262,11 +262,11 @@ def compile_main(arguments: list[str]) -> None:
 COMMANDS = {
     "train": (None, train_main, "train.py: train a generator, or another method, from a config file"),
     "eval": (None, eval_main, "eval.py: score methods on tasks"),
-    "specialize": (Specialize, specialize_command, "turn a system prompt into a specialisation"),
-    "refine": (Refine, refine_command, "learn from solved examples, from a specialisation on"),
-    "generate": (Generate, generate_command, "answer an input with a specialised model"),
-    "serve": (Serve, serve_command, "answer over HTTP, as OpenAI's interface, for many specialisations at once"),
-    "export": (Export, export_command, "write a specialisation for peft, transformers or llama.cpp"),
+    "specialize": (Specialize, specialize_command, "turn a system prompt into a specialization"),
+    "refine": (Refine, refine_command, "learn from solved examples, from a specialization on"),
+    "generate": (Generate, generate_command, "answer an input with a specialized model"),
+    "serve": (Serve, serve_command, "answer over HTTP, as OpenAI's interface, for many specializations at once"),
+    "export": (Export, export_command, "write a specialization for peft, transformers or llama.cpp"),
     "instructions": (Instructions, instructions_command, "turn instruction data into tasks, by any language model"),
     "pack": (Pack, pack_command, "write a trained generator as two small files"),
     "lm_eval": (None, lm_eval_command, "evaluate with lm-evaluation-harness"),
@@ -275,7 +275,7 @@ COMMANDS = {
     "bench": (None, bench_main, "time a config's training step against the machine's matmul rate"),
     "compile": (None, compile_main, "memory, flops and bytes of an experiment's programs on TPUs that are not there"),
     "efficiency": (None, efficiency_main, "time, memory and multiply-adds of an answer, by method"),
-    "side_by_side": (SideBySide, side_by_side_command, "the base with the prompt beside the specialised model without"),
+    "side_by_side": (SideBySide, side_by_side_command, "the base with the prompt beside the specialized model without"),
     "report": (Report, report_command, "write report.html and figures from what runs and evaluations left"),
 }
 

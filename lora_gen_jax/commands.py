@@ -66,7 +66,7 @@ class Specialize:
 
 @dataclasses.dataclass(frozen=True)
 class Pack:
-    """Writes a trained generator as two small files that travel: without optimiser state, and in half precision.
+    """Writes a trained generator as two small files that travel: without optimizer state, and in half precision.
 
     Example:
 

@@ -247,10 +247,10 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Optimisation, and what a run writes when.
+    """Optimization, and what a run writes when.
 
     Attributes:
-        steps: optimiser steps; 0 beside epochs.
+        steps: optimizer steps; 0 beside epochs.
         epochs: in the place of steps, how often the training rows are read: as many steps as that takes, with
             data.prompts_per_step · data.queries_per_prompt queries each.
         learning_rate: peak of warm-up and cosine decay to zero.
@@ -341,7 +341,7 @@ class Config:
         compare: methods that train.py scores after the last step, on eval.tasks, with report.json and report.png; those
             that learn are trained alike, each in a directory of its own inside the work directory.
         cloud: reads the prompt.
-        edge: is specialised.
+        edge: is specialized.
         mesh: the devices' arrangement; a run may go on with another one.
         distributed: the processes of one job; a run may go on with another number of them.
         workdir: everything a run writes; left out, runs/<name>.

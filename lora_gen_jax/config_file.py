@@ -65,7 +65,7 @@ def made_by(path: Path, function: str, kind: type[_Made]) -> _Made:
 def config_from_args(program: str, args: Sequence[str]) -> Config:
     """``CONFIG.py [--any.field VALUE …]`` as a checked `Config`; flags override the file's values.
 
-    A misspelt flag prints the nearest ones and exits with status 2; ``--help`` lists all with their defaults.
+    A misspelled flag prints the nearest ones and exits with status 2; ``--help`` lists all with their defaults.
 
     Raises:
         ConfigError: as `read_config` and `check`.

@@ -1,4 +1,4 @@
-"""The command ``generate``: one answer as a stream, or a file of requests for many specialisations.
+"""The command ``generate``: one answer as a stream, or a file of requests for many specializations.
 
 In: flags. Out: text on standard output, or a JSONL file. Heavy imports wait until a command runs, so that ``--help``
 and mistakes answer at once.
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Answers with a specialised edge model, which does not read the prompt again.
+    """Answers with a specialized edge model, which does not read the prompt again.
 
-    One --input is answered as a stream on standard output. A file of --requests, for as many specialisations as you
+    One --input is answered as a stream on standard output. A file of --requests, for as many specializations as you
     like, becomes a file of answers. Examples:
 
     lora-gen generate --specialization special --input "owl:"
@@ -44,7 +44,7 @@ class Generate:
     out: Path | None = None
     """With --requests: the JSONL file to write, the requests with "answer" and "finish" ("stop" or "length")."""
     checkpoint: Path | None = None
-    """Where the generator with the expert pool is, if not where it was when the specialisation was made."""
+    """Where the generator with the expert pool is, if not where it was when the specialization was made."""
     trust_recorded: bool = False
     """Open the generator's address that the specialization records in a bucket, too, with your own credentials."""
     edge: str | None = None
@@ -62,11 +62,11 @@ class Generate:
     chat: bool = False
     """Put every input into the edge model's chat template, as a user's turn."""
     base: bool = False
-    """Answer with the unspecialised edge model, for comparison."""
+    """Answer with the unspecialized edge model, for comparison."""
     rows: int = 32
     """With --requests: sequences at the same time."""
     how: Literal["auto", "mixed", "merged"] = "auto"
-    """With --requests: all specialisations in one batch beside the unmerged weights, or merged one after another; auto
+    """With --requests: all specializations in one batch beside the unmerged weights, or merged one after another; auto
     takes what is likely to be faster."""
 
 
@@ -101,7 +101,7 @@ def generate_command(flags: Generate) -> None:
 
 
 def _answer_one(flags: Generate, directory: Path) -> None:
-    """Merges the specialisation into the edge model and streams its answer."""
+    """Merges the specialization into the edge model and streams its answer."""
     from lora_gen_jax.adapters.merge import merge_donated
     from lora_gen_jax.adapters.specialization_fit import fitted_adapter
     from lora_gen_jax.data.text_stream import TextStream
@@ -184,7 +184,7 @@ def _answer_requests(flags: Generate, path: Path) -> None:
     write_text(out, "".join(line + "\n" for line in lines))
     count = sum(len(answer.ids) for answer in answers)
     print(
-        f"{out}: {len(answers)} answers of {len(found)} specialisations in {seconds:.1f} s,"
+        f"{out}: {len(answers)} answers of {len(found)} specializations in {seconds:.1f} s,"
         f" {len(answers) / seconds:.1f} answers/s, {count / seconds:.0f} tokens/s",
         file=sys.stderr,
     )
@@ -228,7 +228,7 @@ def _check_out(flags: Generate) -> Path:
 
 
 def _read_requests(flags: Generate, path: Path) -> tuple[list[dict[str, Any]], list[Path | None]]:
-    """The requests, and the specialisation directory of each; None for the base model.
+    """The requests, and the specialization directory of each; None for the base model.
 
     Raises:
         DataError: naming file, line and field.

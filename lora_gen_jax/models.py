@@ -63,7 +63,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pair:
-    """The model that reads prompts and the model that is specialised."""
+    """The model that reads prompts and the model that is specialized."""
 
     cloud: Model
     edge: Model

@@ -103,7 +103,7 @@ def _size(mesh: Any, part: str | tuple[str, ...] | None) -> int:
 
 
 def partitioned(init: Callable[..., jax.Array], *axes: str) -> Callable[..., Any]:
-    """An initialiser whose result carries its logical axes; the names are checked here."""
+    """An initializer whose result carries its logical axes; the names are checked here."""
     spec(*axes)
     return nn.with_logical_partitioning(init, axes)
 
@@ -129,7 +129,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, devices: Sequence[A
             remedy="set --mesh.data, --mesh.fsdp and --mesh.model to numbers whose product that is; one may be -1",
         )
     sizes = [count // known if size == -1 else size for size in sizes]
-    # Linen's boxed initialisers need Auto axes; jax.make_mesh makes Explicit ones by default.
+    # Linen's boxed initializers need Auto axes; jax.make_mesh makes Explicit ones by default.
     types = (AxisType.Auto,) * len(MESH_AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:

@@ -1,4 +1,4 @@
-"""Prompts in, specialisations out; and back from a specialisation to the generator that made it.
+"""Prompts in, specializations out; and back from a specialization to the generator that made it.
 
 In: a checkpoint of method lora_gen, and texts. Out: `Specialization`s, or the checkpoint that holds the pool of one.
 """
@@ -40,7 +40,7 @@ from lora_gen_jax.untrusted import check_tensors
 
 
 class Specializer:
-    """A generator with its two models: prompts in, specialisations out. Several threads may use it.
+    """A generator with its two models: prompts in, specializations out. Several threads may use it.
 
     Args:
         loaded: a checkpoint of method lora_gen.
@@ -51,7 +51,7 @@ class Specializer:
         config: of the run.
         pair: the models.
         limit: longest prompt in tokens of the cloud model.
-        fit: what its specialisations are like.
+        fit: what its specializations are like.
 
     Raises:
         CheckpointError: for a checkpoint of another method, or of other models.
@@ -92,7 +92,7 @@ class Specializer:
             cloud, edge: where the models are, if not where they were when the generator was trained.
             mesh: that the models' weights are put on; left out, this process's accelerators, spread over as many of
                 them as in training (one device on a CPU).
-            edge_weights: read the edge model's weights, too; specialising needs none of them.
+            edge_weights: read the edge model's weights, too; specializing needs none of them.
 
         Raises:
             CheckpointError: when there is no checkpoint, or it is damaged, of another method or of other models.
@@ -161,7 +161,7 @@ class Specializer:
             refine: after reading, steps on the examples of those prompts that have some.
 
         Returns:
-            a specialisation for each prompt, in their order.
+            a specialization for each prompt, in their order.
 
         Raises:
             DataError: for a text in the place of the list, or as `ids`, before anything is computed; with several
@@ -205,7 +205,7 @@ class Specializer:
         refine: RefineConfig | None = None,
         chat: bool = False,
     ) -> Specialization:
-        """Steps on examples, from a specialisation of this generator on.
+        """Steps on examples, from a specialization of this generator on.
 
         For gates of which few are chosen, the cloud reads its prompt again: the file does not tell how near the other
         experts were.
@@ -217,7 +217,7 @@ class Specializer:
             chat: the edge model will be asked in its chat template.
 
         Raises:
-            CheckpointError: for a specialisation of another generator.
+            CheckpointError: for a specialization of another generator.
             DataError, ConfigError: as `specialize` with `refine`.
         """
         self.fit.check(specialization)
@@ -268,7 +268,7 @@ class Specializer:
         """The adapter of one prompt, for `merge`, `generate` and `score`.
 
         Raises:
-            CheckpointError: for a specialisation of another generator.
+            CheckpointError: for a specialization of another generator.
         """
         self.fit.check(specialization)
         return fitted_adapter(specialization, self._variables, self.config.generator)
@@ -312,7 +312,7 @@ def read_specialization(
 def read_specializations(
     directories: Sequence[Path], checkpoint: Path | None, edge: str | None, follow_remote: bool = False
 ) -> tuple[dict[Path, Specialization], Loaded, Config]:
-    """Specialisations of one generator, that generator, and its config with the edge model relocated.
+    """Specializations of one generator, that generator, and its config with the edge model relocated.
 
     All that can be wrong is noticed here, before the edge model's weights are read.
 
@@ -349,7 +349,7 @@ def read_specializations(
 
 
 def find_generator(specialization: Specialization, named: Path | None, follow_remote: bool = False) -> Loaded:
-    """The checkpoint with a specialisation's pool: the one named, else the shipped generator that has this pool, else
+    """The checkpoint with a specialization's pool: the one named, else the shipped generator that has this pool, else
     the one recorded when it was made.
 
     Args:

@@ -1,4 +1,4 @@
-"""More tasks to train on: five data sets whose licences let trained weights be shipped, as rows for data.files.
+"""More tasks to train on: five data sets whose licenses let trained weights be shipped, as rows for data.files.
 
 In: a directory with the original files of those you have, one folder a data set. Out: NAME.jsonl for each.
 
@@ -27,7 +27,7 @@ from lora_gen_jax.data.jsonl import map_rows, read_rows, read_text
 from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.reasoning import REASONING_TASKS, folder_of
 from lora_gen_jax.data.rows import labelled
-from lora_gen_jax.data.tasks import normalise
+from lora_gen_jax.data.tasks import normalize
 from lora_gen_jax.errors import DataError, LoraGenError
 
 # Five wordings a task, which its rows take in turns.
@@ -171,7 +171,7 @@ def worded(name: str, questions: Iterator[Question], scored: set[str]) -> Iterat
     """Rows with the task's wordings in turns, without questions that are scored and those with an option twice."""
     wordings, made = DESCRIPTIONS[name], 0
     for split, query, options, gold, asked in questions:
-        if normalise(asked) in scored or len(set(options)) < len(options):
+        if normalize(asked) in scored or len(set(options)) < len(options):
             continue
         system = wordings[made % len(wordings)]
         yield {"task": name, "system": system, "input": query, "options": options, "gold": gold, "split": split}
@@ -179,13 +179,13 @@ def worded(name: str, questions: Iterator[Question], scored: set[str]) -> Iterat
 
 
 def scored_questions(directory: Path | None) -> set[str]:
-    """The normalised questions that the reasoning tasks of a directory score and validate on."""
+    """The normalized questions that the reasoning tasks of a directory score and validate on."""
     if directory is None:
         return set()
     names = [name for name in REASONING_TASKS if folder_of(directory, name)]
     rows = [row for task in load_tasks(names, directory).values() for row in (*task.test, *task.validation)]
     bare = (row.query.rpartition("Question:")[2].removesuffix("Answer:") for row in rows)
-    return {normalise(text) for text in (*(row.query for row in rows), *bare)}
+    return {normalize(text) for text in (*(row.query for row in rows), *bare)}
 
 
 def main() -> None:

@@ -139,7 +139,7 @@ def filled(shapes: Any, seed: int) -> Any:
 
 
 def random_params(config: DecoderConfig, seed: int = 0) -> Any:
-    """Decoder weights; made without compiling the initialisers."""
+    """Decoder weights; made without compiling the initializers."""
     shapes = jax.eval_shape(lambda key: Decoder(config).init(key, jnp.zeros((1, 2), jnp.int32)), jax.random.key(0))
     return filled(nn.unbox(shapes)["params"], seed)
 

@@ -1,4 +1,4 @@
-"""The command line on a tiny trained pair: specialise and generate; bad input ends with one line and status 2."""
+"""The command line on a tiny trained pair: specialize and generate; bad input ends with one line and status 2."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ QUESTION = "what kind is the moon ?\n"
 
 @pytest.fixture(scope="module")
 def special(tmp_path_factory):
-    """A specialisation of the trained pair."""
+    """A specialization of the trained pair."""
     out = tmp_path_factory.mktemp("special") / "warm"
     main(["specialize", "--checkpoint", str(trained().directory), "--prompt", PROMPT, "--out", str(out)])
     return out
@@ -36,7 +36,7 @@ def config_file(tmp_path):
     return config, write_config(tmp_path / "tiny.py", config)
 
 
-def test_specialise_then_generate_answers_as_the_task_asks(special, capsys):
+def test_specialize_then_generate_answers_as_the_task_asks(special, capsys):
     assert {p.name for p in special.iterdir()} == {"specialization.safetensors", "prompt.txt", "specialization.json"}
     assert (special / "prompt.txt").read_text() == PROMPT
     readable = json.loads((special / "specialization.json").read_text())
@@ -49,7 +49,7 @@ def test_specialise_then_generate_answers_as_the_task_asks(special, capsys):
     assert capsys.readouterr().out.split()[:1] != ["red"]
 
 
-def test_another_prompt_specialises_for_another_task(capsys, tmp_path):
+def test_another_prompt_specializes_for_another_task(capsys, tmp_path):
     (tmp_path / "prompt.txt").write_text("say one two three\n\nwhat kind is the star ?\ntwo")
     out = tmp_path / "count"
     prompt = f"@{tmp_path / 'prompt.txt'}"
@@ -97,9 +97,9 @@ def test_generate_streams_as_many_tokens_as_asked_and_draws_by_its_seed(special,
         (["--cloud", "no/such/model"], ["no/such/model"]),
         (["--promt", "x"], ["--promt", "--prompt"]),
     ],
-    ids=["empty", "file", "long", "checkpoint", "model", "misspelt"],
+    ids=["empty", "file", "long", "checkpoint", "model", "misspelled"],
 )
-def test_specialise_refuses_bad_input_and_writes_nothing(capsys, tmp_path, flags, facts):
+def test_specialize_refuses_bad_input_and_writes_nothing(capsys, tmp_path, flags, facts):
     defaults = {"--checkpoint": str(trained().directory), "--prompt": PROMPT, "--out": str(tmp_path / "out")}
     defaults |= dict(zip(flags[::2], flags[1::2], strict=True))
     refused(capsys, main, ["specialize", *(x for pair in defaults.items() for x in pair)], *facts)
@@ -142,7 +142,7 @@ def same_gates(one, other):
     return np.abs(load_specialization(one).gates(4) - load_specialization(other).gates(4)).max() < 1e-6
 
 
-def test_a_conversation_and_shots_specialise_as_their_text_does(special, tmp_path):
+def test_a_conversation_and_shots_specialize_as_their_text_does(special, tmp_path):
     (tmp_path / "chat.json").write_text(json.dumps(CHAT, indent=2))
     shots = write_rows(tmp_path / "shots.jsonl", [SHOT])
     base = ["specialize", "--checkpoint", str(trained().directory)]
@@ -198,7 +198,7 @@ def test_a_bad_prompt_among_many_is_named_and_nothing_is_written(capsys, tmp_pat
         (["--prompts", "no/such.jsonl"], "no/such.jsonl"),
     ],
 )
-def test_specialise_takes_one_source_of_prompts_and_checks_it_before_any_model_is_read(capsys, tmp_path, flags, fact):
+def test_specialize_takes_one_source_of_prompts_and_checks_it_before_any_model_is_read(capsys, tmp_path, flags, fact):
     args = ["specialize", "--checkpoint", "no/such", "--out", tmp_path / "out", *flags]
     refused(capsys, main, args, fact)
     assert list(tmp_path.iterdir()) == []
@@ -223,7 +223,7 @@ def test_a_checkpoint_of_another_base_model_is_refused(capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_specialisation_refuses_another_edge_model_another_pool_and_a_lost_checkpoint(capsys, special, tmp_path):
+def test_a_specialization_refuses_another_edge_model_another_pool_and_a_lost_checkpoint(capsys, special, tmp_path):
     write_model(tmp_path / "other", seed=5)
     args = ["generate", "--specialization", special, "--input", QUESTION]
     refused(capsys, main, [*args, "--edge", tmp_path / "other"], "--edge")
@@ -254,7 +254,7 @@ def test_generate_refuses_bad_input(capsys, special, flags, facts):
 
 
 def test_unknown_commands_name_the_nearest(capsys):
-    refused(capsys, main, ["specialise"], "'specialise'", "specialize?")
+    refused(capsys, main, ["specialize"], "'specialize'", "specialize?")
     refused(capsys, main, ["xyz"], "lora-gen COMMAND")
     main([])
     assert "lora-gen COMMAND --help" in capsys.readouterr().out

@@ -96,7 +96,7 @@ def test_unroll_below_one_is_named():
 
 @pytest.mark.parametrize(("routing", "active"), [("keep_top_k", 2), ("gumbel_top_k", 2), ("gumbel", 5), ("linear", 5)])
 def test_as_many_experts_are_active_as_have_gates(routing, active):
-    """What the router gives, counted; a pool reads and a specialisation stores no more."""
+    """What the router gives, counted; a pool reads and a specialization stores no more."""
     settings, meta = GeneratorConfig(routing=routing, num_experts=5, top_k=2), np.ones((3, 2, 4), np.float32)
     meta += np.random.default_rng(0).standard_normal(meta.shape).astype(np.float32)
     router = Router(settings.num_experts, settings.top_k, width=6, routing=routing)

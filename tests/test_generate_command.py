@@ -1,4 +1,4 @@
-"""A file of requests for many specialisations: each answered as alone; bad lines are named before anything is read."""
+"""A file of requests for many specializations: each answered as alone; bad lines are named before anything is read."""
 
 import json
 
@@ -22,7 +22,7 @@ REQUESTS = [
 
 @pytest.fixture(scope="module")
 def specials(tmp_path_factory):
-    """Three specialisations of the shipped pocket pair, in one directory."""
+    """Three specializations of the shipped pocket pair, in one directory."""
     root = tmp_path_factory.mktemp("specials")
     write_rows(root / "prompts.jsonl", PROMPTS)
     main(
@@ -105,7 +105,7 @@ def test_what_cannot_be_answered_is_named(tmp_path, capsys, flags, rows, facts):
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_a_specialisation_of_another_pool_is_named(tmp_path, specials, capsys):
+def test_a_specialization_of_another_pool_is_named(tmp_path, specials, capsys):
     import shutil
 
     from safetensors import safe_open

@@ -1,4 +1,4 @@
-"""The shipped pair and the shipped generator: models that have learnt, so that what they answer can be tested."""
+"""The shipped pair and the shipped generator: models that have learned, so that what they answer can be tested."""
 
 import json
 import warnings
@@ -71,8 +71,8 @@ def test_the_edge_learns_in_context_and_knows_nothing_without(pair):
 def test_the_shipped_generator_answers_unseen_tasks_without_the_prompt(pair):
     checkpoints = {"lora_gen": load_checkpoint(SHIPPED["quickstart"])}
     unseen = GROUPS["pocket_unseen"]()
-    specialised = accuracy(pair, unseen, "lora_gen", checkpoints)
-    assert specialised > 0.9
+    specialized = accuracy(pair, unseen, "lora_gen", checkpoints)
+    assert specialized > 0.9
     assert accuracy(pair, unseen, "paraphrase", checkpoints) > 0.9
     for control in ("shuffled", "gibberish", "empty"):
         assert accuracy(pair, unseen, control, checkpoints) < 0.1, control

@@ -30,7 +30,7 @@ SHOTS = {
     ),
     "social_iqa": (
         "Q: Tom dropped his ice cream on the street. How would Tom feel afterwards?\nA: disappointed",
-        "Q: Ann carried a heavy box for her neighbour. What will the neighbour want to do next?\nA: thank Ann",
+        "Q: Ann carried a heavy box for her neighbor. What will the neighbor want to do next?\nA: thank Ann",
         "Q: Lee hid the present in the garage. Why did Lee do this?\nA: keep it a surprise",
     ),
 }

@@ -1,4 +1,4 @@
-"""Prompts in, specialisations out: one by one, by the dozen, on several devices; and back to the generator."""
+"""Prompts in, specializations out: one by one, by the dozen, on several devices; and back to the generator."""
 
 import dataclasses
 import shutil
@@ -50,7 +50,7 @@ def short(prompts):
 
 @pytest.fixture(scope="module")
 def forty(specializer, prompts):
-    """(their specialisations, what progress said, the programs that were compiled)."""
+    """(their specializations, what progress said, the programs that were compiled)."""
     generate: Any = specializing._generate
     said, before = [], generate._cache_size()
     made = specializer.specialize(prompts, lambda done, total: said.append((done, total)), batch=8)
@@ -113,7 +113,7 @@ def test_the_rows_of_a_batch_are_split_over_the_devices(monkeypatch):
         assert seen.pop() == (rows, 16)
 
 
-def test_a_specialisation_knows_where_it_comes_from(specializer):
+def test_a_specialization_knows_where_it_comes_from(specializer):
     (made,) = specializer.specialize([PROMPT])
     loaded = load_checkpoint(trained().directory)
     assert made.checkpoint == str(trained().directory / "checkpoints" / "24")
@@ -122,7 +122,7 @@ def test_a_specialisation_knows_where_it_comes_from(specializer):
     assert specializer.config.name == "tiny"
 
 
-def test_no_prompts_make_no_specialisations(specializer):
+def test_no_prompts_make_no_specializations(specializer):
     assert specializer.specialize([]) == []
 
 
@@ -196,7 +196,7 @@ def test_a_shipped_generator_is_found_again_by_its_pool():
         find_generator(absent, None)
 
 
-def test_a_specialisation_is_read_with_its_generator(specializer, tmp_path):
+def test_a_specialization_is_read_with_its_generator(specializer, tmp_path):
     (made,) = specializer.specialize([PROMPT])
     save_specialization(made, tmp_path / "s")
     elsewhere = str(shutil.copytree(trained().edge.source, tmp_path / "elsewhere"))
@@ -216,7 +216,7 @@ def test_a_specialisation_is_read_with_its_generator(specializer, tmp_path):
         read_specialization(tmp_path / "lost", None, None)
 
 
-def test_an_address_that_a_specialisation_records_is_opened_below_a_local_path_or_on_request(specializer, monkeypatch):
+def test_an_address_that_a_specialization_records_is_opened_below_a_local_path_or_on_request(specializer, monkeypatch):
     """Its author may be anyone: the reader's own credentials go nowhere that they did not name."""
     (made,) = specializer.specialize([PROMPT])
     opened = []

@@ -4,7 +4,7 @@ In: a decoder's parameters and a mergeable adapter of one prompt. Out: parameter
 shardings: an ordinary model with no extra parameters.
 
 Subtracting ΔW returns to the base within rounding (about one fp32 entry in two hundred differs in its last bit).
-Exact return means keeping the base: `merge` leaves it alone, `merge_over` writes the next specialisation over the last
+Exact return means keeping the base: `merge` leaves it alone, `merge_over` writes the next specialization over the last
 one, `merge_donated` gives the base's memory to the result.
 """
 
@@ -159,7 +159,7 @@ def merge_over(held: Any, params: Any, adapter: Mergeable) -> Any:
         adapter: the next one, of a single prompt.
 
     Returns:
-        the specialised parameters, bit for bit those of `merge(params, adapter)`.
+        the specialized parameters, bit for bit those of `merge(params, adapter)`.
 
     Raises:
         ConfigError: when `held` is the base itself, was merged at other sites, or the adapter holds several prompts.

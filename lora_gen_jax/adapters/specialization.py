@@ -1,4 +1,4 @@
-"""A specialisation on disk: the sparse gates of one prompt, a thousand bytes beside a pool that is found again.
+"""A specialization on disk: the sparse gates of one prompt, a thousand bytes beside a pool that is found again.
 
 In: what the generator said about one prompt. Out: a directory with `specialization.safetensors` (gates and
 fingerprints), `prompt.txt` and `specialization.json` (readable). Signed gates of all experts are stored in 8 bits each,
@@ -28,7 +28,7 @@ TENSORS, PROMPT, READABLE = "specialization.safetensors", "prompt.txt", "special
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Specialization:
-    """One prompt's specialisation.
+    """One prompt's specialization.
 
     Attributes:
         tensors: {"index": [L, K], "weight": [L, K]}, or {"weight": int8 [L, E], "scale": [L]} for linear routing;
@@ -145,7 +145,7 @@ def save_specialization(specialization: Specialization, directory: str | Path) -
 
 
 def save_specializations(named: Iterable[tuple[str, Specialization]], directory: Path) -> None:
-    """Writes a directory with one specialisation directory for each name, all of them or nothing.
+    """Writes a directory with one specialization directory for each name, all of them or nothing.
 
     Raises:
         OutputError: when it exists and is not empty, or cannot be written.
@@ -157,7 +157,7 @@ def save_specializations(named: Iterable[tuple[str, Specialization]], directory:
 
 
 def load_specialization(directory: str | Path) -> Specialization:
-    """Reads a specialisation directory, and checks all that can be said of it without its generator.
+    """Reads a specialization directory, and checks all that can be said of it without its generator.
 
     Raises:
         CheckpointError: when it is none, or damaged; the message says what is wrong.

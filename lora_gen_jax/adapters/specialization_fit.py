@@ -1,4 +1,4 @@
-"""Whether a specialisation fits a generator, and the adapter that both together give.
+"""Whether a specialization fits a generator, and the adapter that both together give.
 
 In: a `Specialization` and a generator's variables and settings. Out: an adapter of one prompt, or an error that says
 what does not fit. Gates mean something beside the pool that they were made for alone.
@@ -37,7 +37,7 @@ def pool_fingerprint(variables: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """What a specialisation must be like to be a generator's; found once for any number of them.
+    """What a specialization must be like to be a generator's; found once for any number of them.
 
     Attributes:
         pool: fingerprint.
@@ -58,7 +58,7 @@ class Fit:
 
     @classmethod
     def of(cls, variables: Any, settings: GeneratorConfig, layers: int | None = None) -> "Fit":
-        """What a generator's specialisations are like.
+        """What a generator's specializations are like.
 
         Args:
             variables, settings: of the generator.
@@ -77,7 +77,7 @@ class Fit:
         )
 
     def check(self, specialization: Specialization) -> None:
-        """Raises CheckpointError unless the specialisation is one of the generator's."""
+        """Raises CheckpointError unless the specialization is one of the generator's."""
         found, expected = self.pool, specialization.fingerprints["pool"]
         if found != expected:
             raise CheckpointError(
@@ -147,7 +147,7 @@ class Fit:
 def adapter_of(
     specialization: Specialization, variables: Any, settings: GeneratorConfig, layers: int | None = None
 ) -> Any:
-    """The adapter of one prompt, from a specialisation and the generator that has its pool.
+    """The adapter of one prompt, from a specialization and the generator that has its pool.
 
     Args:
         specialization: gates or factors.
@@ -162,7 +162,7 @@ def adapter_of(
 
 
 def fitted_adapter(specialization: Specialization, variables: Any, settings: GeneratorConfig) -> Any:
-    """As `adapter_of`, of a specialisation that was checked already: the pool is not read again."""
+    """As `adapter_of`, of a specialization that was checked already: the pool is not read again."""
     factors = {
         site: {x: jnp.asarray(value)[:, None] for x, value in pair.items()}
         for site, pair in specialization.factors.items()

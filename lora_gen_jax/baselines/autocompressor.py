@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from lora_gen_jax.adapters.lora import LoRA, trained_factors
 from lora_gen_jax.baselines.lora import lora_sites
-from lora_gen_jax.baselines.method import Method, Prompt, Specialise, Specialised, Traits, fixed
+from lora_gen_jax.baselines.method import Method, Prompt, Specialize, Specialized, Traits, fixed
 from lora_gen_jax.baselines.segments import Segment, join, longest_segment, random_shares, segment_lengths, take_segment
 from lora_gen_jax.config import Config
 from lora_gen_jax.decoder.config import DecoderConfig
@@ -209,7 +209,7 @@ def build(config: Config, pair: "Pair") -> AutoCompressor:
     return module
 
 
-def specialise(config: Config, pair: "Pair", loaded: "Loaded | None") -> Specialise:
+def specialize(config: Config, pair: "Pair", loaded: "Loaded | None") -> Specialize:
     """From a prompt to the edge model with the LoRA merged and the prompt's soft tokens; without one, the LoRA alone.
 
     Raises:
@@ -218,14 +218,14 @@ def specialise(config: Config, pair: "Pair", loaded: "Loaded | None") -> Special
     assert loaded is not None, "an AutoCompressor is trained"
     module, edge, plain = build(loaded.config, pair), pair.edge, fixed(config, pair, loaded)
 
-    def specialised(prompt: Prompt | None) -> Specialised:
+    def specialized(prompt: Prompt | None) -> Specialized:
         merged = plain(None)
         if prompt is None:
             return merged
         soft_ND = compress(module, loaded.variables, edge.params, edge.encoder.prompt(prompt.text))
         return merged._replace(prefix=encode_soft(edge.decoder, merged.params, soft_ND))
 
-    return specialised
+    return specialized
 
 
 METHOD = Method(
@@ -233,7 +233,7 @@ METHOD = Method(
     title="AutoCompressors",
     traits=Traits(compresses_context=True, merged=False, training_free=True, transfers=False),
     build=build,
-    specialise=specialise,
+    specialize=specialize,
     depends_on_prompt=True,
     soft_tokens=soft_tokens,
 )

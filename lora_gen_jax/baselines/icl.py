@@ -10,6 +10,6 @@ METHOD = Method(
     title="ICL",
     traits=Traits(compresses_context=False, merged=True, training_free=True, transfers=False),
     build=None,
-    specialise=base,
+    specialize=base,
     edge_reads_prompt=True,
 )

@@ -53,7 +53,7 @@ METHOD = Method(
     title="LoRA",
     traits=Traits(compresses_context=False, merged=True, training_free=False, transfers=False),
     build=lambda config, pair: MultiTaskLoRA(pair.edge.config, config.generator),
-    specialise=fixed,
+    specialize=fixed,
     may_read_prompt=True,
     token_macs=lambda edge, config: lora_macs(edge, config.generator),
 )

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from lora_gen_jax.baselines.method import Method, Prompt, Specialise, Specialised, Traits, beside_or_merged
+from lora_gen_jax.baselines.method import Method, Prompt, Specialize, Specialized, Traits, beside_or_merged
 from lora_gen_jax.config import Config
 from lora_gen_jax.generator.lora_gen import LoRAGen
 from lora_gen_jax.generator.specialize import specialize
@@ -47,17 +47,17 @@ def reader(config: Config, pair: "Pair", loaded: "Loaded") -> Callable[[str], Ge
     return read
 
 
-def specialise(config: Config, pair: "Pair", loaded: "Loaded | None") -> Specialise:
+def specializer(config: Config, pair: "Pair", loaded: "Loaded | None") -> Specialize:
     """The cloud reads the prompt, the gated products are merged; without a prompt the base."""
     assert loaded is not None
     read = reader(config, pair, loaded)
 
-    def specialised(prompt: Prompt | None) -> Specialised:
+    def specialized(prompt: Prompt | None) -> Specialized:
         if prompt is None:
-            return Specialised(pair.edge.params)
+            return Specialized(pair.edge.params)
         return beside_or_merged(pair.edge.params, read(prompt.text).adapter.select(0))
 
-    return specialised
+    return specialized
 
 
 METHOD = Method(
@@ -65,6 +65,6 @@ METHOD = Method(
     title="LoRA-Gen",
     traits=Traits(compresses_context=True, merged=True, training_free=True, transfers=True),
     build=build,
-    specialise=specialise,
+    specialize=specializer,
     depends_on_prompt=True,
 )

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lora_gen_jax.adapters.lora import LoRA, PromptLoRA, factor_a_init
 from lora_gen_jax.baselines.hub_search import Found, check_budget, require_nevergrad, search
 from lora_gen_jax.baselines.lora import SITES, lora_macs, lora_sites
-from lora_gen_jax.baselines.method import Method, Prompt, Specialise, Specialised, Traits, beside_or_merged
+from lora_gen_jax.baselines.method import Method, Prompt, Specialize, Specialized, Traits, beside_or_merged
 from lora_gen_jax.config import Config, DataConfig, HubConfig
 from lora_gen_jax.data.groups import Group
 from lora_gen_jax.data.pipeline import Batch, pack_groups
@@ -233,7 +233,7 @@ def build(config: Config, pair: "Pair") -> LoRAModules:
     return LoRAModules(pair.edge.config, config.generator, config.hub.modules)
 
 
-def specialise(config: Config, pair: "Pair", loaded: "Loaded | None") -> Specialise:
+def specialize(config: Config, pair: "Pair", loaded: "Loaded | None") -> Specialize:
     """From a prompt to the edge model with the LoRA merged that a search over its shots composes.
 
     Raises:
@@ -242,11 +242,11 @@ def specialise(config: Config, pair: "Pair", loaded: "Loaded | None") -> Special
     assert loaded is not None, "modules are trained"
     find, scale = found_weights(config.hub, pair, loaded), loaded.config.generator.alpha / loaded.config.generator.rank
 
-    def specialised(prompt: Prompt | None) -> Specialised:
+    def specialized(prompt: Prompt | None) -> Specialized:
         adapter = compose(loaded.variables, np.float32(find(prompt).weights_N), scale)
         return beside_or_merged(pair.edge.params, adapter)
 
-    return specialised
+    return specialized
 
 
 METHOD = Method(
@@ -255,7 +255,7 @@ METHOD = Method(
     # The shots reach the edge model through its weights; every new task needs a search of hub.budget forward passes.
     traits=Traits(compresses_context=True, merged=True, training_free=False, transfers=False),
     build=build,
-    specialise=specialise,
+    specialize=specialize,
     depends_on_prompt=True,
     needs_shots=True,
     token_macs=lambda edge, config: lora_macs(edge, config.generator),

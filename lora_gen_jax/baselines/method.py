@@ -1,7 +1,7 @@
 """What a method is to the rest of the program: how it is trained, and what answers a task's queries.
 
 In: a config, a pair of models and, for methods that learn, a checkpoint. Out: the module to train, and a function from
-a task's prompt to a `Specialised` model. Each method's file ends with its `Method`; `lora_gen_jax/methods.py` lists
+a task's prompt to a `Specialized` model. Each method's file ends with its `Method`; `lora_gen_jax/methods.py` lists
 them.
 """
 
@@ -57,7 +57,7 @@ class Prompt(NamedTuple):
     queries: tuple[Example, ...] = ()
 
 
-class Specialised(NamedTuple):
+class Specialized(NamedTuple):
     """What answers a task's queries: the edge model's weights and what stands beside them.
 
     Attributes:
@@ -71,7 +71,7 @@ class Specialised(NamedTuple):
     prefix: Prefix | None = None
 
 
-Specialise = Callable[[Prompt | None], Specialised]
+Specialize = Callable[[Prompt | None], Specialized]
 """From a task's prompt, None where it has none."""
 
 
@@ -84,26 +84,26 @@ class Method:
         title: in tables.
         traits: for Table 1.
         build: makes the module that training trains; None where nothing is trained.
-        specialise: makes the function from prompts to models; it may be slow, what it gives is called once a task.
+        specialize: makes the function from prompts to models; it may be slow, what it gives is called once a task.
         edge_reads_prompt: the edge model reads the prompt before every query.
         may_read_prompt: it may do so, in training and when it is scored, where `data.edge_reads_prompt` says so.
-        depends_on_prompt: `Specialised` differs from prompt to prompt.
+        depends_on_prompt: `Specialized` differs from prompt to prompt.
         needs_shots: it cannot be had from a prompt's text alone.
-        settings: what of the evaluation's settings `specialise` depends on, as JSON holds it.
+        settings: what of the evaluation's settings `specialize` depends on, as JSON holds it.
         checkpoint: the method whose trained weights it starts from, where they are not its own.
         token_macs: multiply-adds of the adapter's side path for one token, over all layers, where that is all that a
             method adds.
         check: what training needs and the config and the machine may lack: raises ConfigError.
         choose_tasks: which of the tasks that a config names the method is trained on; left out, all.
         soft_tokens: how many stand before every query, by the config of the run.
-        packages: beside those of every run, whose versions decide what `specialise` gives.
+        packages: beside those of every run, whose versions decide what `specialize` gives.
     """
 
     key: str
     title: str
     traits: Traits
     build: Callable[[Config, "Pair"], TrainedModule] | None
-    specialise: Callable[[Config, "Pair", "Loaded | None"], Specialise]
+    specialize: Callable[[Config, "Pair", "Loaded | None"], Specialize]
     edge_reads_prompt: bool = False
     may_read_prompt: bool = False
     depends_on_prompt: bool = False
@@ -117,12 +117,12 @@ class Method:
     packages: tuple[str, ...] = ()
 
 
-def base(config: Config, pair: "Pair", loaded: "Loaded | None" = None) -> Specialise:
+def base(config: Config, pair: "Pair", loaded: "Loaded | None" = None) -> Specialize:
     """The edge model as it is."""
-    return lambda prompt: Specialised(pair.edge.params)
+    return lambda prompt: Specialized(pair.edge.params)
 
 
-def fixed(config: Config, pair: "Pair", loaded: "Loaded | None") -> Specialise:
+def fixed(config: Config, pair: "Pair", loaded: "Loaded | None") -> Specialize:
     """An adapter that is the same for every prompt: merged where it can be, else beside the weights.
 
     It is made when it is first needed.
@@ -130,7 +130,7 @@ def fixed(config: Config, pair: "Pair", loaded: "Loaded | None") -> Specialise:
     assert loaded is not None
 
     @functools.cache
-    def made() -> Specialised:
+    def made() -> Specialized:
         from lora_gen_jax.models import check_variables, make_generator
 
         module = make_generator(loaded.config, pair)
@@ -141,8 +141,8 @@ def fixed(config: Config, pair: "Pair", loaded: "Loaded | None") -> Specialise:
     return lambda prompt: made()
 
 
-def beside_or_merged(params: Any, adapter: Any) -> Specialised:
+def beside_or_merged(params: Any, adapter: Any) -> Specialized:
     """The weights with the adapter merged, where it is a change of weights, else with the adapter beside them."""
     if hasattr(adapter, "weight_delta"):
-        return Specialised(merge(params, adapter))
-    return Specialised(params, adapter)
+        return Specialized(merge(params, adapter))
+    return Specialized(params, adapter)

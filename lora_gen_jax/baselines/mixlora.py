@@ -201,7 +201,7 @@ METHOD = Method(
     title="MixLoRA",
     traits=Traits(compresses_context=False, merged=False, training_free=False, transfers=False),
     build=_build,
-    specialise=fixed,
+    specialize=fixed,
     may_read_prompt=True,
     token_macs=token_macs,
 )

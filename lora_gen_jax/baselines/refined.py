@@ -20,7 +20,7 @@ from lora_gen_jax.adapters.gated_pool import GatedPool
 from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.baselines.lora_gen import reader
 from lora_gen_jax.baselines.lorahub import shots_of
-from lora_gen_jax.baselines.method import Method, Prompt, Specialise, Specialised, Traits
+from lora_gen_jax.baselines.method import Method, Prompt, Specialize, Specialized, Traits
 from lora_gen_jax.config import Config, EvalConfig
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.generator.trained_module import Generated
@@ -59,24 +59,24 @@ def starting(key: str, config: Config, pair: "Pair", loaded: "Loaded | None") ->
 def method(key: str, title: str, steps: Callable[[EvalConfig], RefineConfig], checkpoint: str | None) -> Method:
     """A method whose steps are set by `steps`."""
 
-    def specialise(config: Config, pair: "Pair", loaded: "Loaded | None") -> Specialise:
+    def specialize(config: Config, pair: "Pair", loaded: "Loaded | None") -> Specialize:
         edge, trained = pair.edge, config if loaded is None else loaded.config
         start = starting(key, config, pair, loaded)
 
-        def specialised(prompt: Prompt | None) -> Specialised:
+        def specialized(prompt: Prompt | None) -> Specialized:
             shots = shots_of(edge, prompt)
             made = start("" if prompt is None else prompt.text)
             found = refine(edge.decoder, edge.params, made, [shots], trained.generator, steps(config.eval))
-            return Specialised(merge(edge.params, found.adapter.select(0)))
+            return Specialized(merge(edge.params, found.adapter.select(0)))
 
-        return specialised
+        return specialized
 
     return Method(
         key=key,
         title=title,
         traits=Traits(compresses_context=True, merged=True, training_free=False, transfers=checkpoint is not None),
         build=None,
-        specialise=specialise,
+        specialize=specialize,
         depends_on_prompt=True,
         needs_shots=True,
         settings=lambda config: dataclasses.asdict(steps(config.eval)),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_gen_jax.adapters.protocol import AdapterBase
-from lora_gen_jax.baselines.method import Method, Prompt, Specialise, Specialised, Traits
+from lora_gen_jax.baselines.method import Method, Prompt, Specialize, Specialized, Traits
 from lora_gen_jax.config import Config
 from lora_gen_jax.data.edge_prompt import shared_row
 from lora_gen_jax.decoder.layers import POOLED, RECORDS, records_of
@@ -93,15 +93,15 @@ def _last_states(decoder: Decoder, params: Any, batch: tuple[Any, Any], prefix: 
     return records_of(recorded)[POOLED][:, :, 0]
 
 
-def specialise(config: Config, pair: "Pair", loaded: "Loaded | None") -> Specialise:
+def specialize(config: Config, pair: "Pair", loaded: "Loaded | None") -> Specialize:
     """The edge model with the prompt's vector; without a prompt the base."""
 
-    def specialised(prompt: Prompt | None) -> Specialised:
+    def specialized(prompt: Prompt | None) -> Specialized:
         if prompt is None:
-            return Specialised(pair.edge.params)
-        return Specialised(pair.edge.params, task_vector(pair.edge, prompt, config.eval.vector_layer))
+            return Specialized(pair.edge.params)
+        return Specialized(pair.edge.params, task_vector(pair.edge, prompt, config.eval.vector_layer))
 
-    return specialised
+    return specialized
 
 
 METHOD = Method(
@@ -109,7 +109,7 @@ METHOD = Method(
     title="task vector",
     traits=Traits(compresses_context=True, merged=False, training_free=True, transfers=False),
     build=None,
-    specialise=specialise,
+    specialize=specialize,
     depends_on_prompt=True,
     needs_shots=True,
     settings=lambda config: config.eval.vector_layer,

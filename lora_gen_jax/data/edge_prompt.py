@@ -1,4 +1,4 @@
-"""Prompts in the edge model's own context: for methods that do not specialise by the prompt.
+"""Prompts in the edge model's own context: for methods that do not specialize by the prompt.
 
 In: ids of contexts, each a prompt with a query read as one text (`Encoder.query`), and of answers. Out: a row of the
 edge's batch: what its contexts begin with once, then for each query what is left of its context.

@@ -1,7 +1,7 @@
 """Text to token ids, with the conventions of lm-evaluation-harness.
 
 In: a tokenizer, prompts, queries and answers. Out: lists of ids. Special tokens at the start (a BOS where the
-tokenizer adds one) stay; a query and its answer are tokenised together and then split, so that the answer's
+tokenizer adds one) stay; a query and its answer are tokenized together and then split, so that the answer's
 tokens are those the model would really read.
 """
 
@@ -120,7 +120,7 @@ class Encoder:
             example: whose query it is.
             chat: through the tokenizer's template.
             prompt: that the edge model reads before the query, if it does. Both are one text (in a chat the prompt is
-                the system turn): tokenised apart, they would meet in other tokens.
+                the system turn): tokenized apart, they would meet in other tokens.
 
         Raises:
             DataError, ModelError: as `pair` and `chat`.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lora_gen_jax.data.jsonl import Row, map_rows, read_rows
 from lora_gen_jax.data.pocket.agent import agent_rows, agent_tasks, split_instruction, toolsets
-from lora_gen_jax.data.tasks import Example, Task, normalise, stable_hash
+from lora_gen_jax.data.tasks import Example, Task, normalize, stable_hash
 from lora_gen_jax.errors import DataError
 
 SOURCE = "gpt4tools"
@@ -51,7 +51,7 @@ def training_records(paths: Sequence[str | Path]) -> str:
     """
     lines = []
     for cloud, example in _read(paths):
-        held_out = stable_hash("gpt4tools validation", normalise(example.query)) % 100 < _VALIDATION_PERCENT
+        held_out = stable_hash("gpt4tools validation", normalize(example.query)) % 100 < _VALIDATION_PERCENT
         split = "validation" if held_out else "train"
         record = {"id": example.id, "system": cloud, "input": example.query, "output": example.response}
         lines.append(json.dumps({**record, "split": split}) + "\n")

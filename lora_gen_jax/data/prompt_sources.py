@@ -28,7 +28,7 @@ _PAIRS = (("input", "output"), ("query", "response"))
 
 @dataclass(frozen=True)
 class NamedPrompt:
-    """A system prompt and the name of its specialisation.
+    """A system prompt and the name of its specialization.
 
     Attributes:
         name: of the specialization.
@@ -163,7 +163,7 @@ def prompt_of(row: Row) -> str:
 
 
 def check_name(name: Any) -> str:
-    """A specialisation's name, which is also its directory's.
+    """A specialization's name, which is also its directory's.
 
     Raises:
         DataError: when it is none.

@@ -20,7 +20,7 @@ def sample_shots(
 ) -> tuple[Example, ...]:
     """`k` training examples of `task`, drawn evenly without replacement; fewer where the task has no more.
 
-    Never one with the same normalised query as an example in `exclude` (those that this prompt will be asked). Raises
+    Never one with the same normalized query as an example in `exclude` (those that this prompt will be asked). Raises
     DataError for a negative `k`.
     """
     _check_count(k)
@@ -62,7 +62,7 @@ def shot_text(example: Example) -> str:
 
 
 def system_prompt(description: str, shots: Sequence[Example] = ()) -> str:
-    """The prompt a specialisation is generated from: the description and the shots, separated by blank lines.
+    """The prompt a specialization is generated from: the description and the shots, separated by blank lines.
 
     With description "" the shots alone. Raises DataError where nothing but whitespace would remain.
     """

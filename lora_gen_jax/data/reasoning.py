@@ -100,7 +100,7 @@ def assemble(name: str, read: ReadSplit, *, where: str, reserve: int = DEFAULT_R
       a hash of the query; the slice is never scored.
     - Validation rows are the validation split where test is scored, else a fixed slice of train: at most 200 rows
       and 5 % of it (10 % of a lent slice).
-    - Train rows whose normalised query is validated or scored on are dropped, validation rows that are scored too.
+    - Train rows whose normalized query is validated or scored on are dropped, validation rows that are scored too.
     Raises DataError: an unknown name or no scored split.
     """
     if name not in ROW_TO_EXAMPLE:

@@ -2,7 +2,7 @@
 
 A row is one of
     {"system", "input", "output"}
-    {"messages": [{"role": "system" | "user" | "assistant", "content"}, …]}      chat: the tokeniser's template applies
+    {"messages": [{"role": "system" | "user" | "assistant", "content"}, …]}      chat: the tokenizer's template applies
     {"instruction", "input", "output"}                                           Alpaca's rows; without output: left out
 and may carry "task" (its name), "split" ("train" | "validation" | "test"), "id", and for multiple choice "options"
 with "gold" (an index) or "answer" (an option's text, letter or index); the second and third form may have their

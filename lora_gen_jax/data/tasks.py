@@ -38,8 +38,8 @@ class Example:
 
     @cached_property
     def query_key(self) -> str:
-        """The normalised query: what "the same query" means wherever leakage is ruled out."""
-        return normalise(self.query)
+        """The normalized query: what "the same query" means wherever leakage is ruled out."""
+        return normalize(self.query)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ class Task:
 
     `descriptions[0]` is the one used at evaluation. Shots and training queries come from `train` only, `test` is
     scored, `validation` is held out of training for the validation loss. With `chat`, queries are user turns and the
-    tokeniser's side applies the chat template. Mixture weights are keyed by `source`.
+    tokenizer's side applies the chat template. Mixture weights are keyed by `source`.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Task:
 
     @cached_property
     def train_rows_by_key(self) -> dict[str, list[int]]:
-        """The positions in `train` of every normalised query."""
+        """The positions in `train` of every normalized query."""
         rows: dict[str, list[int]] = {}
         for i, example in enumerate(self.train):
             rows.setdefault(example.query_key, []).append(i)
@@ -70,11 +70,11 @@ class Task:
 
     @cached_property
     def held_out_keys(self) -> frozenset[str]:
-        """The normalised queries that are scored or validated on: never shots at evaluation."""
+        """The normalized queries that are scored or validated on: never shots at evaluation."""
         return frozenset(e.query_key for split in (self.validation, self.test) for e in split)
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """`text` without case, prose punctuation and runs of whitespace: equal results mean the same query.
 
     Operators stay (`2 + 3` is not `2 - 3`); a text of punctuation alone is kept as it is.
@@ -101,9 +101,9 @@ def contents(tasks: Iterable[Task]) -> dict[str, str]:
 
 
 def hash_slice(examples: Sequence[Example], count: int, salt: str) -> tuple[list[Example], list[Example]]:
-    """Splits off about `count` examples, chosen by a hash of their normalised query; both parts keep their order.
+    """Splits off about `count` examples, chosen by a hash of their normalized query; both parts keep their order.
 
-    Examples with the same normalised query go to the same part, so the slice may exceed `count` by such a group.
+    Examples with the same normalized query go to the same part, so the slice may exceed `count` by such a group.
     """
     groups: dict[str, int] = {}
     keys = [e.query_key for e in examples]
@@ -131,5 +131,5 @@ def partition(
 
 
 def without_queries(examples: Sequence[Example], keys: Collection[str]) -> list[Example]:
-    """The examples whose normalised query is not among `keys`."""
+    """The examples whose normalized query is not among `keys`."""
     return [e for e in examples if e.query_key not in keys]

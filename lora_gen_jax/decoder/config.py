@@ -63,7 +63,7 @@ class DecoderConfig:
         norm: root-mean-square norm, or LayerNorm with a bias.
         norm_eps: added to the variance.
         norm_offset: added to the RMS scale; Gemma stores w and applies (1 + w).
-        post_norms: also normalise the outputs of attention and FFN (Gemma 2).
+        post_norms: also normalize the outputs of attention and FFN (Gemma 2).
         activation: of the FFN.
         gated_ffn: gate, up and down matrices; otherwise up and down alone (OPT).
         qkv_bias, out_bias, ffn_bias: whether those linear layers add a bias.

@@ -80,7 +80,7 @@ class Decoder(nn.Module):
             unroll=self.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        # At initialisation there is nothing to reinterpret.
+        # At initialization there is nothing to reinterpret.
         if self.operands is not None and not self.is_initializing():
             layers = nn.map_variables(layers, "params", trans_in_fn=_bits)
         self.layers = layers(c, self.dtype, self.attention, self.operands)

@@ -130,7 +130,7 @@ class Writer:
         self, system: System, task: Task, contexts: list[tuple[int, ...]], progress: Callable[[int], None]
     ) -> list[str]:
         assert system.identity_for is not None
-        subject, reported = Subject(system.identity_for(task), self.edge, lambda: system.specialised_for(task)), 0
+        subject, reported = Subject(system.identity_for(task), self.edge, lambda: system.specialized_for(task)), 0
 
         def report(done: int, total: int) -> None:
             nonlocal reported
@@ -166,6 +166,6 @@ def latency(edge: Model, method: Method, tasks: Sequence[Task]) -> float:
     times = []
     for task in tasks[:LATENCY_TASKS]:
         contexts = [context_ids(edge, task, d, method.system.reads_prompt) for d in task.test]
-        model = Subject("", edge, lambda task=task: method.system.specialised_for(task)).model
+        model = Subject("", edge, lambda task=task: method.system.specialized_for(task)).model
         times.append(answers.answer_latency(model, task.test, contexts))
     return statistics.fmean(times)

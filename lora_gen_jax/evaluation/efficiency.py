@@ -199,7 +199,7 @@ def answer_cost(decoder: Decoder, ready: Ready, new_tokens: int) -> dict[str, An
     return result
 
 
-def specialising_cost(setup: Setup) -> dict[str, Any]:
+def specializing_cost(setup: Setup) -> dict[str, Any]:
     """Memory and multiply-adds of the cloud's pass and of merging."""
     pair, config = setup.pair, setup.generator.settings
     packed, edge = setup.packed_prompt(), pair.edge.config
@@ -208,8 +208,8 @@ def specialising_cost(setup: Setup) -> dict[str, Any]:
     def lower(generator: Any) -> Any:
         return jax.jit(generator.apply).lower(setup.variables, pair.cloud.params, packed)
 
-    merging = jax.jit(merge).lower(pair.edge.params, setup.specialise())
-    formula = cost.specialise_macs(pair.cloud.config, edge, config, packed.tokens_BT.shape[1])
+    merging = jax.jit(merge).lower(pair.edge.params, setup.specialize())
+    formula = cost.specialize_macs(pair.cloud.config, edge, config, packed.tokens_BT.shape[1])
     counted = cost.count(merging)
     # One loop a site, its body a layer: the compiler's count is of one layer.
     everything = None if counted.everything is None else counted.everything * edge.num_layers

@@ -1,4 +1,4 @@
-"""``lora-gen efficiency CONFIG.py``: what answering costs with and without a specialised model.
+"""``lora-gen efficiency CONFIG.py``: what answering costs with and without a specialized model.
 
 In: a config and flags. Out: tables on standard output, and efficiency.json in a directory of its own.
 """
@@ -180,7 +180,7 @@ def measured(setup: Setup, flags: EfficiencyFlags, batch_sizes: list[int]) -> di
         "methods": methods,
         "left_out": left_out,
         "transformers": {"skipped": skipped} if skipped else described(peers, times, work),
-        "specialising": efficiency.specialising_cost(setup),
+        "specializing": efficiency.specializing_cost(setup),
         "kept_prefix": {
             "tokens": kept.length,
             "bytes": sum(x.nbytes for x in (kept.cache.k_LBSGH, kept.cache.v_LBSGH)),

@@ -105,13 +105,13 @@ class Setup:
     variables: Any
     work: Workload
 
-    def specialise(self) -> Any:
+    def specialize(self) -> Any:
         """The cloud's pass over the instruction: the adapter of one prompt."""
         prompts = [self.work.cloud_prompt]
         return specialize(self.generator, self.variables, self.pair.cloud.params, prompts).adapter.select(0)
 
     def packed_prompt(self) -> Any:
-        """The instruction in the shape in which `specialise` hands it to the compiled program."""
+        """The instruction in the shape in which `specialize` hands it to the compiled program."""
         layers = self.pair.edge.config.num_layers
         length = bucket(len(self.work.cloud_prompt) + layers)
         return pack_prompts([self.work.cloud_prompt], layers, 1, length)
@@ -233,11 +233,11 @@ def lora_gen(setup: Setup) -> Ready:
     params = setup.pair.edge.params
 
     def once() -> dict[str, float]:
-        adapter, reading = timed(setup.specialise)
+        adapter, reading = timed(setup.specialize)
         _, merging = timed(lambda: merge(params, adapter))
         return {"cloud": reading, "merge": merging}
 
-    return Ready(setup.work.query, merge(params, setup.specialise()), once=once)
+    return Ready(setup.work.query, merge(params, setup.specialize()), once=once)
 
 
 METHODS: dict[str, Callable[[Setup], Ready]] = {

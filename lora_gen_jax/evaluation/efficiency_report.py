@@ -24,10 +24,10 @@ PUBLISHED = {
 }
 # Each with what it says: the first system's time over the second's.
 RATIOS = {
-    ("lora_gen", "icl"): "specialised / full prompt",
-    ("lora_gen", "icl_kept_prefix"): "specialised / kept prefix",
-    ("lora_gen", "transformers_full_prompt"): "specialised / transformers, full prompt",
-    ("lora_gen", "transformers_kept_prefix"): "specialised / transformers, kept prefix",
+    ("lora_gen", "icl"): "specialized / full prompt",
+    ("lora_gen", "icl_kept_prefix"): "specialized / kept prefix",
+    ("lora_gen", "transformers_full_prompt"): "specialized / transformers, full prompt",
+    ("lora_gen", "transformers_kept_prefix"): "specialized / transformers, kept prefix",
     ("base", "transformers_no_prompt"): "same work: base, no prompt",
     ("icl", "transformers_full_prompt"): "same work: full prompt",
     ("icl_kept_prefix", "transformers_kept_prefix"): "same work: kept prefix",
@@ -95,9 +95,9 @@ def disagreements(results: Mapping[str, Any]) -> list[str]:
         for part in ("executed_prefill", "executed_token"):
             if not method["macs"][part]["agrees"]:
                 found.append(f"{name} {part}: {method['macs'][part]['difference']:+.1%}")
-    for name, part in results["specialising"].items():
+    for name, part in results["specializing"].items():
         if not part["macs"]["agrees"]:
-            found.append(f"specialising, {name}: {part['macs']['difference']:+.1%}")
+            found.append(f"specializing, {name}: {part['macs']['difference']:+.1%}")
     return found
 
 
@@ -165,7 +165,7 @@ def macs_table(results: Mapping[str, Any]) -> Table:
         macs = method["macs"]
         needed = [si(macs["prefill"]), si(macs["answer"])]
         rows.append([name, *needed, *cells(macs["executed_prefill"]), *cells(macs["executed_token"])])
-    for name, part in results["specialising"].items():
+    for name, part in results["specializing"].items():
         rows.append([f"  lora_gen, once: {name}", "", "", *cells(part["macs"]), *[""] * 4])
     one = ["formula", "compiler", "%", "all %"]
     columns = ["method", "reading", "answer", *(f"prefill\n{c}" for c in one), *(f"token\n{c}" for c in one)]
@@ -210,11 +210,11 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
     for name, found in results["break_even"].items():
         n, until = found["queries"], f" to query {found['until']} ({found['reason']})" if "until" in found else " on"
         lines.append(
-            f"Specialising pays against {name}: " + (f"from query {n}{until}" if n else f"never: {found['reason']}")
+            f"Specializing pays against {name}: " + (f"from query {n}{until}" if n else f"never: {found['reason']}")
         )
     lines += [kept_prefix_remark(results)]
-    cloud, merging = (results["specialising"][name]["peak_bytes"] for name in ("cloud", "merge"))
-    lines.append(f"Specialising takes {si(cloud)}B for the cloud's pass and at most {si(merging)}B for merging.")
+    cloud, merging = (results["specializing"][name]["peak_bytes"] for name in ("cloud", "merge"))
+    lines.append(f"Specializing takes {si(cloud)}B for the cloud's pass and at most {si(merging)}B for merging.")
     for pair, (same, count) in results["same_answer"].items():
         lines.append(f"Greedy tokens {pair}: {same} of {count}")
     lines += [f"Without {name}: {reason}" for name, reason in results["left_out"].items()]
@@ -236,12 +236,12 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
 
 
 def kept_prefix_remark(results: Mapping[str, Any]) -> str:
-    """Why a specialised model and a kept prefix are close, in figures."""
+    """Why a specialized model and a kept prefix are close, in figures."""
     memory, methods = results["kept_prefix"], results["methods"]
     fewer = 1 - methods["lora_gen"]["macs"]["answer"] / methods["icl_kept_prefix"]["macs"]["answer"]
     share = 100 * memory["bytes"] / memory["weight_bytes"]
     return (
-        f"Behind a kept prefix an answer takes the same linear layers as a specialised one. Specialising saves"
+        f"Behind a kept prefix an answer takes the same linear layers as a specialized one. Specializing saves"
         f" {100 * fewer:.1f} % of the multiply-adds, all in attention, and the keys and values of {memory['tokens']}"
         f" tokens in every step: {si(memory['bytes'])}B for each task, beside {si(memory['weight_bytes'])}B of weights"
         f" ({share:.1f} %). They take {memory['tokens']} of {memory['positions']} positions."

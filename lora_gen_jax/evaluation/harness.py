@@ -155,18 +155,18 @@ def _subject(method: str, config: Config, pair: Pair, checkpoints: dict[str, Loa
     if method == "icl":
         return base
     if method == "base":
-        return dataclasses.replace(base, specialise=lambda prompt: base)
+        return dataclasses.replace(base, specialize=lambda prompt: base)
     loaded, one = checkpoints[method], METHODS[method]
-    identify, make = identifier(config, pair, loaded), one.specialise(config, pair, loaded)
+    identify, make = identifier(config, pair, loaded), one.specialize(config, pair, loaded)
     if not one.depends_on_prompt:
         same = Subject(identify(None), edge, lambda: make(None), ends)
         # Trained behind the prompt, the edge model reads it like any text.
         reads = loaded.config.data.edge_reads_prompt
-        return same if reads else dataclasses.replace(same, specialise=lambda text: same)
+        return same if reads else dataclasses.replace(same, specialize=lambda text: same)
     soft = one.soft_tokens(loaded.config)
 
-    def specialised(text: str) -> Subject:
+    def specialized(text: str) -> Subject:
         prompt = Prompt(text, (), False)
         return Subject(identify(prompt), edge, lambda: make(prompt), ends, soft_tokens=soft)
 
-    return dataclasses.replace(base, specialise=specialised)
+    return dataclasses.replace(base, specialize=specialized)

@@ -1,4 +1,4 @@
-"""The model `lora_gen` of lm-evaluation-harness: the edge model, specialised or as it is.
+"""The model `lora_gen` of lm-evaluation-harness: the edge model, specialized or as it is.
 
 In: lm-eval's requests. Out: log-likelihoods and texts, equal to those of lm-eval's `hf` backend with the same
 weights. Texts become ids as in that backend; a context is read once for all its continuations, and what many contexts
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class Asked(NamedTuple):
-    """A request without the prompt that its model was specialised by."""
+    """A request without the prompt that its model was specialized by."""
 
     args: tuple[Any, ...]
 
@@ -92,7 +92,7 @@ class LoraGenLM(TemplateLM):
     def context_tokens(self) -> float:
         """Mean tokens, soft ones too, of the different contexts that the edge model was given since the last call."""
         lengths = [soft + len(ids) for soft, ids in self.contexts]
-        # Models specialised on the way note their contexts in the same set.
+        # Models specialized on the way note their contexts in the same set.
         self.contexts.clear()
         return sum(lengths) / max(1, len(lengths))
 
@@ -145,7 +145,7 @@ class LoraGenLM(TemplateLM):
             ModelError: when the tokenizer has no chat template.
             ConfigError: where prompts are to come from the tasks, which cannot be told in a conversation.
         """
-        if self.subject.specialise is not None:
+        if self.subject.specialize is not None:
             raise ConfigError(
                 "prompt_from_task=true cannot cut conversations",
                 field="prompt_from_task",
@@ -171,12 +171,12 @@ class LoraGenLM(TemplateLM):
         return self._by_prompt(requests, "loglikelihood", disable_tqdm)
 
     def _by_prompt(self, requests: Sequence[Any], kind: str, disable_tqdm: bool) -> list[Any]:
-        """Answers requests of one kind; where prompts come from the tasks, by the model specialised for each.
+        """Answers requests of one kind; where prompts come from the tasks, by the model specialized for each.
 
         Raises:
             DataError: for a task whose contexts show no prompt.
         """
-        if self.subject.specialise is None:
+        if self.subject.specialize is None:
             answer = super().loglikelihood if kind == "loglikelihood" else self._generate
             return answer(requests, disable_tqdm)  # pyright: ignore
         tasks: dict[str, list[int]] = {}
@@ -199,9 +199,9 @@ class LoraGenLM(TemplateLM):
         results: list[Any] = [None] * len(requests)
         for prompt, asked in prompts.items():
             special = copy.copy(self)
-            # What has no prompt (a continuation alone, asked for by a metric) is the unspecialised model's.
-            plain = dataclasses.replace(self.subject, specialise=None)
-            special.subject = self.subject.specialise(prompt) if prompt else plain
+            # What has no prompt (a continuation alone, asked for by a metric) is the unspecialized model's.
+            plain = dataclasses.replace(self.subject, specialize=None)
+            special.subject = self.subject.specialize(prompt) if prompt else plain
             special.runner = self._runner(special.subject)
             found = getattr(special, kind)([one for _, one in asked], disable_tqdm)
             for (i, _), result in zip(asked, found, strict=True):
@@ -214,7 +214,7 @@ class LoraGenLM(TemplateLM):
         Raises:
             ConfigError: where prompts are to come from the tasks: whole texts have none.
         """
-        if self.subject.specialise is not None:
+        if self.subject.specialize is not None:
             raise ConfigError(
                 "prompt_from_task=true needs tasks with contexts; whole texts have none",
                 field="prompt_from_task",

@@ -33,7 +33,7 @@ def split_contexts(contexts: Sequence[str]) -> dict[str, tuple[str, str]] | None
     if len(ordered) < 2:
         return None
     half = len(ordered) // 2
-    # Among sorted texts, those that begin alike are neighbours: half of them apart, two share what a majority does.
+    # Among sorted texts, those that begin alike are neighbors: half of them apart, two share what a majority does.
     starts = (_common(one, other) for one, other in zip(ordered, ordered[half:], strict=False))
     blocks = max(starts, key=len).count(DELIMITER)
     if not blocks:

@@ -1,6 +1,6 @@
 """What ``--model_args`` may say, and the model that it means.
 
-In: lm-eval's arguments of the model `lora_gen`. Out: a `Subject`: the edge model, specialised or as it is.
+In: lm-eval's arguments of the model `lora_gen`. Out: a `Subject`: the edge model, specialized or as it is.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_gen_jax.adapters.merge import merge_donated
 from lora_gen_jax.adapters.specialization_fit import fitted_adapter
-from lora_gen_jax.baselines.method import Prompt, Specialised
+from lora_gen_jax.baselines.method import Prompt, Specialized
 from lora_gen_jax.config import Config, EvalConfig, ModelConfig
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.evaluation.subject import Subject, content_of, digest_of, identity_of
@@ -36,9 +36,9 @@ class Settings:
             out, if the model is where it was when the generator was trained.
         dtype: of the edge model: auto, float32 or bfloat16; that of the generator's config when left out.
         checkpoint: a generator: a run's work directory, one step of it, or what `lora-gen pack` wrote.
-        prompt: the text that the edge model is specialised for, or @FILE; without a checkpoint, by the generator that
+        prompt: the text that the edge model is specialized for, or @FILE; without a checkpoint, by the generator that
             is shipped with the package.
-        prompt_from_task: specialise the edge model for every task by what its contexts begin with, description and
+        prompt_from_task: specialize the edge model for every task by what its contexts begin with, description and
             shots, instead of reading that with every document. All documents need the same shots.
         cloud: where the cloud model is, if not where it was when the generator was trained.
         specialization: a directory that `lora-gen specialize` wrote, instead of a prompt.
@@ -123,11 +123,11 @@ def parse_settings(arguments: dict[str, Any]) -> Settings:
 
 
 def load_subject(settings: Settings) -> Subject:
-    """Loads the edge model, specialised where a prompt or a specialisation is given.
+    """Loads the edge model, specialized where a prompt or a specialization is given.
 
     Raises:
         ConfigError: for a generator without a prompt.
-        CheckpointError, DataError, ModelError: as the functions that load, specialise and merge.
+        CheckpointError, DataError, ModelError: as the functions that load, specialize and merge.
     """
     if settings.specialization:
         return _with_specialization(settings)
@@ -155,7 +155,7 @@ def _with_specialization(settings: Settings) -> Subject:
     # The base is not needed any more.
     params = merge_donated(edge.params, adapter)
     ends = end_ids(config.edge.source, edge)
-    return Subject(identity_of(edge, made), edge, lambda: Specialised(params), ends, _info(edge, made))
+    return Subject(identity_of(edge, made), edge, lambda: Specialized(params), ends, _info(edge, made))
 
 
 def _with_generator(settings: Settings) -> Subject:
@@ -183,16 +183,16 @@ def _with_generator(settings: Settings) -> Subject:
     check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")
     made, ends = description_of(config, pair, loaded), end_ids(config.edge.source, pair.edge)
     identify, info = identifier(config, pair, loaded), _info(pair.edge, made)
-    make = method.specialise(config, pair, loaded)
+    make = method.specialize(config, pair, loaded)
     if not method.depends_on_prompt:
         return Subject(identify(None), pair.edge, lambda: make(None), ends, info)
 
-    def specialise(text: str) -> Subject:
+    def specialize(text: str) -> Subject:
         prompt, soft = Prompt(text, (), False), method.soft_tokens(config)
         info = _info(pair.edge, made | {"prompt": digest_of(text)})
         return Subject(identify(prompt), pair.edge, lambda: make(prompt), ends, info, soft_tokens=soft)
 
-    return Subject(identify(None), pair.edge, None, ends, info, specialise) if text is None else specialise(text)
+    return Subject(identify(None), pair.edge, None, ends, info, specialize) if text is None else specialize(text)
 
 
 def _relocated(config: Config, settings: Settings) -> Config:

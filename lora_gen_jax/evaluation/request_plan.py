@@ -34,7 +34,7 @@ class Group(NamedTuple):
 def shared_prefixes(contexts: Sequence[tuple[int, ...]], least: int) -> list[Group]:
     """Divides contexts so that the fewest tokens are read.
 
-    Sorted, contexts that begin alike are neighbours, and their shared prefixes form a tree. Each of its nodes saves
+    Sorted, contexts that begin alike are neighbors, and their shared prefixes form a tree. Each of its nodes saves
     (contexts − 1) · length tokens; from the leaves up, a node is kept whole where that is more than its parts save.
 
     Args:
@@ -67,7 +67,7 @@ class _Node:
     """Neighbours start … stop−1 of the sorted contexts, all of which share `depth` ids.
 
     Attributes:
-        parts: smaller runs of neighbours inside that share more.
+        parts: smaller runs of neighbors inside that share more.
         saved: tokens that need not be read, with the best division.
         whole: that division is this node itself.
     """

@@ -1,4 +1,4 @@
-"""``lora-gen side_by_side``: the base model with the whole prompt beside the specialised model without (Figure 4).
+"""``lora-gen side_by_side``: the base model with the whole prompt beside the specialized model without (Figure 4).
 
 In: a generator, and a prompt with an input, or nothing for two built-in cases: a tool request and a role. Out: a table
 for each case on the screen, and JSON when a file is named.
@@ -19,7 +19,7 @@ REPEATS = 5
 
 @dataclasses.dataclass(frozen=True)
 class SideBySide:
-    """Shows what the base model answers with the whole prompt, and the specialised model without it, with both times.
+    """Shows what the base model answers with the whole prompt, and the specialized model without it, with both times.
 
     Left out, the prompts are a tool request and a role-play. Examples:
 
@@ -68,22 +68,22 @@ class Comparison:
     """Both answers of a case, and what is done once for its prompt.
 
     Attributes:
-        base, specialised: with the prompt in the context, and without.
+        base, specialized: with the prompt in the context, and without.
         prompt_tokens: what the cloud model read.
         cloud_ms, merge_ms: the cloud's pass with meta tokens and router; merging into the edge model.
     """
 
     case: Case
     base: Side
-    specialised: Side
+    specialized: Side
     prompt_tokens: int
     cloud_ms: float
     merge_ms: float
 
     @property
     def pays_after(self) -> float | None:
-        """Queries whose saved prefill is worth the specialisation; None where none is saved."""
-        saved = self.base.first_token_ms - self.specialised.first_token_ms
+        """Queries whose saved prefill is worth the specialization; None where none is saved."""
+        saved = self.base.first_token_ms - self.specialized.first_token_ms
         return (self.cloud_ms + self.merge_ms) / saved if saved > 0 else None
 
 
@@ -161,7 +161,7 @@ class Sides:
         self.generator = make_generator(loaded.config, self.pair)
 
     def compare(self, case: Case) -> Comparison:
-        """Specialises for the case's prompt, then answers with both models.
+        """Specializes for the case's prompt, then answers with both models.
 
         Raises:
             DataError: for a prompt or an input that does not fit a model.

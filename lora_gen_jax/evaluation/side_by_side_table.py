@@ -36,12 +36,12 @@ def print_comparison(found: Comparison) -> None:
 
 
 def comparison_table(found: Comparison) -> Table:
-    """Base left, specialised right, and the first over the second."""
-    left, right = found.base, found.specialised
+    """Base left, specialized right, and the first over the second."""
+    left, right = found.base, found.specialized
     table = Table(show_lines=True, expand=True)
     table.add_column("")
     table.add_column("base model\nreads prompt and input", overflow="fold", ratio=1)
-    table.add_column("specialised model\nreads the input alone", overflow="fold", ratio=1)
+    table.add_column("specialized model\nreads the input alone", overflow="fold", ratio=1)
     table.add_column("ratio", justify="right")
     table.add_row("input", Text(found.case.input), Text(found.case.input), "")
     table.add_row("answer", Text(shown_answer(left)), Text(shown_answer(right)), "")

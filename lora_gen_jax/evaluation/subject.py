@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_gen_jax.baselines.method import Specialised
+from lora_gen_jax.baselines.method import Specialized
 from lora_gen_jax.inference.soft_prompt import soft_positions
 from lora_gen_jax.models import Model, precision_of
 from lora_gen_jax.training.checkpoint import versions
@@ -29,16 +29,16 @@ class Subject:
         make: what answers, called when a request is not answered yet; None for `edge` as it is.
         end_ids: ids that end a generated text.
         info: what results.json says about it.
-        specialise: from a prompt to the subject specialised for it; None where no prompts are to be read.
+        specialize: from a prompt to the subject specialized for it; None where no prompts are to be read.
         soft_tokens: that stand before everything it reads.
     """
 
     identity: str
     edge: Model
-    make: Callable[[], Specialised] | None = None
+    make: Callable[[], Specialized] | None = None
     end_ids: tuple[int, ...] = ()
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
-    specialise: Callable[[str], "Subject"] | None = None
+    specialize: Callable[[str], "Subject"] | None = None
     soft_tokens: int = 0
 
     @property
@@ -63,7 +63,7 @@ def identity_of(edge: Model, made: dict[str, Any]) -> str:
         edge: the model before anything was merged.
         made: all that the merged weights depend on, as JSON holds it.
     """
-    # Another version may tokenise, generate or merge otherwise.
+    # Another version may tokenize, generate or merge otherwise.
     known = {**made, "edge": edge.fingerprint, "dtype": precision_of(edge.decoder), "versions": versions()}
     return digest_of(json.dumps(known | {"tokenizer": edge.encoder.digest}, sort_keys=True))
 

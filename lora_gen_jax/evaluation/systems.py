@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lora_gen_jax.baselines.lora_gen import reader
-from lora_gen_jax.baselines.method import Method, Prompt, Specialised
+from lora_gen_jax.baselines.method import Method, Prompt, Specialized
 from lora_gen_jax.config import Config
 from lora_gen_jax.data.tasks import Task
 from lora_gen_jax.errors import CheckpointError, ConfigError
@@ -115,7 +115,7 @@ def make_systems(
     for name in names:
         loaded = checkpoints.get(METHODS[name] or "")
         if name == "base":
-            systems[name] = System(lambda task: Specialised(pair.edge.params), False, base_identity(pair))
+            systems[name] = System(lambda task: Specialized(pair.edge.params), False, base_identity(pair))
         elif name in CONTROLS:
             prompts = prompts_under(name, tasks, config.eval, pair.cloud.encoder)
             systems[name] = system_of(config, pair, COMPARED["lora_gen"], loaded, prompts)
@@ -135,7 +135,7 @@ def system_of(
 
     An edge model that was trained behind the prompt (`data.edge_reads_prompt`) reads it when it is scored, too.
     """
-    make = method.specialise(config, pair, loaded)
+    make = method.specialize(config, pair, loaded)
     prompt_of = functools.cache(prompts or functools.partial(task_prompt, settings=config.eval))
     if loaded is None and not method.depends_on_prompt:
         return System(lambda task: make(None), method.edge_reads_prompt, base_identity(pair))

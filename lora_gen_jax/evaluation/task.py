@@ -1,4 +1,4 @@
-"""Scoring a task: with the base model, with shots, and specialised.
+"""Scoring a task: with the base model, with shots, and specialized.
 
 In: an edge model, a task and a `System`. Out: `acc`, its standard error, the number of documents, tokens in the edge's
 context and latency; `rouge_l` of long answers. The shots are the same for all documents of a task, for the cloud and
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from lora_gen_jax.baselines.method import Prompt, Specialised
+from lora_gen_jax.baselines.method import Prompt, Specialized
 from lora_gen_jax.config import EvalConfig
 from lora_gen_jax.data.prompts import evaluation_shots, system_prompt
 from lora_gen_jax.data.tasks import Example, Task
@@ -36,7 +36,7 @@ class System:
     """What is scored: what a method makes of the edge model for a task, and whether the edge reads the prompt.
 
     Attributes:
-        specialised_for: from a task to what answers its queries.
+        specialized_for: from a task to what answers its queries.
         reads_prompt: the edge model reads the system prompt before every query (in-context learning).
         identity_for: from a task to hex digits of everything that this depends on, without making it; None
             where results are not kept.
@@ -44,7 +44,7 @@ class System:
         soft_tokens: that stand before every query.
     """
 
-    specialised_for: Callable[[Task], Specialised]
+    specialized_for: Callable[[Task], Specialized]
     reads_prompt: bool = False
     identity_for: Callable[[Task], str] | None = None
     depends_on_prompt: bool = False
@@ -78,7 +78,7 @@ def evaluate_task(
     documents, description, shots = asked_of(task, system, settings)
     keeps = journal is not None and system.identity_for is not None
     identity = system.identity_for(task) if system.identity_for is not None and keeps else ""
-    subject = Subject(identity, edge, lambda: system.specialised_for(task), soft_tokens=system.soft_tokens)
+    subject = Subject(identity, edge, lambda: system.specialized_for(task), soft_tokens=system.soft_tokens)
     cache = journal if journal is not None and keeps else RequestCache(None, "")
     runner = Runner(subject, cache, settings.batch_tokens, progress or (lambda done, total: None))
     texts = [(d.id, d.query, d.response, d.options, d.contexts) for d in documents]

@@ -1,1 +1,1 @@
-"""Specialisations in the formats of other programs: PEFT adapters, Hugging Face models, llama.cpp adapters."""
+"""Specializations in the formats of other programs: PEFT adapters, Hugging Face models, llama.cpp adapters."""

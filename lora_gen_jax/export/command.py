@@ -1,4 +1,4 @@
-"""The command ``export``: a specialisation in the formats of other programs.
+"""The command ``export``: a specialization in the formats of other programs.
 
 In: flags. Out: a directory with a PEFT adapter, a Hugging Face model or an adapter of llama.cpp, and one line on
 standard error. Heavy imports wait until the command runs, so that ``--help`` and mistakes answer at once.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Writes a specialisation for other programs: a PEFT adapter, a merged Hugging Face model, or a GGUF adapter.
+    """Writes a specialization for other programs: a PEFT adapter, a merged Hugging Face model, or a GGUF adapter.
 
     None of them needs this package, the generator or the prompt any more. Example:
 
@@ -28,14 +28,14 @@ class Export:
     """
 
     format: Literal["peft", "merged", "gguf"]
-    """peft: a LoRA adapter for transformers with peft, and vLLM. merged: a whole model with the specialisation in its
+    """peft: a LoRA adapter for transformers with peft, and vLLM. merged: a whole model with the specialization in its
     weights, for anything that reads Hugging Face directories. gguf: a LoRA adapter for llama.cpp."""
     out: Path
     """Directory to write; must not exist, or be empty."""
     specialization: Path | None = None
     """Directory that `specialize` wrote. May be left out with --base and --edge."""
     checkpoint: Path | None = None
-    """Where the generator with the expert pool is, if not where it was when the specialisation was made."""
+    """Where the generator with the expert pool is, if not where it was when the specialization was made."""
     trust_recorded: bool = False
     """Open the generator's address that the specialization records in a bucket, too, with your own credentials."""
     edge: str | None = None
@@ -45,7 +45,7 @@ class Export:
     max_shard_size_gb: float = 5.0
     """Largest file of a merged model's weights, in 10⁹ bytes."""
     base: bool = False
-    """With --format merged: write the unspecialised edge model, what an adapter is applied to."""
+    """With --format merged: write the unspecialized edge model, what an adapter is applied to."""
 
 
 def export_command(flags: Export) -> None:
@@ -53,7 +53,7 @@ def export_command(flags: Export) -> None:
 
     Raises:
         LoraGenError: for flags that do not fit together, an output that exists, another edge model or pool than the
-            specialisation's, or a family that the format lacks.
+            specialization's, or a family that the format lacks.
     """
     from lora_gen_jax.files import check_output
 
@@ -77,7 +77,7 @@ def export_command(flags: Export) -> None:
 
 
 class Made(NamedTuple):
-    """A specialisation, the generator that has its pool, and where its edge model is."""
+    """A specialization, the generator that has its pool, and where its edge model is."""
 
     special: "Specialization"
     loaded: "Loaded"

@@ -1,6 +1,6 @@
-"""A specialisation as plain LoRA factors, which other programs know.
+"""A specialization as plain LoRA factors, which other programs know.
 
-In: a specialisation and the generator with its pool. Out: one pair per FFN site and layer, NumPy in fp32, with
+In: a specialization and the generator with its pool. Out: one pair per FFN site and layer, NumPy in fp32, with
 ΔW = a·b at scaling 1:
 
     products        rank X = K·R: the K experts of each layer side by side, their gates and α/r in a
@@ -124,7 +124,7 @@ def _fp32(values: Any) -> np.ndarray:
 
 
 def origin_of(specialization: Specialization) -> dict[str, str]:
-    """What a specialisation was made from: fingerprints of models and pool, the prompt's hash, versions.
+    """What a specialization was made from: fingerprints of models and pool, the prompt's hash, versions.
 
     The prompt's text stays out: whoever gets the export need not read it.
     """

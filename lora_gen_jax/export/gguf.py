@@ -1,4 +1,4 @@
-"""A specialisation as a LoRA adapter of llama.cpp.
+"""A specialization as a LoRA adapter of llama.cpp.
 
 In: the factors of an adapter. Out: ``adapter.gguf``, with `blk.N.ffn_up.weight.lora_a` [X, inputs] and `.lora_b`
 [outputs, X] as PyTorch sees them, and so on for each FFN site: what llama.cpp's convert_lora_to_gguf.py writes.
@@ -52,7 +52,7 @@ def write_gguf(adapter: ExportedAdapter, directory: Path, dtype: str) -> None:
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(adapter.rank))
-    writer.add_name(f"LoRA-Gen specialisation of {adapter.source}")
+    writer.add_name(f"LoRA-Gen specialization of {adapter.source}")
     writer.add_description("; ".join(f"{name}: {value}" for name, value in adapter.origin.items()))
     writer.add_file_type(_FILE_TYPES[dtype])
     for name, a, b in adapter.modules():

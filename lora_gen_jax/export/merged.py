@@ -1,4 +1,4 @@
-"""A specialised edge model, or the base model itself, as an ordinary Hugging Face model directory.
+"""A specialized edge model, or the base model itself, as an ordinary Hugging Face model directory.
 
 In: a model with what is merged into it. Out: config.json, safetensors, the tokenizer's files as the original has them,
 generation_config.json and README.md.
@@ -50,7 +50,7 @@ class MergedModel:
     Attributes:
         model: the weights with everything merged into them, and the tokenizer.
         source: of the original, as the user named it.
-        origin: what the specialisation was made from, by name; None for the base model as it is.
+        origin: what the specialization was made from, by name; None for the base model as it is.
     """
 
     model: Model
@@ -80,9 +80,9 @@ def write_merged(merged: MergedModel, directory: Path, dtype: Any, shard_bytes: 
             copy(path, directory / path.name)
     save_weights(directory, merged.model.config, merged.model.params, dtype, shard_bytes)
     if merged.origin is None:
-        title, text = f"{merged.source} as it is", "The edge model that specialisations are applied to."
+        title, text = f"{merged.source} as it is", "The edge model that specializations are applied to."
     else:
-        title = f"A specialisation of {merged.source}"
+        title = f"A specialization of {merged.source}"
         text = "LoRA-Gen merged what a system prompt asks for into the weights. Give it the input alone."
     origin = merged.origin or {"edge model (fingerprint)": merged.model.fingerprint}
     rows = "\n".join(f"| {name} | {value} |" for name, value in origin.items())

@@ -1,4 +1,4 @@
-"""A specialisation as a PEFT LoRA adapter, for transformers with peft, vLLM and others.
+"""A specialization as a PEFT LoRA adapter, for transformers with peft, vLLM and others.
 
 In: the factors of an adapter. Out: adapter_config.json, adapter_model.safetensors and README.md in a directory.
 """
@@ -20,7 +20,7 @@ pipeline_tag: text-generation
 tags: [lora, lora-gen]
 ---
 
-# A specialisation of {source}
+# A specialization of {source}
 
 A LoRA of rank {rank} on {modules}, which LoRA-Gen made from a system prompt: the model with it answers as
 if it had read that prompt. Give it the input alone.

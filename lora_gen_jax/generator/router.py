@@ -17,9 +17,9 @@ Variance = Literal["unbiased", "biased"]
 
 
 def keep_top_k(probabilities_BLE: jax.Array, k: int) -> jax.Array:
-    """Equations 6 and 7: zero all but the K largest of each row and renormalise them to sum 1.
+    """Equations 6 and 7: zero all but the K largest of each row and renormalize them to sum 1.
 
-    K = 1 keeps the probability as it is: renormalised, every gate would be 1 and the language-model loss could
+    K = 1 keeps the probability as it is: renormalized, every gate would be 1 and the language-model loss could
     teach the router nothing. The K entries are chosen by index, so a tie keeps K entries and not more.
     """
     weight, index = jax.lax.top_k(probabilities_BLE, k)
@@ -81,18 +81,18 @@ def gate_entropy(gates_BLE: jax.Array) -> jax.Array:
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation over all axes but the last, in fp32, with debiased running statistics.
+    """Batch normalization over all axes but the last, in fp32, with debiased running statistics.
 
     Flax's own starts its running variance at 1 and is two thirds that start after four steps. Here the running
     sums start at 0 and are divided by their total weight (as Adam's moments are), so they hold from the first step.
-    A module that has seen no batch normalises with mean 0 and variance 1.
+    A module that has seen no batch normalizes with mean 0 and variance 1.
 
     Attributes:
         momentum: share of the old value that a step keeps (0.9 here is 0.1 in PyTorch's sense).
         epsilon: added to the variance.
         bias_scale: standard deviation of the bias at the start. Signed gates start with a part that all prompts share;
             with 0 it would have to grow out of nothing.
-        variance: which one the running statistics collect from a batch of n rows. A batch is normalised with its
+        variance: which one the running statistics collect from a batch of n rows. A batch is normalized with its
             biased variance; that estimates the variance of what inference sees n / (n - 1) times too small, so the
             running one is unbiased, as PyTorch's. "biased" goes on with runs that began before this was so.
     """
@@ -146,7 +146,7 @@ class Standardize(nn.Module):
 
 
 class Router(nn.Module):
-    """Meta tokens to gates: BatchNorm(f2(SiLU(f1(T)))), softmax, K largest kept and renormalised.
+    """Meta tokens to gates: BatchNorm(f2(SiLU(f1(T)))), softmax, K largest kept and renormalized.
 
     f1 and f2 have no bias: BatchNorm cancels it, and AdamW would turn its rounding noise into full-size steps. Their
     products are small and exact: by default TPUs and GPUs round the operands of fp32 products to fewer bits, which

@@ -1,4 +1,4 @@
-"""Prompts to adapters, at inference: what a specialisation is made with.
+"""Prompts to adapters, at inference: what a specialization is made with.
 
 In: a generator's variables, the cloud model's weights and prompts as token ids. Out: `Generated`, one entry a
 prompt. The length is bucketed, so that a new prompt does not recompile; rows are split over the devices that the cloud

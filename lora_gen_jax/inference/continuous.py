@@ -1,4 +1,4 @@
-"""The programs of continuous batching: prompts join a batch that decodes, and every row has its own specialisation.
+"""The programs of continuous batching: prompts join a batch that decodes, and every row has its own specialization.
 
 In: the batch on the device (`Rows`) and prompts that join it. Out: the batch, in the same memory, and what was drawn.
 

@@ -1,9 +1,9 @@
-"""Multiply-adds (MACs) of reading, of decoding and of specialising: by formula, and as the compiler counts them.
+"""Multiply-adds (MACs) of reading, of decoding and of specializing: by formula, and as the compiler counts them.
 
 In: decoder configs and the sizes of a batch; or a lowered program. Out: numbers of MACs; one MAC is two flops.
 
 The formula counts matmuls: linear layers, attention's two (every slot of the cache, masked ones too, as they are
-computed), logits. The compiler's figure comes from the program that JAX hands to it, before optimisation: there a
+computed), logits. The compiler's figure comes from the program that JAX hands to it, before optimization: there a
 matmul is a `dot` on every platform, whereas afterwards it may be a library call without a cost. A scanned body counts
 once whatever its length, so the layers are unrolled first. Two numbers are taken from that program: its `dot`s, which
 are what the formula says, and XLA's cost analysis, which adds every elementwise operation (norms, softmax, rotation,
@@ -112,7 +112,7 @@ def answer_macs(config: DecoderConfig, sizes: Sizes) -> tuple[int, int]:
     return prefill, sum(pass_macs(config, step).total for step in steps)
 
 
-def specialise_macs(cloud: DecoderConfig, edge: DecoderConfig, settings: GeneratorConfig, length: int) -> int:
+def specialize_macs(cloud: DecoderConfig, edge: DecoderConfig, settings: GeneratorConfig, length: int) -> int:
     """MACs of the cloud's pass over one prompt of `length` slots (its meta tokens and padding among them) and the
     router, or the head of direct generation."""
     body = pass_macs(cloud, Pass(1, length, length, logits=0)).total
@@ -138,7 +138,7 @@ def merge_macs(edge: DecoderConfig, settings: GeneratorConfig) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Counted:
-    """MACs of a program before optimisation.
+    """MACs of a program before optimization.
 
     Attributes:
         matmuls: of its `dot`s.

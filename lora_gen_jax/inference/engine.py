@@ -1,8 +1,8 @@
-"""A batch whose rows come and go: sequences of any length, each with its own specialisation, by one set of programs.
+"""A batch whose rows come and go: sequences of any length, each with its own specialization, by one set of programs.
 
 In: `Work`s (prompt ids, gates, how to draw) and a decoder with its expert pool. Out: `Progress` of each row after every
 call. The weights stay as they are: each row's gates choose among the pool's experts beside them, so that a row follows
-another specialisation by L·E numbers.
+another specialization by L·E numbers.
 """
 
 import collections

@@ -13,7 +13,7 @@ from lora_gen_jax.decoder.model import Decoder
 def forward_only(decoder: Decoder) -> Decoder:
     """The decoder without what only training wants; the parameters are the same.
 
-    Rematerialisation does nothing here. One layer per iteration decodes fastest: with more, XLA on CPU copies the
+    Rematerialization does nothing here. One layer per iteration decodes fastest: with more, XLA on CPU copies the
     weights of that many layers out of the stack before their matmuls, and they no longer fit the processor's cache.
     """
     return decoder.clone(remat="none", unroll=1)

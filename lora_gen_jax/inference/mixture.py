@@ -1,7 +1,7 @@
-"""Many queries of many specialisations, answered in the cheaper of two ways.
+"""Many queries of many specializations, answered in the cheaper of two ways.
 
 In: `Work`s in any order. Out: `Generation`s in that order. Mixed: all in one batch beside the unmerged weights, each
-row with its own gates. Merged: one specialisation after another, merged into the weights, with nothing beside them.
+row with its own gates. Merged: one specialization after another, merged into the weights, with nothing beside them.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from lora_gen_jax.inference.work import Work, check_gates, check_work, factor_ra
 
 How = Literal["auto", "mixed", "merged"]
 FULL_BATCH = 32
-"""Queries of one specialisation that are worth a merge: they fill a batch by themselves, and need no side path."""
+"""Queries of one specialization that are worth a merge: they fill a batch by themselves, and need no side path."""
 
 
 def answer_all(
@@ -41,7 +41,7 @@ def answer_all(
     Args:
         decoder, params: the base model, which stays valid.
         pool: an adapter with the pool; its gates do not matter. None where all works are for the base model.
-        works: each with the gates of its specialisation, or None for the base model.
+        works: each with the gates of its specialization, or None for the base model.
         rows: sequences at the same time.
         how: "mixed" or "merged"; "auto" takes the one that is likely to be faster (`mixed_is_better`).
         progress: called with the number of works done and their total.
@@ -61,7 +61,7 @@ def answer_all(
             check_gates(work, decoder, pool)
         except LoraGenError as error:
             raise error.within(f"request {i + 1} of {len(works)}") from error
-    groups = by_specialisation(works)
+    groups = by_specialization(works)
     mixed = how == "mixed" or (how == "auto" and mixed_is_better([len(group) for group in groups]))
     # Free rows are computed, too: merged, no more are needed than the largest group has.
     most = len(works) if mixed else max(map(len, groups))
@@ -84,7 +84,7 @@ def answer_all(
 def _merged(
     engine: Engine, pool: GatedPool | None, groups: Sequence[Sequence[tuple[int, Work]]], note: Callable[..., None]
 ) -> None:
-    """One specialisation after another in the engine's weights; `note` is told each work's number and what it gave."""
+    """One specialization after another in the engine's weights; `note` is told each work's number and what it gave."""
     base, held = engine.params, None
     for group in groups:
         gates_LE = group[0][1].gates_LE
@@ -102,7 +102,7 @@ def _merged(
         engine.run(plain, lambda place, generation, numbers=numbers: note(numbers[place], generation))
 
 
-def by_specialisation(works: Sequence[Work]) -> list[list[int]]:
+def by_specialization(works: Sequence[Work]) -> list[list[int]]:
     """Indices of the works that share their gates and factors, the base model's first."""
     groups: dict[tuple[bytes, int], list[int]] = {}
     for i, work in enumerate(works):
@@ -115,6 +115,6 @@ def mixed_is_better(sizes: Sequence[int]) -> bool:
     """Whether queries are likely to be answered faster unmerged in one batch than merged, a group after another.
 
     Args:
-        sizes: queries of each specialisation.
+        sizes: queries of each specialization.
     """
     return len(sizes) > 1 and sum(sizes) < FULL_BATCH * len(sizes)

@@ -27,7 +27,7 @@ class Work:
     Attributes:
         ids: token ids of the prompt.
         max_new_tokens: at most this many new tokens.
-        gates_LE: float32 [L, E], of one specialisation; None for the base model.
+        gates_LE: float32 [L, E], of one specialization; None for the base model.
         factors: {site: {"a": [L, inputs, X], "b": [L, X, outputs]}} that stand beside the gates' update, where a
             specialization was refined by a LoRA; empty without.
         stop_ids: ids that end it, at most `STOPS`.

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_gen_jax.data.record_rows import check_text
-from lora_gen_jax.data.tasks import normalise
+from lora_gen_jax.data.tasks import normalize
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.instructions.rows import Outcome, Source
 
@@ -109,7 +109,7 @@ def _checked(entry: Any, source: Source) -> Outcome:
         )
     # Labels to choose from stand in the instruction, and belong into the abstract one.
     if contains(abstract, source.output) and not contains(source.instruction, source.output):
-        other = _CHOICES.get(normalise(source.output))
+        other = _CHOICES.get(normalize(source.output))
         if other is None or not contains(abstract, other):
             raise DataError('"abstract" contains the row\'s output', field="abstract", code="contains output")
     if contains(query, source.output) and not contains(given, source.output):
@@ -126,7 +126,7 @@ def contains(text: str, part: str) -> bool:
 
     Single letters are not looked for: they are articles, or letters of options.
     """
-    text, part = normalise(text), normalise(part)
+    text, part = normalize(text), normalize(part)
     if len(part) == 1 and _spaced(part) and not part.isdigit():
         return False
     start = text.find(part)

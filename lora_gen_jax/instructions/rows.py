@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lora_gen_jax.data.jsonl import Row, map_rows, read_rows
 from lora_gen_jax.data.record_rows import SPLITS, check_text
-from lora_gen_jax.data.tasks import normalise
+from lora_gen_jax.data.tasks import normalize
 from lora_gen_jax.errors import DataError
 
 _SLUG = 40  # characters of the abstract instruction that a task's name begins with
@@ -104,7 +104,7 @@ def digest(sources: Sequence[Source]) -> str:
 
 def task_name(abstract: str) -> str:
     """The same for texts that differ in case and punctuation alone: a few words, then a hash."""
-    key = normalise(abstract)
+    key = normalize(abstract)
     words = re.findall(r"[a-z0-9]+", unicodedata.normalize("NFKD", key))
     slug = "-".join(words)[:_SLUG].strip("-") or "task"
     return f"{slug}-{hashlib.blake2b(key.encode(), digest_size=4).hexdigest()}"

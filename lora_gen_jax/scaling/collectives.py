@@ -56,7 +56,7 @@ class Collective:
         shape: what the bytes are of, as dtype[sizes] on one chip.
         count: how often it runs in one call of the program.
         bytes: that a chip receives in all these runs.
-        dcn_bytes: of these, that cross the data-centre network between slices.
+        dcn_bytes: of these, that cross the data-center network between slices.
         axis: of the mesh, as "fsdp" or "data+fsdp".
         op_name: where in the source program it is from.
     """

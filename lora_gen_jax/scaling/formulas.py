@@ -7,7 +7,7 @@ needs: forward, activation gradients and adapter weight gradients, attention bel
 import dataclasses
 
 from lora_gen_jax.config import Config
-from lora_gen_jax.inference.cost import Pass, merge_macs, pass_macs, specialise_macs
+from lora_gen_jax.inference.cost import Pass, merge_macs, pass_macs, specialize_macs
 from lora_gen_jax.models import Pair
 from lora_gen_jax.scaling.programs import Sizes, batch_shapes
 from lora_gen_jax.training.cost import executed_cost, lora_cost, method_cost
@@ -21,7 +21,7 @@ def model_flops(name: str, config: Config, pair: Pair, sizes: Sizes, chips: int)
     if name == "specialise":
         length = config.data.cloud_length
         attention = pass_macs(pair.cloud.config, Pass(1, length, length, logits=0)).attention
-        read = specialise_macs(pair.cloud.config, edge, config.generator, length) - attention // 2
+        read = specialize_macs(pair.cloud.config, edge, config.generator, length) - attention // 2
         return 2.0 * (read + merge_macs(edge, config.generator))
     rows = sizes.rows * chips
     if name == "decode":

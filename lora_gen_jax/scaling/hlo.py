@@ -1,4 +1,4 @@
-"""The compiler's optimised program as data: computations, instructions, and how often each runs.
+"""The compiler's optimized program as data: computations, instructions, and how often each runs.
 
 In: the text of a compiled program (`compiled.as_text()`), which is one chip's. Out: a `Module`.
 

@@ -3,7 +3,7 @@
 In: a `Config`, a mesh of such chips and `Sizes`. Out: `Program`s, whose weights, state and batch are shapes with
 shardings: nothing is loaded and nothing is allocated.
 
-``train_step`` and ``specialise`` lie on the config's mesh. ``prefill`` and ``decode`` run the specialised edge model as
+``train_step`` and ``specialise`` lie on the config's mesh. ``prefill`` and ``decode`` run the specialized edge model as
 evaluation and serving do: rows split over all chips, the weights whole on each of them.
 """
 
@@ -138,7 +138,7 @@ def build(config: Config, pair: Pair, devices: list[Any], names: tuple[str, ...]
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     makers: dict[str, Callable[[], Program]] = {
         "train_step": lambda: train_step(config, pair, mesh),
-        "specialise": lambda: specialise(config, pair, mesh),
+        "specialise": lambda: specialize(config, pair, mesh),
         "prefill": lambda: prefill(pair, make_mesh(devices=devices), sizes),
         "decode": lambda: decode(pair, make_mesh(devices=devices), sizes),
     }
@@ -146,7 +146,7 @@ def build(config: Config, pair: Pair, devices: list[Any], names: tuple[str, ...]
 
 
 def train_step(config: Config, pair: Pair, mesh: Mesh) -> Program:
-    """The optimiser step that training runs, on the config's method, optimiser, batch and mesh."""
+    """The optimizer step that training runs, on the config's method, optimizer, batch and mesh."""
     check_rows(config, mesh)
     generator, optimizer = make_generator(config, pair), make_optimizer(config.train)
     batch = batch_shapes(config, pair.edge.config.num_layers)
@@ -164,7 +164,7 @@ def _chip_bytes(x: Any) -> float:
     return float(jnp.dtype(x.dtype).itemsize * math.prod(x.sharding.shard_shape(x.shape)))
 
 
-def specialise(config: Config, pair: Pair, mesh: Mesh) -> Program:
+def specialize(config: Config, pair: Pair, mesh: Mesh) -> Program:
     """One prompt of data.cloud_length tokens, meta tokens included, to merged edge weights; the base is kept."""
     if config.method != "lora_gen":
         raise ConfigError(

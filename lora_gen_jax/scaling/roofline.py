@@ -1,7 +1,7 @@
 """What a compiled program costs on a chip: memory, flops, HBM bytes, collective bytes, and the time these must take.
 
 In: a `jax.stages.Compiled`, its mesh and the chip's published figures. Out: `Costs`, all for one chip. Flops and bytes
-are counted in the optimised program itself, its loops as often as they run; memory is the compiler's own figure.
+are counted in the optimized program itself, its loops as often as they run; memory is the compiler's own figure.
 """
 
 import dataclasses

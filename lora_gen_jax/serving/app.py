@@ -1,4 +1,4 @@
-"""The HTTP interface: OpenAI's completions and chats, and endpoints for specialisations.
+"""The HTTP interface: OpenAI's completions and chats, and endpoints for specializations.
 
 In: a `Service`. Out: an ASGI application. Each request becomes works of the scheduler, all of them or none; whatever
 ends it early frees their rows.

@@ -1,4 +1,4 @@
-"""The command ``serve``: a generator, its models and specialisations behind an HTTP interface.
+"""The command ``serve``: a generator, its models and specializations behind an HTTP interface.
 
 In: flags. Out: a server, until SIGTERM or Ctrl-C. Heavy imports wait until the command runs.
 """
@@ -25,7 +25,7 @@ _MOST_CONTEXT = 2048
 
 @dataclasses.dataclass(frozen=True)
 class Serve:
-    """Answers over HTTP, as OpenAI's interface, with many specialisations of one edge model at the same time.
+    """Answers over HTTP, as OpenAI's interface, with many specializations of one edge model at the same time.
 
     Without --checkpoint the shipped generator for SmolLM2-135M is served. Example:
 
@@ -41,9 +41,9 @@ class Serve:
     edge: str | None = None
     """Where the edge model is, if not where it was when the generator was trained."""
     specializations: tuple[Path, ...] = ()
-    """Specialisations that `specialize` wrote, or directories of them; each is served by its directory's name."""
+    """Specializations that `specialize` wrote, or directories of them; each is served by its directory's name."""
     store: Path | None = None
-    """Directory in which specialisations that clients make are kept; those in it are served from the start."""
+    """Directory in which specializations that clients make are kept; those in it are served from the start."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all of this machine's. Beyond loopback a key is needed."""
     allowed_hosts: tuple[str, ...] = ()
@@ -65,7 +65,7 @@ class Serve:
     """Rank of the LoRA that a specialization may have beside its gates, refined with `--refine lora`; every sequence
     then takes room and time for it. At least what the given specializations have."""
     max_specializations: int = 1000
-    """Specialisations that are held at the same time."""
+    """Specializations that are held at the same time."""
     timeout: float = 120.0
     """Seconds until a request that has no complete answer is given up with status 504."""
     warm_up: bool = True
@@ -113,7 +113,7 @@ def serve_command(flags: Serve) -> None:
             host, port = listener.getsockname()[:2]
             host = f"[{host}]" if ":" in host else host
             edge = specializer.config.edge.source
-            print(f"serving http://{host}:{port}  (edge {edge}, {len(registry)} specialisations)", flush=True)
+            print(f"serving http://{host}:{port}  (edge {edge}, {len(registry)} specializations)", flush=True)
 
         status = run_server(service, listener, flags.shutdown_timeout, ready, hosts, flags.page)
     if status:
@@ -190,7 +190,7 @@ def _specializer(flags: Serve) -> "Specializer":
 
 
 def read_registry(flags: Serve, specializer: "Specializer") -> "Registry":
-    """The specialisations that are served from the start: those given, and those kept, which win over given ones.
+    """The specializations that are served from the start: those given, and those kept, which win over given ones.
 
     Raises:
         CheckpointError: for a directory that cannot be served, or more given ones than --max-specializations.

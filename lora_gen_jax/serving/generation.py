@@ -73,7 +73,7 @@ def make_works(service: Service, asked: Sampled, ids: list[int], special: Entry 
 
 
 async def in_time(service: Service, request: Request, made: Any) -> Any:
-    """Waits for a specialisation no longer than for an answer.
+    """Waits for a specialization no longer than for an answer.
 
     Raises:
         ApiError: 504.

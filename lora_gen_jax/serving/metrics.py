@@ -54,7 +54,7 @@ class _Now:
             ("rows", "Sequences that can be generated at a time.", s.rows),
             ("rows_busy", "Sequences that are being generated.", s.running),
             ("queue_length", "Sequences that wait for a row.", s.waiting),
-            ("specializations", "Specialisations that can be asked for.", len(self._registry)),
+            ("specializations", "Specializations that can be asked for.", len(self._registry)),
         ):
             yield GaugeMetricFamily(f"{_PREFIX}_{name}", text, value)
         yield CounterMetricFamily(f"{_PREFIX}_read_tokens", "Tokens of prompts.", s.read_tokens)

@@ -1,4 +1,4 @@
-"""The specialisations that a server answers with: by name, at most so many, on disk if a store is named.
+"""The specializations that a server answers with: by name, at most so many, on disk if a store is named.
 
 In: `Specialization`s, made here or read from directories (`stored.py`). Out: `Entry`s, whose gates go into the
 scheduler's rows. Not locked: the event loop alone calls a `Registry`.
@@ -22,12 +22,12 @@ from lora_gen_jax.specializer import Specializer
 
 BASE, AUTO = "base", "auto"
 AUTOMATIC = "auto-"
-"""What names of specialisations begin with that were made of a conversation's system message."""
+"""What names of specializations begin with that were made of a conversation's system message."""
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One specialisation.
+    """One specialization.
 
     Attributes:
         name: what requests call it.
@@ -76,7 +76,7 @@ class Entry:
 
 
 class Registry:
-    """Named specialisations.
+    """Named specializations.
 
     Args:
         limit: at most this many, those under way counted; `add` alone may pass it, with what a store holds already.
@@ -98,7 +98,7 @@ class Registry:
         return sorted(self._entries.values(), key=lambda entry: entry.name)
 
     def get(self, name: str) -> Entry | None:
-        """The specialisation of this very name; it counts as used."""
+        """The specialization of this very name; it counts as used."""
         entry = self._entries.get(name.lower())
         if entry is None or entry.name != name:
             return None
@@ -142,12 +142,12 @@ class Registry:
         self._entries[entry.name.lower()] = entry
 
     def remove(self, name: str) -> Entry | None:
-        """Forgets a specialisation; rows that answer with it go on. None where there is none of this name."""
+        """Forgets a specialization; rows that answer with it go on. None where there is none of this name."""
         entry = self.get(name)
         return None if entry is None else self._entries.pop(name.lower())
 
     def directory(self, name: str) -> Path | None:
-        """Where a specialisation of this name is kept; None without a store. The name was checked."""
+        """Where a specialization of this name is kept; None without a store. The name was checked."""
         return None if self.store is None else self.store / name
 
 
@@ -169,7 +169,7 @@ def check_new_name(name: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Served:
-    """What a specialisation must be like to be served.
+    """What a specialization must be like to be served.
 
     Attributes:
         fit: what it is like as one of the generator's.
@@ -185,12 +185,12 @@ class Served:
 
     @classmethod
     def of(cls, specializer: Specializer) -> "Served":
-        """What a generator's own specialisations are like."""
+        """What a generator's own specializations are like."""
         pair = specializer.pair
         return cls(specializer.fit, pair.edge.fingerprint, pair.cloud.encoder)
 
     def entry(self, name: str, specialization: Specialization, automatic: bool = False) -> Entry:
-        """A specialisation to serve.
+        """A specialization to serve.
 
         Raises:
             CheckpointError: for one of another pool, edge model or number of layers, or without gates.

@@ -1,4 +1,4 @@
-"""What a server answers with: the edge model's rows, the specialisations, and the generator that makes new ones.
+"""What a server answers with: the edge model's rows, the specializations, and the generator that makes new ones.
 
 In: checked requests. Out: works for the scheduler, and `Entry`s. Called from the event loop; prompts are read by the
 cloud model in one thread of its own, one after the other, so that the loop stays free.
@@ -31,7 +31,7 @@ from lora_gen_jax.specialization.settings import RefineConfig
 from lora_gen_jax.specializer import Specializer
 
 Result = TypeVar("Result")
-_LONG_TEXT = 16384  # characters; tokenising more holds the event loop up for longer than a step of the model
+_LONG_TEXT = 16384  # characters; tokenizing more holds the event loop up for longer than a step of the model
 _MOST_WAITING = 64  # prompts that wait for the cloud model
 
 
@@ -58,7 +58,7 @@ class Service:
     Args:
         scheduler: of the edge model.
         specializer: the generator and its models.
-        registry: of specialisations that were read already.
+        registry: of specializations that were read already.
         limits: of one request.
         api_key: that requests must bear; None: anybody may ask.
 
@@ -81,7 +81,7 @@ class Service:
         self.metrics = Metrics(scheduler, registry)
         self.served = dataclasses.replace(Served.of(specializer), rank=scheduler.rank)
         self.closing = False
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="specialise")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="specialize")
         self._waiting = 0
         self._automatic: dict[str, asyncio.Task[Entry]] = {}
         self._removing: set[str] = set()
@@ -96,7 +96,7 @@ class Service:
         return self.scheduler.alive and not self.closing
 
     def entry(self, name: str) -> Entry:
-        """A specialisation by name.
+        """A specialization by name.
 
         Raises:
             ApiError: 404.
@@ -165,13 +165,13 @@ class Service:
     async def automatic(
         self, turns: list[dict[str, str]], turns_as_examples: bool = False
     ) -> tuple[Entry, list[dict[str, str]]]:
-        """The specialisation of a conversation's system message, and the other messages.
+        """The specialization of a conversation's system message, and the other messages.
 
         It is made when the message is seen first; requests that come meanwhile wait for the same one. With
         `turns_as_examples` it learns from the turns that are answered, and the last message alone is left.
 
         Raises:
-            ApiError: 400 without a system message, or without others; 429 where there are too many specialisations.
+            ApiError: 400 without a system message, or without others; 429 where there are too many specializations.
         """
         system = "\n\n".join(turn["content"] for turn in turns if turn["role"] == "system")
         others = [turn for turn in turns if turn["role"] != "system"]
@@ -200,7 +200,7 @@ class Service:
             task.exception()  # looked at, even if all who waited have left
 
     async def create(self, request: NewSpecialization) -> Entry:
-        """A new specialisation.
+        """A new specialization.
 
         Raises:
             ApiError: 400 for a prompt or a name that is none, 409 for a taken name, 429 for too many.
@@ -211,7 +211,7 @@ class Service:
             raise api_error(error, error.field) from error
         refinement = refinement_of(prompt, self.specializer, self.scheduler.rank, request)
         name = request.name if request.name is not None else f"specialization-{secrets.token_hex(6)}"
-        # Shielded: a specialisation that was begun is finished and kept, whether its client waits or not.
+        # Shielded: a specialization that was begun is finished and kept, whether its client waits or not.
         task = asyncio.ensure_future(self._make(name, prompt, refinement))
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return await asyncio.shield(task)
@@ -247,7 +247,7 @@ class Service:
         return entry
 
     async def delete(self, name: str) -> None:
-        """Forgets a specialisation, and removes it from the store.
+        """Forgets a specialization, and removes it from the store.
 
         Raises:
             ApiError: 404.

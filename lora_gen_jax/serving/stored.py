@@ -1,4 +1,4 @@
-"""Specialisations on disk: those that a server is given, and those that it keeps itself.
+"""Specializations on disk: those that a server is given, and those that it keeps itself.
 
 In: directories. Out: `Entry`s to serve, or an error that names the directory.
 """
@@ -24,7 +24,7 @@ _REMOVED, _DAMAGED = ".removed-", ".damaged-"
 
 
 def read_entries(paths: Iterable[Path], served: Served) -> list[Entry]:
-    """The specialisations in directories, or in directories of them; each by the name of its own directory.
+    """The specializations in directories, or in directories of them; each by the name of its own directory.
 
     Raises:
         CheckpointError: naming the directory that is none, is damaged, does not fit the generator, or has a name that
@@ -34,14 +34,14 @@ def read_entries(paths: Iterable[Path], served: Served) -> list[Entry]:
 
 
 def read_store(store: Path, served: Served) -> list[Entry]:
-    """The specialisations that servers have kept in a directory, which is made where there is none.
+    """The specializations that servers have kept in a directory, which is made where there is none.
 
     What no server can have put there (plain files, a file system's lost+found) is passed over; what one was removing
     when it ended is removed; what is damaged is set aside under a hidden name, so that the others are served.
 
     Raises:
-        CheckpointError: naming the specialisation that is whole, but not of this generator.
-        ConfigError: when the directory is a specialisation itself.
+        CheckpointError: naming the specialization that is whole, but not of this generator.
+        ConfigError: when the directory is a specialization itself.
         OutputError: when it cannot be used.
     """
     try:
@@ -69,7 +69,7 @@ def read_store(store: Path, served: Served) -> list[Entry]:
 
 
 def _set_aside(directory: Path, served: Served) -> bool:
-    """Whether a stored specialisation is damaged; it is given a hidden name then, and the log says so."""
+    """Whether a stored specialization is damaged; it is given a hidden name then, and the log says so."""
     try:
         specialization = load_specialization(directory)
         noted = _noted(directory)
@@ -99,7 +99,7 @@ def _noted(directory: Path) -> dict[str, Any]:
 
 
 def remove_directory(directory: Path) -> None:
-    """Removes a stored specialisation, or a link to one; no half of it is ever read again.
+    """Removes a stored specialization, or a link to one; no half of it is ever read again.
 
     Raises:
         OutputError: when it cannot be removed.

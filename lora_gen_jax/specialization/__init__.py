@@ -1,1 +1,1 @@
-"""Specialising beyond reading: a few steps on a prompt's own examples."""
+"""Specializing beyond reading: a few steps on a prompt's own examples."""

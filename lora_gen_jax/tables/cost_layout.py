@@ -38,7 +38,7 @@ def table_1(results: Results, costs: Costs, traits: Mapping[str, Traits]) -> She
         return [*("yes" if one else "no" for one in yes), ratio, number(extra, 0), seconds]
 
     words = ("compresses\ncontext", "merged: no extra\nparameters", "training-free for\na new task")
-    measured = ("ICL's context\nover its own", "numbers beside\nthe weights", "seconds to\nspecialise")
+    measured = ("ICL's context\nover its own", "numbers beside\nthe weights", "seconds to\nspecialize")
     columns = ("method", *words, "passes knowledge\nbetween models", *measured)
     notes = (
         "the last three columns are measured; the others follow from how a method works",

@@ -1,6 +1,6 @@
 """What an answer and a training step cost by method, measured alone on the machine after all jobs have ended.
 
-In: `Tables` and the rows of methods. Out: latency.json: {"workload": sizes, "answers": {row: figures}, "specialising",
+In: `Tables` and the rows of methods. Out: latency.json: {"workload": sizes, "answers": {row: figures}, "specializing",
 "training"}. The work is that of a real task: its prompt with the most shots is about as long as the mean of all tasks.
 All systems take turns. A file that was measured for the same settings is read instead.
 """
@@ -136,7 +136,7 @@ def prompt_of(task: Task, config: Config, shots: int) -> str:
 
 
 def answers(config: Config, pair: Pair, works: Mapping[int, Workload], configs: Mapping[str, Config]) -> dict[str, Any]:
-    """{"workload", "answers", "specialising"}; rows of in-context learning with fewer shots are called icl_N."""
+    """{"workload", "answers", "specializing"}; rows of in-context learning with fewer shots are called icl_N."""
     most = max(works)
     setup, _ = make_setup(config, pair, works[most], None)
     ready = {name: METHODS[name](setup) for name in UNTRAINED_ROWS}
@@ -164,7 +164,7 @@ def answers(config: Config, pair: Pair, works: Mapping[int, Workload], configs: 
             | efficiency.answer_cost(pair.edge.decoder, one, new)
             for row, one in ready.items()
         },
-        "specialising": efficiency.specialising_cost(setup),
+        "specializing": efficiency.specializing_cost(setup),
     }
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of the trainable tree: written while training, read back to resume or to specialise.
+"""Checkpoints of the trainable tree: written while training, read back to resume or to specialize.
 
 A step's directory holds three items, so that each reader takes what it needs: `generator` (params and batch
 statistics), `optimizer` (its state and the step), `data` (the input iterator's place), beside `metadata` with the
@@ -284,7 +284,7 @@ def complete(step: Any) -> bool:
 def load_checkpoint(path: str | Path) -> Loaded:
     """The generator of a run's newest checkpoint, of one step's directory, or of a portable directory.
 
-    The name of a shipped one will do where there is no such directory. No optimiser state is read.
+    The name of a shipped one will do where there is no such directory. No optimizer state is read.
 
     Args:
         path: a directory, or for checkpoints an address in a bucket (gs://NAME/DIR).

@@ -1,7 +1,7 @@
 """A trained generator as two small files, and the generators that are shipped with the package.
 
 In: a checkpoint. Out: a directory with `generator.safetensors` (parameters and batch statistics) and `generator.json`
-(config, step, fingerprints, versions), which every ``--checkpoint`` accepts. The optimiser's state stays behind.
+(config, step, fingerprints, versions), which every ``--checkpoint`` accepts. The optimizer's state stays behind.
 """
 
 import json

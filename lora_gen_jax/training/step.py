@@ -1,4 +1,4 @@
-"""One optimiser step and one validation step.
+"""One optimizer step and one validation step.
 
 In: the training state, the frozen weights of both models and a `Batch`. Out: the next state and metrics (scalars).
 The cloud runs once per prompt and computes no logits; the edge computes logits at supervised positions alone.
@@ -29,7 +29,7 @@ class TrainState(struct.PyTreeNode):
         step: updates made, a scalar.
         params: the trainable tree, fp32.
         batch_stats: running statistics of the router's BatchNorm.
-        opt_state: the optimiser's.
+        opt_state: the optimizer's.
     """
 
     step: jax.Array

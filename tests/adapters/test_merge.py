@@ -293,7 +293,7 @@ def test_sites_without_an_adapter_are_left_alone():
 
 
 @pytest.mark.parametrize("name", ["shared products K=2", "direct", "lora"])
-def test_an_adapter_at_initialisation_changes_neither_parameters_nor_their_axes(name):
+def test_an_adapter_at_initialization_changes_neither_parameters_nor_their_axes(name):
     """A decoder's boxed tree is what `param_shardings` reads; an adapter's arrays are no parameters of it."""
     decoder, key = Decoder(EDGE), jax.random.key(0)
     plain = jax.eval_shape(decoder.init, key, TOKENS)

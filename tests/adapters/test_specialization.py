@@ -1,4 +1,4 @@
-"""A specialisation on disk: small, complete or absent, bound to its pool, and the same adapter when read again."""
+"""A specialization on disk: small, complete or absent, bound to its pool, and the same adapter when read again."""
 
 import dataclasses
 import json
@@ -200,7 +200,7 @@ def test_an_adapter_read_from_disk_merges_to_the_same_bits(made, tmp_path, name)
         assert loaded.tensors["index"].shape == (EDGE.num_layers, settings.active_experts)
 
 
-def test_a_specialisation_of_another_pool_is_refused(made):
+def test_a_specialization_of_another_pool_is_refused(made):
     settings, variables, generated = made("shared")
     fingerprints = {**FINGERPRINTS, "pool": pool_fingerprint(variables)}
     special = Specialization(sparse_tensors(generated, settings), fingerprints, "x", None, VERSIONS)
@@ -258,14 +258,14 @@ def test_an_output_whose_parent_is_a_file_is_named(tmp_path):
         save_specialization(synthetic(), tmp_path / "file" / "s")
 
 
-def test_what_is_no_specialisation_is_named(tmp_path):
+def test_what_is_no_specialization_is_named(tmp_path):
     with raises(CheckpointError, TENSORS, tmp_path):
         load_specialization(tmp_path)
 
 
 @pytest.mark.parametrize("name", [TENSORS, "prompt.txt", "specialization.json"])
 @pytest.mark.parametrize("damage", ["truncated", "missing", "list"])
-def test_a_damaged_specialisation_is_named(tmp_path, name, damage):
+def test_a_damaged_specialization_is_named(tmp_path, name, damage):
     save_specialization(synthetic(prompt="aéé"), tmp_path / "s")
     path = tmp_path / "s" / name
     if damage == "missing":
@@ -279,7 +279,7 @@ def test_a_damaged_specialisation_is_named(tmp_path, name, damage):
 
 @pytest.fixture
 def tampered(tmp_path):
-    """Loads a good specialisation whose tensors, metadata or readable fields a test has changed."""
+    """Loads a good specialization whose tensors, metadata or readable fields a test has changed."""
 
     def load(k=2, metadata=None, readable=None, **tensors):
         directory = tmp_path / "s"
@@ -443,7 +443,7 @@ def test_the_digest_is_that_of_the_prompts_bytes():
 
 @pytest.fixture
 def special(made):
-    """(specialisation of a variant with other tensors, variables, settings)."""
+    """(specialization of a variant with other tensors, variables, settings)."""
 
     def get(name, change):
         settings, variables, generated = made(name)
@@ -483,7 +483,7 @@ def rows_of(count):
         ("direct", lambda t: t.update({"down.b": t["down.b"][..., :9]}), key("down.b"), ((3, 9), (3, 16))),
     ],
 )
-def test_a_specialisation_that_does_not_fit_the_generator_is_refused(special, name, change, field, facts):
+def test_a_specialization_that_does_not_fit_the_generator_is_refused(special, name, change, field, facts):
     specialization, variables, settings = special(name, change)
     with raises(CheckpointError, field, *facts):
         adapter_of(specialization, variables, settings)

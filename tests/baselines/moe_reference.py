@@ -33,7 +33,7 @@ def _groups():
 
 
 GROUPS = _groups()
-# Compiled without optimising machine code: most of the time that these tests would take.
+# Compiled without optimizing machine code: most of the time that these tests would take.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 KNOWLEDGE = [group.knowledge for group in GROUPS]
 BATCH = pack_groups(GROUPS, DATA, 3)

@@ -11,7 +11,7 @@ import pytest
 from helpers import EDGE, SAME, filled, raises, random_params, token_rows
 
 from lora_gen_jax.adapters.merge import merge
-from lora_gen_jax.baselines.autocompressor import AutoCompressor, build, specialise
+from lora_gen_jax.baselines.autocompressor import AutoCompressor, build, specialize
 from lora_gen_jax.baselines.method import Prompt
 from lora_gen_jax.baselines.segments import LARGEST, SMALLEST, longest_segment, segment_lengths, take_segment
 from lora_gen_jax.config import CompressorConfig, Config, DataConfig
@@ -433,7 +433,7 @@ def test_build_refuses_what_the_edge_cannot_read(llama):
             build(dataclasses.replace(config, data=data), pair)
 
 
-def test_specialised_is_the_merged_edge_behind_the_soft_tokens(llama):
+def test_specialized_is_the_merged_edge_behind_the_soft_tokens(llama):
     module, base, variables = llama
     config = Config(generator=SETTINGS, compressor=SHORT, data=DATA, method="autocompressor")
 
@@ -441,7 +441,7 @@ def test_specialised_is_the_merged_edge_behind_the_soft_tokens(llama):
         variables: Any
         config: Config
 
-    make = specialise(config, pair_of(base, _Words()), Run(variables, config))
+    make = specialize(config, pair_of(base, _Words()), Run(variables, config))
     plain, special = make(None), make(Prompt("abacus", (), False))
     assert (plain.prefix, plain.adapter) == (None, None)
     assert special.params is plain.params

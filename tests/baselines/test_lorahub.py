@@ -339,7 +339,7 @@ def test_the_search_finds_the_module_that_helps(setting):
 def test_the_task_is_answered_by_the_merged_weights_that_were_found(setting):
     pair, loaded = setting
     found, hub = lorahub.found_weights(loaded.config.hub, pair, loaded)(PROMPT), loaded.config.hub
-    made = lorahub.METHOD.specialise(loaded.config, pair, loaded)(PROMPT)
+    made = lorahub.METHOD.specialize(loaded.config, pair, loaded)(PROMPT)
     assert made.adapter is None
     assert made.prefix is None
     pairs = [pair.edge.encoder.query(shot, False) for shot in SHOTS]
@@ -373,7 +373,7 @@ def test_weights_on_several_devices_give_the_same_loss_and_merge(setting, monkey
     one, several = (lorahub.shots_loss(p.edge, loaded)(PROMPT)(weights) for p in (pair, spread))
     np.testing.assert_allclose(several, one, **SAME)
     monkeypatch.setattr(lorahub, "search", lambda loss_of, *settings: Found(weights, loss_of(weights)))
-    ours, theirs = (lorahub.METHOD.specialise(loaded.config, p, loaded)(PROMPT).params for p in (pair, spread))
+    ours, theirs = (lorahub.METHOD.specialize(loaded.config, p, loaded)(PROMPT).params for p in (pair, spread))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **SAME), theirs, ours)
 
 
@@ -381,7 +381,7 @@ def test_weights_on_several_devices_give_the_same_loss_and_merge(setting, monkey
 def test_without_shots_there_is_nothing_to_search_by(setting, prompt):
     pair, loaded = setting
     with raises(DataError, "eval.shots"):
-        lorahub.METHOD.specialise(loaded.config, pair, loaded)(prompt)
+        lorahub.METHOD.specialize(loaded.config, pair, loaded)(prompt)
 
 
 def test_a_shot_that_the_edge_has_no_positions_for_is_refused(setting):

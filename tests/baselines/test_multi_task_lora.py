@@ -55,6 +55,6 @@ def test_the_sites_are_the_configs_and_start_at_the_base():
     assert not any(name.startswith("gate") for name in made(OPT)[0])
 
 
-def test_it_cannot_be_specialised_by_a_prompt():
+def test_it_cannot_be_specialized_by_a_prompt():
     with raises(ConfigError, "generator", "MultiTaskLoRA"):
         specialize(MultiTaskLoRA(EDGE, SETTINGS), {}, None, [[1, 2]])  # pyright: ignore

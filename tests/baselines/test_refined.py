@@ -52,7 +52,7 @@ def with_steps(config, steps):
 
 def params_of(config, pair, checkpoints, task, names):
     systems = make_systems(config, names, pair, checkpoints, [task])
-    return {name: system.specialised_for(task).params for name, system in systems.items()}
+    return {name: system.specialized_for(task).params for name, system in systems.items()}
 
 
 def shots_loss(pair, params, task, settings):

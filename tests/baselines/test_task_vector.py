@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import logits, raises
 
-from lora_gen_jax.baselines.method import Prompt, Specialised
+from lora_gen_jax.baselines.method import Prompt, Specialized
 from lora_gen_jax.baselines.task_vector import METHOD, task_vector
 from lora_gen_jax.config import Config, EvalConfig, ModelConfig
 from lora_gen_jax.config_check import check
@@ -99,11 +99,11 @@ def test_it_is_a_method_of_an_evaluation(edge):
     systems = [make_systems(Config(eval=s), ["task_vector"], pair, {}, [task])["task_vector"] for s in (SETTINGS, last)]
     assert len({system.identity_for(task) for system in systems if system.identity_for}) == 2
     assert all(system.prompted for system in systems)
-    base = System(lambda task: Specialised(edge.params))
+    base = System(lambda task: Specialized(edge.params))
     got, plain = (evaluate_task(edge, task, system, last) for system in (systems[1], base))
     assert got["context_tokens"] == plain["context_tokens"]
     # All answers begin alike, so the mean state of the last layer says how: with the quote that the prompt asks for.
-    params, adapter, _ = systems[1].specialised_for(task)
+    params, adapter, _ = systems[1].specialized_for(task)
     queries = [edge.encoder.text(document.query) for document in task.test]
     made, base = (generate(edge.decoder, params, queries, max_new_tokens=1, adapter=a) for a in (adapter, None))
     assert {edge.encoder.decode(one.ids).strip() for one in made} == {'"'}
@@ -115,4 +115,4 @@ def test_what_it_needs(edge, prompt):
         task_vector(edge, prompt._replace(queries=()), 0.5)
     with raises(ConfigError, "eval.vector_layer", 0):
         check(Config(eval=EvalConfig(vector_layer=0)))
-    assert METHOD.specialise(Config(), Pair(edge, edge), None)(None).adapter is None
+    assert METHOD.specialize(Config(), Pair(edge, edge), None)(None).adapter is None

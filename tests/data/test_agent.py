@@ -14,7 +14,7 @@ from lora_gen_jax.data.pocket import agent
 from lora_gen_jax.data.pocket.agent import ROWS, Toolset, agent_rows, agent_tasks, split_instruction, toolsets
 from lora_gen_jax.data.pocket.tools import REFUSALS, SMALL_TALK, TOOLS, VALUES, Tool
 from lora_gen_jax.data.prompts import separator
-from lora_gen_jax.data.tasks import normalise, stable_hash
+from lora_gen_jax.data.tasks import normalize, stable_hash
 from lora_gen_jax.errors import DataError
 
 Row = dict[str, str]
@@ -111,7 +111,7 @@ def test_schema_and_counts() -> None:
             rows = _ROWS[each.id, split]
             assert len(rows) == count
             assert all(set(row) == {"id", "instruction", "input", "output"} and row["input"] == "" for row in rows)
-            assert len({normalise(_request(row)) for row in rows}) == count
+            assert len({normalize(_request(row)) for row in rows}) == count
     assert len({row["id"] for _, row in _rows()}) == len(_rows()) == 75 * 38
     with raises(DataError, "split", "'dev'"):
         agent_rows(_SETS[0], "dev")
@@ -191,7 +191,7 @@ def test_no_request_is_in_two_splits() -> None:
     requests: dict[str, set[str]] = {split: set() for split in ROWS}
     for split in ROWS:
         for _, row in _rows(split):
-            requests[split] |= {normalise(text) for text in (_request(row), *(text for text, _ in _earlier(row)))}
+            requests[split] |= {normalize(text) for text in (_request(row), *(text for text, _ in _earlier(row)))}
     for one, other in combinations(ROWS, 2):
         assert not requests[one] & requests[other]
     assert all(agent.split_of(text) == split for split, texts in requests.items() for text in texts)
@@ -201,7 +201,7 @@ def test_splits_are_stable(monkeypatch: pytest.MonkeyPatch) -> None:
     every = (*_SETS[:2], *_SETS[-2:])
     for each, split in product(every, ROWS):
         assert agent_rows(each, split, count=ROWS[split] + 3)[: ROWS[split]] == _ROWS[each.id, split]
-    before = {normalise(_request(row)): split for split in ROWS for _, row in _rows(split)}
+    before = {normalize(_request(row)): split for split in ROWS for _, row in _rows(split)}
     requests = tuple(
         f"{start} the plant in the {{room}} on {{day}}." for start in ("Water", "Do water", "Now water", "Soak")
     )
@@ -212,7 +212,7 @@ def test_splits_are_stable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 3 <= sum(newcomer in each.tools for each in changed) <= 25
     assert sum(each in _SETS for each in changed) >= 30
     every = [(split, row) for each in changed[:10] for split in ROWS for row in agent_rows(each, split)]
-    after = {normalise(_request(row)): split for split, row in every}
+    after = {normalize(_request(row)): split for split, row in every}
     shared = before.keys() & after.keys()
     assert len(shared) > 50
     assert all(before[text] == after[text] for text in shared)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_gen_jax.data.prompts import evaluation_shots, few_shot_context, sample_shots, separator, system_prompt
-from lora_gen_jax.data.tasks import Example, Task, hash_slice, normalise
+from lora_gen_jax.data.tasks import Example, Task, hash_slice, normalize
 from lora_gen_jax.errors import DataError
 
 # Few letters in two cases with and without punctuation, so that equal queries in different dress are common.
@@ -29,11 +29,11 @@ def test_sampled_shots_never_hold_a_query(queries: list[str], k: int, seed: int,
     task = _task(queries)
     asked = data.draw(st.lists(st.sampled_from(task.train), max_size=4))
     shots = sample_shots(task, k, np.random.default_rng(seed), asked)
-    forbidden = {normalise(e.query) for e in asked}
-    assert not forbidden & {normalise(shot.query) for shot in shots}
+    forbidden = {normalize(e.query) for e in asked}
+    assert not forbidden & {normalize(shot.query) for shot in shots}
     assert len({shot.id for shot in shots}) == len(shots)
     assert set(shots) <= set(task.train)
-    free = [e for e in task.train if normalise(e.query) not in forbidden]
+    free = [e for e in task.train if normalize(e.query) not in forbidden]
     assert len(shots) == min(k, len(free))
 
 
@@ -42,14 +42,14 @@ def test_sampled_shots_never_hold_a_query(queries: list[str], k: int, seed: int,
 def test_evaluation_shots_never_hold_a_scored_query(train: list[str], test: list[str], k: int, seed: int) -> None:
     task = _task(train, test)
     shots = evaluation_shots(task, k, seed)
-    keys = [normalise(shot.query) for shot in shots]
-    assert not set(keys) & {normalise(e.query) for e in task.test}
+    keys = [normalize(shot.query) for shot in shots]
+    assert not set(keys) & {normalize(e.query) for e in task.test}
     assert len(set(keys)) == len(keys)
-    assert len(keys) == min(k, len({normalise(q) for q in train} - {normalise(q) for q in test}))
+    assert len(keys) == min(k, len({normalize(q) for q in train} - {normalize(q) for q in test}))
     # Nested, and indifferent to the order of the rows.
     assert shots[: k // 2] == evaluation_shots(task, k // 2, seed)
     turned = Task("toy", ("Do it.",), task.train[::-1], task.test, source="toy")
-    assert [normalise(shot.query) for shot in evaluation_shots(turned, k, seed)] == keys
+    assert [normalize(shot.query) for shot in evaluation_shots(turned, k, seed)] == keys
 
 
 def test_rows_of_the_same_id_are_told_apart() -> None:
@@ -123,7 +123,7 @@ def test_empty_prompts_are_refused(description: str) -> None:
         sample_shots(_task(["a"]), -1, np.random.default_rng(0))
 
 
-def test_normalise_keeps_operators() -> None:
-    assert normalise("  What's  2 + 3?") == normalise("what's 2 +  3")
-    assert normalise("2 + 3") != normalise("2 - 3")
-    assert normalise("?!") == "?!"
+def test_normalize_keeps_operators() -> None:
+    assert normalize("  What's  2 + 3?") == normalize("what's 2 +  3")
+    assert normalize("2 + 3") != normalize("2 - 3")
+    assert normalize("?!") == "?!"

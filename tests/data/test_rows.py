@@ -94,8 +94,8 @@ def test_scoring_equals_the_harness(name: str, make_row: Callable[[str, int], An
             scores = rng.normal(-20, 8, len(example.options))
             result = task.process_results(doc, [(score, False) for score in scores])
             assert result["acc"] == float(np.argmax(scores) == example.gold)
-            normalised = scores / np.array(example.option_lengths, float)
-            assert result["acc_norm"] == float(np.argmax(normalised) == example.gold)
+            normalized = scores / np.array(example.option_lengths, float)
+            assert result["acc_norm"] == float(np.argmax(normalized) == example.gold)
 
 
 def test_texts_written_out(make_row: Callable[[str, int], Any]) -> None:

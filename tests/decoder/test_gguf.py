@@ -58,7 +58,7 @@ def hf_directory(directory, family, **more):
     return tensors
 
 
-def to_gguf(path, family, tensors, quantisation=None, extra=lambda writer: None):
+def to_gguf(path, family, tensors, quantization=None, extra=lambda writer: None):
     """Writes what llama.cpp's converter writes: other names, permuted q and k rows (llama), norms + 1 (gemma)."""
     writer = gguf.GGUFWriter(path, family)
     writer.add_block_count(SIZES["num_hidden_layers"])
@@ -85,8 +85,8 @@ def to_gguf(path, family, tensors, quantisation=None, extra=lambda writer: None)
         if family.startswith("gemma") and name.endswith("norm.weight"):
             value = value + np.float32(1.0)
         found = name if name == "rope_freqs.weight" else names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if quantisation is not None and value.ndim == 2:
-            writer.add_tensor(found, gguf.quantize(value, quantisation), raw_dtype=quantisation)
+        if quantization is not None and value.ndim == 2:
+            writer.add_tensor(found, gguf.quantize(value, quantization), raw_dtype=quantization)
         else:
             writer.add_tensor(found, value)
     writer.write_header_to_file()
@@ -120,14 +120,14 @@ def test_same_model_as_the_hugging_face_directory(tmp_path, family, more):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance), actual, wanted)
 
 
-@pytest.mark.parametrize("quantisation", [gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.BF16])
-def test_quantised_weights(tmp_path, quantisation):
+@pytest.mark.parametrize("quantization", [gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.BF16])
+def test_quantized_weights(tmp_path, quantization):
     tensors = hf_directory(tmp_path / "hf", "llama")
-    to_gguf(tmp_path / "model.gguf", "llama", tensors, quantisation)
+    to_gguf(tmp_path / "model.gguf", "llama", tensors, quantization)
     params = pretrained.load_params(tmp_path / "model.gguf")
     for site in ("q", "k", "v"):
         value = tensors[f"model.layers.1.self_attn.{site}_proj.weight"]
-        wanted = gguf.dequantize(gguf.quantize(value, quantisation), quantisation)
+        wanted = gguf.dequantize(gguf.quantize(value, quantization), quantization)
         np.testing.assert_array_equal(params["layers"]["attention"][site]["kernel"][1], wanted.T)
     assert pretrained.fingerprint(tmp_path / "model.gguf") != pretrained.fingerprint(tmp_path / "hf")
 

@@ -294,7 +294,7 @@ def test_untied_model_without_unembedding(saved, tmp_path):
     fails(directory, "lm_head.weight", "tie_word_embeddings")
 
 
-def test_quantised_checkpoint(llama):
+def test_quantized_checkpoint(llama):
     from safetensors.numpy import load_file, save_file
 
     tensors = load_file(llama / "model.safetensors")

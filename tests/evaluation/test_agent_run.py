@@ -7,7 +7,7 @@ import shutil
 import pytest
 from helpers import raises, trained, write_config, write_rows
 
-from lora_gen_jax.baselines.method import Specialised
+from lora_gen_jax.baselines.method import Specialized
 from lora_gen_jax.config import DataConfig, EvalConfig, ModelConfig, TrainConfig
 from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.tasks import Example, Task
@@ -270,7 +270,7 @@ def test_outputs_come_in_order_whatever_the_batches_are(edge, monkeypatch):
     monkeypatch.setattr(request_runner, "encode_prefix", None)
     for shared, reads in ((True, True), (False, False)):
         asked.clear()
-        named = lambda task, shared=shared: Specialised({"name": "all" if shared else task.name})  # noqa: E731
+        named = lambda task, shared=shared: Specialized({"name": "all" if shared else task.name})  # noqa: E731
         made, done = System(named, reads, lambda task, named=named: named(task).params["name"]), []
         written = Writer(edge, 40, RequestCache(None, "")).write(Method(made, shared), tasks, done.append)
         assert {name for name, _ in asked} == ({"all"} if shared else {task.name for task in tasks})

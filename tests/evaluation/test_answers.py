@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import raises
 
-from lora_gen_jax.baselines.method import Specialised
+from lora_gen_jax.baselines.method import Specialized
 from lora_gen_jax.config import EvalConfig, ModelConfig
 from lora_gen_jax.data.pocket.suite import find
 from lora_gen_jax.data.pocket.world import ATTRIBUTES
@@ -103,7 +103,7 @@ def test_long_answers_are_scored_by_rouge_l_beside_exact_match(edge):
     task = find("pocket/sound/quotes")[0]
     documents = [Example(e.id, e.query, f"{e.response} {'as everyone knows ' * 3}") for e in task.test[:3]]
     long = dataclasses.replace(task, test=documents)
-    system = System(lambda task: Specialised(edge.params), reads_prompt=True)
+    system = System(lambda task: Specialized(edge.params), reads_prompt=True)
     settings = dataclasses.replace(SETTINGS, latency=False)
     got = evaluate_task(edge, long, system, settings)
     assert got["acc"] == 0.0
@@ -124,7 +124,7 @@ def test_the_line_break_ends_only_answers_that_have_none(edge):
 def test_the_figures_of_a_task(edge):
     task = find("pocket/capital/brackets-dot")[0]
     base, icl = (
-        evaluate_task(edge, task, System(lambda task: Specialised(edge.params), reads_prompt=reads), SETTINGS)
+        evaluate_task(edge, task, System(lambda task: Specialized(edge.params), reads_prompt=reads), SETTINGS)
         for reads in (False, True)
     )
     assert base["acc"] == 0.0
@@ -151,7 +151,7 @@ def test_standard_error_by_hand():
 def test_chats_are_refused(edge, options):
     task = Task("talk", ("be kind",), (), [Example("a", "hello", " a", options, 0)], chat=True, source="x")
     with raises(DataError, "talk", "task talk"):
-        evaluate_task(edge, task, System(lambda task: Specialised(edge.params)), SETTINGS)
+        evaluate_task(edge, task, System(lambda task: Specialized(edge.params)), SETTINGS)
 
 
 def test_a_document_that_leaves_just_enough_room_is_timed_too(edge):
@@ -170,7 +170,7 @@ def test_documents_and_prompts_that_do_not_fit_are_named_before_anything_is_scor
     task = Task(
         "mine", ("Say sea.",), shots, (Example("short", "moon", " sea"), *(() if reads else (long,))), source="mine"
     )
-    systems = {"icl" if reads else "base": System(lambda task: Specialised(edge.params), reads)}
+    systems = {"icl" if reads else "base": System(lambda task: Specialized(edge.params), reads)}
     pair = Pair(edge, edge)
     name, method = ("short", "icl") if reads else ("long", "base")
     with raises(DataError, name, "task mine", f"document {name}", f"method {method}", "edge tokens"):

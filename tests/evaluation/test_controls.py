@@ -103,7 +103,7 @@ def test_a_control_is_read_by_the_cloud_and_differs_from_the_own_prompt():
     pair, loaded = load_pair(config), {"lora_gen": load_checkpoint(config.directory)}
     systems = make_systems(config, config.eval.methods, pair, loaded, tasks)
     kernels = {
-        name: np.asarray(system.specialised_for(tasks[0]).params["layers"]["ffn"]["up"]["kernel"])
+        name: np.asarray(system.specialized_for(tasks[0]).params["layers"]["ffn"]["up"]["kernel"])
         for name, system in systems.items()
     }
     identities = {system.identity_for(tasks[0]) for system in systems.values() if system.identity_for}

@@ -111,7 +111,7 @@ def test_multiply_adds_agree(results: dict[str, Any]):
     macs = {name: method["macs"] for name, method in results["methods"].items()}
     assert macs["lora_gen"] == macs["base"] == macs["lora"]
     assert macs["base"]["answer"] < macs["icl_kept_prefix"]["answer"] < macs["icl"]["answer"]
-    assert set(results["specialising"]) == {"cloud", "merge"}
+    assert set(results["specializing"]) == {"cloud", "merge"}
 
 
 def test_two_per_cent_is_the_limit():
@@ -238,7 +238,7 @@ def test_report_fits_the_screen(results: dict[str, Any], capsys: pytest.CaptureF
     assert max(map(len, lines)) <= 120
     text = "\n".join(lines)
     assert "…" not in text
-    assert "Specialising pays against icl_kept_prefix: " in text
+    assert "Specializing pays against icl_kept_prefix: " in text
     assert "Published" in text
     assert all(name in text for name in METHODS)
 
@@ -280,7 +280,7 @@ def test_without_torch_a_line_says_so(
     text = capsys.readouterr().out
     assert "pip install torch" in text
     assert "transformers_full_prompt" not in text
-    assert "specialised / kept prefix" in text
+    assert "specialized / kept prefix" in text
 
 
 def test_prompt_and_query_from_texts(config_file: Path):

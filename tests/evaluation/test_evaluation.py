@@ -11,7 +11,7 @@ from helpers import color_rows, experiment, logits, raises, trained, write_rows
 
 from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.baselines import lora_gen
-from lora_gen_jax.baselines.method import Specialised
+from lora_gen_jax.baselines.method import Specialized
 from lora_gen_jax.config import EvalConfig
 from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.tasks import Example, Task
@@ -88,14 +88,14 @@ def plain_figures(edge, params, documents, prefix=""):
     return acc, sum(normed) / n, math.sqrt(acc * (1 - acc) / (n - 1))
 
 
-def specialised_system(config, pair, task):
+def specialized_system(config, pair, task):
     checkpoints = {"lora_gen": load_checkpoint(config.directory)}
     return make_systems(config, ["lora_gen"], pair, checkpoints, [task])["lora_gen"]
 
 
 def test_figures_are_those_of_plain_forward_passes(pair):
     edge, task = pair.edge, make_task(DOCUMENTS)
-    got = evaluate_task(edge, task, System(lambda task: Specialised(edge.params)), QUICK)
+    got = evaluate_task(edge, task, System(lambda task: Specialized(edge.params)), QUICK)
     acc, norm, stderr = plain_figures(edge, edge.params, DOCUMENTS)
     assert (got["acc"], got["acc_norm"], got["n"]) == (acc, norm, 4)
     assert got["stderr"] == pytest.approx(stderr)
@@ -106,13 +106,13 @@ def test_figures_are_those_of_plain_forward_passes(pair):
 
 def test_in_context_learning_reads_description_and_shots_before_every_query(pair):
     edge, task = pair.edge, make_task(DOCUMENTS)
-    got = evaluate_task(edge, task, System(lambda task: Specialised(edge.params), reads_prompt=True), QUICK)
+    got = evaluate_task(edge, task, System(lambda task: Specialized(edge.params), reads_prompt=True), QUICK)
     prefix = task_prompt(task, QUICK).text + "\n\n"
     assert prefix.startswith("say one\n\nwhat is ")
     assert prefix.count("what is") == 2
     acc, norm, _ = plain_figures(edge, edge.params, DOCUMENTS, prefix)
     assert (got["acc"], got["acc_norm"]) == (acc, norm)
-    base = evaluate_task(edge, task, System(lambda task: Specialised(edge.params)), QUICK)
+    base = evaluate_task(edge, task, System(lambda task: Specialized(edge.params)), QUICK)
     assert got["context_tokens"] == pytest.approx(base["context_tokens"] + len(edge.encoder.text(prefix)), abs=0.11)
 
 
@@ -122,7 +122,7 @@ def test_options_in_the_context_are_scored_by_what_follows_them(pair):
         Example("w1", "one star", " was big", (" was big",) * 2, 1, ("one dog", "one star"), (7, 8)),
     ]
     edge = pair.edge
-    got = evaluate_task(edge, make_task(documents), System(lambda task: Specialised(edge.params)), QUICK)
+    got = evaluate_task(edge, make_task(documents), System(lambda task: Specialized(edge.params)), QUICK)
     acc, _, stderr = plain_figures(edge, edge.params, documents)
     assert got["acc"] == acc
     assert got["stderr"] == pytest.approx(stderr)
@@ -132,14 +132,14 @@ def test_options_in_the_context_are_scored_by_what_follows_them(pair):
 def test_without_shots_and_description_in_context_learning_is_the_base(pair):
     edge, task, settings = pair.edge, make_task(DOCUMENTS, ""), dataclasses.replace(QUICK, shots=0)
     assert task_prompt(task, settings) is None
-    plain = System(lambda task: Specialised(edge.params))
+    plain = System(lambda task: Specialized(edge.params))
     systems = (plain, dataclasses.replace(plain, reads_prompt=True))
     base, icl = (evaluate_task(edge, task, system, settings) for system in systems)
     for name in ("acc", "acc_norm", "stderr", "n", "context_tokens"):
         assert base[name] == icl[name]
 
 
-def test_the_specialised_model_is_scored_without_the_prompt(pair):
+def test_the_specialized_model_is_scored_without_the_prompt(pair):
     """Each task with the weights merged from its own system prompt, against plain passes of the query alone."""
     config = trained()
     loaded = load_checkpoint(config.directory)
@@ -194,7 +194,7 @@ def test_scores_by_source_with_intervals_over_tasks():
     assert got == scores(tasks, {**dict.fromkeys(words, "words"), "long": "texts"})
 
 
-def test_evaluate_writes_the_layout_and_the_specialised_model_has_learnt_its_tasks(tmp_path):
+def test_evaluate_writes_the_layout_and_the_specialized_model_has_learnt_its_tasks(tmp_path):
     settings = dataclasses.replace(trained().eval, batch_tokens=64)
     config = dataclasses.replace(trained(), eval=settings, workdir=tmp_path / "run")
     results = evaluate(config, trained().directory, tmp_path / "out")
@@ -281,7 +281,7 @@ def test_a_checkpoint_of_other_models_is_refused(tmp_path, pair):
 def test_a_prompt_longer_than_the_limit_is_refused(pair):
     config = dataclasses.replace(trained(), eval=dataclasses.replace(trained().eval, prompt_limit=5))
     task = load_tasks(("warm",), files=config.data.files)["warm"]
-    system = specialised_system(config, pair, task)
+    system = specialized_system(config, pair, task)
     with raises(DataError, "prompts.0", 5):
         evaluate_task(pair.edge, task, system, config.eval)
 
@@ -290,7 +290,7 @@ def test_scoring_leaves_the_base_weights_alone(pair):
     before = jax.tree.map(lambda x: np.array(x, copy=True), pair.edge.params)
     config = trained()
     task = load_tasks(("warm",), files=config.data.files)["warm"]
-    system = specialised_system(config, pair, task)
+    system = specialized_system(config, pair, task)
     evaluate_task(pair.edge, task, system, dataclasses.replace(config.eval, limit=1))
     jax.tree.map(np.testing.assert_array_equal, pair.edge.params, before)
 

@@ -1,4 +1,4 @@
-"""Evaluations with the model `lora_gen`: stopped and gone on with, specialised, and by the command line."""
+"""Evaluations with the model `lora_gen`: stopped and gone on with, specialized, and by the command line."""
 
 import json
 
@@ -95,7 +95,7 @@ def test_a_cache_that_cannot_be_written_is_refused(tmp_path):
 
 
 def by_hand(config, prompt, requests, edge_ids):
-    """Scores of a model that is specialised and merged by the library's own functions."""
+    """Scores of a model that is specialized and merged by the library's own functions."""
     loaded, pair = load_checkpoint(config.directory), load_pair(config)
     generator = make_generator(config, pair)
     made = specialize(generator, loaded.variables, pair.cloud.params, [pair.cloud.encoder.prompt(prompt)])
@@ -106,7 +106,7 @@ def by_hand(config, prompt, requests, edge_ids):
     return [(one.logprobs[0], one.is_greedy[0]) for one in found]
 
 
-def test_the_specialised_model_is_the_one_merged_by_hand(tmp_path):
+def test_the_specialized_model_is_the_one_merged_by_hand(tmp_path):
     config, prompt = trained(), "say the color of the sun\n\nwhat kind is the star ?\nred"
     (tmp_path / "prompt.txt").write_text(prompt)
     requests = instances("loglikelihood", [("what kind is the moon ?", f"\n{w}") for w in ("red", "two", "sun")])

@@ -1,4 +1,4 @@
-"""The base model with the prompt beside the specialised model without: what both answer, read and cost."""
+"""The base model with the prompt beside the specialized model without: what both answer, read and cost."""
 
 import dataclasses
 import json
@@ -35,15 +35,15 @@ def test_the_shipped_generator_plays_a_role(tmp_path, capsys):
     (case,) = found["cases"]
     assert found["checkpoint"]["step"] == 1500
     assert case["case"] == {"name": "prompt", "prompt": role.prompt, "input": role.input, "remark": ""}
-    base, specialised = case["base"], case["specialised"]
-    assert specialised["answer"].strip() == "[owlet]"
-    assert specialised["finish"] == "stop"
+    base, specialized = case["base"], case["specialized"]
+    assert specialized["answer"].strip() == "[owlet]"
+    assert specialized["finish"] == "stop"
     assert base["answer"].strip().startswith("[owlet]")
     encoder = load_model(ModelConfig("pocket-edge")).encoder
     assert base["context_tokens"] == len(encoder.text(f"{role.prompt}\n\n{role.input}"))
-    assert specialised["context_tokens"] == len(encoder.text(role.input)) < base["context_tokens"] / 5
-    assert specialised["new_tokens"] < base["new_tokens"] <= 8
-    for times in ((side["first_token_ms"], side["answer_ms"]) for side in (base, specialised)):
+    assert specialized["context_tokens"] == len(encoder.text(role.input)) < base["context_tokens"] / 5
+    assert specialized["new_tokens"] < base["new_tokens"] <= 8
+    for times in ((side["first_token_ms"], side["answer_ms"]) for side in (base, specialized)):
         assert min(times) > 0
     assert min(case["cloud_ms"], case["merge_ms"]) > 0
     table = capsys.readouterr().out
@@ -79,7 +79,7 @@ def test_other_models_get_prompts_in_plain_words():
     assert "None of these" not in built_in_cases(agents)[0].remark
 
 
-def test_when_the_specialisation_pays():
+def test_when_the_specialization_pays():
     sides = [Side("x", "stop", n, 1, ms, 2 * ms) for n, ms in ((100, 30.0), (10, 10.0))]
     assert Comparison(Case("a", "b", "c"), sides[0], sides[1], 90, 45.0, 5.0).pays_after == pytest.approx(2.5)
     assert Comparison(Case("a", "b", "c"), sides[1], sides[0], 90, 45.0, 5.0).pays_after is None

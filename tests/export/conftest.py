@@ -1,4 +1,4 @@
-"""Random edge models of every family on disk, and specialisations of them with B and gates away from zero."""
+"""Random edge models of every family on disk, and specializations of them with B and gates away from zero."""
 
 import dataclasses
 from pathlib import Path
@@ -28,7 +28,7 @@ VARIANTS = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Case:
-    """An edge model and a specialisation of it, in memory and on disk."""
+    """An edge model and a specialization of it, in memory and on disk."""
 
     edge: Path
     config: DecoderConfig
@@ -39,8 +39,8 @@ class Case:
     checkpoint: Path
 
 
-def specialised(config: DecoderConfig, settings: GeneratorConfig, fingerprints: dict[str, str]) -> Any:
-    """(specialisation, variables) with random gates over a random pool, or with random factors; B away from zero."""
+def specialized(config: DecoderConfig, settings: GeneratorConfig, fingerprints: dict[str, str]) -> Any:
+    """(specialization, variables) with random gates over a random pool, or with random factors; B away from zero."""
     rng, layers, rank = np.random.default_rng(7), config.num_layers, settings.rank
     generator = LoRAGen(CLOUD, config, settings)
     variables = generator_variables(generator, random_params(CLOUD), prompts_of([4], 1, 16, layers))
@@ -61,9 +61,9 @@ def specialised(config: DecoderConfig, settings: GeneratorConfig, fingerprints: 
 
 
 def write_case(root: Path, edge: Path, settings: GeneratorConfig) -> Case:
-    """A specialisation directory and a generator of its pool, as `specialize` and `pack` leave them."""
+    """A specialization directory and a generator of its pool, as `specialize` and `pack` leave them."""
     config, prints = load_config(edge), {"cloud": "c" * 16, "edge": fingerprint(edge)}
-    special, variables = specialised(config, settings, prints)
+    special, variables = specialized(config, settings, prints)
     save_specialization(special, root / "special")
     model = ModelConfig(str(edge), dtype="float32")
     loaded = Loaded(1, variables, Config(cloud=model, edge=model, generator=settings), prints, {}, root)

@@ -29,7 +29,7 @@ FORMATS: list[Any] = ["peft", "merged", "gguf"]
 
 @pytest.fixture(scope="module")
 def pocket(tmp_path_factory):
-    """(directory, specialisation, shipped generator): gates over the shipped pool."""
+    """(directory, specialization, shipped generator): gates over the shipped pool."""
     loaded = load_checkpoint(SHIPPED["quickstart"])
     settings, layers = loaded.config.generator, load_config("pocket-edge").num_layers
     rng = np.random.default_rng(5)
@@ -45,7 +45,7 @@ def pocket(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def answered(pocket):
-    """(ids [1, T], logits [T, V] of ours), of the shipped edge model with the specialisation merged."""
+    """(ids [1, T], logits [T, V] of ours), of the shipped edge model with the specialization merged."""
     _, special, loaded = pocket
     config = load_config("pocket-edge")
     params = merge(load_params("pocket-edge"), adapter_of(special, loaded.variables, loaded.config.generator))

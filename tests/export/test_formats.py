@@ -61,7 +61,7 @@ def base(directory: Path) -> np.ndarray:
     return theirs(load(directory))
 
 
-def assert_specialised(case, model):
+def assert_specialized(case, model):
     wanted = ours(case)
     # What is compared differs from the base model, so that an export of nothing would be noticed.
     assert np.abs(wanted - base(case.edge)).max() > 0.05
@@ -74,15 +74,15 @@ def test_peft_answers_as_ours_beside_the_weights_and_merged(case, tmp_path, fami
     one = case(family, variant)
     export(one, tmp_path / "out", "peft")
     model = peft.PeftModel.from_pretrained(load(one.edge), str(tmp_path / "out"))
-    assert_specialised(one, model)
-    assert_specialised(one, model.merge_and_unload())
+    assert_specialized(one, model)
+    assert_specialized(one, model.merge_and_unload())
 
 
 @pytest.mark.parametrize(("family", "variant"), CASES)
 def test_transformers_answers_as_ours_with_the_merged_model(case, tmp_path, family, variant):
     one = case(family, variant)
     export(one, tmp_path / "out", "merged")
-    assert_specialised(one, load(tmp_path / "out"))
+    assert_specialized(one, load(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(("family", "variant"), [pair for pair in CASES if pair[0] != "opt"])
@@ -101,7 +101,7 @@ def test_the_gguf_adapter_holds_the_same_change_of_the_weights(case, tmp_path, f
         with torch.no_grad():
             weights[f"model.layers.{block}.{GGUF_SITES[site]}.weight"] += torch.tensor(scale * b @ a)
     assert len(tensors) == 2 * 3 * one.config.num_layers
-    assert_specialised(one, model)
+    assert_specialized(one, model)
     assert fields["general.architecture"] == family.removesuffix("_biased")
     assert (fields["general.type"], fields["adapter.type"]) == ("adapter", "lora")
     assert one.specialization.fingerprints["pool"] in fields["general.description"]

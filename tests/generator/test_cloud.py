@@ -1,4 +1,4 @@
-"""The cloud side: prompts packed into rows give what each gives alone; specialising is bucketed and checked."""
+"""The cloud side: prompts packed into rows give what each gives alone; specializing is bucketed and checked."""
 
 import dataclasses
 
@@ -150,7 +150,7 @@ def test_prompts_that_do_not_fit_are_refused_with_their_length():
 
 
 @pytest.mark.parametrize("name", list(GENERATORS))
-def test_specialising_several_prompts_at_once_gives_each_its_own_adapter(name, frozen, generators):
+def test_specializing_several_prompts_at_once_gives_each_its_own_adapter(name, frozen, generators):
     """Three prompts are padded to four rows; the added row leaves no trace."""
     generator, variables = generators(name)
     prompts = token_rows([5, 14, 9], CLOUD.vocab_size, seed=4)
@@ -172,7 +172,7 @@ def test_specialising_several_prompts_at_once_gives_each_its_own_adapter(name, f
         assert np.all(np.count_nonzero(gates, axis=-1) == (4 if name == "gumbel" else 2))
 
 
-def test_specialising_has_no_dropout_and_is_deterministic(frozen, generators):
+def test_specializing_has_no_dropout_and_is_deterministic(frozen, generators):
     generator, variables = generators("shared")
     dropping = LoRAGen(CLOUD, EDGE, dataclasses.replace(SETTINGS, dropout=0.5))
     prompts = token_rows([6], CLOUD.vocab_size)
@@ -203,13 +203,13 @@ def test_a_prompt_beyond_the_limit_or_the_models_positions_is_refused(frozen, ge
 
 
 @pytest.mark.parametrize("prompts", [[[]], [[4, 5], []]])
-def test_specialising_an_empty_prompt_is_refused(frozen, prompts, generators):
+def test_specializing_an_empty_prompt_is_refused(frozen, prompts, generators):
     generator, variables = generators("shared")
     with raises(DataError, "prompts"):
         specialize(generator, variables, frozen, prompts)
 
 
-def test_specialising_nothing_is_refused(frozen, generators):
+def test_specializing_nothing_is_refused(frozen, generators):
     generator, variables = generators("shared")
     with raises(DataError, "prompts"):
         specialize(generator, variables, frozen, [])
@@ -238,7 +238,7 @@ def test_a_fresh_pool_changes_nothing_and_a_is_kaiming_uniform(pool, edge):
         assert 0.8 * bound < np.max(np.abs(a)) <= bound
 
 
-def test_stacked_factors_are_initialised_as_each_alone_would_be():
+def test_stacked_factors_are_initialized_as_each_alone_would_be():
     """Kaiming-uniform with a = √5 is U(±1/√inputs), whatever stands before the matrix's two axes."""
     for shape in ((400, 8), (6, 400, 8), (2, 3, 400, 8)):
         a = np.asarray(factor_a_init(jax.random.key(0), shape))

@@ -108,7 +108,7 @@ def test_inference_before_any_training_step_is_finite_and_uses_mean_0_and_varian
     np.testing.assert_allclose(router.apply(variables, meta), expected, **SAME)
 
 
-def test_initialisation_counts_as_no_batch():
+def test_initialization_counts_as_no_batch():
     variables = Router(num_experts=E, top_k=2, width=H).init(jax.random.key(0), _meta(), True)
     assert all(not np.any(x) for x in jax.tree.leaves(variables["batch_stats"]))
 
@@ -145,7 +145,7 @@ def test_router_without_batch_norm_takes_the_softmax_of_the_logits():
     assert set(variables) == {"params"}
     assert set(variables["params"]) == {"f1", "f2"}
     params = {**variables["params"], "norm": {"scale": np.ones(E), "bias": np.zeros(E)}}
-    # Variance 1 - 1e-5 makes the reference's normalisation the identity.
+    # Variance 1 - 1e-5 makes the reference's normalization the identity.
     expected, _ = _plain_gates(params, meta, E, np.zeros(E), np.full(E, 1 - 1e-5))
     np.testing.assert_allclose(router.apply(variables, meta), expected, **SAME)
 

@@ -87,13 +87,13 @@ def test_an_adapter_that_is_not_merged():
 
 
 @pytest.mark.parametrize("changes", [{}, {"generator": "direct"}, {"mix": "factors"}, {"routing": "gumbel"}])
-def test_specialising_and_merging(changes: dict[str, str]):
+def test_specializing_and_merging(changes: dict[str, str]):
     settings = dataclasses.replace(SETTINGS, **changes)
     generator = LoRAGen(CLOUD, EDGE, settings, unroll=CLOUD.num_layers)
     frozen, prompts = random_params(CLOUD), prompts_of([9], 1, 16)
     variables = generator_variables(generator, frozen, prompts)
     reading = cost.count(jax.jit(generator.apply).lower(variables, frozen, prompts))
-    assert reading.matmuls == cost.specialise_macs(CLOUD, EDGE, settings, 16)
+    assert reading.matmuls == cost.specialize_macs(CLOUD, EDGE, settings, 16)
     made: Any = jax.eval_shape(generator.apply, variables, frozen, prompts)
     merging = cost.count(
         jax.jit(lambda params, a: merge(params, a.select(0))).lower(shapes(Decoder(EDGE)), made.adapter)

@@ -162,7 +162,7 @@ def test_the_cache_is_updated_in_place(llama):
     assert int(after.step) == 4
 
 
-def test_rematerialisation_and_unrolling_change_nothing(llama):
+def test_rematerialization_and_unrolling_change_nothing(llama):
     trained = llama.decoder.clone(remat="full", unroll=2)
     found = generate(trained, llama.params, PROMPTS, max_new_tokens=4)
     for got, want in zip(found, generate(*llama, PROMPTS, max_new_tokens=4), strict=True):

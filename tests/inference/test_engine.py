@@ -1,4 +1,4 @@
-"""Sequences that come and go in one batch, each with its own specialisation: the same as each merged model alone."""
+"""Sequences that come and go in one batch, each with its own specialization: the same as each merged model alone."""
 
 import dataclasses
 
@@ -178,7 +178,7 @@ def test_a_bad_query_among_many_is_named_before_anything_is_generated(llama):
                 answer_all(*llama, adapter, [works[0], bad, *works[2:]], how=how, progress=pytest.fail)
 
 
-def test_merging_is_for_one_specialisation_or_full_batches():
+def test_merging_is_for_one_specialization_or_full_batches():
     for sizes, better in (([1], False), ([500], False), ([1, 1], True), ([60, 1, 1], True), ([40, 64], False)):
         assert mixed_is_better(sizes) == better
 

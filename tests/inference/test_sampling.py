@@ -18,7 +18,7 @@ def run(logits_BV, settings, key):
 
 
 def expected_probabilities(logits_V, temperature, top_k, top_p):
-    """Temperature, then the k likeliest, then the fewest likeliest whose renormalised probabilities reach p."""
+    """Temperature, then the k likeliest, then the fewest likeliest whose renormalized probabilities reach p."""
     scaled = logits_V.astype(np.float64) / temperature
     p = np.exp(scaled - scaled.max())
     order = sorted(range(len(p)), key=lambda i: (-p[i], i))

@@ -64,7 +64,7 @@ def test_a_prefix_is_read_once_and_changes_nothing(family):
         np.testing.assert_allclose(a.logprobs, b.logprobs, **SAME)
 
 
-def test_greedy_continuations_are_recognised(llama):
+def test_greedy_continuations_are_recognized(llama):
     context = [5, 9, 60, 3]
     greedy = list(context)
     for _ in range(4):

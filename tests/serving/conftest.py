@@ -44,7 +44,7 @@ def specializer(generator_directory):
 
 @pytest.fixture(scope="session")
 def made(specializer):
-    """{name: specialisation} of `PROMPTS`."""
+    """{name: specialization} of `PROMPTS`."""
     return dict(zip(PROMPTS, specializer.specialize(list(PROMPTS.values())), strict=True))
 
 

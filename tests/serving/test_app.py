@@ -41,7 +41,7 @@ def test_an_answer_is_that_of_the_merged_model(client, offline, specializer, nam
     assert (body["object"], body["model"]) == ("text_completion", name)
 
 
-def test_specialisations_differ(offline):
+def test_specializations_differ(offline):
     assert len({tuple(offline(name, QUESTION, 10).ids) for name in ("base", *PROMPTS)}) > 1
 
 
@@ -143,7 +143,7 @@ def test_without_a_chat_template_a_chat_is_refused_before_the_cloud_model_reads(
     assert [entry.name for entry in service.registry.entries] == known
 
 
-def test_models_and_specialisations_are_listed(client, service):
+def test_models_and_specializations_are_listed(client, service):
     ids = [model["id"] for model in client.get("/v1/models").json()["data"]]
     assert ids[:2] == ["base", "auto"]
     assert set(PROMPTS) < set(ids)
@@ -245,7 +245,7 @@ def test_openais_client_lists_models(ask):
     assert ask.models.retrieve("two").id == "two"
 
 
-def test_a_specialisation_is_made_asked_and_deleted(ask, offline, specializer):
+def test_a_specialization_is_made_asked_and_deleted(ask, offline, specializer):
     made = ask.post("/specializations", body={"name": "mine", "prompt": PROMPTS["cat"]}, cast_to=dict[str, object])
     assert made["id"] == "mine"
     answer = ask.completions.create(model="mine", prompt=QUESTION, max_tokens=8, temperature=0)

@@ -1,4 +1,4 @@
-"""Specialisations while a server runs: made once, named, bounded, kept on disk, and found again."""
+"""Specializations while a server runs: made once, named, bounded, kept on disk, and found again."""
 
 import asyncio
 import json
@@ -70,7 +70,7 @@ def messages(system, user="name a cat"):
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
-def test_a_prompt_a_conversation_and_shots_become_specialisations(counting, made):
+def test_a_prompt_a_conversation_and_shots_become_specializations(counting, made):
     service = Service(Puppet(), counting, Registry(10))
     shots = [{"input": "what is the sun ?", "output": "red"}]
     turns = [*messages("say red", "what is the sun ?"), {"role": "assistant", "content": "red"}]
@@ -158,7 +158,7 @@ def test_too_many_are_refused_and_automatic_ones_go_first(counting):
     assert [entry.name for entry in service.registry.entries] == ["four", "one", "three"]
 
 
-def test_requests_with_the_same_system_message_specialise_once(counting):
+def test_requests_with_the_same_system_message_specialize_once(counting):
     puppet = say_at_once(Puppet())
     service = Service(puppet, counting, Registry(10))
 
@@ -188,7 +188,7 @@ def test_requests_with_the_same_system_message_specialise_once(counting):
     ]
 
 
-def test_a_specialisation_that_takes_too_long_is_given_up_and_kept(counting):
+def test_a_specialization_that_takes_too_long_is_given_up_and_kept(counting):
     service = Service(Puppet(), counting, Registry(10), Limits(timeout=0.5))
 
     async def conversation(client):

@@ -32,7 +32,7 @@ def server(tmp_path_factory):
     )
     assert process.stdout is not None
     line = process.stdout.readline()
-    found = re.search(r"serving (http://127\.0\.0\.1:\d+)  \(edge pocket-edge, 0 specialisations\)", line)
+    found = re.search(r"serving (http://127\.0\.0\.1:\d+)  \(edge pocket-edge, 0 specializations\)", line)
     try:
         assert found, line + (process.communicate(timeout=5)[1] if process.poll() is not None else "")
         yield process, found[1]

@@ -1,4 +1,4 @@
-"""Specialisations on disk: what a server reads at its start, and what it refuses to."""
+"""Specializations on disk: what a server reads at its start, and what it refuses to."""
 
 import dataclasses
 import errno
@@ -17,7 +17,7 @@ from lora_gen_jax.serving.registry import Served
 from lora_gen_jax.serving.stored import read_entries, read_store, remove_directory
 
 
-def test_directories_of_specialisations_are_read(specializer, made, tmp_path):
+def test_directories_of_specializations_are_read(specializer, made, tmp_path):
     served = Served.of(specializer)
     for name, specialization in made.items():
         save_specialization(specialization, tmp_path / "many" / name)

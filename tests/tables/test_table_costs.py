@@ -101,7 +101,7 @@ def test_answers_of_methods_that_read_merge_and_compress_are_really_measured(pat
     monkeypatch.setattr(latency, "REPEATS", 1)
     # Programs that are compiled for their size alone have tests of their own.
     monkeypatch.setattr(latency.efficiency, "answer_cost", lambda *args: {})
-    monkeypatch.setattr(latency.efficiency, "specialising_cost", lambda setup: {})
+    monkeypatch.setattr(latency.efficiency, "specializing_cost", lambda setup: {})
     tables = read_tables(path)
     runs = {
         "lora": {"method": "lora", "data": {"edge_reads_prompt": True, "edge_length": 96}},

@@ -145,7 +145,7 @@ def test_evaluation_finds_the_newest_complete_step(jobs, server, notes, lost):
     assert found["path"] == "gs://bucket/first/checkpoints/3"
 
 
-def test_a_specialisation_finds_its_generator_in_the_bucket_again(jobs, notes, lost):
+def test_a_specialization_finds_its_generator_in_the_bucket_again(jobs, notes, lost):
     out = jobs.root / "special"
     ran(notes, "specialize", "--checkpoint", "gs://bucket/first", "--prompt", "say one two three", "--out", out)
     assert any('"gs://bucket/first/checkpoints/' in file.read_text() for file in out.glob("*.json"))

@@ -64,7 +64,7 @@ def setting(request, tmp_path_factory):
 
 
 def recorder():
-    """An optimiser's first link: it changes nothing, and its state is the gradient as it came."""
+    """An optimizer's first link: it changes nothing, and its state is the gradient as it came."""
     return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), lambda g, *_: (g, g))
 
 

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 
 from lora_gen_jax.data.pocket.tools import REFUSALS, TOOLS, Tool, choose_values, fill, pick, small_talk
-from lora_gen_jax.data.tasks import Example, Task, normalise, stable_hash
+from lora_gen_jax.data.tasks import Example, Task, normalize, stable_hash
 from lora_gen_jax.errors import DataError
 
 SOURCE = "pocket_agent"
@@ -97,7 +97,7 @@ def agent_rows(toolset: Toolset, split: str, count: int | None = None) -> list[d
     used: set[str] = set()
     for i in range(ROWS[split] if count is None else count):
         dialogue = _dialogue(toolset, split, i, used)
-        used.add(normalise(dialogue.request))
+        used.add(normalize(dialogue.request))
         row = {"id": f"{toolset.id}/{split}/{i}", "instruction": f"{cloud}\n{_edge_text(dialogue)}", "input": ""}
         rows.append({**row, "output": dialogue.output})
     return rows
@@ -127,7 +127,7 @@ def split_instruction(instruction: str) -> tuple[str, str]:
 
 def split_of(request: str) -> str:
     """The split that a request belongs to, in every toolset."""
-    place = stable_hash("agent split", normalise(request)) % 100
+    place = stable_hash("agent split", normalize(request)) % 100
     if place < _TEST_PERCENT:
         return "test"
     return "validation" if place < _TEST_PERCENT + _VALIDATION_PERCENT else "train"
@@ -194,7 +194,7 @@ def _dialogue(toolset: Toolset, split: str, index: int, used: set[str]) -> _Dial
     for attempt in range(_ATTEMPTS):
         dialogue = _attempt(toolset, split, index, f"{toolset.id}/{split}/{index}/{attempt}")
         earlier = [request for request, _ in dialogue.earlier]
-        if dialogue.request in earlier or normalise(dialogue.request) in used:
+        if dialogue.request in earlier or normalize(dialogue.request) in used:
             continue
         if all(split_of(request) == split for request in (dialogue.request, *earlier)):
             return dialogue

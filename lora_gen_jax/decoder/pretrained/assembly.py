@@ -18,7 +18,7 @@ from lora_gen_jax.decoder.pretrained.layout import Leaf, leaves
 from lora_gen_jax.errors import ModelError
 from lora_gen_jax.untrusted import finite
 
-_BLOCK_ELEMENTS = 1 << 22  # read at once: bounds the temporaries of casting and dequantising
+_BLOCK_ELEMENTS = 1 << 22  # read at once: bounds the temporaries of casting and dequantizing
 Index = tuple[slice, ...]
 
 
@@ -44,7 +44,7 @@ class Checkpoint(Protocol):
         ...
 
     def stored_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows start..stop as stored: any dtype, quantised blocks included."""
+        """Rows start..stop as stored: any dtype, quantized blocks included."""
         ...
 
 

@@ -1,7 +1,7 @@
 """Identifies the weights of a model by their content.
 
 In: a `DecoderConfig` and a `Checkpoint`. Out: 16 hex digits. They depend on what is stored, not on how it is loaded
-(dtype, sharding, one file or many), so a specialisation made from one copy of a model is known to fit another.
+(dtype, sharding, one file or many), so a specialization made from one copy of a model is known to fit another.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
-"""Reads a GGUF file (llama.cpp's format), quantised or not.
+"""Reads a GGUF file (llama.cpp's format), quantized or not.
 
 In: a ``.gguf`` file of architecture llama, qwen2, gemma or gemma2. Out: a Hugging Face style config dictionary, and a
-`GGUFCheckpoint` that gives the tensors under their Hugging Face names, dequantised and with llama.cpp's changes
+`GGUFCheckpoint` that gives the tensors under their Hugging Face names, dequantized and with llama.cpp's changes
 undone: rows of q and k permuted for interleaved rotary embeddings (llama), norms stored as w + 1 (gemma, gemma2).
 """
 
@@ -105,10 +105,10 @@ class GGUFCheckpoint:
         return _shape(self._tensor(name))
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """tensor[index] as float32; only these rows are read and dequantised."""
+        """tensor[index] as float32; only these rows are read and dequantized."""
         tensor = self._tensor(name)
         rows = _rope_rows(len(tensor.data), self._permuted_heads.get(name.split(".")[-2]))
-        # Quantisation blocks run along rows, so rows can be picked before dequantising.
+        # Quantization blocks run along rows, so rows can be picked before dequantizing.
         stored = tensor.data[index[0] if rows is None else rows[index[0]]]
         try:
             values = gguf.dequantize(stored, tensor.tensor_type).astype(np.float32, copy=False)
@@ -123,11 +123,11 @@ class GGUFCheckpoint:
         return values[(slice(None), *index[1:])]
 
     def stored_dtype(self, name: str) -> str:
-        """The quantisation format, as Q4_1."""
+        """The quantization format, as Q4_1."""
         return self._tensor(name).tensor_type.name
 
     def stored_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows start..stop as stored: quantised, in the order of the file."""
+        """Rows start..stop as stored: quantized, in the order of the file."""
         return self._tensor(name).data[start:stop]
 
     def _stored_name(self, name: str) -> str | None:

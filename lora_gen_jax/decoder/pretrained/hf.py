@@ -66,7 +66,7 @@ class HFCheckpoint:
         """tensor[index] in its stored dtype; reads only that part of the file.
 
         Raises:
-            ModelError: the tensor is not stored as floating-point numbers (a quantised checkpoint).
+            ModelError: the tensor is not stored as floating-point numbers (a quantized checkpoint).
         """
         if self.stored_dtype(name) not in _FLOATS:
             raise ModelError(
