@@ -4,6 +4,7 @@ In: the published archive, or the files from it in `manual_dir` (`{train,dev}.js
 Out: splits train (33,410 rows) and validation (1,954 rows) of context, question, three answers and the label.
 """
 
+import hashlib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from lora_gen_jax.data.reasoning import join_labels
 from lora_gen_jax.errors import DataError
 
 URL = "https://storage.googleapis.com/ai2-mosaic/public/socialiqa/socialiqa-train-dev.zip"
+# As the archive has always been; Hugging Face's `datasets` and AI2's `rainbow` record the same.
+SHA256 = "ee073914a0fc33265cfbcfc50ec20df9b2e07809c3f420f599138d1f394ef5c3"
 _TEXTS = ("context", "question", "answerA", "answerB", "answerC")
 _FILES = {"train": ("train.jsonl",), "validation": ("dev.jsonl", "validation.jsonl")}
 
@@ -44,7 +47,7 @@ class SocialIqa(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-        root = self._files_dir or unzip(Path(dl_manager.download(URL)))
+        root = self._files_dir or unzip(checked(Path(dl_manager.download(URL))))
         return {split: self._generate_examples(_find(root, names)) for split, names in _FILES.items()}
 
     def _generate_examples(self, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -55,6 +58,24 @@ class SocialIqa(tfds.core.GeneratorBasedBuilder):
                     f"{path}:{line}: the field {missing[0]!r} is missing", field=f"{path.name}:{line}:{missing[0]}"
                 )
             yield index, {name: str(row[name]) for name in (*_TEXTS, "label")}
+
+
+def checked(archive: Path) -> Path:
+    """The archive, if it is the published one.
+
+    Raises:
+        DataError: when it is not.
+    """
+    with archive.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != SHA256:
+        raise DataError(
+            f"{archive}: not the published archive of Social IQa: its SHA-256 is {found}",
+            field=archive.name,
+            code="sha256",
+            remedy="delete it, so that it is downloaded again",
+        )
+    return archive
 
 
 def unzip(archive: Path) -> Path:

@@ -1,6 +1,7 @@
 """TFDS offline and without TensorFlow: the real builders prepare made-up releases; tasks equal those from files."""
 
 import functools
+import hashlib
 import http.server
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from lora_gen_jax.data.tasks import Example, Task
 from lora_gen_jax.errors import DataError
 
 tfds = pytest.importorskip("tensorflow_datasets")
-from lora_gen_jax.data import tfds_source  # noqa: E402
+from lora_gen_jax.data import social_iqa, tfds_source  # noqa: E402
 
 # Warnings of TFDS's writers and of protobuf are not ours to fix.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -56,6 +57,8 @@ def prepared(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tfds.download.DownloadManager, "download", download)
+        made_up = (downloads / "socialiqa-train-dev.zip").read_bytes()
+        patch.setattr(social_iqa, "SHA256", hashlib.sha256(made_up).hexdigest())
         for name in REASONING_TASKS:
             tfds_source.prepare(name, root)
     return root
@@ -65,6 +68,13 @@ def _contents(examples: Any) -> list[Example]:
     """Examples without ids (TFDS drops some) in an order of their own (TFDS shuffles)."""
     bare = [Example("", e.query, e.response, e.options, e.gold, e.contexts, e.option_lengths) for e in examples]
     return sorted(bare, key=repr)
+
+
+def test_another_archive_than_the_published_one_is_refused(tmp_path: Path) -> None:
+    archive = tmp_path / "socialiqa-train-dev.zip"
+    archive.write_bytes(b"something else")
+    with raises(DataError, archive.name, str(archive), code="sha256"):
+        social_iqa.checked(archive)
 
 
 @pytest.mark.parametrize("name", REASONING_TASKS)
@@ -92,7 +102,9 @@ def test_social_iqa_archive_is_downloaded(release: Path, tmp_path: Path, monkeyp
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/socialiqa-train-dev.zip"
-        monkeypatch.setattr("lora_gen_jax.data.social_iqa.URL", url)
+        monkeypatch.setattr(social_iqa, "URL", url)
+        made_up = (web / "socialiqa-train-dev.zip").read_bytes()
+        monkeypatch.setattr(social_iqa, "SHA256", hashlib.sha256(made_up).hexdigest())
         tfds_source.prepare("social_iqa", tmp_path / "tfds")
         server.shutdown()
     task = tfds_source.load_tfds(tmp_path / "tfds", ["social_iqa"])["social_iqa"]
