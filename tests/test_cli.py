@@ -254,7 +254,7 @@ def test_generate_refuses_bad_input(capsys, special, flags, facts):
 
 
 def test_unknown_commands_name_the_nearest(capsys):
-    refused(capsys, main, ["specialize"], "'specialize'", "specialize?")
+    refused(capsys, main, ["specialise"], "'specialise'", "specialize?")
     refused(capsys, main, ["xyz"], "lora-gen COMMAND")
     main([])
     assert "lora-gen COMMAND --help" in capsys.readouterr().out

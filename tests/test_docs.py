@@ -121,7 +121,7 @@ def test_the_readmes_commands_are_found_at_all():
     assert serve is not None
     assert {"no_warm_up", "port"} <= serve
     assert "no_port" not in serve
-    assert known_flags("specialize") is None
+    assert known_flags("specialist") is None
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
