@@ -111,7 +111,7 @@ def _tensors(path: Path) -> dict[str, Any]:
     with safetensors.safe_open(path, framework="numpy") as file:
         names = list(file.keys())
         for name in names:
-            if (kind := file.get_slice(name).get_dtype()) not in ("BF16", "F16", "F32"):
+            if (kind := file.get_slice(name).get_dtype()) not in ("BF16", "F16", "F32", "F64"):
                 raise CheckpointError(f"{path.name}: tensor {name} is of type {kind}", field=f"{path.name}:{name}")
         return {name: jnp.asarray(file.get_tensor(name).astype(np.float32)) for name in names}
 

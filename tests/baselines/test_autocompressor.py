@@ -440,6 +440,7 @@ def test_specialized_is_the_merged_edge_behind_the_soft_tokens(llama):
     class Run(NamedTuple):
         variables: Any
         config: Config
+        path: str = "run"
 
     make = specialize(config, pair_of(base, _Words()), Run(variables, config))
     plain, special = make(None), make(Prompt("abacus", (), False))

@@ -150,7 +150,8 @@ def test_a_specialization_finds_its_generator_in_the_bucket_again(jobs, notes, l
     ran(notes, "specialize", "--checkpoint", "gs://bucket/first", "--prompt", "say one two three", "--out", out)
     assert any('"gs://bucket/first/checkpoints/' in file.read_text() for file in out.glob("*.json"))
     # Its experts are in no generator that is shipped.
-    ran(notes, "generate", "--specialization", out, "--input", "what kind is the sun ?", "--max-new-tokens", "2")
+    asked = ("--input", "what kind is the sun ?", "--max-new-tokens", "2")
+    ran(notes, "generate", "--specialization", out, "--trust-recorded", *asked)
 
 
 def test_a_bucket_that_cannot_be_written_is_named(jobs, notes):
