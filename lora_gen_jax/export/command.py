@@ -36,8 +36,6 @@ class Export:
     """Directory that `specialize` wrote. May be left out with --base and --edge."""
     checkpoint: Path | None = None
     """Where the generator with the expert pool is, if not where it was when the specialization was made."""
-    trust_recorded: bool = False
-    """Open the generator's address that the specialization records in a bucket, too, with your own credentials."""
     edge: str | None = None
     """Where the edge model is, if not where it was when the generator was trained."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -46,6 +44,8 @@ class Export:
     """Largest file of a merged model's weights, in 10⁹ bytes."""
     base: bool = False
     """With --format merged: write the unspecialized edge model, what an adapter is applied to."""
+    trust_recorded: bool = False
+    """Open the generator's address that the specialization records in a bucket, too, with your own credentials."""
 
 
 def export_command(flags: Export) -> None:
