@@ -6,8 +6,10 @@ import importlib.util
 import json
 import shutil
 
+import numpy as np
 import pytest
 from helpers import raises
+from safetensors.numpy import save_file
 
 from lora_gen_jax.adapters.specialization import save_specialization
 from lora_gen_jax.errors import CheckpointError, ConfigError, DataError, OutputError
@@ -57,6 +59,8 @@ def test_a_generator_without_gates_is_not_served(generator_directory, tmp_path):
     readable["config"]["generator"]["generator"] = "direct"
     del readable["sha256"]  # as older versions wrote it
     (tmp_path / "direct" / "generator.json").write_text(json.dumps(readable))
+    tensors = {"params/direct/hidden/bias": np.zeros(4, np.float32)}
+    save_file(tensors, tmp_path / "direct" / "generator.safetensors")
     with raises(CheckpointError, "--checkpoint", "direct generation", "--format merged", code="method"):
         serve_command(Serve(checkpoint=tmp_path / "direct", port=0))
 
