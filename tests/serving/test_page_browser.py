@@ -32,7 +32,7 @@ from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 
 PROMPT = "Tell me what a baby of this animal is called and put it in square brackets."
-SECONDS = 400  # refining compiles first, beside whatever else the machine does
+SECONDS = 150  # refining compiles first, beside whatever else the machine does
 
 
 def wait_until(true):
@@ -97,7 +97,10 @@ class Page:
         self.find(name).send_keys(text)
 
     def wait_for(self, name, pattern):
-        wait_until(lambda: re.search(pattern, self.text(name)))
+        try:
+            wait_until(lambda: re.search(pattern, self.text(name)))
+        except AssertionError:
+            raise AssertionError(f"{name} says {self.text(name)!r}, not {pattern!r}") from None
         return self.text(name)
 
     def ask(self, question):
@@ -109,7 +112,10 @@ class Page:
 
     @property
     def names(self):
-        return [radio.get_attribute("value") for radio in self.browser.find_elements(By.NAME, "specialization")]
+        # At once: the page may draw its list anew between two looks at it.
+        return self.browser.execute_script(
+            "return [...document.getElementsByName('specialization')].map((x) => x.value)"
+        )
 
     @property
     def pictures(self):
@@ -147,10 +153,8 @@ def test_a_key_is_asked_for_and_a_wrong_one_is_told_in_words(page):
 def test_it_specializes_and_answers_with_the_keyboard_alone(page):
     page.type("prompt", PROMPT)
     page.type("name", "young")
-    ActionChains(page.browser).key_down(Keys.CONTROL).perform()
-    page.find("prompt").send_keys(Keys.ENTER)
-    ActionChains(page.browser).key_up(Keys.CONTROL).perform()
-    page.wait_for("teach-note", "“young”: read 19 tokens. It took .* s")
+    page.find("prompt").send_keys(Keys.CONTROL + Keys.ENTER)
+    page.wait_for("teach-note", "“young”: read 19 tokens. It took .* m?s")
     base, prompted, special = page.ask("owl")
     assert (prompted, special) == ("[owlet]", "[owlet]")
     assert base not in ("", special)
