@@ -145,6 +145,11 @@ class GeneratorConfig:
         """Gates of a row that may differ from zero."""
         return self.top_k if self.routing in ("keep_top_k", "gumbel_top_k") else self.num_experts
 
+    @property
+    def temperature(self) -> float:
+        """What the softmax divides logits by."""
+        return self.gumbel_temperature if self.routing in ("gumbel_top_k", "gumbel") else 1.0
+
 
 @dataclasses.dataclass(frozen=True)
 class LoRAMoEConfig:

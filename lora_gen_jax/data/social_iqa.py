@@ -4,7 +4,6 @@ In: the published archive, or the files from it in `manual_dir` (`{train,dev}.js
 Out: splits train (33,410 rows) and validation (1,954 rows) of context, question, three answers and the label.
 """
 
-import hashlib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import tensorflow_datasets as tfds
 from lora_gen_jax.data.jsonl import read_rows
 from lora_gen_jax.data.reasoning import join_labels
 from lora_gen_jax.errors import DataError
+from lora_gen_jax.untrusted import file_digest
 
 URL = "https://storage.googleapis.com/ai2-mosaic/public/socialiqa/socialiqa-train-dev.zip"
 # As the archive has always been; Hugging Face's `datasets` and AI2's `rainbow` record the same.
@@ -66,9 +66,7 @@ def checked(archive: Path) -> Path:
     Raises:
         DataError: when it is not.
     """
-    with archive.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != SHA256:
+    if (found := file_digest(archive)) != SHA256:
         raise DataError(
             f"{archive}: not the published archive of Social IQa: its SHA-256 is {found}",
             field=archive.name,

@@ -123,7 +123,7 @@ def logits_of(gates_LE: np.ndarray, read_LE: np.ndarray | None, settings: Genera
     """
     if settings.routing == "linear":
         return gates_LE * np.float32(gates_LE.shape[1] ** 0.5)
-    temperature = np.float32(1.0 if settings.routing == "keep_top_k" else settings.gumbel_temperature)
+    temperature = np.float32(settings.temperature)
     chosen_LE = gates_LE > 0
     log_LE = np.log(gates_LE, where=chosen_LE, out=np.full_like(gates_LE, -np.inf))
     if settings.active_experts == settings.num_experts:

@@ -143,7 +143,7 @@ def refine(
     index = np.concatenate([np.arange(count), np.zeros(P - count, np.int64)])
     rows, U = pack_examples(examples, P, config)
     judged = bool(np.any(rows.held_BS))
-    form = Form(config.kind, settings.routing, settings.top_k, settings.gumbel_temperature, U, judged)
+    form = Form(config.kind, settings.routing, settings.top_k, settings.temperature, U, judged)
     start = _start(adapter.take(index), generated, index, config)
     # Factors that are trained stand in the state.
     beside = adapter.generated if config.kind == "lora" and isinstance(adapter, RefinedPool) else adapter
@@ -270,7 +270,7 @@ def _learning(adapter: Any, value: Any, form: Form) -> Any:
     """
     if not form.chooses:
         return with_values(adapter, value, form)
-    soft_LVE = gumbel_softmax(value["gates"], None, 1.0 if form.routing == "keep_top_k" else form.temperature)
+    soft_LVE = gumbel_softmax(value["gates"], None, form.temperature)
     hard_LVE = keep_top_k(soft_LVE, form.top_k)
     gates_LVE = soft_LVE + jax.lax.stop_gradient(hard_LVE - soft_LVE)
     return _with_gates(adapter, gates_LVE, top_k=gates_LVE.shape[-1])

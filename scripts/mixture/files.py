@@ -84,4 +84,4 @@ def clean(pairs: Iterable[Pair]) -> tuple[Pair, ...]:
 
 
 def license_of(found: dict[str, Any]) -> str:
-    return found.get("licence") or found["license"]
+    return found["licence"] if "licence" in found else found["license"]
