@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import tyro
 
-from lora_gen_jax.commands import Pack, Specialize, pack_command, specialize_command
+from lora_gen_jax.commands import Specialize, specialize_command
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_check import check
 from lora_gen_jax.config_file import config_from_args, flags_and_config
@@ -27,6 +27,7 @@ from lora_gen_jax.export.command import Export, export_command
 from lora_gen_jax.full_disk import DiskErrors, told_once
 from lora_gen_jax.generate_command import Generate, generate_command
 from lora_gen_jax.instructions.command import Instructions, instructions_command
+from lora_gen_jax.pack_command import Pack, pack_command
 from lora_gen_jax.serving.command import Serve, serve_command
 from lora_gen_jax.specialization.command import Refine, refine_command
 from lora_gen_jax.untrusted import shown
@@ -268,7 +269,7 @@ COMMANDS = {
     "serve": (Serve, serve_command, "answer over HTTP, as OpenAI's interface, for many specializations at once"),
     "export": (Export, export_command, "write a specialization for peft, transformers or llama.cpp"),
     "instructions": (Instructions, instructions_command, "turn instruction data into tasks, by any language model"),
-    "pack": (Pack, pack_command, "write a trained generator as two small files"),
+    "pack": (Pack, pack_command, "write a trained generator as two small files, or publish it on the Hugging Face hub"),
     "lm_eval": (None, lm_eval_command, "evaluate with lm-evaluation-harness"),
     "agent": (None, agent_main, "train and score on tool calls, as the paper's agent table"),
     "table": (None, table_command, "train and score every method and ablation, as the paper's tables"),

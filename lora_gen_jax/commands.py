@@ -1,7 +1,7 @@
-"""The commands ``specialize`` and ``pack``: their flags, and what they do.
+"""The command ``specialize``: its flags, and what it does.
 
-In: flags. Out: specialization directories; a generator that travels. Heavy imports wait until a command runs, so that
-``--help`` and mistakes answer at once.
+In: flags. Out: specialization directories. Heavy imports wait until a command runs, so that ``--help`` and mistakes
+answer at once.
 """
 
 import dataclasses
@@ -55,46 +55,14 @@ class Specialize:
     """A JSONL file of many: each line has "prompt", "messages", "shots" or "examples" (these two with "description"),
     and may have a "name" (the line's number if not). All that have examples learn from them together."""
     checkpoint: Path | None = None
-    """A run's work directory (its newest checkpoint is taken), one checkpoints/<step> directory, or a generator that
-    `pack` wrote; left out, the one shipped for SmolLM2-135M (`smollm2_tasks`). Also shipped: `smollm2_135m`,
-    trained on the reasoning tasks, and `quickstart`, for the pocket pair."""
+    """A run's work directory (its newest checkpoint is taken), one checkpoints/<step> directory, a generator that
+    `pack` wrote, or the name of one: on the Hugging Face hub (ORG/NAME, or ORG/NAME@REVISION), or shipped
+    (`smollm2_135m`, trained on the reasoning tasks; `quickstart`, for the pocket pair). Left out, the one shipped for
+    SmolLM2-135M (`smollm2_tasks`)."""
     cloud: str | None = None
     """Where the cloud model is, if not where it was when the generator was trained."""
     edge: str | None = None
     """Where the edge model is, if not where it was when the generator was trained."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Pack:
-    """Writes a trained generator as two small files that travel: without optimizer state, and in half precision.
-
-    Example:
-
-    lora-gen pack --checkpoint runs/quickstart --out generator
-    """
-
-    checkpoint: Path
-    """A run's work directory (its newest checkpoint is taken) or one checkpoints/<step> directory."""
-    out: Path
-    """Directory to write; must not exist, or be empty."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the stored parameters."""
-
-
-def pack_command(flags: Pack) -> None:
-    """Reads the checkpoint and writes the directory."""
-    import ml_dtypes
-    import numpy as np
-
-    from lora_gen_jax.files import check_output
-    from lora_gen_jax.training.checkpoint import load_checkpoint
-    from lora_gen_jax.training.portable import save_portable
-
-    check_output(flags.out)
-    dtype = ml_dtypes.bfloat16 if flags.dtype == "bfloat16" else np.float32
-    save_portable(load_checkpoint(flags.checkpoint), flags.out, dtype)
-    size = sum(path.stat().st_size for path in flags.out.iterdir())
-    print(f"{flags.out}: {size / 1e3:.0f} KB", file=sys.stderr)
 
 
 def specialize_command(flags: Specialize) -> None:

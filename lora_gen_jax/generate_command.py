@@ -46,7 +46,8 @@ class Generate:
     checkpoint: Path | None = None
     """Where the generator with the expert pool is, if not where it was when the specialization was made."""
     trust_recorded: bool = False
-    """Open the generator's address that the specialization records in a bucket, too, with your own credentials."""
+    """Open the generator's address that the specialization records in a bucket or on the hub, too, with your own
+    credentials."""
     edge: str | None = None
     """Where the edge model is, if not where it was when the generator was trained."""
     max_new_tokens: int = 64

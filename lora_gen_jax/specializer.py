@@ -25,6 +25,7 @@ from lora_gen_jax.errors import CheckpointError, ConfigError, DataError
 from lora_gen_jax.files import is_directory
 from lora_gen_jax.generator.lora_gen import gated_adapter
 from lora_gen_jax.generator.specialize import specialize
+from lora_gen_jax.hub import HUB_ID, name_of
 from lora_gen_jax.inference.buckets import bucket, power_of_two
 from lora_gen_jax.inference.placement import mesh_of
 from lora_gen_jax.models import Model, Pair, check_variables, load_pair, make_generator
@@ -36,6 +37,7 @@ from lora_gen_jax.specialization.settings import Kind, RefineConfig
 from lora_gen_jax.training.bucket import absolute, is_bucket
 from lora_gen_jax.training.checkpoint import Loaded, check_models, load_checkpoint, versions
 from lora_gen_jax.training.portable import DEFAULT, SHIPPED
+from lora_gen_jax.training.published import cached_generator
 from lora_gen_jax.untrusted import check_tensors
 
 
@@ -73,7 +75,8 @@ class Specializer:
         self.fit = Fit.of(loaded.variables, self.config.generator, self.layers)
         self._fingerprints = {**loaded.fingerprints, "pool": self.fit.pool}
         place = absolute(loaded.path)
-        self._checkpoint = None if place in [path.absolute() for path in SHIPPED.values()] else str(place)
+        shipped = place in [path.absolute() for path in SHIPPED.values()]
+        self._checkpoint = None if shipped else name_of(place) or str(place)
         self._versions = versions()
 
     @classmethod
@@ -353,9 +356,10 @@ def find_generator(specialization: Specialization, named: Path | None, follow_re
     the one recorded when it was made.
 
     Args:
-        specialization: whose author may be anyone: the address it records is opened only below a local path.
+        specialization: whose author may be anyone: the address it records is opened only on this machine, in the
+            cache of the Hugging Face hub, too.
         named: by the user.
-        follow_remote: open a recorded address in a bucket, too, with the user's own credentials.
+        follow_remote: open a recorded address in a bucket or on the hub, too, with the user's own credentials.
 
     Raises:
         CheckpointError: when none of them is there, or has the pool.
@@ -372,11 +376,16 @@ def find_generator(specialization: Specialization, named: Path | None, follow_re
         at = recorded[:200]
         reason = f"the one recorded when it was made ({at}) is gone"
         remote = "://" in recorded or is_bucket(recorded)
-        if remote and not follow_remote:
+        on_hub = not remote and HUB_ID.fullmatch(recorded) is not None and not is_directory(Path(recorded))
+        place: str | Path | None = recorded
+        if (remote or on_hub) and not follow_remote:
+            # What is in the hub's cache is on this machine already.
+            place = cached_generator(recorded) if on_hub else None
+        if place is None:
             reason = f"the address recorded when it was made ({at}) is not opened without --trust-recorded"
-        elif remote or is_directory(Path(recorded)):
+        elif remote or on_hub or is_directory(Path(recorded)):
             try:
-                loaded = load_checkpoint(recorded)
+                loaded = load_checkpoint(place)
                 if (found := pool_fingerprint(loaded.variables)) == pool:
                     return loaded
                 reason = f"the one recorded when it was made ({at}) has another pool (fingerprint {found}, not {pool})"

@@ -33,9 +33,10 @@ class Serve:
     """
 
     checkpoint: Path | None = None
-    """A run's work directory (its newest checkpoint is taken), one checkpoints/<step> directory, or a generator that
-    `pack` wrote; left out, the one shipped for SmolLM2-135M (`smollm2_tasks`). Also shipped: `smollm2_135m`,
-    trained on the reasoning tasks, and `quickstart`, for the pocket pair."""
+    """A run's work directory (its newest checkpoint is taken), one checkpoints/<step> directory, a generator that
+    `pack` wrote, or the name of one: on the Hugging Face hub (ORG/NAME, or ORG/NAME@REVISION), or shipped
+    (`smollm2_135m`, trained on the reasoning tasks; `quickstart`, for the pocket pair). Left out, the one shipped for
+    SmolLM2-135M (`smollm2_tasks`)."""
     cloud: str | None = None
     """Where the cloud model is, if not where it was when the generator was trained."""
     edge: str | None = None

