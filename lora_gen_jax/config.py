@@ -224,6 +224,7 @@ class DataConfig:
             the method is scored; for methods lora, lora_moe and mixlora.
         edge_prompt_length: longest prompt in the edge model's tokens, for method autocompressor, whose edge model
             compresses it; prompts lose shots to fit. 0 for the other methods.
+        shot_length: tokens of the row in which a prompt's own shots are laid out for train.inner_steps; 0 for none.
         knowledge_tasks: tasks, by name or source, that ask for knowledge of the world: method lora_moe's balance loss
             prefers the first half of the experts for them.
     """
@@ -248,6 +249,7 @@ class DataConfig:
     edge_reads_prompt: bool = False
     edge_prompt_length: int = 0
     knowledge_tasks: tuple[str, ...] = ()
+    shot_length: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,6 +273,11 @@ class TrainConfig:
         validate_every, checkpoint_every: in steps.
         keep_checkpoints: newest checkpoints that are kept, beside the best.
         profile: write a profiler trace of steps 5 to 8 to the work directory.
+        inner_steps: steps on the gates that a prompt's own shots are given before its queries are answered, so that
+            pool and router are trained for refining (`training/inner.py`); 0 for none.
+        inner_rate: how far one such step moves a logit at most.
+        inner_swapped: share of the prompts that begin them with another prompt's gates.
+        inner_after: steps of the run before the first that has inner steps.
     """
 
     steps: int = 1000
@@ -290,6 +297,10 @@ class TrainConfig:
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
     profile: bool = False
+    inner_steps: int = 0
+    inner_rate: float = 0.6
+    inner_swapped: float = 0.35
+    inner_after: int = 0
 
     @property
     def warmup(self) -> int:

@@ -178,6 +178,7 @@ def _data_rules(d: DataConfig) -> list[tuple[bool, str]]:
             d.prompts_per_step % d.prompts_per_row == 0,
             f"data.prompts_per_row = {d.prompts_per_row} must divide data.prompts_per_step = {d.prompts_per_step}",
         ),
+        (d.shot_length >= 0, f"data.shot_length is {d.shot_length}; it must be 0 or more"),
         (d.workers >= 0, f"data.workers is {d.workers}; it must be 0 or more"),
         (
             0 <= d.min_shots <= d.max_shots,
@@ -203,6 +204,15 @@ def _method_rules(config: Config) -> list[tuple[bool, str]]:
             taught or not g.standardize,
             "generator.standardize takes its statistics from train.reader_prompts prompts: set that to a thousand or"
             " more",
+        ),
+        (
+            config.train.inner_steps == 0 or (own and g.generator == "meta_tokens"),
+            "train.inner_steps trains the gates of method lora_gen with generator meta_tokens: set it to 0",
+        ),
+        (
+            (config.train.inner_steps > 0) == (d.shot_length > 0),
+            f"data.shot_length is {d.shot_length} and train.inner_steps {config.train.inner_steps}: inner steps learn"
+            " from a prompt's shots, laid out in a row of that many tokens; set both or neither",
         ),
         (
             d.prompts_per_step > 1 or not (own and g.batch_norm and g.batch_norm_by_layer),
@@ -267,6 +277,10 @@ def _run_rules(config: Config) -> list[tuple[bool, str]]:
         (0 <= t.beta2 < 1, f"train.beta2 is {t.beta2}; it must lie in [0, 1)"),
         (t.weight_decay >= 0, f"train.weight_decay is {t.weight_decay}; it must be 0 or more"),
         (t.validation_batches >= 0, f"train.validation_batches is {t.validation_batches}; it must be 0 or more"),
+        (t.inner_steps >= 0, f"train.inner_steps is {t.inner_steps}; it must be 0 or more"),
+        (t.inner_rate > 0, f"train.inner_rate is {t.inner_rate}; it must be positive"),
+        (0 <= t.inner_swapped <= 1, f"train.inner_swapped is {t.inner_swapped}; it must lie in [0, 1]"),
+        (t.inner_after >= 0, f"train.inner_after is {t.inner_after}; it must be 0 or more"),
         (t.warmup_steps >= 0, f"train.warmup_steps is {t.warmup_steps}; it must be 0 or more"),
         (t.clip_norm is None or t.clip_norm > 0, f"train.clip_norm is {t.clip_norm}; it must be positive or left out"),
         (e.shots >= 0, f"eval.shots is {e.shots}; it must be 0 or more"),

@@ -131,9 +131,13 @@ class GatedPool(AdapterBase):
         """P."""
         return self.scanned["gates"].shape[1]
 
+    def with_gates(self, gates_LPE: jax.Array, top_k: int | None = None) -> "GatedPool":
+        """The same pool behind other gates [L, P, E], of which at most `top_k` a row differ from zero."""
+        return self.replace(scanned={**self.scanned, "gates": gates_LPE}, top_k=top_k or self.top_k)
+
     def take(self, index: Any) -> "GatedPool":
         """The adapter of the prompts that `index` (integers) names, in that order."""
-        return self.replace(scanned={**self.scanned, "gates": self.scanned["gates"][:, index]})
+        return self.with_gates(self.scanned["gates"][:, index])
 
     def select(self, prompt: int) -> "GatedPool":
         """The adapter of one prompt.

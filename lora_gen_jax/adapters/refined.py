@@ -55,6 +55,10 @@ class RefinedPool(AdapterBase):
         """P."""
         return self.generated.prompts
 
+    def with_gates(self, gates_LPE: jax.Array, top_k: int | None = None) -> "RefinedPool":
+        """The same factors beside the update of other gates, as `GatedPool.with_gates`."""
+        return RefinedPool.of(self.generated.with_gates(gates_LPE, top_k), self.scanned["factors"])
+
     def take(self, index: Any) -> "RefinedPool":
         """The adapter of the prompts that `index` (integers) names, in that order."""
         return RefinedPool.of(self.generated.take(index), self.factors.take(index).scanned)

@@ -6,7 +6,7 @@ order in which consecutive ones fit a row together.
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jinja2
@@ -37,6 +37,7 @@ class Group:
         knowledge: the task is one of `data.knowledge_tasks`.
         edge_prompt: the prompt in the edge model's ids where `data.edge_prompt_length` asks for it, else empty.
         asked: the examples whose queries these are, and more that did not fit a row.
+        shot_queries: token ids of the prompt's own shots as queries, where `data.shot_length` asks for them.
     """
 
     description: str
@@ -48,6 +49,7 @@ class Group:
     knowledge: bool = False
     edge_prompt: list[int] = dataclasses.field(default_factory=list)
     asked: tuple[Example, ...] = ()
+    shot_queries: list[tuple[list[int], list[int]]] = dataclasses.field(default_factory=list)
 
 
 class GroupSampler:
@@ -156,6 +158,9 @@ class GroupSampler:
         if fits and self.config.edge_prompt_length:
             group = dataclasses.replace(group, edge_prompt=self.edge.prompt(text))
             fits = len(group.edge_prompt) <= self.config.edge_prompt_length
+        if fits and self.config.shot_length:
+            pairs = (self._ids(example, group.task in self.chats) for example in group.shots)
+            group = dataclasses.replace(group, shot_queries=_fitting(pairs, self.config))
         return group if fits else self.shorten(group)
 
     def shorten(self, group: Group) -> Group | None:
@@ -248,6 +253,17 @@ def _check_chat(task: Task | None, edge: Encoder, reads_prompt: bool) -> None:
             field="data.edge_reads_prompt",
             remedy=f"leave it out, or {remedy}",
         ) from error
+
+
+def _fitting(pairs: Iterable[tuple[list[int], list[int]]], config: DataConfig) -> list[tuple[list[int], list[int]]]:
+    """Those that fit one row of `config.shot_length` tokens and `config.response_slots` answer tokens together."""
+    room, slots, kept = config.shot_length, config.response_slots, []
+    for query, answer in pairs:
+        length = len(query) + len(answer) - 1
+        if length <= room and len(answer) <= slots:
+            room, slots = room - length, slots - len(answer)
+            kept.append((query, answer))
+    return kept
 
 
 def _balance(groups: Sequence[Group], per_row: int) -> list[list[Group]]:

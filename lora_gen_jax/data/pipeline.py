@@ -31,19 +31,17 @@ from lora_gen_jax.errors import CheckpointError, DataError
 from lora_gen_jax.generator.cloud import PackedPrompts, pack_prompts
 
 
-class Batch(struct.PyTreeNode):
-    """One step's input.
+class EdgeRows(struct.PyTreeNode):
+    """P rows of the edge model, one a prompt: queries with their answers, each a segment of its own.
 
     Attributes:
-        prompts: P prompts in P/M rows.
-        tokens_PT, positions_PT, segments_PT: one row a prompt: its queries with their answers; positions start
-            anew in each segment, behind the prompt where the edge reads it, and are -1 at padding.
+        tokens_PT, positions_PT, segments_PT: positions start anew in each segment, behind the prompt where the edge
+            reads it, and are -1 at padding.
         source_PS: where in the row the token stands whose successor is supervised.
         target_PS: that successor.
         weight_PS: 1 for a supervised token, 0 for an unused slot.
     """
 
-    prompts: PackedPrompts
     tokens_PT: Any
     positions_PT: Any
     segments_PT: Any
@@ -52,22 +50,47 @@ class Batch(struct.PyTreeNode):
     weight_PS: Any
 
 
+class Batch(EdgeRows):
+    """One step's input: the rows of P prompts.
+
+    Attributes:
+        prompts: P prompts in P/M rows.
+        shots: their own shots, laid out as queries; None without `data.shot_length`.
+    """
+
+    prompts: PackedPrompts
+    shots: EdgeRows | None = None
+
+
+_Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
 def pack_groups(groups: Sequence[Group], config: DataConfig, num_meta: int) -> Batch:
     """Arrays of a list of groups; consecutive prompts share a row of the cloud's batch."""
-    P, T, S = len(groups), config.edge_length, config.response_slots
-    rows = P // config.prompts_per_row
+    rows = len(groups) // config.prompts_per_row
     prompts = pack_prompts([g.prompt for g in groups], num_meta, rows, config.cloud_length).replace(
         tasks_P=np.array([g.task for g in groups], np.int32),
         knowledge_P=np.array([g.knowledge for g in groups]),
         edge_PX=edge_prompts([g.edge_prompt for g in groups], config.edge_prompt_length),
     )
-    tokens, positions = np.zeros((P, T), np.int32), np.full((P, T), -1, np.int32)
-    segments, source = np.zeros((P, T), np.int32), np.zeros((P, S), np.int32)
-    target, weight = np.zeros((P, S), np.int32), np.zeros((P, S), np.float32)
-    for p, group in enumerate(groups):
-        first = start = len(group.prefix)
-        tokens[p, :start], positions[p, :start], slot = group.prefix, np.arange(start), 0
-        for segment, (query, response) in enumerate(group.queries, start=1):
+    queries = _edge_rows([(g.prefix, g.queries) for g in groups], config.edge_length, config.response_slots)
+    shots = None
+    if config.shot_length:
+        own = [([], g.shot_queries) for g in groups]
+        shots = EdgeRows(*_edge_rows(own, config.shot_length, config.response_slots))
+    return Batch(*queries, prompts, shots)
+
+
+def _edge_rows(rows: Sequence[tuple[list[int], Sequence[Any]]], length: int, slots: int) -> _Arrays:
+    """The arrays of `EdgeRows`; a row is (its prefix, pairs of a query and its response)."""
+    P = len(rows)
+    tokens, positions = np.zeros((P, length), np.int32), np.full((P, length), -1, np.int32)
+    segments, source = np.zeros((P, length), np.int32), np.zeros((P, slots), np.int32)
+    target, weight = np.zeros((P, slots), np.int32), np.zeros((P, slots), np.float32)
+    for p, (prefix, queries) in enumerate(rows):
+        first = start = len(prefix)
+        tokens[p, :start], positions[p, :start], slot = prefix, np.arange(start), 0
+        for segment, (query, response) in enumerate(queries, start=1):
             # The last token of a response is predicted and never read.
             ids = query + response[:-1]
             end, count = start + len(ids), len(response)
@@ -77,7 +100,7 @@ def pack_groups(groups: Sequence[Group], config: DataConfig, num_meta: int) -> B
             target[p, slot : slot + count] = response
             weight[p, slot : slot + count] = 1.0
             start, slot = end, slot + count
-    return Batch(prompts, tokens, positions, segments, source, target, weight)
+    return tokens, positions, segments, source, target, weight
 
 
 def edge_prompts(prompts: Sequence[Sequence[int]], length: int) -> np.ndarray | None:

@@ -61,6 +61,19 @@ def gates_of(
     return soft_BLE if routing == "gumbel" else keep_top_k(soft_BLE, top_k)
 
 
+def straight_through(logits_BLE: jax.Array, routing: Routing, top_k: int, temperature: float = 1.0) -> jax.Array:
+    """`gates_of` with a gradient for the experts that were not chosen, too.
+
+    Renormalized gates of the K chosen experts say nothing about the others, which could then never come in. So all
+    experts have to be computed, and the gradient is that of the softmax over all of them: a straight-through estimator
+    (Bengio et al., 2013, arXiv:1308.3432).
+    """
+    if routing not in ("keep_top_k", "gumbel_top_k"):
+        return gates_of(logits_BLE, routing, top_k, temperature)
+    soft_BLE = gumbel_softmax(logits_BLE, None, temperature)
+    return soft_BLE + jax.lax.stop_gradient(keep_top_k(soft_BLE, top_k) - soft_BLE)
+
+
 def cv_squared(gates_BLE: jax.Array) -> jax.Array:
     """CV² of the experts' importance, Var(importance) / mean(importance)², a scalar.
 

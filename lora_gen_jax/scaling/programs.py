@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.config import Config, ModelConfig
-from lora_gen_jax.data.pipeline import Batch
+from lora_gen_jax.data.pipeline import Batch, EdgeRows
 from lora_gen_jax.decoder.attention import KVCache
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.model import Decoder
@@ -103,8 +103,13 @@ def batch_shapes(config: Config, layers: int) -> Batch:
         knowledge_P=jax.ShapeDtypeStruct((P,), jnp.bool_),
         edge_PX=_ints(P, data.edge_prompt_length) if data.edge_prompt_length else None,
     )
-    tokens, slots = _ints(P, T), _ints(P, S)
-    return Batch(prompts, tokens, tokens, tokens, slots, slots, jax.ShapeDtypeStruct((P, S), jnp.float32))
+    slots, weight = _ints(P, S), jax.ShapeDtypeStruct((P, S), jnp.float32)
+    shots = None
+    if data.shot_length:
+        tokens = _ints(P, data.shot_length)
+        shots = EdgeRows(tokens, tokens, tokens, slots, slots, weight)
+    tokens = _ints(P, T)
+    return Batch(tokens, tokens, tokens, slots, slots, weight, prompts, shots)
 
 
 def prompt_shapes(rows: int, per_row: int, length: int, layers: int) -> PackedPrompts:

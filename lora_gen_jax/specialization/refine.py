@@ -21,7 +21,7 @@ from lora_gen_jax.adapters.refined import RefinedPool
 from lora_gen_jax.config import GeneratorConfig
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import ConfigError, DataError
-from lora_gen_jax.generator.router import Routing, gates_of, gumbel_softmax, keep_top_k
+from lora_gen_jax.generator.router import Routing, gates_of, straight_through
 from lora_gen_jax.generator.trained_module import Generated
 from lora_gen_jax.inference.placement import mesh_context, padded_rows, place_rows
 from lora_gen_jax.specialization.rows import ExampleIds, ExampleRows, check_examples, pack_examples
@@ -262,18 +262,11 @@ def _objective(value: Any, decoder: Decoder, form: Form, params: Any, fixed: Fix
 
 
 def _learning(adapter: Any, value: Any, form: Form) -> Any:
-    """`with_values` while it learns: the same outputs, and gradients for the experts that are not chosen, too.
-
-    Renormalized gates of the K chosen experts say nothing about the others, which could then never come in. So all
-    experts are computed, and the gradient is that of the softmax over all of them: a straight-through estimator
-    (Bengio et al., 2013, arXiv:1308.3432).
-    """
+    """`with_values` while it learns: the same outputs, and gradients for the experts that are not chosen, too."""
     if not form.chooses:
         return with_values(adapter, value, form)
-    soft_LVE = gumbel_softmax(value["gates"], None, form.temperature)
-    hard_LVE = keep_top_k(soft_LVE, form.top_k)
-    gates_LVE = soft_LVE + jax.lax.stop_gradient(hard_LVE - soft_LVE)
-    return _with_gates(adapter, gates_LVE, top_k=gates_LVE.shape[-1])
+    gates_LVE = straight_through(value["gates"], form.routing, form.top_k, form.temperature)
+    return adapter.with_gates(gates_LVE, top_k=gates_LVE.shape[-1])
 
 
 def with_values(adapter: Any, value: Any, form: Form) -> Any:
@@ -281,14 +274,7 @@ def with_values(adapter: Any, value: Any, form: Form) -> Any:
     if form.kind == "lora":
         pool = adapter.generated if isinstance(adapter, RefinedPool) else adapter
         return RefinedPool.of(pool, kept_factors(value))
-    return _with_gates(adapter, gates_of(value["gates"], form.routing, form.top_k, form.temperature))
-
-
-def _with_gates(adapter: Any, gates_LVE: jax.Array, top_k: int | None = None) -> Any:
-    refined = isinstance(adapter, RefinedPool)
-    pool = adapter.generated if refined else adapter
-    pool = pool.replace(scanned={**pool.scanned, "gates": gates_LVE}, top_k=top_k or pool.top_k)
-    return RefinedPool.of(pool, adapter.scanned["factors"]) if refined else pool
+    return adapter.with_gates(gates_of(value["gates"], form.routing, form.top_k, form.temperature))
 
 
 def kept_factors(value: Any) -> Any:

@@ -14,11 +14,12 @@ from flax import struct
 
 from lora_gen_jax.adapters.protocol import Adapter
 from lora_gen_jax.config import Config
-from lora_gen_jax.data.pipeline import Batch
+from lora_gen_jax.data.pipeline import Batch, EdgeRows
 from lora_gen_jax.decoder.layers import RECORDS, records_of
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.generator.trained_module import Generated, TrainedModule
 from lora_gen_jax.sharding import constrain, whole
+from lora_gen_jax.training.inner import refined
 from lora_gen_jax.training.losses import mean_cross_entropy
 
 
@@ -64,7 +65,7 @@ def reader_weights(generator: TrainedModule, frozen: Any) -> Any:
 
 
 def edge_loss(
-    edge: Decoder, frozen_edge: Any, adapter: Adapter | None, batch: Batch, rngs: Any, packed: bool = True
+    edge: Decoder, frozen_edge: Any, adapter: Adapter | None, batch: EdgeRows, rngs: Any, packed: bool = True
 ) -> jax.Array:
     """Mean cross-entropy in nats over the supervised tokens; the edge sees queries alone, never the prompt.
 
@@ -74,7 +75,7 @@ def edge_loss(
 
 
 def edge_pass(
-    edge: Decoder, frozen_edge: Any, generated: Generated, batch: Batch, rngs: Any, packed: bool = True
+    edge: Decoder, frozen_edge: Any, generated: Generated, batch: EdgeRows, rngs: Any, packed: bool = True
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """`edge_loss` of what a method generated, soft tokens included, and what its adapter recorded, by site."""
     hidden_PTD, records = hidden_states(edge, frozen_edge, generated, batch, rngs, packed)
@@ -85,7 +86,7 @@ def edge_pass(
 
 
 def hidden_states(
-    edge: Decoder, frozen_edge: Any, generated: Generated, batch: Batch, rngs: Any, packed: bool
+    edge: Decoder, frozen_edge: Any, generated: Generated, batch: EdgeRows, rngs: Any, packed: bool
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The edge's final hidden states [P, T, D] at the batch's tokens, and {site: [L, P, T, X]} of records.
 
@@ -121,9 +122,12 @@ def hidden_states(
 def objective(
     generator: TrainedModule, edge: Decoder, config: Config
 ) -> Callable[..., tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]]:
-    """``f(params, batch_stats, frozen, batch, key) -> (loss + the method's own, (new batch_stats, metrics))``."""
+    """``f(params, batch_stats, frozen, batch, key) -> (loss + the method's own, (new batch_stats, metrics))``.
 
-    def loss_fn(params: Any, batch_stats: Any, frozen: Any, batch: Batch, key: jax.Array):
+    `inner`, a scalar, says whether this step has inner ones (`TrainConfig.inner_steps`).
+    """
+
+    def loss_fn(params: Any, batch_stats: Any, frozen: Any, batch: Batch, key: jax.Array, inner: Any = True):
         cloud_key, edge_key, gumbel_key = jax.random.split(key, 3)
         generated, updates = generator.apply(
             {"params": params, "batch_stats": batch_stats},
@@ -133,6 +137,14 @@ def objective(
             rngs={"dropout": cloud_key, "gumbel": gumbel_key},
             mutable=["batch_stats"],
         )
+        if batch.shots is not None and generated.logits_PLE is not None:
+            shots = batch.shots
+
+            def shot_loss(adapter: Any) -> jax.Array:
+                return edge_loss(edge, frozen["edge"], adapter, shots, {})
+
+            inner_key = jax.random.fold_in(key, 3)
+            generated = refined(generated, shot_loss, config.generator, config.train, inner_key, inner)
         rngs = {"dropout": edge_key} if config.generator.dropout > 0 else {}
         packed = not config.data.edge_reads_prompt
         loss, records = edge_pass(edge, frozen["edge"], generated, batch, rngs, packed)
@@ -151,7 +163,8 @@ def make_train_step(
     def step_fn(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (_, (batch_stats, metrics)), gradients = grad_fn(state.params, state.batch_stats, frozen, batch, key)
+        inner = state.step >= config.train.inner_after
+        (_, (batch_stats, metrics)), gradients = grad_fn(state.params, state.batch_stats, frozen, batch, key, inner)
         # Left to itself the compiler hands parts of the state on in pieces, and the next step is another program.
         gradients = whole(gradients)
         # Optax mixes Python and array scalars in ways that strict promotion rejects.
