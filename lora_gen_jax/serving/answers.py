@@ -15,7 +15,7 @@ from lora_gen_jax.data.encode import Encoder
 from lora_gen_jax.data.text_stream import TextStream
 from lora_gen_jax.errors import LoraGenError
 from lora_gen_jax.inference.work import Work
-from lora_gen_jax.serving.errors import ApiError, ClientGone, api_error
+from lora_gen_jax.serving.errors import ApiError, api_error
 from lora_gen_jax.serving.scheduler import Scheduler, Ticket, Tokens
 
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity
@@ -81,7 +81,7 @@ class Answering:
     ):
         self._encoder, self._with_tokens = encoder, with_tokens
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[tuple[int, Tokens] | ApiError] = asyncio.Queue()
+        self._events: asyncio.Queue[tuple[int, Tokens]] = asyncio.Queue()
         try:
             tickets = scheduler.submit_all(works, [self._listener(index) for index in range(len(works))])
         except LoraGenError as error:
@@ -105,25 +105,14 @@ class Answering:
 
         return listen
 
-    def fail(self, error: ApiError) -> None:
-        """Ends the request: `pieces` raises this next."""
-        self._events.put_nowait(error)
-
-    def leave(self) -> None:
-        """The client has gone: `pieces` raises `ClientGone` next."""
-        self.fail(ClientGone())
-
     async def pieces(self) -> AsyncIterator[Piece]:
         """What becomes final, until every sequence has ended.
 
         Raises:
-            ApiError: as `fail` was called with, or when the scheduler gives a sequence up.
+            ApiError: when the scheduler gives a sequence up.
         """
         while not all(sequence.finished for sequence in self._sequences):
-            event = await self._events.get()
-            if isinstance(event, ApiError):
-                raise event
-            index, tokens = event
+            index, tokens = await self._events.get()
             if not self._sequences[index].finished:
                 yield self._piece(index, tokens)
 

@@ -1,10 +1,15 @@
-"""The HTTP interface: OpenAI's completions and chats, and endpoints for specializations.
+"""The HTTP interface: OpenAI's completions and chats, endpoints for specializations, and the playground's page at /.
 
-In: a `Service`. Out: an ASGI application. Each request becomes works of the scheduler, all of them or none; whatever
-ends it early frees their rows.
+In: a `Service`; `page.html`, with its style and its script inside. Out: an ASGI application. Each request becomes works
+of the scheduler, all of them or none; whatever ends it early frees their rows.
 """
 
+import base64
+import hashlib
+import re
 import time
+from functools import cache
+from importlib.resources import files
 from pathlib import PurePath
 from typing import Any
 
@@ -14,14 +19,11 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from lora_gen_jax.errors import LoraGenError
-from lora_gen_jax.serving.bodies import read_request
 from lora_gen_jax.serving.errors import ApiError, api_error, invalid
-from lora_gen_jax.serving.generation import answer, answer_length, check_count, in_time, make_works
 from lora_gen_jax.serving.guard import Guarded, Hosts
-from lora_gen_jax.serving.page import page_response
 from lora_gen_jax.serving.registry import AUTO, BASE
-from lora_gen_jax.serving.replies import Reply
-from lora_gen_jax.serving.schemas import Chat, Completion, NewSpecialization, as_turns
+from lora_gen_jax.serving.replies import Reply, answer, answer_length, check_count, in_time, make_works
+from lora_gen_jax.serving.requests import Chat, Completion, NewSpecialization, as_turns, read_request
 from lora_gen_jax.serving.service import Service
 from lora_gen_jax.serving.web import Measured, check_key, error_response, read_body
 
@@ -165,3 +167,47 @@ def _open_routes(service: Service) -> APIRouter:
         return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     return router
+
+
+@cache
+def page_text() -> str:
+    """The page."""
+    return (files("lora_gen_jax.serving") / "page.html").read_text(encoding="utf-8")
+
+
+@cache
+def page_policy() -> str:
+    """The page's Content-Security-Policy: its own style and script, known by their hashes; requests to this server."""
+    style, script = (_hashes(tag) for tag in ("style", "script"))
+    return "; ".join(
+        (
+            "default-src 'none'",
+            f"script-src {script}",
+            f"style-src {style}",
+            "connect-src 'self'",
+            "img-src data:",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "frame-ancestors 'none'",
+            "require-trusted-types-for 'script'",
+            "trusted-types 'none'",
+        )
+    )
+
+
+def _hashes(tag: str) -> str:
+    inside = re.findall(rf"<{tag}>(.*?)</{tag}>", page_text(), re.DOTALL)
+    return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in inside)
+
+
+async def page_response() -> Response:
+    """The page, with headers that keep it to itself."""
+    headers = {
+        "Content-Security-Policy": page_policy(),
+        "Cache-Control": "no-cache",
+        "Cross-Origin-Opener-Policy": "same-origin",
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+        "X-Frame-Options": "DENY",
+    }
+    return Response(page_text(), media_type="text/html", headers=headers)

@@ -10,7 +10,7 @@ from lora_gen_jax.data.prompt_sources import prompt_of, solved_rows
 from lora_gen_jax.data.record_rows import text_field
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.serving.errors import api_error, invalid
-from lora_gen_jax.serving.schemas import NewSpecialization
+from lora_gen_jax.serving.requests import NewSpecialization, as_turns
 from lora_gen_jax.specialization.prompt import Prompt
 from lora_gen_jax.specialization.settings import RefineConfig
 from lora_gen_jax.specializer import Specializer
@@ -24,12 +24,13 @@ def requested_prompt(request: NewSpecialization) -> str | Prompt:
     Raises:
         DataError: for none or several prompts in it, or fields about examples without any.
     """
+    given = request.model_dump(include={"prompt", "shots", "description"}, exclude_none=True)
+    row = given | ({"messages": as_turns(request.messages)} if "messages" in request.model_fields_set else {})
     if request.examples is None:
         for name in ("refine", "steps", "as_chat"):
             if getattr(request, name):
                 raise DataError(f'"{name}" is about "examples"', field=name, remedy="give them, or leave it out")
-        return prompt_of(request.row)
-    row = request.row
+        return prompt_of(row)
     if len(row) > 1 or not row.keys() <= {"prompt", "description"}:
         raise DataError(
             '"examples" go with "description" or "prompt" only',

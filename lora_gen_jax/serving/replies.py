@@ -1,29 +1,30 @@
-"""Answers in OpenAI's JSON: completions and chats, whole or in chunks.
+"""One request for text: its works, and the answer that comes of them in OpenAI's JSON, whole or in chunks.
 
-In: pieces of text. Out: dictionaries.
+In: checked requests, token ids and specializations. Out: works; an answer as a whole, or as server-sent events.
 """
 
+import asyncio
+import itertools
+import secrets
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Literal
 
-from lora_gen_jax.serving.answers import Piece, Token
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
 
+from lora_gen_jax.inference.work import Work
+from lora_gen_jax.serving.answers import Answering, Piece, Token
+from lora_gen_jax.serving.errors import invalid, too_late
+from lora_gen_jax.serving.registry import Entry
+from lora_gen_jax.serving.requests import Sampled
+from lora_gen_jax.serving.service import Service
+from lora_gen_jax.serving.web import Events, limited, seconds_since_start
 
-@dataclass
-class Choice:
-    """One sequence, put together from its pieces."""
-
-    text: list[str] = field(default_factory=list)
-    tokens: list[Token] = field(default_factory=list)
-    finish: str | None = None
-
-    def add(self, piece: Piece) -> None:
-        self.text.append(piece.text)
-        self.tokens += piece.tokens
-        self.finish = piece.finish
+_SEEDS = 2**31
 
 
 @dataclass(frozen=True)
@@ -49,45 +50,42 @@ class Reply:
         read = self.prompt_tokens
         return {"prompt_tokens": read, "completion_tokens": generated, "total_tokens": read + generated}
 
-    def whole(self, choices: Sequence[Choice], generated: int) -> dict[str, Any]:
-        """An answer that is not streamed."""
-        listed = []
-        for index, choice in enumerate(choices):
-            text, common = "".join(choice.text), self._choice(index, choice.tokens, choice.finish)
-            if self.kind == "chat":
-                listed.append({**common, "message": {"role": "assistant", "content": text, "refusal": None}})
-            else:
-                listed.append({**common, "text": text})
-        return self._head("text_completion", "chat.completion", listed) | {"usage": self.usage(generated)}
+    def whole(self, pieces: Iterable[Piece], generated: int) -> dict[str, Any]:
+        """An answer that is not streamed, from all of its pieces."""
+        index_of = attrgetter("index")
+        choices = []
+        for index, group in itertools.groupby(sorted(pieces, key=index_of), index_of):
+            own = list(group)
+            text, tokens = "".join(piece.text for piece in own), [token for piece in own for token in piece.tokens]
+            message = {"role": "assistant", "content": text, "refusal": None}
+            said = {"message": message} if self.kind == "chat" else {"text": text}
+            choices.append(self._choice(index, tokens, own[-1].finish, said))
+        return self._head(choices) | {"usage": self.usage(generated)}
 
     def first_chunks(self, count: int) -> list[dict[str, Any]]:
         """What a stream begins with: in a chat, whose turn it is."""
         if self.kind == "completion":
             return []
-        delta = {"role": "assistant", "content": ""}
-        return [self._chunk([{**self._choice(index, [], None), "delta": delta}]) for index in range(count)]
+        said = {"delta": {"role": "assistant", "content": ""}}
+        return [self._head([self._choice(index, [], None, said)], ".chunk") for index in range(count)]
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
         """One piece of a stream."""
-        common = self._choice(piece.index, piece.tokens, piece.finish)
-        if self.kind == "completion":
-            return self._chunk([{**common, "text": piece.text}])
-        return self._chunk([{**common, "delta": {"content": piece.text} if piece.text else {}}])
+        delta = {"content": piece.text} if piece.text else {}
+        said = {"delta": delta} if self.kind == "chat" else {"text": piece.text}
+        return self._head([self._choice(piece.index, piece.tokens, piece.finish, said)], ".chunk")
 
     def last_chunk(self, generated: int) -> dict[str, Any]:
         """The one with the usage, if it was asked for."""
-        return self._chunk([]) | {"usage": self.usage(generated)}
+        return self._head([], ".chunk") | {"usage": self.usage(generated)}
 
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return self._head("text_completion", "chat.completion.chunk", choices)
-
-    def _head(self, completion: str, chat: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        prefix, name = ("cmpl", completion) if self.kind == "completion" else ("chatcmpl", chat)
-        head = {"id": f"{prefix}-{self.id}", "object": name, "created": self.created, "model": self.model}
+    def _head(self, choices: list[dict[str, Any]], streamed: str = "") -> dict[str, Any]:
+        kind = ("cmpl", "text_completion") if self.kind == "completion" else ("chatcmpl", f"chat.completion{streamed}")
+        head = {"id": f"{kind[0]}-{self.id}", "object": kind[1], "created": self.created, "model": self.model}
         return head | {"choices": choices}
 
-    def _choice(self, index: int, tokens: Sequence[Token], finish: str | None) -> dict[str, Any]:
-        return {"index": index, "logprobs": self._logprobs(tokens), "finish_reason": finish}
+    def _choice(self, index: int, tokens: Sequence[Token], finish: str | None, said: dict[str, Any]) -> dict[str, Any]:
+        return {"index": index, "logprobs": self._logprobs(tokens), "finish_reason": finish, **said}
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         """Of the chosen tokens; other tokens' are not kept."""
@@ -107,3 +105,108 @@ class Reply:
 def _bytes(text: str) -> list[int] | None:
     """A token's bytes; None where it is a part of a character, whose own bytes its text does not tell."""
     return None if "\ufffd" in text else list(text.encode())
+
+
+def check_count(service: Service, count: int, param: str) -> None:
+    """Raises ApiError (400) for more answers than one request may ask for."""
+    if count > service.limits.sequences:
+        most = service.limits.sequences
+        raise invalid(f"the request asks for {count} answers, the limit is {most}: send several requests", param)
+
+
+def answer_length(service: Service, ids: list[int], asked: int | None, field: str, otherwise: int | None = None) -> int:
+    """New tokens at most: as the request says, else as many as the limit and the model's context allow.
+
+    Args:
+        service: with the limits.
+        ids: of the prompt.
+        asked: by the request.
+        field: that says so, or would.
+        otherwise: no more than this where the request says nothing.
+
+    Raises:
+        ApiError: 400 when it is more than the limit, or more than the context has room for.
+    """
+    longest, most = service.scheduler.longest, service.limits.max_new_tokens
+    if asked is not None and asked > most:
+        raise invalid(f"{field} is {asked}, the limit is {most}: lower it", field)
+    if len(ids) + (asked or 1) > longest:
+        more = f" and {field} is {asked}" if asked else ""
+        message = f"the prompt has {len(ids)} tokens{more}, the limit of both is {longest}: shorten it"
+        raise invalid(message, None, "context_length_exceeded")
+    return min(otherwise or most, most, longest - len(ids)) if asked is None else asked
+
+
+def make_works(service: Service, asked: Sampled, ids: list[int], special: Entry | None, length: int) -> list[Work]:
+    """The n works of one prompt; each draws with a seed of its own."""
+    seed = secrets.randbelow(_SEEDS) if asked.seed is None else asked.seed
+    return [
+        Work(
+            ids=tuple(ids),
+            max_new_tokens=length,
+            gates_LE=None if special is None else special.gates_LE,
+            factors={} if special is None else special.factors,
+            stop_ids=service.stop_ids,
+            temperature=asked.temperature,
+            top_k=max(0, asked.top_k),
+            top_p=asked.top_p,
+            seed=(seed + choice) % _SEEDS,
+        )
+        for choice in range(asked.n)
+    ]
+
+
+async def in_time(service: Service, request: Request, made: Any) -> Any:
+    """Waits for a specialization no longer than for an answer.
+
+    Raises:
+        ApiError: 504.
+    """
+    seconds = service.limits.timeout
+    try:
+        return await asyncio.wait_for(made, max(0.0, seconds - seconds_since_start(request)))
+    except TimeoutError:
+        raise too_late(seconds) from None
+
+
+async def answer(service: Service, request: Request, asked: Sampled, works: list[Work], reply: Reply) -> Response:
+    """Submits the works of a request, and tells what comes of them: whole, or piece by piece."""
+    loop, seconds = asyncio.get_running_loop(), service.limits.timeout
+    deadline = loop.time() + max(0.0, seconds - seconds_since_start(request))
+    late = too_late(seconds)
+    answering = Answering(service.scheduler, service.encoder, works, asked.stop, reply.logprobs)
+
+    def end() -> None:
+        service.metrics.cancelled.inc(answering.cancel())
+
+    if asked.stream:
+        events = _events(service, request, answering, reply, asked.stream_options.include_usage)
+        return Events(events, deadline, late, end)
+    try:
+        async with limited(request.receive, deadline, late):
+            pieces = [piece async for piece in _timed(service, request, answering)]
+        return JSONResponse(reply.whole(pieces, answering.generated))
+    finally:
+        end()
+
+
+async def _events(
+    service: Service, request: Request, answering: Answering, reply: Reply, usage: bool
+) -> AsyncIterator[dict[str, Any]]:
+    for chunk in reply.first_chunks(answering.count):
+        yield chunk
+    async for piece in _timed(service, request, answering):
+        if piece.text or piece.tokens or piece.finish:
+            yield reply.chunk(piece)
+    if usage:
+        yield reply.last_chunk(answering.generated)
+
+
+async def _timed(service: Service, request: Request, answering: Answering) -> AsyncIterator[Any]:
+    """The pieces; the first one's time is noted."""
+    first = True
+    async for piece in answering.pieces():
+        if first:
+            service.metrics.first_token.observe(seconds_since_start(request))
+            first = False
+        yield piece

@@ -19,8 +19,7 @@ import uvicorn
 
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.serving.app import make_app
-from lora_gen_jax.serving.connections import Connection, most_connections
-from lora_gen_jax.serving.guard import Hosts
+from lora_gen_jax.serving.guard import Connection, Hosts, most_connections
 from lora_gen_jax.serving.service import Service
 
 log = logging.getLogger(__name__)

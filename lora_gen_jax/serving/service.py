@@ -23,8 +23,8 @@ from lora_gen_jax.serving.errors import ApiError, api_error, invalid
 from lora_gen_jax.serving.examples import digest, learned_turns, refinement_of, requested_prompt
 from lora_gen_jax.serving.metrics import Metrics
 from lora_gen_jax.serving.registry import AUTO, AUTOMATIC, BASE, Entry, Registry, Served
+from lora_gen_jax.serving.requests import NewSpecialization
 from lora_gen_jax.serving.scheduler import Scheduler
-from lora_gen_jax.serving.schemas import NewSpecialization
 from lora_gen_jax.serving.stored import remove_directory
 from lora_gen_jax.specialization.prompt import Prompt
 from lora_gen_jax.specialization.settings import RefineConfig

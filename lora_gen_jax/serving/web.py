@@ -80,19 +80,33 @@ def error_response(error: ApiError) -> Response:
 
 
 @contextlib.asynccontextmanager
-async def watched(receive: Receive, on_leave: Callable[[], None]) -> AsyncIterator[None]:
-    """Calls `on_leave` when the client closes its connection inside the block. The body has been read before."""
+async def limited(receive: Receive, deadline: float, late: ApiError) -> AsyncIterator[None]:
+    """Ends the block early, with `late` at a deadline of the event loop's clock, or when the client leaves.
+
+    The body has been read before: the next thing that comes is the end of the connection.
+
+    Raises:
+        ApiError, ClientGone: these two.
+    """
+    gone = False
 
     async def watch() -> None:
+        nonlocal gone
         while (await receive())["type"] != "http.disconnect":
             pass
-        on_leave()
+        if not limit.expired():
+            gone = True
+            limit.reschedule(0.0)
 
-    task = asyncio.create_task(watch())
     try:
-        yield
-    finally:
-        task.cancel()
+        async with asyncio.timeout_at(deadline) as limit:
+            task = asyncio.create_task(watch())
+            try:
+                yield
+            finally:
+                task.cancel()
+    except TimeoutError:
+        raise (ClientGone() if gone else late) from None
 
 
 class Events(Response):
@@ -100,30 +114,26 @@ class Events(Response):
 
     Args:
         events: dictionaries; an `ApiError` that it raises becomes the last event.
-        deadline: of the event loop's clock. A client that has not read everything soon after it gets no more; its
-            connection is cut off if it reads nothing of what was written (`server.py`).
-        on_leave: called when the client leaves.
+        deadline: of the event loop's clock. A client that does not even read soon after it that it came too late gets
+            no more; its connection is cut off if it reads nothing of what was written (`server.py`).
+        late: the last event then.
         on_end: called once, however it ends.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self,
-        events: AsyncIterator[dict[str, Any]],
-        deadline: float,
-        on_leave: Callable[[], None],
-        on_end: Callable[[], None],
+        self, events: AsyncIterator[dict[str, Any]], deadline: float, late: ApiError, on_end: Callable[[], None]
     ):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._deadline, self._on_leave, self._on_end = events, deadline, on_leave, on_end
+        self._events, self._deadline, self._late, self._on_end = events, deadline, late, on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with asyncio.timeout_at(self._deadline + _READING_SECONDS), watched(receive, self._on_leave):
+            async with asyncio.timeout_at(self._deadline + _READING_SECONDS):
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                await self._send_events(scope, send)
+                await self._send_events(scope, receive, send)
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except ClientGone:
             scope[_STATUS] = CLIENT_GONE
@@ -132,13 +142,14 @@ class Events(Response):
         finally:
             self._on_end()
 
-    async def _send_events(self, scope: Scope, send: Send) -> None:
+    async def _send_events(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def say(text: str) -> None:
             await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
 
         try:
-            async for event in self._events:
-                await say(json.dumps(event, ensure_ascii=False, allow_nan=False))
+            async with limited(receive, self._deadline, self._late):
+                async for event in self._events:
+                    await say(json.dumps(event, ensure_ascii=False, allow_nan=False))
         except ClientGone:
             raise
         except ApiError as error:

@@ -8,8 +8,8 @@ import openai
 import pytest
 from serving_tools import KEY, MAX_NEW_TOKENS, PROMPTS
 
-from lora_gen_jax.serving.answers import Token
-from lora_gen_jax.serving.replies import Choice, Reply
+from lora_gen_jax.serving.answers import Piece, Token
+from lora_gen_jax.serving.replies import Reply
 
 GREEDY = {"temperature": 0, "max_tokens": 10}
 QUESTION = "what color is the sun ?"
@@ -83,7 +83,7 @@ def test_log_probabilities_are_the_models_own(client, offline, specializer):
 
 def test_part_of_a_character_has_no_bytes_of_its_own():
     tokens = [Token(" owl", -0.5, 0), Token("\ufffd", -0.5, 4)]
-    answer = Reply("chat", "red", 1, logprobs=True).whole([Choice(["…"], tokens, "stop")], 2)
+    answer = Reply("chat", "red", 1, logprobs=True).whole([Piece(0, "…", tokens, "stop")], 2)
     told = answer["choices"][0]["logprobs"]["content"]
     assert [token["bytes"] for token in told] == [[32, 111, 119, 108], None]
 

@@ -8,10 +8,9 @@ from helpers import raises, unsaid
 from pydantic import ValidationError
 from serving_tools import KEY
 
-from lora_gen_jax.serving import bodies
-from lora_gen_jax.serving.bodies import read_request
+from lora_gen_jax.serving import requests
 from lora_gen_jax.serving.errors import ApiError
-from lora_gen_jax.serving.schemas import Chat, Completion, Message, NewSpecialization
+from lora_gen_jax.serving.requests import Chat, Completion, Message, NewSpecialization, read_request
 
 QUESTION = "what color is the sun ?"
 JSON = {"Content-Type": "application/json"}
@@ -161,7 +160,7 @@ def test_of_many_mistakes_the_first_is_looked_at_alone(kind, fields):
 @pytest.mark.parametrize("deep", [True, False])
 def test_lists_are_counted_before_they_are_made(monkeypatch, deep):
     lists = b"[" * 100_000 + b"]" * 100_000 if deep else b"[" + b"[]," * 200_000 + b"[]]"
-    monkeypatch.setattr(bodies.json, "loads", None)
+    monkeypatch.setattr(requests, "from_json", None)
     with raises(ApiError, None, 32768, code="too_many_values"):
         read_request(Completion, b'{"model": "red", "prompt": ' + lists + b"}")
 

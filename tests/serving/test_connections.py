@@ -9,8 +9,8 @@ import httpx
 import pytest
 from serving_tools import raw_request, serving, wait_until
 
-from lora_gen_jax.serving import connections
-from lora_gen_jax.serving.connections import Connection, most_connections
+from lora_gen_jax.serving import guard
+from lora_gen_jax.serving.guard import Connection, most_connections
 from lora_gen_jax.serving.service import Service
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -55,7 +55,7 @@ def test_a_request_under_way_makes_no_room(connect, puppet):
 
 @pytest.mark.parametrize("sent", [b"", b"GET /hea", HEALTH + b"GET /hea"], ids=["nothing", "a part", "a second part"])
 def test_a_head_must_come_in_time(connect, monkeypatch, sent):
-    monkeypatch.setattr(connections, "_HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(guard, "_HEAD_SECONDS", 0.3)
     slow = connect(sent)
     began = time.monotonic()
     slow.sendall(b"l") if sent else None
@@ -65,12 +65,15 @@ def test_a_head_must_come_in_time(connect, monkeypatch, sent):
 
 
 def test_a_kept_connection_has_time_for_its_next_request(connect, monkeypatch):
-    monkeypatch.setattr(connections, "_HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(guard, "_HEAD_SECONDS", 0.2)
     kept = connect(HEALTH)
-    assert kept.recv(65536).startswith(b"HTTP/1.1 200 ")
-    time.sleep(0.5)
-    kept.sendall(HEALTH)
-    assert kept.recv(65536).startswith(b"HTTP/1.1 200 ")
+    for seconds in (0.5, 0):
+        answer = b""
+        while not answer.endswith(b"}"):  # head and body may come one after the other
+            answer += kept.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        time.sleep(seconds)
+        kept.sendall(HEALTH)
 
 
 def test_no_more_connections_than_the_system_has_files_for(monkeypatch):

@@ -14,7 +14,7 @@ from helpers import raises
 from serving_tools import Puppet, raw_request, say_at_once, serving, wait_until
 
 from lora_gen_jax.errors import ConfigError
-from lora_gen_jax.serving import connections, server, web
+from lora_gen_jax.serving import guard, server, web
 from lora_gen_jax.serving.app import make_app
 from lora_gen_jax.serving.scheduler import Closing, Failed, QueueFull
 from lora_gen_jax.serving.server import bind, run_server
@@ -189,7 +189,7 @@ def test_a_short_time_to_end_is_enough_where_nothing_is_asked(build, puppet):
 
 
 def test_too_many_requests_at_a_time_are_refused(build, puppet, monkeypatch):
-    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 2)
+    monkeypatch.setattr(guard, "MOST_CONNECTIONS", 2)
     puppet.close = lambda timeout: True
     listener, statuses = bind("127.0.0.1", 0), []
 

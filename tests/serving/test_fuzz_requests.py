@@ -12,7 +12,7 @@ import httpx
 import pytest
 from serving_tools import KEY, say_at_once, serving
 
-from lora_gen_jax.serving.connections import Connection
+from lora_gen_jax.serving.guard import Connection
 from lora_gen_jax.serving.service import Limits, Service
 
 SCRIPTS = str(Path(__file__).parents[2] / "scripts")

@@ -11,8 +11,8 @@ import tyro
 from serving_tools import PROMPTS
 
 from lora_gen_jax.serving import server
+from lora_gen_jax.serving.app import page_text
 from lora_gen_jax.serving.command import Serve, serve_command
-from lora_gen_jax.serving.page import page_text
 
 
 def test_the_page_is_open_and_its_policy_lets_its_own_script_alone_run(url):
