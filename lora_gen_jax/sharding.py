@@ -69,8 +69,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, wanted)
 
 
-def whole(tree: Any) -> Any:
-    """The arrays of a tree, whole on every device of the mesh in the context; nothing happens without one."""
+def replicate(tree: Any) -> Any:
+    """The arrays of a tree, replicated on every device of the mesh in the context; unchanged without a mesh."""
     return jax.tree.map(lambda x: constrain(x, *(None,) * jnp.ndim(x)), tree)
 
 

@@ -41,7 +41,7 @@ from lora_gen_jax.training.prepare import (
 )
 from lora_gen_jax.training.progress import Recorder
 from lora_gen_jax.training.reader import teach_reader
-from lora_gen_jax.training.sole import Claim, sole_run
+from lora_gen_jax.training.run_lock import BucketOwner, run_lock
 from lora_gen_jax.training.step import TrainState, init_state, make_train_step, make_validation_step
 
 
@@ -63,7 +63,7 @@ class Run:
     batches: TrainingBatches
     held_out: list[Batch]
     checkpoints: Checkpoints
-    claim: Claim
+    bucket_owner: BucketOwner
 
     def place(self, batch: Batch) -> Batch:
         """This process's part of a batch as global arrays, rows split over the mesh."""
@@ -76,7 +76,7 @@ class Run:
             OutputError: when it cannot be written, or another run writes to the same bucket.
         """
         self.checkpoints.wait()  # for the one before, as saving would: what is checked is true when this one is written
-        self.claim.check()
+        self.bucket_owner.check()
         metadata = metadata_of(self.config, self.pair.fingerprints, self.contents, step)
         self.checkpoints.save(self.state, self.batches.get_state(), metadata, validation_loss)
 
@@ -106,7 +106,7 @@ def train(config: Config) -> TrainState:
     prepare_directory(config)
     batches = TrainingBatches(sampler, config.train.seed, config.train.steps, shard)
     # Modules find the mesh in the context, and say there how activations are split.
-    with jax.set_mesh(mesh), closing(batches), sole_run(config.directory):
+    with jax.set_mesh(mesh), closing(batches), run_lock(config.directory):
         try:
             run = set_up(config, pair, rows, mesh, batches, place(first, mesh))
             run.held_out = [place(batch, mesh) for batch in fixed]
@@ -158,7 +158,7 @@ def set_up(
         held_out=[],
         checkpoints=checkpoints,
         # Not before: a run that cannot start takes nothing from one that goes on.
-        claim=Claim(config),
+        bucket_owner=BucketOwner(config),
     )
 
 

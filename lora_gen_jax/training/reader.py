@@ -16,7 +16,7 @@ import optax
 from lora_gen_jax.config import Config
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.generator.lora_gen import LoRAGen
-from lora_gen_jax.sharding import whole
+from lora_gen_jax.sharding import replicate
 from lora_gen_jax.training.step import TrainState
 
 PAIRS, TEMPERATURE, DROPOUT, LEARNING_RATE = 192, 0.1, 0.4, 1e-3
@@ -77,7 +77,7 @@ def read_prompts(
 
     @jax.jit
     def read(params: Any, frozen: Any, prompts: Any) -> Any:
-        return whole((generator.encoder(parent=None).apply(params, frozen, prompts), prompts.tasks_P))
+        return replicate((generator.encoder(parent=None).apply(params, frozen, prompts), prompts.tasks_P))
 
     params = {"params": state.params["cloud"]}
     found = [jax.device_get(read(params, frozen_cloud, batch.prompts)) for batch in batches]

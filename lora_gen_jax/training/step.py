@@ -18,7 +18,7 @@ from lora_gen_jax.data.pipeline import Batch, EdgeRows
 from lora_gen_jax.decoder.layers import RECORDS, records_of
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.generator.trained_module import Generated, TrainedModule
-from lora_gen_jax.sharding import constrain, whole
+from lora_gen_jax.sharding import constrain, replicate
 from lora_gen_jax.training.inner import refined
 from lora_gen_jax.training.losses import mean_cross_entropy
 
@@ -54,7 +54,7 @@ def init_state(
         variables = generator.init(keys, frozen_reader, prompts)
         params = variables["params"]
         stats = variables.get("batch_stats", {})
-        return whole(TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params)))
+        return replicate(TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params)))
 
     return jax.jit(init)(reader_weights(generator, frozen), batch.prompts)
 
@@ -166,13 +166,13 @@ def make_train_step(
         inner = state.step >= config.train.inner_after
         (_, (batch_stats, metrics)), gradients = grad_fn(state.params, state.batch_stats, frozen, batch, key, inner)
         # Left to itself the compiler hands parts of the state on in pieces, and the next step is another program.
-        gradients = whole(gradients)
+        gradients = replicate(gradients)
         # Optax mixes Python and array scalars in ways that strict promotion rejects.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         metrics |= {"grad_norm": optax.tree.norm(gradients), "answer_tokens": jnp.sum(batch.weight_PS)}
-        return whole(TrainState(state.step + 1, params, batch_stats, opt_state)), metrics
+        return replicate(TrainState(state.step + 1, params, batch_stats, opt_state)), metrics
 
     return jax.jit(step_fn, donate_argnums=0)
 

@@ -22,7 +22,7 @@ from lora_gen_jax.training.checkpoint import Checkpoints, load_checkpoint, step_
 from lora_gen_jax.training.loop import TrainingDivergedError, train
 from lora_gen_jax.training.preemption import StopSignals
 from lora_gen_jax.training.progress import Recorder
-from lora_gen_jax.training.sole import Claim, sole_run
+from lora_gen_jax.training.run_lock import BucketOwner, run_lock
 from lora_gen_jax.training.step import TrainState
 
 
@@ -279,10 +279,10 @@ def test_a_work_directory_that_cannot_be_made_is_named(root, tmp_path, place):
 def test_a_second_run_in_a_directory_is_refused(root, tmp_path):
     """Each would take the other's unfinished checkpoints for its own old ones."""
     config = experiment(root, tmp_path)
-    with sole_run(tmp_path), raises(OutputError, "--workdir", tmp_path, code="taken"):
+    with run_lock(tmp_path), raises(OutputError, "--workdir", tmp_path, code="taken"):
         train(config)
     assert not (tmp_path / "checkpoints").exists()
-    with sole_run(tmp_path):
+    with run_lock(tmp_path):
         pass
 
 
@@ -392,7 +392,7 @@ def profiled_run(tmp_path, monkeypatch, steps, fails_at):
         "train_step": step,
         "validate": None,
     }
-    run = loop.Run(**fields, batches=_Endless(), held_out=[], checkpoints=quiet, claim=Claim(config))
+    run = loop.Run(**fields, batches=_Endless(), held_out=[], checkpoints=quiet, bucket_owner=BucketOwner(config))
     monkeypatch.setattr(loop.Run, "place", lambda self, batch: batch)
     return run, calls
 

@@ -1,23 +1,22 @@
 """One run at a time in a work directory, and in a bucket.
 
-In: where a run writes. Out: an error where another one does. A directory has a lock, which ends with its process.
-Buckets know no locks that end, so there the run that began last may write, and one before it ends when it notices.
+In: where a run writes. Out: an error if another run writes there. A directory has a lock file, whose lock ends with the
+process that holds it. A bucket has no such locks: there the run that began last owns it, and an earlier run stops when
+it notices.
 """
 
-import importlib
 import json
 import logging
 import os
 import socket
-import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import filelock
 import jax
 
 from lora_gen_jax.config import Config
@@ -25,18 +24,16 @@ from lora_gen_jax.errors import OutputError
 from lora_gen_jax.training.bucket import location, remote_errors, writing
 
 log = logging.getLogger(__name__)
-# Not on Windows.
-fcntl: ModuleType | None = importlib.import_module("fcntl") if sys.platform != "win32" else None
 
 
-class Claim:
-    """A note in a bucket, ``writer.json``, of the run that writes there; without a bucket nothing.
+class BucketOwner:
+    """A note in the bucket, ``writer.json``, that names the run that owns it; does nothing without a bucket.
 
-    A machine that was taken for lost, and is not, would otherwise go on beside the run that took its place. Process 0
-    alone writes and looks.
+    Without the note, a machine that was given up as lost but still runs would write beside the run that replaced it.
+    Only process 0 writes and reads it.
 
     Raises:
-        OutputError: when it cannot be written.
+        OutputError: if the note cannot be written.
     """
 
     def __init__(self, config: Config):
@@ -50,7 +47,7 @@ class Claim:
             self.path.write_text(self.text)
 
     def check(self) -> None:
-        """Raises OutputError where another run has begun there since, or that cannot be known."""
+        """Raises OutputError if another run has taken the bucket since, or if the note cannot be read."""
         if self.path is None:
             return
         try:
@@ -76,26 +73,28 @@ class Claim:
 
 
 @contextmanager
-def sole_run(directory: Path) -> Iterator[None]:
-    """A block in which no other training may write to a work directory; process 0 holds a lock on a file in it.
+def run_lock(directory: Path) -> Iterator[None]:
+    """Keeps other training runs out of a work directory; process 0 holds the lock.
 
-    The lock ends with its process, however that ends. File systems that know no locks are taken as they are.
+    On a file system without locks, the run goes on with a warning.
 
     Raises:
-        OutputError: when another run holds it.
+        OutputError: if another run holds the lock.
     """
-    with ExitStack() as stack:
-        if jax.process_index() == 0 and fcntl is not None:
-            file = stack.enter_context((directory / ".lock").open("a"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise OutputError(
-                    f"another training is writing to {directory}",
-                    field="--workdir",
-                    code="taken",
-                    remedy="wait until it ends, or name another --workdir",
-                ) from error
-            except OSError as error:
-                log.warning("%s cannot be locked (%s): start no second run there", directory, error.strerror)
+    lock = filelock.FileLock(directory / ".lock", timeout=0)
+    if jax.process_index() == 0:
+        try:
+            lock.acquire()
+        except filelock.Timeout as error:
+            raise OutputError(
+                f"another training is writing to {directory}",
+                field="--workdir",
+                code="taken",
+                remedy="wait until it ends, or name another --workdir",
+            ) from error
+        except (OSError, NotImplementedError) as error:
+            log.warning("%s cannot be locked (%s): start no second run there", directory, error)
+    try:
         yield
+    finally:
+        lock.release()
