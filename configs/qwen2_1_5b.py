@@ -1,34 +1,16 @@
-"""Llama-3-8B-Instruct as cloud model, Qwen2-1.5B as edge model, with the hyper-parameters of the paper's Table 10.
+"""Llama-3-8B-Instruct as cloud model, Qwen2-1.5B as edge model; everything else is that of tinyllama_1b.py.
 
 Command:  python train.py configs/qwen2_1_5b.py --data.dir DIR
-Needs:    accelerators, and access to both models on the hub (or --cloud.source and --edge.source as directories).
-          What a step takes and where it fits: python -m lora_gen_jax compile configs/qwen2_1_5b.py --topology v5e:4x4
-
-Batches of 64 queries and four epochs of the five seen tasks (51,164 training rows), as in that table, are 3198 steps.
-Every row is read as often as any other (mixture="size"): with sources drawn alike, ARC-Challenge would be read 37 times
-and Social IQa 1.2 times. Where the paper reads a prompt for each query, 16 prompts with 4 queries each are a batch
-here: as many updates, with a quarter of the cloud model's work. More than 16 chips can share a batch of the paper's own
-shape: --data.prompts-per-step 64 --data.queries-per-prompt 1.
+Needs:    what tinyllama_1b.py needs.
 """
 
-from lora_gen_jax.config import Config, DataConfig, GeneratorConfig, MeshConfig, ModelConfig, TrainConfig
+import dataclasses
+from pathlib import Path
+
+from lora_gen_jax.config import Config, ModelConfig
+from lora_gen_jax.config_file import read_config
 
 
 def get_config() -> Config:
-    return Config(
-        cloud=ModelConfig("meta-llama/Meta-Llama-3-8B-Instruct", dtype="bfloat16", remat="full"),
-        edge=ModelConfig("Qwen/Qwen2-1.5B", dtype="bfloat16", remat="full"),
-        # Sixteen chips hold a copy of the frozen weights; what they gather then does not grow with the job.
-        mesh=MeshConfig(data=-1, fsdp=16),
-        generator=GeneratorConfig(num_experts=8, top_k=2, rank=16, alpha=16, dropout=0.05, cv_coefficient=0.01),
-        data=DataConfig(
-            mixture="size",
-            prompts_per_step=16,
-            queries_per_prompt=4,
-            cloud_length=2048,
-            edge_length=1024,
-            response_slots=128,
-            workers=2,
-        ),
-        train=TrainConfig(steps=0, epochs=4, learning_rate=2e-5, warmup_steps=50, weight_decay=0.1),
-    )
+    shared = read_config(Path(__file__).with_name("tinyllama_1b.py"))
+    return dataclasses.replace(shared, name="", edge=ModelConfig("Qwen/Qwen2-1.5B", dtype="bfloat16", remat="full"))

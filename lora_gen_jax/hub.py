@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_gen_jax.errors import CheckpointError, LoraGenError, ModelError
+from lora_gen_jax.untrusted import reason_of
 
 HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w.-]+))?")
 _SNAPSHOT = re.compile(r"models--(?P<org>.+?)--(?P<name>.+)/snapshots/(?P<commit>[0-9a-f]{40})")
@@ -46,12 +47,6 @@ def name_of(directory: Any) -> str | None:
     return None if found is None else f"{found['org']}/{found['name']}@{found['commit']}"
 
 
-def first_line(error: Exception) -> str:
-    """What an error of the hub's client says, in a line."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def _failed(error: Exception, hub_id: str, revision: str | None, what: str) -> LoraGenError:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -79,7 +74,7 @@ def _failed(error: Exception, hub_id: str, revision: str | None, what: str) -> L
             remedy="give one of its commits, tags or branches",
         )
     return kind(
-        f"{name} is not a directory here and could not be downloaded from the Hugging Face hub ({first_line(error)})",
+        f"{name} is not a directory here and could not be downloaded from the Hugging Face hub ({reason_of(error)})",
         field=field,
         code="unreachable",
         remedy="Check the network and HF_HUB_OFFLINE, or give a local directory",

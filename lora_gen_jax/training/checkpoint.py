@@ -155,8 +155,7 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, *self._errors) as error:  # a full disk is a ValueError of who writes arrays
-            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-            reason = disk_reason(error) or first_line
+            reason = disk_reason(error) or reason_of(error)
             cause = "may this machine write to the bucket?" if self._errors else "is the disk full?"
             raise OutputError(
                 f"a checkpoint in {self.directory} cannot be written: {reason}",

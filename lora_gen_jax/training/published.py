@@ -12,9 +12,9 @@ from safetensors import safe_open
 
 from lora_gen_jax.config import ModelConfig
 from lora_gen_jax.errors import CheckpointError, ConfigError, OutputError
-from lora_gen_jax.hub import HUB_ID, download, first_line
+from lora_gen_jax.hub import HUB_ID, download
 from lora_gen_jax.training.portable import READABLE, TENSORS
-from lora_gen_jax.untrusted import file_digest, read_object
+from lora_gen_jax.untrusted import file_digest, read_object, reason_of
 
 if TYPE_CHECKING:
     from lora_gen_jax.training.checkpoint import Loaded
@@ -112,7 +112,7 @@ def publish_generator(directory: Path, repository: str, private: bool) -> str:
         if status in (401, 403, 404):
             remedy = f"give a token that may write to {repository} (`hf auth login`, or HF_TOKEN)"
         raise OutputError(
-            f"{repository} could not be published on the Hugging Face hub ({first_line(error)})",
+            f"{repository} could not be published on the Hugging Face hub ({reason_of(error)})",
             field="--publish",
             code="refused" if status else "unreachable",
             remedy=remedy,
