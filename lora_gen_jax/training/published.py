@@ -4,6 +4,7 @@ In: ``org/name``, or ``org/name@revision``; a packed generator. Out: a directory
 a commit. A repository holds the two files of `portable` and README.md, and nothing else of it is downloaded.
 """
 
+import logging
 import math
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
@@ -12,13 +13,14 @@ from safetensors import safe_open
 
 from lora_gen_jax.config import ModelConfig
 from lora_gen_jax.errors import CheckpointError, ConfigError, OutputError
-from lora_gen_jax.hub import HUB_ID, download
+from lora_gen_jax.hub import HUB_ID, download, name_of
 from lora_gen_jax.training.portable import READABLE, TENSORS
 from lora_gen_jax.untrusted import file_digest, read_object, reason_of
 
 if TYPE_CHECKING:
     from lora_gen_jax.training.checkpoint import Loaded
 
+log = logging.getLogger(__name__)
 CARD = "README.md"
 # Models that are fetched from elsewhere, by their names on the hub.
 _ORIGINALS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -47,6 +49,7 @@ def fetch_generator(name: str, cached: bool = False) -> Path | None:
             code="not a generator",
             remedy="name a repository that `lora-gen pack --publish` wrote",
         )
+    log.info("generator %s of the Hugging Face hub", name_of(directory) or name)
     return directory
 
 
