@@ -23,25 +23,29 @@ The pieces, each usable alone:
     METHODS                         what the paper compares with, by key (`lora_gen_jax.methods`)
 """
 
-from lora_gen_jax.adapters.gated_pool import GatedPool, gated_product
-from lora_gen_jax.adapters.lora import LoRA, PromptLoRA
-from lora_gen_jax.adapters.merge import merge, merge_donated, merge_over, unmerge, unmerge_donated
-from lora_gen_jax.config import Config, DataConfig, EvalConfig, GeneratorConfig, ModelConfig, TrainConfig
-from lora_gen_jax.decoder.config import DecoderConfig
-from lora_gen_jax.decoder.model import Decoder
-from lora_gen_jax.decoder.pretrained import load_config, load_params, load_tokenizer
-from lora_gen_jax.errors import LoraGenError
-from lora_gen_jax.generator.cloud import CloudEncoder, PackedPrompts, pack_prompts
-from lora_gen_jax.generator.lora_gen import ExpertPool, LoRAGen
-from lora_gen_jax.generator.router import BatchNorm, Router, cv_squared, keep_top_k
-from lora_gen_jax.generator.specialize import specialize
-from lora_gen_jax.generator.trained_module import Generated
-from lora_gen_jax.inference.decode import Generation, generate, stream
-from lora_gen_jax.inference.sampling import Sampling
-from lora_gen_jax.inference.scoring import Request, Score, score
-from lora_gen_jax.methods import METHODS
-from lora_gen_jax.specialization.prompt import Prompt
-from lora_gen_jax.specialization.settings import RefineConfig
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_gen_jax.adapters.gated_pool import GatedPool, gated_product
+    from lora_gen_jax.adapters.lora import LoRA, PromptLoRA
+    from lora_gen_jax.adapters.merge import merge, merge_donated, merge_over, unmerge, unmerge_donated
+    from lora_gen_jax.config import Config, DataConfig, EvalConfig, GeneratorConfig, ModelConfig, TrainConfig
+    from lora_gen_jax.decoder.config import DecoderConfig
+    from lora_gen_jax.decoder.model import Decoder
+    from lora_gen_jax.decoder.pretrained import load_config, load_params, load_tokenizer
+    from lora_gen_jax.errors import LoraGenError
+    from lora_gen_jax.generator.cloud import CloudEncoder, PackedPrompts, pack_prompts
+    from lora_gen_jax.generator.lora_gen import ExpertPool, LoRAGen
+    from lora_gen_jax.generator.router import BatchNorm, Router, cv_squared, keep_top_k
+    from lora_gen_jax.generator.specialize import specialize
+    from lora_gen_jax.generator.trained_module import Generated
+    from lora_gen_jax.inference.decode import Generation, generate, stream
+    from lora_gen_jax.inference.sampling import Sampling
+    from lora_gen_jax.inference.scoring import Request, Score, score
+    from lora_gen_jax.methods import METHODS
+    from lora_gen_jax.specialization.prompt import Prompt
+    from lora_gen_jax.specialization.settings import RefineConfig
 
 __all__ = [
     "METHODS",
@@ -87,3 +91,38 @@ __all__ = [
     "unmerge",
     "unmerge_donated",
 ]
+
+# A name's module is imported when the name is first asked for (PEP 562): reading one module must not load the others.
+_NAMES_OF_MODULE = {
+    "lora_gen_jax.adapters.gated_pool": "GatedPool gated_product",
+    "lora_gen_jax.adapters.lora": "LoRA PromptLoRA",
+    "lora_gen_jax.adapters.merge": "merge merge_donated merge_over unmerge unmerge_donated",
+    "lora_gen_jax.config": "Config DataConfig EvalConfig GeneratorConfig ModelConfig TrainConfig",
+    "lora_gen_jax.decoder.config": "DecoderConfig",
+    "lora_gen_jax.decoder.model": "Decoder",
+    "lora_gen_jax.decoder.pretrained": "load_config load_params load_tokenizer",
+    "lora_gen_jax.errors": "LoraGenError",
+    "lora_gen_jax.generator.cloud": "CloudEncoder PackedPrompts pack_prompts",
+    "lora_gen_jax.generator.lora_gen": "ExpertPool LoRAGen",
+    "lora_gen_jax.generator.router": "BatchNorm Router cv_squared keep_top_k",
+    "lora_gen_jax.generator.specialize": "specialize",
+    "lora_gen_jax.generator.trained_module": "Generated",
+    "lora_gen_jax.inference.decode": "Generation generate stream",
+    "lora_gen_jax.inference.sampling": "Sampling",
+    "lora_gen_jax.inference.scoring": "Request Score score",
+    "lora_gen_jax.methods": "METHODS",
+    "lora_gen_jax.specialization.prompt": "Prompt",
+    "lora_gen_jax.specialization.settings": "RefineConfig",
+}
+_MODULE_OF_NAME = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF_NAME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_MODULE_OF_NAME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,30 +7,19 @@ says what to do, and status 2.
 import dataclasses
 import difflib
 import errno
+import importlib
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
 
-import tyro
-
-from lora_gen_jax.commands import Specialize, specialize_command
-from lora_gen_jax.config import Config
-from lora_gen_jax.config_check import check
-from lora_gen_jax.config_file import config_from_args, flags_and_config
 from lora_gen_jax.errors import ConfigError, LoraGenError, OutputError, Stopped
-from lora_gen_jax.evaluation.report.command import Report, report_command
-from lora_gen_jax.evaluation.side_by_side import SideBySide, side_by_side_command
-from lora_gen_jax.export.command import Export, export_command
 from lora_gen_jax.full_disk import DiskErrors, told_once
-from lora_gen_jax.generate_command import Generate, generate_command
-from lora_gen_jax.instructions.command import Instructions, instructions_command
-from lora_gen_jax.pack_command import Pack, pack_command
-from lora_gen_jax.serving.command import Serve, serve_command
-from lora_gen_jax.specialization.command import Refine, refine_command
-from lora_gen_jax.untrusted import shown
+
+if TYPE_CHECKING:
+    from lora_gen_jax.config import Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +98,8 @@ def arguments_of(args: Sequence[str] | None) -> list[str]:
         try:
             argument.encode()
         except UnicodeEncodeError:
+            from lora_gen_jax.untrusted import shown
+
             _fail(f"the argument {shown(argument)} is not UTF-8 text")
     return arguments
 
@@ -127,6 +118,8 @@ def train_main(args: Sequence[str] | None = None) -> None:
     arguments = arguments_of(args)
 
     def run() -> None:
+        from lora_gen_jax.config_file import config_from_args
+
         config = config_from_args("train.py", arguments)
         from lora_gen_jax.training import distributed
 
@@ -137,7 +130,7 @@ def train_main(args: Sequence[str] | None = None) -> None:
     guarded(run)
 
 
-def trained_and_compared(config: Config) -> None:
+def trained_and_compared(config: "Config") -> None:
     """Trains, then scores what `compare` names; of several processes each scores everything, process 0 writes.
 
     Raises:
@@ -173,12 +166,14 @@ def eval_main(args: Sequence[str] | None = None) -> None:
     guarded(run)
 
 
-def eval_config(arguments: list[str]) -> tuple[Config, EvalFlags, list[int]]:
+def eval_config(arguments: list[str]) -> tuple["Config", EvalFlags, list[int]]:
     """A config whose eval fields eval.py's short flags override, the flags, and the numbers of shots.
 
     Raises:
         ConfigError: as `config_from_args`, and for shots that are no numbers.
     """
+    from lora_gen_jax.config_file import flags_and_config
+
     flags, config = flags_and_config("eval.py", EvalFlags, arguments)
     updates: dict[str, Any] = {}
     for name in ("tasks", "methods"):
@@ -203,6 +198,8 @@ def eval_config(arguments: list[str]) -> tuple[Config, EvalFlags, list[int]]:
             )
         shots = [int(part) for part in parts]
         updates["shots"] = max(shots)
+    from lora_gen_jax.config_check import check
+
     return check(dataclasses.replace(config, eval=dataclasses.replace(config.eval, **updates))), flags, shots
 
 
@@ -216,6 +213,7 @@ def next_directory(parent: Path, name: str) -> Path:
 
 def bench_main(arguments: list[str]) -> None:
     """``bench CONFIG.py``: one training step against this machine's matmul rate."""
+    from lora_gen_jax.config_file import config_from_args
     from lora_gen_jax.training.bench import bench
 
     bench(config_from_args("lora-gen bench", arguments))
@@ -223,6 +221,7 @@ def bench_main(arguments: list[str]) -> None:
 
 def efficiency_main(arguments: list[str]) -> None:
     """``efficiency CONFIG.py``: time, memory and multiply-adds of an answer, by method."""
+    from lora_gen_jax.config_file import flags_and_config
     from lora_gen_jax.evaluation.efficiency_command import EfficiencyFlags, run
 
     flags, config = flags_and_config("lora-gen efficiency", EfficiencyFlags, arguments)
@@ -231,53 +230,83 @@ def efficiency_main(arguments: list[str]) -> None:
     print(f"figures: {out / 'efficiency.json'}", file=sys.stderr)
 
 
-def agent_main(arguments: list[str]) -> None:
-    """``agent CONFIG.py``: tool calls with the tools in the edge's context, and without."""
-    from lora_gen_jax.evaluation.agent_command import agent_main as run_agents
-
-    run_agents(arguments)
-
-
-def table_command(arguments: list[str]) -> None:
-    """``table TABLES.py``: every method and ablation trained, scored and printed as the paper's tables."""
-    from lora_gen_jax.tables.command import table_main
-
-    table_main(arguments)
-
-
-def lm_eval_command(arguments: list[str]) -> None:
-    """``lm_eval …``: lm-evaluation-harness's own command line with this package's backend."""
-    from lora_gen_jax.evaluation.lm_eval_command import lm_eval_main
-
-    lm_eval_main(arguments)
-
-
 def compile_main(arguments: list[str]) -> None:
     """``compile CONFIG.py --topology v5e:4x4``: memory, flops and bytes of an experiment's programs on TPUs."""
+    from lora_gen_jax.config_file import flags_and_config
     from lora_gen_jax.scaling.command import CompileFlags, run
 
     flags, config = flags_and_config("lora-gen compile", CompileFlags, arguments)
     run(config, flags)
 
 
+class Command(NamedTuple):
+    """A command, whose module is imported when it is called: ``--help`` and mistakes answer at once.
+
+    Attributes:
+        run: MODULE:FUNCTION, below this package; it takes the flags, or the arguments where there are none.
+        flags: the dataclass of its flags, in the same module; None where the command reads its arguments itself.
+        summary: a line about it.
+    """
+
+    run: str
+    flags: str | None
+    summary: str
+
+    def load(self) -> tuple[Callable[[Any], Any], Any]:
+        """The function and the flags' class, or None."""
+        name, function = self.run.split(":")
+        module = importlib.import_module(f"lora_gen_jax.{name}")
+        return getattr(module, function), None if self.flags is None else getattr(module, self.flags)
+
+
 COMMANDS = {
-    "train": (None, train_main, "train.py: train a generator, or another method, from a config file"),
-    "eval": (None, eval_main, "eval.py: score methods on tasks"),
-    "specialize": (Specialize, specialize_command, "turn a system prompt into a specialization"),
-    "refine": (Refine, refine_command, "learn from solved examples, from a specialization on"),
-    "generate": (Generate, generate_command, "answer an input with a specialized model"),
-    "serve": (Serve, serve_command, "answer over HTTP, as OpenAI's interface, for many specializations at once"),
-    "export": (Export, export_command, "write a specialization for peft, transformers or llama.cpp"),
-    "instructions": (Instructions, instructions_command, "turn instruction data into tasks, by any language model"),
-    "pack": (Pack, pack_command, "write a trained generator as two small files, or publish it on the Hugging Face hub"),
-    "lm_eval": (None, lm_eval_command, "evaluate with lm-evaluation-harness"),
-    "agent": (None, agent_main, "train and score on tool calls, as the paper's agent table"),
-    "table": (None, table_command, "train and score every method and ablation, as the paper's tables"),
-    "bench": (None, bench_main, "time a config's training step against the machine's matmul rate"),
-    "compile": (None, compile_main, "memory, flops and bytes of an experiment's programs on TPUs that are not there"),
-    "efficiency": (None, efficiency_main, "time, memory and multiply-adds of an answer, by method"),
-    "side_by_side": (SideBySide, side_by_side_command, "the base with the prompt beside the specialized model without"),
-    "report": (Report, report_command, "write report.html and figures from what runs and evaluations left"),
+    "train": Command("cli:train_main", None, "train.py: train a generator, or another method, from a config file"),
+    "eval": Command("cli:eval_main", None, "eval.py: score methods on tasks"),
+    "specialize": Command("commands:specialize_command", "Specialize", "turn a system prompt into a specialization"),
+    "refine": Command(
+        "specialization.command:refine_command", "Refine", "learn from solved examples, from a specialization on"
+    ),
+    "generate": Command("generate_command:generate_command", "Generate", "answer an input with a specialized model"),
+    "serve": Command(
+        "serving.command:serve_command",
+        "Serve",
+        "answer over HTTP, as OpenAI's interface, for many specializations at once",
+    ),
+    "export": Command(
+        "export.command:export_command", "Export", "write a specialization for peft, transformers or llama.cpp"
+    ),
+    "instructions": Command(
+        "instructions.command:instructions_command",
+        "Instructions",
+        "turn instruction data into tasks, by any language model",
+    ),
+    "pack": Command(
+        "pack_command:pack_command",
+        "Pack",
+        "write a trained generator as two small files, or publish it on the Hugging Face hub",
+    ),
+    "lm_eval": Command("evaluation.lm_eval_command:lm_eval_main", None, "evaluate with lm-evaluation-harness"),
+    "agent": Command(
+        "evaluation.agent_command:agent_main", None, "train and score on tool calls, as the paper's agent table"
+    ),
+    "table": Command(
+        "tables.command:table_main", None, "train and score every method and ablation, as the paper's tables"
+    ),
+    "bench": Command("cli:bench_main", None, "time a config's training step against the machine's matmul rate"),
+    "compile": Command(
+        "cli:compile_main", None, "memory, flops and bytes of an experiment's programs on TPUs that are not there"
+    ),
+    "efficiency": Command("cli:efficiency_main", None, "time, memory and multiply-adds of an answer, by method"),
+    "side_by_side": Command(
+        "evaluation.side_by_side:side_by_side_command",
+        "SideBySide",
+        "the base with the prompt beside the specialized model without",
+    ),
+    "report": Command(
+        "evaluation.report.command:report_command",
+        "Report",
+        "write report.html and figures from what runs and evaluations left",
+    ),
 }
 
 
@@ -293,10 +322,12 @@ def main(args: Sequence[str] | None = None) -> None:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         _fail(f"unknown command {name!r}" + (f"; did you mean {near[0]}?" if near else f"\n\n{usage}"))
-    flags_class, command, _ = COMMANDS[name]
+    command, flags_class = guarded(COMMANDS[name].load)
     if flags_class is None:
         guarded(lambda: command(rest))
         return
+    import tyro
+
     options = (tyro.conf.FlagCreatePairsOff,)
     flags = tyro.cli(Annotated[flags_class, *options], prog=f"lora-gen {name}", args=rest)  # pyright: ignore
     guarded(lambda: command(flags))

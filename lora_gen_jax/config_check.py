@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 from lora_gen_jax.adapters.protocol import SITES
 from lora_gen_jax.config import Config, DataConfig, DistributedConfig, GeneratorConfig
 from lora_gen_jax.errors import ConfigError
-from lora_gen_jax.methods import BEHIND_PROMPT, METHODS, trained_method
+from lora_gen_jax.methods import METHODS, PROMPT_READING_METHODS, trained_method
 from lora_gen_jax.untrusted import fits, wanted
 
 POSITIVE = (
@@ -302,7 +302,7 @@ def _run_rules(config: Config) -> list[tuple[bool, str]]:
         ),
         (
             not config.data.edge_reads_prompt or all(METHODS[m].may_read_prompt for m in trained(config)),
-            f"data.edge_reads_prompt is for the methods {', '.join(BEHIND_PROMPT)}; the others' edge model need not"
-            " read the prompt: leave it out, or the others (method, compare)",
+            f"data.edge_reads_prompt is for the methods {', '.join(PROMPT_READING_METHODS)}; the others' edge model"
+            " need not read the prompt: leave it out, or the others (method, compare)",
         ),
     ]

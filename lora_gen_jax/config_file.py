@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from lora_gen_jax.config import Config, DistributedConfig, MeshConfig
-from lora_gen_jax.config_check import check, check_saved
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.untrusted import fits, shown, wanted
 
@@ -89,6 +88,8 @@ def overridden(config: Config, program: str, args: Sequence[str]) -> Config:
         ConfigError: as `check`, and for flags of several processes where a command has but one.
     """
     import tyro
+
+    from lora_gen_jax.config_check import check
 
     if not program.startswith(("train.py", "eval.py")) and any(flag.startswith("--distributed.") for flag in args):
         raise ConfigError(
@@ -166,6 +167,8 @@ def from_json(values: Any) -> Config:
             for name, value in (former | fields).items()
         }
         return cls(**made)
+
+    from lora_gen_jax.config_check import check_saved  # it loads every method
 
     return check_saved(build(Config, values, ""))
 

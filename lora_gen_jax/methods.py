@@ -3,9 +3,13 @@
 In: a key. Out: its `Method`. To add one, write its file in `lora_gen_jax/baselines/` and its line here.
 """
 
+from typing import Any
+
 from lora_gen_jax.baselines import autocompressor, icl, lora, lora_gen, lora_moe, lorahub, mixlora, refined, task_vector
 from lora_gen_jax.baselines.method import Method
+from lora_gen_jax.config import Config
 from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.models import Pair
 
 METHODS: dict[str, Method] = {
     method.key: method
@@ -26,7 +30,7 @@ METHODS: dict[str, Method] = {
 }
 TRAINED = tuple(key for key, method in METHODS.items() if method.build is not None)
 """Those that a config's `method` can name."""
-BEHIND_PROMPT = tuple(key for key, method in METHODS.items() if method.may_read_prompt)
+PROMPT_READING_METHODS = tuple(key for key, method in METHODS.items() if method.may_read_prompt)
 """Those whose edge model may read the prompt like any text (`data.edge_reads_prompt`)."""
 
 
@@ -39,3 +43,14 @@ def trained_method(key: str) -> Method:
     if key not in TRAINED:
         raise ConfigError(f"method is {key!r}; training can train {', '.join(TRAINED)}", field="method")
     return METHODS[key]
+
+
+def make_generator(config: Config, pair: Pair) -> Any:
+    """The trainable module (`TrainedModule`) of the config's method.
+
+    Raises:
+        ConfigError: for a method that nothing is trained for.
+    """
+    build = trained_method(config.method).build
+    assert build is not None
+    return build(config, pair)

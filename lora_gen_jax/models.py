@@ -25,7 +25,6 @@ from lora_gen_jax.decoder.pretrained import (
 from lora_gen_jax.errors import ConfigError, ModelError
 from lora_gen_jax.generator.cloud import pack_prompts
 from lora_gen_jax.inference.prefix import Prefix
-from lora_gen_jax.methods import trained_method
 from lora_gen_jax.processor import multiplies_bfloat16
 from lora_gen_jax.sharding import param_shardings
 from lora_gen_jax.untrusted import check_fields, check_tensors, flatten, read_object
@@ -177,17 +176,6 @@ def load_pair(config: Config, mesh: Mesh | None = None, edge_weights: bool = Tru
         return Pair(dataclasses.replace(edge, decoder=decoder), edge)
     cloud = load_model(config.cloud, mesh, training=training)
     return Pair(cloud, load_model(config.edge, mesh, edge_weights, training))
-
-
-def make_generator(config: Config, pair: Pair) -> Any:
-    """The trainable module (`TrainedModule`) of the config's method.
-
-    Raises:
-        ConfigError: for a method that nothing is trained for.
-    """
-    build = trained_method(config.method).build
-    assert build is not None
-    return build(config, pair)
 
 
 def check_variables(loaded: "Loaded", module: Any, pair: Pair, reads: bool = True) -> None:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lora_gen_jax.adapters.gated_pool import GatedPool
 from lora_gen_jax.adapters.specialization import Specialization, load_specialization, sparse_tensors
 from lora_gen_jax.adapters.specialization_fit import Fit, check_pool, fitted_adapter, pool_fingerprint, pool_of
+from lora_gen_jax.buckets import bucket, power_of_two
 from lora_gen_jax.config import Config, ModelConfig
 from lora_gen_jax.data.record_rows import check_text
 from lora_gen_jax.data.tasks import Example
@@ -26,9 +27,9 @@ from lora_gen_jax.files import is_directory
 from lora_gen_jax.generator.lora_gen import gated_adapter
 from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.hub import HUB_ID, name_of
-from lora_gen_jax.inference.buckets import bucket, power_of_two
-from lora_gen_jax.inference.placement import mesh_of
-from lora_gen_jax.models import Model, Pair, check_variables, load_pair, make_generator
+from lora_gen_jax.methods import make_generator
+from lora_gen_jax.models import Model, Pair, check_variables, load_pair
+from lora_gen_jax.placement import mesh_of
 from lora_gen_jax.sharding import evaluation_mesh
 from lora_gen_jax.specialization.apply import Before, check_refinable, learning_model, logits_of, refine_all
 from lora_gen_jax.specialization.prompt import Prompt, pairs_of, solved

@@ -87,7 +87,7 @@ def known_flags(name):
     elif name == "lm_eval":
         known = lm_eval_flags()
     elif name in COMMANDS:
-        known = set(names(COMMANDS[name][0]))
+        known = set(names(COMMANDS[name].load()[1]))
     elif "/" in name and (ROOT / name).is_file():
         known = set(FLAG.findall((ROOT / name).read_text(encoding="utf-8")))
     else:

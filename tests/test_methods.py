@@ -17,8 +17,8 @@ from lora_gen_jax.config_check import check
 from lora_gen_jax.data.pipeline import Group, pack_groups
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import ConfigError
-from lora_gen_jax.methods import METHODS, TRAINED
-from lora_gen_jax.models import Model, Pair, make_generator
+from lora_gen_jax.methods import METHODS, TRAINED, make_generator
+from lora_gen_jax.models import Model, Pair
 from lora_gen_jax.sharding import make_mesh
 from lora_gen_jax.training.optimizer import make_optimizer
 from lora_gen_jax.training.prepare import place

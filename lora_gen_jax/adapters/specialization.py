@@ -11,17 +11,19 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors.numpy
 
 from lora_gen_jax.adapters.specialization_check import check_size, read_readable, read_refined, read_tensors, reading
-from lora_gen_jax.config import GeneratorConfig
 from lora_gen_jax.errors import CheckpointError
 from lora_gen_jax.files import complete_directory, writing
 from lora_gen_jax.generator.trained_module import Generated
 from lora_gen_jax.untrusted import check_digests, digest_of, file_digest
+
+if TYPE_CHECKING:
+    from lora_gen_jax.config import GeneratorConfig
 
 TENSORS, PROMPT, READABLE = "specialization.safetensors", "prompt.txt", "specialization.json"
 
@@ -110,7 +112,7 @@ class Specialization:
         return gates_LE
 
 
-def sparse_tensors(generated: Generated, settings: GeneratorConfig, prompt: int = 0) -> dict[str, np.ndarray]:
+def sparse_tensors(generated: Generated, settings: "GeneratorConfig", prompt: int = 0) -> dict[str, np.ndarray]:
     """What is stored of one of the prompts: its K largest gates per layer, or its factors."""
     if generated.gates_PLE is None:
         factors = generated.adapter.scanned
@@ -122,7 +124,7 @@ def sparse_tensors(generated: Generated, settings: GeneratorConfig, prompt: int 
     return gate_tensors(np.asarray(generated.gates_PLE)[prompt], settings)
 
 
-def gate_tensors(gates_LE: np.ndarray, settings: GeneratorConfig) -> dict[str, np.ndarray]:
+def gate_tensors(gates_LE: np.ndarray, settings: "GeneratorConfig") -> dict[str, np.ndarray]:
     """What is stored of gates [L, E]: the K largest of a layer, or all of them in 8 bits where they are signed."""
     gates_LE = gates_LE.astype(np.float32)
     if settings.routing == "linear":

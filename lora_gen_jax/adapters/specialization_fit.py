@@ -6,7 +6,7 @@ what does not fit. Gates mean something beside the pool that they were made for 
 
 import dataclasses
 import hashlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,13 @@ import numpy as np
 from lora_gen_jax.adapters.lora import PromptLoRA
 from lora_gen_jax.adapters.refined import RefinedPool
 from lora_gen_jax.adapters.specialization import TENSORS, Specialization
-from lora_gen_jax.config import GeneratorConfig
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.errors import CheckpointError
 from lora_gen_jax.generator.lora_gen import gated_adapter
 from lora_gen_jax.untrusted import check_tensors, flatten
+
+if TYPE_CHECKING:
+    from lora_gen_jax.config import GeneratorConfig
 
 _REMEDY = "give the checkpoint that it was made with (--checkpoint)"
 
@@ -57,7 +59,7 @@ class Fit:
     dense: bool = False
 
     @classmethod
-    def of(cls, variables: Any, settings: GeneratorConfig, layers: int | None = None) -> "Fit":
+    def of(cls, variables: Any, settings: "GeneratorConfig", layers: int | None = None) -> "Fit":
         """What a generator's specializations are like.
 
         Args:
@@ -145,7 +147,7 @@ class Fit:
 
 
 def adapter_of(
-    specialization: Specialization, variables: Any, settings: GeneratorConfig, layers: int | None = None
+    specialization: Specialization, variables: Any, settings: "GeneratorConfig", layers: int | None = None
 ) -> Any:
     """The adapter of one prompt, from a specialization and the generator that has its pool.
 
@@ -161,7 +163,7 @@ def adapter_of(
     return fitted_adapter(specialization, variables, settings)
 
 
-def fitted_adapter(specialization: Specialization, variables: Any, settings: GeneratorConfig) -> Any:
+def fitted_adapter(specialization: Specialization, variables: Any, settings: "GeneratorConfig") -> Any:
     """As `adapter_of`, of a specialization that was checked already: the pool is not read again."""
     factors = {
         site: {x: jnp.asarray(value)[:, None] for x, value in pair.items()}
@@ -183,7 +185,7 @@ def pool_of(variables: Any) -> dict[str, dict[str, Any]]:
     return pool
 
 
-def check_pool(variables: Any, settings: GeneratorConfig, edge: DecoderConfig, place: str) -> None:
+def check_pool(variables: Any, settings: "GeneratorConfig", edge: DecoderConfig, place: str) -> None:
     """A generator's pool, or what makes the factors of direct generation, must be of the edge model's shapes.
 
     Raises:
@@ -205,7 +207,7 @@ def check_pool(variables: Any, settings: GeneratorConfig, edge: DecoderConfig, p
     check_tensors({name: x for name, x in found.items() if name.endswith(("_a_start", "_b/bias"))}, wanted, place)
 
 
-def _layers(variables: Any, settings: GeneratorConfig) -> int | None:
+def _layers(variables: Any, settings: "GeneratorConfig") -> int | None:
     """L, as a generator's parameters have it; None where all layers share them."""
     if settings.pool == "per_layer" and "pool" in variables["params"]:
         return len(next(iter(variables["params"]["pool"].values())))

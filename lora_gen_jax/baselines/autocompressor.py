@@ -29,11 +29,11 @@ from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.generator.cloud import PackedPrompts
 from lora_gen_jax.generator.trained_module import Generated, TrainedModule
 from lora_gen_jax.inference.soft_prompt import compress, encode_soft, soft_positions
+from lora_gen_jax.models import Pair
 from lora_gen_jax.sharding import constrain
 from lora_gen_jax.training.losses import mean_cross_entropy
 
 if TYPE_CHECKING:
-    from lora_gen_jax.models import Pair
     from lora_gen_jax.training.checkpoint import Loaded
 
 SITES = ("q", "k", "v", "o")
@@ -174,7 +174,7 @@ def soft_tokens(config: Config) -> int:
     return config.compressor.summary_tokens * (config.compressor.segments - 1)
 
 
-def build(config: Config, pair: "Pair") -> AutoCompressor:
+def build(config: Config, pair: Pair) -> AutoCompressor:
     """The module of a config.
 
     Raises:
@@ -209,14 +209,14 @@ def build(config: Config, pair: "Pair") -> AutoCompressor:
     return module
 
 
-def specialize(config: Config, pair: "Pair", loaded: "Loaded | None") -> Specialize:
+def specialize(config: Config, pair: Pair, loaded: "Loaded | None") -> Specialize:
     """From a prompt to the edge model with the LoRA merged and the prompt's soft tokens; without one, the LoRA alone.
 
     Raises:
         DataError: as `compress` and `encode_soft`, when called with a prompt.
     """
     assert loaded is not None, "an AutoCompressor is trained"
-    module, edge, plain = build(loaded.config, pair), pair.edge, fixed(config, pair, loaded)
+    module, edge, plain = build(loaded.config, pair), pair.edge, fixed(build)(config, pair, loaded)
 
     def specialized(prompt: Prompt | None) -> Specialized:
         merged = plain(None)

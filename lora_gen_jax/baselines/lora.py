@@ -10,9 +10,11 @@ import flax.linen as nn
 
 from lora_gen_jax.adapters.lora import LoRA, trained_factors
 from lora_gen_jax.baselines.method import Method, Traits, fixed
+from lora_gen_jax.config import Config
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.generator.cloud import PackedPrompts
 from lora_gen_jax.generator.trained_module import Generated, TrainedModule
+from lora_gen_jax.models import Pair
 
 SITES = ("q", "v", "gate", "up", "down")
 
@@ -48,12 +50,17 @@ def lora_macs(edge: DecoderConfig, settings: Any) -> int:
     return edge.num_layers * settings.rank * sum(sum(edge.site_shape(site)) for site in sites)
 
 
+def build(config: Config, pair: Pair) -> MultiTaskLoRA:
+    """The module of a config."""
+    return MultiTaskLoRA(pair.edge.config, config.generator)
+
+
 METHOD = Method(
     key="lora",
     title="LoRA",
     traits=Traits(compresses_context=False, merged=True, training_free=False, transfers=False),
-    build=lambda config, pair: MultiTaskLoRA(pair.edge.config, config.generator),
-    specialize=fixed,
+    build=build,
+    specialize=fixed(build),
     may_read_prompt=True,
     token_macs=lambda edge, config: lora_macs(edge, config.generator),
 )

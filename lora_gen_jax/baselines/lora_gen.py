@@ -3,18 +3,18 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from lora_gen_jax.baselines.method import Method, Prompt, Specialize, Specialized, Traits, beside_or_merged
+from lora_gen_jax.baselines.method import Method, Prompt, Specialize, Specialized, Traits, merge_if_possible
 from lora_gen_jax.config import Config
 from lora_gen_jax.generator.lora_gen import LoRAGen
 from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.generator.trained_module import Generated
+from lora_gen_jax.models import Pair, check_variables
 
 if TYPE_CHECKING:
-    from lora_gen_jax.models import Pair
     from lora_gen_jax.training.checkpoint import Loaded
 
 
-def build(config: Config, pair: "Pair") -> LoRAGen:
+def build(config: Config, pair: Pair) -> LoRAGen:
     """The generator of a config."""
     cloud, newline = pair.cloud.decoder, config.generator.meta_init == "newline"
     return LoRAGen(
@@ -30,13 +30,11 @@ def build(config: Config, pair: "Pair") -> LoRAGen:
     )
 
 
-def reader(config: Config, pair: "Pair", loaded: "Loaded") -> Callable[[str], Generated]:
+def reader(config: Config, pair: Pair, loaded: "Loaded") -> Callable[[str], Generated]:
     """From a prompt's text to what the generator says about it; prompts have at most eval.prompt_limit tokens.
 
     Of an empty text the line break is read that every prompt ends with.
     """
-    from lora_gen_jax.models import check_variables
-
     generator, encoder = build(loaded.config, pair), pair.cloud.encoder
     check_variables(loaded, generator, pair)
 
@@ -47,7 +45,7 @@ def reader(config: Config, pair: "Pair", loaded: "Loaded") -> Callable[[str], Ge
     return read
 
 
-def specializer(config: Config, pair: "Pair", loaded: "Loaded | None") -> Specialize:
+def specializer(config: Config, pair: Pair, loaded: "Loaded | None") -> Specialize:
     """The cloud reads the prompt, the gated products are merged; without a prompt the base."""
     assert loaded is not None
     read = reader(config, pair, loaded)
@@ -55,7 +53,7 @@ def specializer(config: Config, pair: "Pair", loaded: "Loaded | None") -> Specia
     def specialized(prompt: Prompt | None) -> Specialized:
         if prompt is None:
             return Specialized(pair.edge.params)
-        return beside_or_merged(pair.edge.params, read(prompt.text).adapter.select(0))
+        return merge_if_possible(pair.edge.params, read(prompt.text).adapter.select(0))
 
     return specialized
 

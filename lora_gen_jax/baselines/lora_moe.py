@@ -24,10 +24,10 @@ from lora_gen_jax.decoder.product import kept, product
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.generator.cloud import PackedPrompts
 from lora_gen_jax.generator.trained_module import Generated, TrainedModule
+from lora_gen_jax.models import Pair
 
 if TYPE_CHECKING:
     from lora_gen_jax.data.pipeline import Batch
-    from lora_gen_jax.models import Pair
 
 
 def router_logits(x_BTD: jax.Array, router_DE: jax.Array) -> jax.Array:
@@ -158,7 +158,7 @@ class LoRAMoE(TrainedModule):
         return coefficient * balance, {"balance": balance}
 
 
-def _build(config: Config, pair: "Pair") -> LoRAMoE:
+def _build(config: Config, pair: Pair) -> LoRAMoE:
     # Where no task is said to ask for knowledge, no half of the experts is preferred.
     margin = config.lora_moe.margin if config.data.knowledge_tasks else 0.0
     return LoRAMoE(pair.edge.config, config.generator, margin)
@@ -176,7 +176,7 @@ METHOD = Method(
     title="LoRAMoE",
     traits=Traits(compresses_context=False, merged=False, training_free=False, transfers=False),
     build=_build,
-    specialize=fixed,
+    specialize=fixed(_build),
     may_read_prompt=True,
     token_macs=token_macs,
 )

@@ -21,7 +21,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lora_gen_jax.adapters.lora import LoRA, PromptLoRA, factor_a_init
 from lora_gen_jax.baselines.hub_search import Found, check_budget, require_nevergrad, search
 from lora_gen_jax.baselines.lora import SITES, lora_macs, lora_sites
-from lora_gen_jax.baselines.method import Method, Prompt, Specialize, Specialized, Traits, beside_or_merged
+from lora_gen_jax.baselines.method import Method, Prompt, Specialize, Specialized, Traits, merge_if_possible
+from lora_gen_jax.buckets import bucket
 from lora_gen_jax.config import Config, DataConfig, HubConfig
 from lora_gen_jax.data.groups import Group
 from lora_gen_jax.data.pipeline import Batch, pack_groups
@@ -31,12 +32,11 @@ from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.generator.cloud import PackedPrompts
 from lora_gen_jax.generator.trained_module import Generated, TrainedModule
-from lora_gen_jax.inference.buckets import bucket
-from lora_gen_jax.inference.placement import mesh_context, mesh_of, padded_rows, place_rows
+from lora_gen_jax.models import Model, Pair
+from lora_gen_jax.placement import mesh_context, mesh_of, padded_rows, place_rows
 from lora_gen_jax.training.step import edge_loss
 
 if TYPE_CHECKING:
-    from lora_gen_jax.models import Model, Pair
     from lora_gen_jax.training.checkpoint import Loaded
 
 
@@ -116,7 +116,7 @@ def compose(variables: Any, weights_N: Any, scale: float) -> LoRA:
     return LoRA(factors, scale)
 
 
-def shots_of(edge: "Model", prompt: Prompt | None) -> Pairs:
+def shots_of(edge: Model, prompt: Prompt | None) -> Pairs:
     """Ids of the shots' queries and responses, an end token behind each response.
 
     Raises:
@@ -142,7 +142,7 @@ def shots_of(edge: "Model", prompt: Prompt | None) -> Pairs:
     return pairs
 
 
-def one_row(edge: "Model", pairs: Pairs) -> Batch:
+def one_row(edge: Model, pairs: Pairs) -> Batch:
     """Queries and responses as training lays them out: one row, each a segment of its own.
 
     Lengths are bucketed, so that tasks share compilations; a mesh of devices gets rows of padding beside the one.
@@ -163,7 +163,7 @@ def _loss(decoder: Decoder, scale: float, frozen: Any, modules: Any, weights_N: 
     return edge_loss(decoder, frozen, compose({"params": modules}, weights_N, scale), batch, {})
 
 
-def loss_by_weights(edge: "Model", modules: Any, scale: float) -> Callable[[Pairs], Callable[[np.ndarray], float]]:
+def loss_by_weights(edge: Model, modules: Any, scale: float) -> Callable[[Pairs], Callable[[np.ndarray], float]]:
     """From queries with responses to a function from weights to their loss, in nats a token of the responses.
 
     Args:
@@ -186,7 +186,7 @@ def loss_by_weights(edge: "Model", modules: Any, scale: float) -> Callable[[Pair
     return of_pairs
 
 
-def shots_loss(edge: "Model", loaded: "Loaded") -> Callable[[Prompt | None], Callable[[np.ndarray], float]]:
+def shots_loss(edge: Model, loaded: "Loaded") -> Callable[[Prompt | None], Callable[[np.ndarray], float]]:
     """From a task's prompt to a function from weights to the loss of its shots, in nats a token of the answers.
 
     Raises:
@@ -197,7 +197,7 @@ def shots_loss(edge: "Model", loaded: "Loaded") -> Callable[[Prompt | None], Cal
     return lambda prompt: of_pairs(shots_of(edge, prompt))
 
 
-def found_weights(hub: HubConfig, pair: "Pair", loaded: "Loaded") -> Callable[[Prompt | None], Found]:
+def found_weights(hub: HubConfig, pair: Pair, loaded: "Loaded") -> Callable[[Prompt | None], Found]:
     """From a task's prompt to the weights that the search finds for it, with the budget, bound and penalty of `hub`.
 
     Raises:
@@ -223,7 +223,7 @@ def check(config: Config) -> None:
     require_nevergrad()
 
 
-def build(config: Config, pair: "Pair") -> LoRAModules:
+def build(config: Config, pair: Pair) -> LoRAModules:
     """The modules of a config.
 
     Raises:
@@ -233,7 +233,7 @@ def build(config: Config, pair: "Pair") -> LoRAModules:
     return LoRAModules(pair.edge.config, config.generator, config.hub.modules)
 
 
-def specialize(config: Config, pair: "Pair", loaded: "Loaded | None") -> Specialize:
+def specialize(config: Config, pair: Pair, loaded: "Loaded | None") -> Specialize:
     """From a prompt to the edge model with the LoRA merged that a search over its shots composes.
 
     Raises:
@@ -244,7 +244,7 @@ def specialize(config: Config, pair: "Pair", loaded: "Loaded | None") -> Special
 
     def specialized(prompt: Prompt | None) -> Specialized:
         adapter = compose(loaded.variables, np.float32(find(prompt).weights_N), scale)
-        return beside_or_merged(pair.edge.params, adapter)
+        return merge_if_possible(pair.edge.params, adapter)
 
     return specialized
 

@@ -18,9 +18,9 @@ from lora_gen_jax.data.tasks import Example, Task
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.generator.trained_module import TrainedModule
 from lora_gen_jax.inference.prefix import Prefix
+from lora_gen_jax.models import Pair, check_variables
 
-if TYPE_CHECKING:  # both import the list of methods
-    from lora_gen_jax.models import Pair
+if TYPE_CHECKING:
     from lora_gen_jax.training.checkpoint import Loaded
 
 
@@ -73,6 +73,8 @@ class Specialized(NamedTuple):
 
 Specialize = Callable[[Prompt | None], Specialized]
 """From a task's prompt, None where it has none."""
+Build = Callable[[Config, Pair], TrainedModule]
+"""From the config of a run and its models to the module that is trained."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +104,8 @@ class Method:
     key: str
     title: str
     traits: Traits
-    build: Callable[[Config, "Pair"], TrainedModule] | None
-    specialize: Callable[[Config, "Pair", "Loaded | None"], Specialize]
+    build: Build | None
+    specialize: Callable[[Config, Pair, "Loaded | None"], Specialize]
     edge_reads_prompt: bool = False
     may_read_prompt: bool = False
     depends_on_prompt: bool = False
@@ -117,31 +119,30 @@ class Method:
     packages: tuple[str, ...] = ()
 
 
-def base(config: Config, pair: "Pair", loaded: "Loaded | None" = None) -> Specialize:
+def base(config: Config, pair: Pair, loaded: "Loaded | None" = None) -> Specialize:
     """The edge model as it is."""
     return lambda prompt: Specialized(pair.edge.params)
 
 
-def fixed(config: Config, pair: "Pair", loaded: "Loaded | None") -> Specialize:
-    """An adapter that is the same for every prompt: merged where it can be, else beside the weights.
+def fixed(build: Build) -> Callable[[Config, Pair, "Loaded | None"], Specialize]:
+    """For a method whose adapter is the same for every prompt: it is made once, when it is first needed."""
 
-    It is made when it is first needed.
-    """
-    assert loaded is not None
+    def specialize(config: Config, pair: Pair, loaded: "Loaded | None") -> Specialize:
+        assert loaded is not None
 
-    @functools.cache
-    def made() -> Specialized:
-        from lora_gen_jax.models import check_variables, make_generator
+        @functools.cache
+        def made() -> Specialized:
+            module: Any = build(loaded.config, pair)
+            check_variables(loaded, module, pair, reads=False)
+            adapter = module.apply(loaded.variables, None, None).adapter
+            return merge_if_possible(pair.edge.params, jax.device_put(adapter))
 
-        module = make_generator(loaded.config, pair)
-        check_variables(loaded, module, pair, reads=False)
-        adapter = module.apply(loaded.variables, None, None).adapter
-        return beside_or_merged(pair.edge.params, jax.device_put(adapter))
+        return lambda prompt: made()
 
-    return lambda prompt: made()
+    return specialize
 
 
-def beside_or_merged(params: Any, adapter: Any) -> Specialized:
+def merge_if_possible(params: Any, adapter: Any) -> Specialized:
     """The weights with the adapter merged, where it is a change of weights, else with the adapter beside them."""
     if hasattr(adapter, "weight_delta"):
         return Specialized(merge(params, adapter))

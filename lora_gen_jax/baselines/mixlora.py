@@ -25,10 +25,10 @@ from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.product import kept, product
 from lora_gen_jax.generator.cloud import PackedPrompts
 from lora_gen_jax.generator.trained_module import Generated, TrainedModule
+from lora_gen_jax.models import Pair
 
 if TYPE_CHECKING:
     from lora_gen_jax.data.pipeline import Batch
-    from lora_gen_jax.models import Pair
 
 ATTENTION_SITES = ("q", "k", "v", "o")
 
@@ -176,7 +176,7 @@ class MixLoRA(TrainedModule):
         return self.settings.balance_coefficient * balance, {"balance": balance}
 
 
-def _build(config: Config, pair: "Pair") -> MixLoRA:
+def _build(config: Config, pair: Pair) -> MixLoRA:
     return MixLoRA(pair.edge.config, config.generator)
 
 
@@ -201,7 +201,7 @@ METHOD = Method(
     title="MixLoRA",
     traits=Traits(compresses_context=False, merged=False, training_free=False, transfers=False),
     build=_build,
-    specialize=fixed,
+    specialize=fixed(_build),
     may_read_prompt=True,
     token_macs=token_macs,
 )

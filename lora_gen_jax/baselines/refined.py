@@ -24,11 +24,11 @@ from lora_gen_jax.baselines.method import Method, Prompt, Specialize, Specialize
 from lora_gen_jax.config import Config, EvalConfig
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.generator.trained_module import Generated
+from lora_gen_jax.models import Pair
 from lora_gen_jax.specialization.refine import refine
 from lora_gen_jax.specialization.settings import RefineConfig
 
 if TYPE_CHECKING:
-    from lora_gen_jax.models import Pair
     from lora_gen_jax.training.checkpoint import Loaded
 
 
@@ -41,7 +41,7 @@ def no_update(edge: DecoderConfig) -> GatedPool:
     return GatedPool({"gates": jnp.zeros((edge.num_layers, 1, 1))}, {"pool": pool}, scale=1.0, top_k=1)
 
 
-def starting(key: str, config: Config, pair: "Pair", loaded: "Loaded | None") -> Callable[[str], Generated]:
+def starting(key: str, config: Config, pair: Pair, loaded: "Loaded | None") -> Callable[[str], Generated]:
     """From a prompt's text to what a method's steps begin with."""
     if loaded is None:
         return lambda text: Generated(no_update(pair.edge.config))
@@ -59,7 +59,7 @@ def starting(key: str, config: Config, pair: "Pair", loaded: "Loaded | None") ->
 def method(key: str, title: str, steps: Callable[[EvalConfig], RefineConfig], checkpoint: str | None) -> Method:
     """A method whose steps are set by `steps`."""
 
-    def specialize(config: Config, pair: "Pair", loaded: "Loaded | None") -> Specialize:
+    def specialize(config: Config, pair: Pair, loaded: "Loaded | None") -> Specialize:
         edge, trained = pair.edge, config if loaded is None else loaded.config
         start = starting(key, config, pair, loaded)
 

@@ -14,18 +14,18 @@ import jax.numpy as jnp
 
 from lora_gen_jax.adapters.protocol import AdapterBase
 from lora_gen_jax.baselines.method import Method, Prompt, Specialize, Specialized, Traits
+from lora_gen_jax.buckets import bucket, pad_rows
 from lora_gen_jax.config import Config
 from lora_gen_jax.data.edge_prompt import shared_row
 from lora_gen_jax.decoder.layers import POOLED, RECORDS, records_of
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import DataError
-from lora_gen_jax.inference.buckets import bucket, pad_rows
 from lora_gen_jax.inference.forward import forward_only
-from lora_gen_jax.inference.placement import padded_rows, place_rows
 from lora_gen_jax.inference.prefix import encode_prefix, past_prefix, prefix_cache, taken_positions
+from lora_gen_jax.models import Model, Pair
+from lora_gen_jax.placement import padded_rows, place_rows
 
 if TYPE_CHECKING:
-    from lora_gen_jax.models import Model, Pair
     from lora_gen_jax.training.checkpoint import Loaded
 
 
@@ -51,7 +51,7 @@ class TaskVector(AdapterBase):
         return None
 
 
-def task_vector(edge: "Model", prompt: Prompt, depth: float) -> TaskVector:
+def task_vector(edge: Model, prompt: Prompt, depth: float) -> TaskVector:
     """Asks the prompted model and keeps what it thinks.
 
     Args:
@@ -93,7 +93,7 @@ def _last_states(decoder: Decoder, params: Any, batch: tuple[Any, Any], prefix: 
     return records_of(recorded)[POOLED][:, :, 0]
 
 
-def specialize(config: Config, pair: "Pair", loaded: "Loaded | None") -> Specialize:
+def specialize(config: Config, pair: Pair, loaded: "Loaded | None") -> Specialize:
     """The edge model with the prompt's vector; without a prompt the base."""
 
     def specialized(prompt: Prompt | None) -> Specialized:

@@ -16,6 +16,7 @@ import jax
 from rich.console import Console
 from rich.progress import Progress
 
+from lora_gen_jax.buckets import bucket
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import to_json
 from lora_gen_jax.data.tasks import Task
@@ -38,7 +39,6 @@ from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.run import describe, machine
 from lora_gen_jax.evaluation.systems import system_of
 from lora_gen_jax.files import check_output, complete_directory, write_json
-from lora_gen_jax.inference.buckets import bucket
 from lora_gen_jax.methods import METHODS as COMPARED
 from lora_gen_jax.models import Pair, load_pair
 from lora_gen_jax.sharding import evaluation_mesh

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lora_gen_jax.buckets import power_of_two
 from lora_gen_jax.data.prompts import prompt_text
 from lora_gen_jax.data.tasks import Example
 from lora_gen_jax.evaluation.request_runner import Runner
 from lora_gen_jax.evaluation.timing import best_of
-from lora_gen_jax.inference.buckets import power_of_two
 from lora_gen_jax.inference.decode import generate
 from lora_gen_jax.inference.prefix import taken_positions
 from lora_gen_jax.models import Model

@@ -27,7 +27,8 @@ from lora_gen_jax.evaluation.efficiency_training import training_costs
 from lora_gen_jax.evaluation.run import machine
 from lora_gen_jax.files import check_output, complete_directory, text_argument, write_json
 from lora_gen_jax.generator.cloud import pack_prompts
-from lora_gen_jax.models import Pair, load_pair, make_generator
+from lora_gen_jax.methods import make_generator
+from lora_gen_jax.models import Pair, load_pair
 from lora_gen_jax.training.checkpoint import check_method, check_models, find_checkpoint, versions
 
 # What the report compares; a method beside these that cannot run with the config is left out.

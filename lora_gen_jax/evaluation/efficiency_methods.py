@@ -15,18 +15,19 @@ import numpy as np
 from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.baselines.hub_search import search
 from lora_gen_jax.baselines.lorahub import compose, loss_by_weights
-from lora_gen_jax.baselines.method import beside_or_merged
+from lora_gen_jax.baselines.method import merge_if_possible
+from lora_gen_jax.buckets import bucket
 from lora_gen_jax.config import Config
 from lora_gen_jax.data.prompts import behind
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.evaluation.timing import timed
 from lora_gen_jax.generator.cloud import PackedPrompts, pack_prompts
 from lora_gen_jax.generator.specialize import specialize
-from lora_gen_jax.inference.buckets import bucket
 from lora_gen_jax.inference.prefix import Prefix, encode_prefix
 from lora_gen_jax.inference.soft_prompt import compress, encode_soft
 from lora_gen_jax.methods import METHODS as COMPARED
-from lora_gen_jax.models import Pair, make_generator
+from lora_gen_jax.methods import make_generator
+from lora_gen_jax.models import Pair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +181,7 @@ def fixed(key: str, setup: Setup) -> Ready:
     """
     config = dataclasses.replace(setup.config, method=key)
     module, variables = untrained(config, setup.pair)
-    params, adapter, _ = beside_or_merged(setup.pair.edge.params, module.apply(variables, None, None).adapter)
+    params, adapter, _ = merge_if_possible(setup.pair.edge.params, module.apply(variables, None, None).adapter)
     macs = COMPARED[key].token_macs
     beside = 0 if adapter is None or macs is None else macs(setup.pair.edge.config, config)
     return Ready(setup.work.whole if config.data.edge_reads_prompt else setup.work.query, params, adapter, beside)

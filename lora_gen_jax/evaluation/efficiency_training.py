@@ -19,7 +19,8 @@ from lora_gen_jax.config import Config
 from lora_gen_jax.data.pipeline import Batch, Group, pack_groups
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.evaluation.efficiency import ms, peak_bytes, say
-from lora_gen_jax.models import Pair, make_generator
+from lora_gen_jax.methods import make_generator
+from lora_gen_jax.models import Pair
 from lora_gen_jax.training.cost import method_cost
 from lora_gen_jax.training.optimizer import make_optimizer
 from lora_gen_jax.training.prepare import keep_freed_memory

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from lora_gen_jax.inference.buckets import bucket
+from lora_gen_jax.buckets import bucket
 
 # A shorter prefix is not worth programs of its own.
 SHORTEST_PREFIX = 16

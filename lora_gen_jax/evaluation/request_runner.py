@@ -10,11 +10,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lora_gen_jax.buckets import bucket, power_of_two
 from lora_gen_jax.evaluation.lm_eval_generation import Wanted, texts
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.request_plan import pieces, shared_prefixes
 from lora_gen_jax.evaluation.subject import Subject
-from lora_gen_jax.inference.buckets import bucket, power_of_two
 from lora_gen_jax.inference.decode import generate
 from lora_gen_jax.inference.prefix import Prefix, encode_prefix
 from lora_gen_jax.inference.rows import Request

@@ -152,7 +152,8 @@ class Sides:
     """
 
     def __init__(self, loaded: Any, max_new_tokens: int, chat: bool):
-        from lora_gen_jax.models import load_pair, make_generator
+        from lora_gen_jax.methods import make_generator
+        from lora_gen_jax.models import load_pair
         from lora_gen_jax.training.checkpoint import check_models
 
         self.loaded, self.max_new_tokens, self.chat = loaded, max_new_tokens, chat

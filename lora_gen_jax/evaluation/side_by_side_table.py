@@ -1,19 +1,21 @@
 """How a case of side_by_side is printed. In: a `Comparison`. Out: a table on standard output."""
 
 import sys
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lora_gen_jax.evaluation.side_by_side import Comparison, Side
+if TYPE_CHECKING:
+    from lora_gen_jax.evaluation.side_by_side import Comparison, Side
 
 WIDTH = 110
 # The last lines of a long prompt say least about it.
 _SHOWN_LINES = 6
 
 
-def print_comparison(found: Comparison) -> None:
+def print_comparison(found: "Comparison") -> None:
     """The prompt, both answers, and what they cost."""
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     console.print(Text(f"\n{found.case.name}", style="bold"))
@@ -35,7 +37,7 @@ def print_comparison(found: Comparison) -> None:
         console.print(Text(found.case.remark))
 
 
-def comparison_table(found: Comparison) -> Table:
+def comparison_table(found: "Comparison") -> Table:
     """Base left, specialized right, and the first over the second."""
     left, right = found.base, found.specialized
     table = Table(show_lines=True, expand=True)
@@ -57,7 +59,7 @@ def pair(left: float, right: float, digits: int) -> tuple[str, str, str]:
     return f"{left:.{digits}f}", f"{right:.{digits}f}", f"{left / right:.2f}×"
 
 
-def shown_answer(side: Side) -> str:
+def shown_answer(side: "Side") -> str:
     """The answer, marked where the limit cut it or where there is none."""
     text = side.answer.strip()
     if not text:

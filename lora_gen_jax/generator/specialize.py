@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from lora_gen_jax.buckets import bucket, check_tokens
 from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.generator.cloud import pack_prompts
 from lora_gen_jax.generator.lora_gen import Generated, LoRAGen
-from lora_gen_jax.inference.buckets import bucket, check_tokens
-from lora_gen_jax.inference.placement import mesh_context, padded_rows, place_rows
+from lora_gen_jax.placement import mesh_context, padded_rows, place_rows
 
 
 @partial(jax.jit, static_argnums=0)

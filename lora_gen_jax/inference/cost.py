@@ -19,12 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_gen_jax.buckets import bucket
 from lora_gen_jax.config import GeneratorConfig
 from lora_gen_jax.decoder.attention import KVCache
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.generator.cloud import CLOUD_SITES
-from lora_gen_jax.inference.buckets import bucket
 from lora_gen_jax.inference.forward import logits_at
 from lora_gen_jax.training.cost import linear_macs
 

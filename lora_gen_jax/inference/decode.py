@@ -15,15 +15,15 @@ import numpy as np
 from flax import struct
 
 from lora_gen_jax.adapters.protocol import Adapter
+from lora_gen_jax.buckets import bucket, check_tokens, pad_rows, power_of_two
 from lora_gen_jax.decoder.attention import KVCache
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import DataError
-from lora_gen_jax.inference.buckets import bucket, check_tokens, pad_rows, power_of_two
 from lora_gen_jax.inference.forward import forward_only, logits_at
 from lora_gen_jax.inference.mixed import per_row, require_single_prompt
-from lora_gen_jax.inference.placement import padded_rows, place_rows
 from lora_gen_jax.inference.prefix import Prefix, check_length, grow_cache, past_prefix, prefix_cache, taken_positions
 from lora_gen_jax.inference.sampling import Sampling, row_keys, sample
+from lora_gen_jax.placement import padded_rows, place_rows
 
 
 class Generation(NamedTuple):

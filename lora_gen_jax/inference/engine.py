@@ -15,15 +15,15 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from lora_gen_jax.adapters.gated_pool import GatedPool
+from lora_gen_jax.buckets import pad_rows, power_of_two
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import ConfigError
-from lora_gen_jax.inference.buckets import pad_rows, power_of_two
 from lora_gen_jax.inference.continuous import STOPS, Drawn, Joining, Rows, decode, empty_rows, join, release
 from lora_gen_jax.inference.decode import Generation
 from lora_gen_jax.inference.forward import forward_only
-from lora_gen_jax.inference.placement import check_room, mesh_context, mesh_of, padded_rows
 from lora_gen_jax.inference.sampling import Sampling
 from lora_gen_jax.inference.work import FINISH, Progress, Work, check_factors, check_gates, check_work, expert_count
+from lora_gen_jax.placement import check_room, mesh_context, mesh_of, padded_rows
 from lora_gen_jax.sharding import spec
 
 PREFILL_TOKENS = 2048

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from lora_gen_jax.adapters.gated_pool import GatedPool
 from lora_gen_jax.adapters.merge import merge, merge_over
+from lora_gen_jax.buckets import bucket
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import LoraGenError
-from lora_gen_jax.inference.buckets import bucket
 from lora_gen_jax.inference.continuous import with_gates
 from lora_gen_jax.inference.decode import Generation
 from lora_gen_jax.inference.engine import Engine

@@ -14,11 +14,11 @@ import numpy as np
 from flax import struct
 
 from lora_gen_jax.adapters.protocol import Adapter
+from lora_gen_jax.buckets import bucket, check_tokens, pad_rows
 from lora_gen_jax.decoder.attention import KVCache
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import DataError
-from lora_gen_jax.inference.buckets import bucket, check_tokens, pad_rows
 from lora_gen_jax.inference.forward import forward_only
 from lora_gen_jax.inference.mixed import require_single_prompt
 

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from flax import struct
 
+from lora_gen_jax.buckets import bucket, check_tokens, power_of_two
 from lora_gen_jax.errors import DataError
-from lora_gen_jax.inference.buckets import bucket, check_tokens, power_of_two
 
 
 class Request(NamedTuple):

@@ -20,7 +20,6 @@ from lora_gen_jax.decoder.attention import KVCache
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.inference.forward import forward_only, logits_at
 from lora_gen_jax.inference.mixed import require_single_prompt
-from lora_gen_jax.inference.placement import padded_rows, place_rows
 from lora_gen_jax.inference.prefix import Prefix, prefix_cache, taken_positions
 from lora_gen_jax.inference.rows import (
     Request,
@@ -32,6 +31,7 @@ from lora_gen_jax.inference.rows import (
     split_rows,
     truncated_rows,
 )
+from lora_gen_jax.placement import padded_rows, place_rows
 
 # Logits held at a time: 2^24 fp32 numbers are 64 MiB, 341 positions of a vocabulary of 49k or 64 of one of 256k.
 LOGITS_IN_MEMORY = 1 << 24

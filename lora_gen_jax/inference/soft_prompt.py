@@ -16,16 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_gen_jax.adapters.protocol import Adapter
+from lora_gen_jax.buckets import bucket, check_tokens
 from lora_gen_jax.decoder.attention import KVCache
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.generator.cloud import PackedPrompts
-from lora_gen_jax.inference.buckets import bucket, check_tokens
 from lora_gen_jax.inference.forward import forward_only
 from lora_gen_jax.inference.mixed import require_single_prompt
-from lora_gen_jax.inference.placement import mesh_context
 from lora_gen_jax.inference.prefix import Prefix
+from lora_gen_jax.placement import mesh_context
 
 
 def soft_positions(config: DecoderConfig, tokens: int) -> int:

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from lora_gen_jax.adapters.gated_pool import GatedPool
+from lora_gen_jax.buckets import check_tokens
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import DataError
-from lora_gen_jax.inference.buckets import check_tokens
 from lora_gen_jax.inference.continuous import STOPS
 from lora_gen_jax.inference.sampling import Sampling
 

@@ -15,9 +15,9 @@ from typing import TypeVar
 import jinja2
 
 from lora_gen_jax.adapters.specialization import save_specialization
+from lora_gen_jax.buckets import check_tokens
 from lora_gen_jax.data.encode import Encoder
 from lora_gen_jax.errors import DataError, LoraGenError
-from lora_gen_jax.inference.buckets import check_tokens
 from lora_gen_jax.models import end_ids
 from lora_gen_jax.serving.errors import ApiError, api_error, invalid
 from lora_gen_jax.serving.examples import digest, learned_turns, refinement_of, requested_prompt

@@ -14,10 +14,10 @@ import numpy as np
 from lora_gen_jax.adapters.gated_pool import GatedPool
 from lora_gen_jax.adapters.refined import RefinedPool
 from lora_gen_jax.adapters.specialization import Specialization, gate_tensors
+from lora_gen_jax.buckets import power_of_two
 from lora_gen_jax.config import GeneratorConfig, ModelConfig
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.generator.trained_module import Generated
-from lora_gen_jax.inference.buckets import power_of_two
 from lora_gen_jax.models import Model, make_decoder
 from lora_gen_jax.specialization.refine import Refined, refine
 from lora_gen_jax.specialization.rows import ExampleIds, check_examples, lengths_of, row_length, variants

@@ -23,7 +23,7 @@ from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.generator.router import Routing, gates_of, straight_through
 from lora_gen_jax.generator.trained_module import Generated
-from lora_gen_jax.inference.placement import mesh_context, padded_rows, place_rows
+from lora_gen_jax.placement import mesh_context, padded_rows, place_rows
 from lora_gen_jax.specialization.rows import ExampleIds, ExampleRows, check_examples, pack_examples
 from lora_gen_jax.specialization.settings import RefineConfig
 from lora_gen_jax.training.losses import slot_cross_entropy

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from flax import struct
 
+from lora_gen_jax.buckets import bucket, check_tokens, power_of_two
 from lora_gen_jax.errors import DataError
-from lora_gen_jax.inference.buckets import bucket, check_tokens, power_of_two
 from lora_gen_jax.specialization.settings import RefineConfig
 
 ExampleIds = tuple[list[int], list[int]]

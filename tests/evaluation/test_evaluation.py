@@ -23,7 +23,8 @@ from lora_gen_jax.evaluation.run import evaluate
 from lora_gen_jax.evaluation.systems import make_systems
 from lora_gen_jax.evaluation.task import System, evaluate_task, task_prompt
 from lora_gen_jax.generator.specialize import specialize
-from lora_gen_jax.models import load_pair, make_generator
+from lora_gen_jax.methods import make_generator
+from lora_gen_jax.models import load_pair
 from lora_gen_jax.sharding import make_mesh
 from lora_gen_jax.training.checkpoint import load_checkpoint
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from lora_gen_jax.buckets import bucket
 from lora_gen_jax.evaluation.request_plan import SHORTEST_PREFIX, pieces, shared_prefixes
-from lora_gen_jax.inference.buckets import bucket
 
 
 def test_contexts_are_divided_where_most_is_saved():

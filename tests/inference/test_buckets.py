@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from helpers import raises
 
+from lora_gen_jax.buckets import bucket, check_tokens, pad_rows, power_of_two
 from lora_gen_jax.errors import DataError
-from lora_gen_jax.inference.buckets import bucket, check_tokens, pad_rows, power_of_two
 
 
 def test_few_buckets_and_little_waste():

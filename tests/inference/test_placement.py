@@ -8,11 +8,11 @@ from inference_models import make_gates
 
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.inference.decode import generate
-from lora_gen_jax.inference.placement import mesh_of, padded_rows, place_rows
 from lora_gen_jax.inference.prefix import encode_prefix
 from lora_gen_jax.inference.rows import Request
 from lora_gen_jax.inference.scoring import score
 from lora_gen_jax.models import init_params
+from lora_gen_jax.placement import mesh_of, padded_rows, place_rows
 from lora_gen_jax.sharding import make_mesh, param_shardings
 
 pytestmark = pytest.mark.float64

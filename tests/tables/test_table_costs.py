@@ -9,7 +9,8 @@ import pytest
 
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.files import write_json
-from lora_gen_jax.models import load_pair, make_generator
+from lora_gen_jax.methods import make_generator
+from lora_gen_jax.models import load_pair
 from lora_gen_jax.tables import latency
 from lora_gen_jax.tables.command import table_main
 from lora_gen_jax.tables.spec import read_tables

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_gen_jax.errors import OutputError
-from lora_gen_jax.methods import BEHIND_PROMPT, METHODS
+from lora_gen_jax.methods import METHODS, PROMPT_READING_METHODS
 
 TITLES = {
     **{key: method.title for key, method in METHODS.items()},
@@ -50,7 +50,7 @@ DPI = 110
 
 def title_of(method: str, result: Mapping[str, Any] | None = None) -> str:
     """A method in words; with a result that says so, that the edge model did not read the prompt where it might."""
-    alone = method in BEHIND_PROMPT and result is not None and result.get("prompted") is False
+    alone = method in PROMPT_READING_METHODS and result is not None and result.get("prompted") is False
     return TITLES.get(method, method) + ", no prompt" * alone
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
+from lora_gen_jax.buckets import power_of_two
 from lora_gen_jax.errors import ConfigError
-from lora_gen_jax.inference.buckets import power_of_two
 from lora_gen_jax.sharding import LOGICAL_RULES, MESH_AXES, spec
 
 
