@@ -1,27 +1,13 @@
 """Strictness for every test: dtype and rank promotion are errors, warnings are errors, several CPU devices."""
 
-import os
-from pathlib import Path
-
-# Before JAX starts: four devices, so that sharding is tested as it runs on several chips.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# What one file's tests compile, other files, other processes and the next run read from disk (`pytest --cache-clear`
-# removes it): the same tests again take a quarter of the time.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "d" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-
+import before_jax  # before JAX starts
 import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The exact matmul, where float32 is compared with other libraries.
 jax.config.update("jax_default_matmul_precision", "highest")
-# Compiling is most of what tests take, XLA's costliest passes a third of that. Processes that tests start keep them,
-# as users have them; `JAX_DISABLE_MOST_OPTIMIZATIONS=0 python -m pytest` keeps them everywhere.
-if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
+if before_jax.QUICK:
     jax.config.update("jax_disable_most_optimizations", True)
 
 

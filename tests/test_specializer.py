@@ -52,6 +52,7 @@ def short(prompts):
 def forty(specializer, prompts):
     """(their specializations, what progress said, the programs that were compiled)."""
     generate: Any = specializing._generate
+    jax.clear_caches()  # another file may have compiled the same
     said, before = [], generate._cache_size()
     made = specializer.specialize(prompts, lambda done, total: said.append((done, total)), batch=8)
     return made, said, generate._cache_size() - before

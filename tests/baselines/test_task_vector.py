@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from helpers import logits, raises
+from helpers import SAME, logits, raises
 
 from lora_gen_jax.baselines.method import Prompt, Specialized
 from lora_gen_jax.baselines.task_vector import METHOD, task_vector
@@ -20,6 +20,7 @@ from lora_gen_jax.inference.rows import Request
 from lora_gen_jax.inference.scoring import score
 from lora_gen_jax.models import Pair, load_model
 
+pytestmark = pytest.mark.float64
 SETTINGS = EvalConfig(shots=3, latency=False)
 
 
@@ -52,14 +53,14 @@ def test_behind_the_last_layer_the_vector_of_a_query_says_what_the_prompted_mode
     query = edge.encoder.text(one.queries[0].query)
     prompted = edge.encoder.text(f"{one.text}\n\n{one.queries[0].query}")
     got = last_logits(edge, query, task_vector(edge, one, 1.0))
-    np.testing.assert_allclose(got[-1], last_logits(edge, prompted)[-1], atol=2e-4)
+    np.testing.assert_allclose(got[-1], last_logits(edge, prompted)[-1], **SAME)
     np.testing.assert_array_equal(got[:-1], last_logits(edge, query)[:-1])
 
 
 def test_the_vector_is_the_mean_over_queries_at_every_layer(edge, prompt):
     each = [task_vector(edge, prompt._replace(queries=(one,)), 0.5).scanned["vector"] for one in prompt.queries]
     both = task_vector(edge, prompt, 0.5).scanned
-    np.testing.assert_allclose(both["vector"], np.mean(each, axis=0), atol=1e-4)
+    np.testing.assert_allclose(both["vector"], np.mean(each, axis=0), **SAME)
     (at,) = np.flatnonzero(both["here"])
     assert at + 1 == round(0.5 * edge.config.num_layers)
     assert np.flatnonzero(task_vector(edge, prompt, 0.01).scanned["here"]).tolist() == [0]
@@ -70,7 +71,7 @@ def test_a_query_with_its_own_state_stays_as_it_is(edge, prompt):
     query = prompt.queries[0]
     alone = edge.encoder.text(query.query)
     own, behind = (task_vector(edge, one, 0.5) for one in (Prompt("", (), False, (query,)), prompt))
-    np.testing.assert_allclose(last_logits(edge, alone, own), last_logits(edge, alone), atol=2e-4)
+    np.testing.assert_allclose(last_logits(edge, alone, own), last_logits(edge, alone), **SAME)
     assert np.abs(last_logits(edge, alone, behind)[-1] - last_logits(edge, alone)[-1]).max() > 0.01
 
 
@@ -83,12 +84,12 @@ def test_generation_scoring_and_read_ahead_tokens_agree(edge, prompt):
     whole = score(*model, requests, batch_tokens=64, adapter=vector)
     for one, scored in zip(made, whole, strict=True):
         assert scored.is_greedy == (True, True)
-        np.testing.assert_allclose(scored.logprobs, (sum(one.logprobs), sum(one.logprobs[:2])), atol=1e-3)
+        np.testing.assert_allclose(scored.logprobs, (sum(one.logprobs), sum(one.logprobs[:2])), **SAME)
     ahead = [edge.encoder.line_break, *queries[0]]
     prefix = encode_prefix(*model, ahead[:-1], vector)
     parts = (score(*model, [Request(ahead, [made[0].ids])], batch_tokens=64, adapter=vector),)
     parts += (score(*model, [Request(ahead[-1:], [made[0].ids])], batch_tokens=64, adapter=vector, prefix=prefix),)
-    np.testing.assert_allclose(parts[0][0].logprobs, parts[1][0].logprobs, atol=1e-3)
+    np.testing.assert_allclose(parts[0][0].logprobs, parts[1][0].logprobs, **SAME)
 
 
 def test_it_is_a_method_of_an_evaluation(edge):

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import before_jax
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -24,9 +25,15 @@ class Jobs:
 
     def __init__(self, root: Path):
         self.root, self.running = root, []
-        # Less to compile, where what is compiled is not the question.
+        # Where what is compiled is not the question, as quickly as in this process (tests/conftest.py).
         self.environment = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        self.flags = os.environ["XLA_FLAGS"]
         root.mkdir(parents=True)
+
+    def compile_as_users(self) -> None:
+        """From now on."""
+        self.environment.clear()
+        self.flags = before_jax.GIVEN
 
     def config(self, name: str, **train: Any) -> Path:
         """A config file of a run in a directory of that name."""
@@ -40,7 +47,7 @@ class Jobs:
             "JAX_PLATFORMS": "cpu",
             "JAX_ENABLE_X64": str(int(jax.config.jax_enable_x64)),
             # Of a flag that is given twice the last counts.
-            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{self.flags} --xla_force_host_platform_device_count={devices}",
             "JAX_DEFAULT_MATMUL_PRECISION": "highest",
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",

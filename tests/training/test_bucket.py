@@ -51,7 +51,7 @@ def notes(server) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def alone(jobs):
     """Six steps with checkpoints in the work directory; compiled as users have it, here and in the other runs."""
-    jobs.environment.clear()
+    jobs.compile_as_users()
     return jobs.finish(jobs.config("alone"))
 
 
