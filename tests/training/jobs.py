@@ -25,7 +25,7 @@ class Jobs:
 
     def __init__(self, root: Path):
         self.root, self.running = root, []
-        # Where what is compiled is not the question, as quickly as in this process (tests/conftest.py).
+        # Where what is compiled is not the question, as quickly as in this process (`before_jax.QUICK`).
         self.environment = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
         self.flags = os.environ["XLA_FLAGS"]
         root.mkdir(parents=True)

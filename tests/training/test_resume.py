@@ -12,7 +12,7 @@ import pytest
 from jobs import batches, metrics, saved, saved_steps, wait_for
 
 pytestmark = pytest.mark.timeout(600)
-STEPS = 60
+STEPS = 36
 SETTINGS = {"steps": STEPS, "checkpoint_every": 4, "validate_every": 20}
 
 
@@ -52,7 +52,7 @@ def test_a_run_that_is_killed_and_stopped_ends_as_if_it_had_not_been(jobs, whole
     killed(jobs, config, at=random.Random(0).randint(3, 6), workers=2)
     stopped(jobs, config, signal.SIGTERM, 143, at=12, workers=1)
     killed(jobs, config, at=20, writing=True)
-    stopped(jobs, config, signal.SIGINT, 130, at=45, workers=1)
+    stopped(jobs, config, signal.SIGINT, 130, at=27, workers=1)
     jobs.finish(config)
     assert "resuming at step" in jobs.said(config)
     same_run(config, whole)
@@ -145,7 +145,7 @@ def test_two_processes_stop_together_and_a_lost_one_ends_the_other_and_the_job_g
 def goes_on_when_one_is_lost(jobs, config):
     """First process 1 is lost, then process 0, which coordinates the job: the other one ends with a word."""
     directory = config.with_suffix("")
-    for lost, at in ((1, 25), (0, 40)):
+    for lost, at in ((1, 20), (0, 28)):
         processes = jobs.start_together(config, step_seconds=0.1)
         assert wait_for(lambda at=at: last_step(directory) >= at, processes[0])
         processes[lost].kill()
