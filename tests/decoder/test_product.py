@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import EDGE, random_params, token_rows
+from helpers import EDGE, SAME, random_params, token_rows
 from jax.extend.core import jaxprs_in_params
 
 from lora_gen_jax.decoder import layers
@@ -64,11 +64,12 @@ def test_results_are_not_rounded():
 
 
 def test_without_operands_it_is_the_plain_product():
-    x, w, g = normal(0, (5, 48)), normal(1, (48, 24)), normal(2, (5, 24))
-    y, pull = jax.vjp(product, x, w)
-    expected, plain = jax.vjp(jnp.matmul, x, w)
-    np.testing.assert_array_equal(y, expected)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), pull(g), plain(g))
+    with jax.enable_x64(True):
+        x, w, g = (jnp.asarray(double(a)) for a in (normal(0, (5, 48)), normal(1, (48, 24)), normal(2, (5, 24))))
+        y, pull = jax.vjp(product, x, w)
+        expected, plain = jax.vjp(jnp.matmul, x, w)
+        np.testing.assert_array_equal(y, expected)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **SAME), pull(g), plain(g))
 
 
 def test_the_gradient_of_a_trained_weight_keeps_what_bf16_activations_would_lose():
