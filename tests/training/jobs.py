@@ -115,15 +115,15 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def wait_for(condition: Any, process: subprocess.Popen, seconds: float = 120) -> bool:
-    """Whether the condition came to hold while the process ran."""
-    end = time.monotonic() + seconds
+def wait_for(condition: Any, process: subprocess.Popen, every: float = 0.02) -> bool:
+    """Whether the condition came to hold while the process ran; it is asked for every so many seconds."""
+    end = time.monotonic() + 120
     while time.monotonic() < end:
         if condition():
             return True
         if process.poll() is not None:
             return False
-        time.sleep(0.002)
+        time.sleep(every)
     raise TimeoutError("the condition never came to hold")
 
 

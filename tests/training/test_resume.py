@@ -61,15 +61,12 @@ def test_a_run_that_is_killed_and_stopped_ends_as_if_it_had_not_been(jobs, whole
 def killed(jobs, config, at, writing=False, workers=0):
     """A run that gets to step `at` and is killed, if asked for while it writes; its workers end with it."""
     directory = config.with_suffix("")
-
-    def moment():
-        saving = any((directory / "checkpoints").glob("*tmp*"))
-        return last_step(directory) >= at and (saving or not writing)
-
     flags, seconds = ("--data.workers", str(workers)), 0.02 if writing else 0.2
     # A log of its own: Python's tracker of the workers' resources says a last word after all have ended.
     process = jobs.start(config, *flags, name="killed", step_seconds=seconds)
-    assert wait_for(moment, process), "the run ended before it could be killed"
+    assert wait_for(lambda: last_step(directory) >= at, process), "the run ended before it could be killed"
+    if writing:
+        assert wait_for(lambda: any((directory / "checkpoints").glob("*tmp*")), process, every=0.002)
     building = [pid for pid in _children(process.pid) if "spawn_main" in _command(pid)]
     assert len(building) == workers
     process.kill()
@@ -125,7 +122,7 @@ def test_two_processes_stop_together_and_a_lost_one_ends_the_other_and_the_job_g
     config = jobs.config("two", **SETTINGS)
     directory = config.with_suffix("")
     processes = jobs.start_together(config, step_seconds=0.1)
-    assert wait_for(lambda: last_step(directory) == 5, processes[0])
+    assert wait_for(lambda: last_step(directory) >= 5, processes[0])
     processes[1].terminate()
     assert [process.wait(timeout=60) for process in processes] == [143, 143]
     step = saved_steps(directory)[-1]
@@ -145,7 +142,7 @@ def test_two_processes_stop_together_and_a_lost_one_ends_the_other_and_the_job_g
 def goes_on_when_one_is_lost(jobs, config):
     """First process 1 is lost, then process 0, which coordinates the job: the other one ends with a word."""
     directory = config.with_suffix("")
-    for lost, at in ((1, 20), (0, 28)):
+    for lost, at in ((1, 21), (0, 28)):
         processes = jobs.start_together(config, step_seconds=0.1)
         assert wait_for(lambda at=at: last_step(directory) >= at, processes[0])
         processes[lost].kill()
