@@ -275,11 +275,6 @@ COMMANDS = {
     "export": Command(
         "export.command:export_command", "Export", "write a specialization for peft, transformers or llama.cpp"
     ),
-    "instructions": Command(
-        "instructions.command:instructions_command",
-        "Instructions",
-        "turn instruction data into tasks, by any language model",
-    ),
     "pack": Command(
         "pack_command:pack_command",
         "Pack",

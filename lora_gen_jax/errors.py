@@ -62,10 +62,6 @@ class OutputError(LoraGenError):
     """An output path cannot be written, or already holds something."""
 
 
-class EndpointError(LoraGenError):
-    """The endpoint cannot be reached, refuses requests, or answers with something that is no chat completion."""
-
-
 class Stopped(Exception):
     """A run ended early by a signal, its checkpoint saved.
 

@@ -10,13 +10,12 @@ from helpers import raises, unsaid
 import lora_gen_jax
 from lora_gen_jax import errors
 from lora_gen_jax.errors import ConfigError, DataError, LoraGenError
-from lora_gen_jax.instructions.endpoint import RequestRefused
 from lora_gen_jax.serving.errors import ApiError
 from lora_gen_jax.serving.scheduler import Closing, Failed, QueueFull
 from lora_gen_jax.training.loop import TrainingDivergedError
 
 KINDS = {kind.__name__ for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, LoraGenError)}
-KINDS |= {kind.__name__ for kind in (RequestRefused, Closing, Failed, QueueFull, TrainingDivergedError)}
+KINDS |= {kind.__name__ for kind in (Closing, Failed, QueueFull, TrainingDivergedError)}
 
 
 def raised():

@@ -25,7 +25,6 @@ FOUNDATION = ("errors", "files", "full_disk", "untrusted", "hub", "sharding", "b
 LAB = (
     "tables",
     "scaling",
-    "instructions",
     *(f"evaluation.{name}" for name in ("agent", "comparison", "efficiency", "figures", "function_call", "report")),
     "evaluation.side_by_side",
 )
