@@ -14,7 +14,7 @@ def bucket(n: int, minimum: int = 16) -> int:
     """The padded size for n tokens: steps of `minimum`, and of a quarter of the power of two below n once larger.
 
     With 16: 16, 32, 48, …, 128, 160, 192, 224, 256, 320, …. Padding adds 10 % on average and at most 25 % above
-    64 tokens, for 24 programs up to 2048 tokens and 4 more per doubling. Powers of two alone would need 8 programs
+    64 tokens, for 24 programs up to 2048 tokens and 4 more per doubling. Only powers of two would need 8 programs
     but add 40 % on average, which a prefill pays in full.
     """
     if n <= minimum:
@@ -56,7 +56,7 @@ def check_tokens(ids: Sequence[int], vocab_size: int, field: str) -> None:
         field: where the ids come from, as the error names it.
 
     Raises:
-        DataError: for an id that is no whole number, negative or not below `vocab_size`.
+        DataError: for an id that is not a whole number, negative or not below `vocab_size`.
     """
     if len(ids) == 0:
         return

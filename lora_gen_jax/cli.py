@@ -170,7 +170,7 @@ def eval_config(arguments: list[str]) -> tuple["Config", EvalFlags, list[int]]:
     """A config whose eval fields eval.py's short flags override, the flags, and the numbers of shots.
 
     Raises:
-        ConfigError: as `config_from_args`, and for shots that are no numbers.
+        ConfigError: as `config_from_args`, and for shots that are not numbers.
     """
     from lora_gen_jax.config_file import flags_and_config
 

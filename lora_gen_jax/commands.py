@@ -45,7 +45,7 @@ class Specialize:
     """A JSONL file with a solved example a line, {"input", "output"}: read as shots behind the --prompt, if there is
     one, and then learned from."""
     refine: Literal["gates", "lora"] | None = None
-    """What learns from the --examples: the gates alone (the default), which keeps the specialization small, or a LoRA
+    """What learns from the --examples: only the gates (the default), which keeps the specialization small, or a LoRA
     beside what was generated."""
     steps: int | None = None
     """Steps on the --examples, at most; 0 only reads them. Left out, as many as the generator's config says."""
@@ -130,11 +130,7 @@ def _prompt_of(named: "NamedPrompt", flags: Specialize) -> "str | Prompt":
 
 
 def _refines(flags: Specialize, prompts: "Sequence[str | Prompt]") -> bool:
-    """Whether there are examples to learn from, and --steps is not 0.
-
-    Raises:
-        ConfigError: for flags about examples without any, or a number of steps that cannot be.
-    """
+    """Whether there are examples to learn from, and --steps is not 0."""
     from lora_gen_jax.specialization.settings import RefineConfig
 
     RefineConfig(steps=flags.steps)

@@ -55,7 +55,7 @@ class DistributedConfig:
 
     Attributes:
         coordinator: HOST:PORT of process 0, the same for all; the port must be free there.
-        processes: how many there are. With 1, and no other flag, a process stays alone whatever the system tells.
+        processes: how many there are. With 1, and no other flag, a process runs on its own, whatever the system says.
         process: this one's number, from 0.
         heartbeat_seconds: how long a silent process counts as alive.
     """
@@ -85,7 +85,7 @@ class GeneratorConfig:
         balance_coefficient: weight of the balance loss of methods lora_moe and mixlora.
         router_width: hidden width of the router; left out, the cloud model's width.
         batch_norm: BatchNorm over the router's logits; off only for ablation.
-        batch_norm_by_layer: each layer's logits have statistics of their own, over prompts alone, instead of one for
+        batch_norm_by_layer: each layer's logits have statistics of their own, only over prompts, instead of one for
             all layers: gates then differ between prompts in every layer, however much the layers differ.
         batch_norm_variance: what the running variance collects from each batch: unbiased, as PyTorch does, or biased,
             to go on with a run that began before this was an option.

@@ -17,7 +17,7 @@ from lora_gen_jax.files import is_directory, write_text
 if TYPE_CHECKING:
     import numpy as np
 
-    from lora_gen_jax.inference.work import Factors, Work
+    from lora_gen_jax.inference.work import Factors, GenerationRequest
     from lora_gen_jax.models import Model
 
 
@@ -229,11 +229,7 @@ def _check_out(flags: Generate) -> Path:
 
 
 def _read_requests(flags: Generate, path: Path) -> tuple[list[dict[str, Any]], list[Path | None]]:
-    """The requests, and the specialization directory of each; None for the base model.
-
-    Raises:
-        DataError: naming file, line and field.
-    """
+    """The requests, and the specialization directory of each; None for the base model."""
     from lora_gen_jax.data.jsonl import map_rows, read_rows
 
     rows = read_rows(path)
@@ -294,14 +290,14 @@ def _check_written_again(row: dict[str, Any]) -> None:
 
 def _works(
     flags: Generate, edge: "Model", source: str, asked: "list[tuple[str, tuple[np.ndarray, Factors] | None]]"
-) -> "list[Work]":
+) -> "list[GenerationRequest]":
     """A work for each input and its specialization's gates [L, E] and factors."""
-    from lora_gen_jax.inference.work import Work
+    from lora_gen_jax.inference.work import GenerationRequest
     from lora_gen_jax.models import end_ids
 
     stop_ids = end_ids(source, edge)
     return [
-        Work(
+        GenerationRequest(
             ids=_ids(edge, text, flags.chat),
             max_new_tokens=flags.max_new_tokens,
             gates_LE=None if flags.base or update is None else update[0],

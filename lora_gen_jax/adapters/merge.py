@@ -3,8 +3,8 @@
 In: a decoder's parameters and a mergeable adapter of one prompt. Out: parameters of the same shapes, types and
 shardings: an ordinary model with no extra parameters.
 
-Subtracting ΔW returns to the base within rounding (about one fp32 entry in two hundred differs in its last bit).
-Exact return means keeping the base: `merge` leaves it alone, `merge_over` writes the next specialization over the last
+Subtracting ΔW returns to the base within rounding (about one fp32 entry in two hundred differs in its last bit). Exact
+return means keeping the base: `merge` leaves it unchanged, `merge_over` writes the next specialization over the last
 one, `merge_donated` gives the base's memory to the result.
 """
 

@@ -63,14 +63,14 @@ class Adapter(Protocol):
             key: for dropout; None when dropout is off.
 
         Returns:
-            [B, T, outputs of the site], or None where the adapter leaves the site alone.
+            [B, T, outputs of the site], or None where the adapter does not change the site.
         """
         ...
 
     def lowered(self, site: str, x_BTD: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array] | None:
         """(h [B, T, X], b [X, outputs]) whose product is `delta`, so that a layer can compute it with its own product.
 
-        None where there is none: the adapter leaves the site alone, or other rows have another b.
+        None where there is none: the adapter does not change the site, or other rows have another b.
         """
         ...
 

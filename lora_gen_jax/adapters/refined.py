@@ -34,12 +34,12 @@ class RefinedPool(AdapterBase):
 
     @property
     def generated(self) -> GatedPool:
-        """The generated update alone."""
+        """The generated update, without the factors."""
         return self.form.replace(scanned=self.scanned["pool"], shared=self.shared, operands=self.operands)
 
     @property
     def factors(self) -> PromptLoRA:
-        """What stands beside it."""
+        """The factors, without the generated update."""
         return PromptLoRA(self.scanned["factors"], scale=1.0, operands=self.operands)
 
     def delta(self, site: str, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array | None:

@@ -35,7 +35,7 @@ class Specialization:
     Attributes:
         tensors: {"index": [L, K], "weight": [L, K]}, or {"weight": int8 [L, E], "scale": [L]} for linear routing;
             beside them {"site.a": [L, inputs, X], "site.b": [L, X, outputs]} where factors were learned. Direct
-            generation has such factors alone.
+            generation has only such factors.
         fingerprints: of the cloud model, the edge model and the pool.
         prompt: the text that it was generated from.
         checkpoint: where the generator was, when it was made; None for the one that is shipped.
@@ -62,7 +62,7 @@ class Specialization:
 
     @property
     def factors(self) -> dict[str, dict[str, np.ndarray]]:
-        """{site: {"a": [L, inputs, X], "b": [L, X, outputs]}}; empty where there are gates alone."""
+        """{site: {"a": [L, inputs, X], "b": [L, X, outputs]}}; empty where there are only gates."""
         found: dict[str, dict[str, np.ndarray]] = {}
         for name, value in self.tensors.items():
             site, dot, factor = name.partition(".")
@@ -84,7 +84,7 @@ class Specialization:
         """The gates of all experts, [L, E] in fp32; zero where an expert is not chosen.
 
         Raises:
-            CheckpointError: for direct generation, which has none, or a gate of an expert that is not there.
+            CheckpointError: for direct generation, which has none, or a gate of an expert that does not exist.
         """
         if self.direct:
             raise CheckpointError(

@@ -1,7 +1,7 @@
 """Whether a specialization fits a generator, and the adapter that both together give.
 
 In: a `Specialization` and a generator's variables and settings. Out: an adapter of one prompt, or an error that says
-what does not fit. Gates mean something beside the pool that they were made for alone.
+what does not fit. Gates are valid only with the pool that they were generated for.
 """
 
 import dataclasses

@@ -66,7 +66,7 @@ class AutoCompressor(TrainedModule):
     def __call__(self, frozen: Any, prompts: PackedPrompts | None, train: bool = False) -> Generated:
         """The LoRA, soft tokens [P, κ·M, D] in fp32 and, with `train`, the loss "segments" in nats.
 
-        Without prompts the LoRA alone, for which no weights are needed. With `train` it needs the rng "dropout".
+        Without prompts only the LoRA, for which no weights are needed. With `train` it needs the rng "dropout".
 
         Raises:
             ConfigError: when the prompts are not in the edge model's ids.
@@ -210,7 +210,7 @@ def build(config: Config, pair: Pair) -> AutoCompressor:
 
 
 def specialize(config: Config, pair: Pair, loaded: "Loaded | None") -> Specialize:
-    """From a prompt to the edge model with the LoRA merged and the prompt's soft tokens; without one, the LoRA alone.
+    """From a prompt to the edge model with the LoRA merged and the prompt's soft tokens; without one, only the LoRA.
 
     Raises:
         DataError: as `compress` and `encode_soft`, when called with a prompt.

@@ -37,7 +37,7 @@ def search(loss_of: Callable[[np.ndarray], float], modules: int, settings: HubCo
 
     The authors' code divides the mean loss of the tokens by the number of shots once more, and so do we: the penalty
     weighs as much as theirs. The recommendation is the best candidate (COBYLA's, of SciPy 1.16 or newer). The result
-    depends on the arguments alone: within the budgets that are allowed NGOpt draws no random numbers. NumPy's global
+    depends only on the arguments: within the budgets that are allowed NGOpt draws no random numbers. NumPy's global
     random state stays as it was.
 
     Args:

@@ -5,7 +5,7 @@ Out: weights w that make the shots likely, and the edge model with one LoRA merg
 
     Â = Σ_n w_n·A_n,   B̂ = Σ_n w_n·B_n,   ΔW = (α/r)·Â·B̂
 
-The factors are summed, not the products, so ΔW has cross terms A_i·B_j. The edge model reads queries alone.
+The factors are summed, not the products, so ΔW has cross terms A_i·B_j. The edge model reads only queries.
 """
 
 import functools
@@ -83,7 +83,7 @@ class LoRAModules(TrainedModule):
 def choose_tasks(config: Config, tasks: list[Task]) -> list[Task]:
     """`hub.modules` of the tasks that have training rows, drawn by `train.seed`, in their order.
 
-    Which ones depends on the seed and on the tasks' names and sources alone.
+    Which ones depends only on the seed and on the tasks' names and sources.
 
     Raises:
         ConfigError: when there are too few.

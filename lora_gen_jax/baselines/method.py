@@ -58,7 +58,7 @@ class Prompt(NamedTuple):
 
 
 class Specialized(NamedTuple):
-    """What answers a task's queries: the edge model's weights and what stands beside them.
+    """What answers a task's queries: the edge model's weights, and an adapter and a prefix where a method needs them.
 
     Attributes:
         params: weights, with everything merged that can be.
@@ -90,7 +90,7 @@ class Method:
         edge_reads_prompt: the edge model reads the prompt before every query.
         may_read_prompt: it may do so, in training and when it is scored, where `data.edge_reads_prompt` says so.
         depends_on_prompt: `Specialized` differs from prompt to prompt.
-        needs_shots: it cannot be had from a prompt's text alone.
+        needs_shots: a prompt's text is not enough for it.
         settings: what of the evaluation's settings `specialize` depends on, as JSON holds it.
         checkpoint: the method whose trained weights it starts from, where they are not its own.
         token_macs: multiply-adds of the adapter's side path for one token, over all layers, where that is all that a

@@ -37,7 +37,7 @@ def top_experts(logits_BTE: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The K likeliest experts of every token: weights [B, T, K] that sum to 1, and which they are, 0/1 [B, T, K, E].
 
     They are chosen by index, so a tie keeps K of them and not more. K = 1 gives weight 1, whatever the router says: it
-    then learns from the balance loss alone, as in the authors' code.
+    then learns only from the balance loss, as in the authors' code.
     """
     weight, index = jax.lax.top_k(jax.nn.softmax(logits_BTE, axis=-1), k)
     return weight / jnp.sum(weight, axis=-1, keepdims=True), jax.nn.one_hot(index, logits_BTE.shape[-1])

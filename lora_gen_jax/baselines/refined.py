@@ -6,7 +6,7 @@ was learned merged. The steps are those of `lora_gen_jax.specialization.refine`:
     refined          steps on the gates that the prompt was read as
     refined_lora     steps on factors beside the update that the prompt was read as
     equal_refined    steps on gates that no prompt was read for: all experts alike
-    shots_lora       steps on factors alone: a LoRA trained from scratch
+    shots_lora       steps on factors only: a LoRA trained from scratch
 """
 
 import dataclasses

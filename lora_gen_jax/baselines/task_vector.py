@@ -2,7 +2,7 @@
 
 In: a task's prompt and further training queries. The edge model reads each query behind the prompt; the mean of its
 hidden states at the queries' last tokens, after a given layer, is the vector. Out: the edge model, whose state after
-that layer is the vector at the last token of every query. The tokens before it and the answer's are left alone.
+that layer is the vector at the last token of every query. The tokens before it and those of the answer are unchanged.
 (Hendel et al. 2023, arXiv:2310.15916, who call the states of other queries' answers so.)
 """
 
@@ -41,7 +41,7 @@ class TaskVector(AdapterBase):
     shared: Any = None
 
     def stream(self, x_BTD: jax.Array, last_BT: jax.Array) -> jax.Array:
-        """The vector at the context's last token, behind its layer alone."""
+        """The vector at the context's last token, only after its layer."""
         here_BT1 = (last_BT & self.scanned["here"])[:, :, None]
         return jnp.where(here_BT1, self.scanned["vector"].astype(x_BTD.dtype)[None, None], x_BTD)
 

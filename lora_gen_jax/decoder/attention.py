@@ -57,7 +57,7 @@ class KVCache(struct.PyTreeNode):
 
 
 def visible(query_BT: jax.Array, key_BS: jax.Array, segments: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
-    """Boolean [B, T, S]: key s is no later than query t, is no padding, and is of its segment.
+    """Boolean [B, T, S]: key s is no later than query t, is not padding, and is in its segment.
 
     Segment 0 is a prefix that all segments of the row see: the options of a question score in one row, each
     seeing the question and itself.

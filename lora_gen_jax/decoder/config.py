@@ -65,7 +65,7 @@ class DecoderConfig:
         norm_offset: added to the RMS scale; Gemma stores w and applies (1 + w).
         post_norms: also normalize the outputs of attention and FFN (Gemma 2).
         activation: of the FFN.
-        gated_ffn: gate, up and down matrices; otherwise up and down alone (OPT).
+        gated_ffn: gate, up and down matrices; otherwise only up and down (OPT).
         qkv_bias, out_bias, ffn_bias: whether those linear layers add a bias.
         rope_theta: rotary base; None means learned positions.
         rope_scaling: Llama 3's scaling, if any.

@@ -21,7 +21,7 @@ from lora_gen_jax.decoder.product import KEPT, product
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.sharding import constrain, partitioned
 
-# What the backward pass keeps of each layer: everything, the results of linear layers, or the layer's input alone. The
+# What the backward pass keeps of each layer: everything, the results of linear layers, or only the layer's input. The
 # results are named (`kept`): a policy that looks for products does not see those of a custom gradient rule.
 REMAT_POLICIES = {
     "none": None,
@@ -36,7 +36,7 @@ class Decoder(nn.Module):
     """A decoder-only language model.
 
     ``Decoder(config).apply({"params": params}, tokens_BT, positions_BT)`` gives hidden states; the methods
-    `embed`, `encode` and `logits` are its three stages, for callers that need one alone.
+    `embed`, `encode` and `logits` are its three stages, for callers that need only one.
 
     Attributes:
         config: sizes and switches.
@@ -111,7 +111,7 @@ class Decoder(nn.Module):
             positions_BT: position of each token in its sequence, -1 for padding; 0, 1, 2, … when left out.
             segments_BT: which of several sequences packed into a row a token is of; see `visible`.
             packed: a promise that the tokens of a segment stand in their order, and that segment 0 is padding and
-                nothing else: what a flash kernel needs, which knows slots and segments alone. On a CPU it spares half
+                nothing else: what a flash kernel needs, which knows only slots and segments. On a CPU it spares half
                 of attention.
             adapter: a method's adapter; None for the base model.
             cache: keys and values of earlier tokens; must have T free slots.

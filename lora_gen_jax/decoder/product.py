@@ -22,7 +22,7 @@ def product(x: jax.Array, w: jax.Array, operands: Any = None) -> jax.Array:
     """x [..., inputs] · w [inputs, outputs], or one w for each of the leading axes: x [..., n, inputs], w [..., i, o].
 
     The gradient of w is a sum in fp32, rounded once to the type of w; JAX alone would round it to the type of x first.
-    The rule is reverse-mode's alone: `jax.jvp` and `jax.hessian` need plain products (`operands` of linear layers left
+    The rule covers only reverse mode: `jax.jvp` and `jax.hessian` need plain products (`operands` of linear layers left
     out, adapters merged).
 
     Args:
@@ -115,7 +115,7 @@ def _beside_backward(operands: str, residuals: Any, gradient: Any) -> tuple[jax.
     left, right, (w, b) = residuals
     inputs, rounded = w.shape[1], gradient.astype(operands)
     of_both = jnp.matmul(rounded, right.T, preferred_element_type=gradient.dtype)
-    # Of [w; b], or of b alone.
+    # Of [w; b], or of b only.
     rows = left.reshape(-1, left.shape[-1]), rounded.reshape(-1, rounded.shape[-1])
     of_weights = _of_weight(*rows, gradient.dtype)
     of_b = of_weights[-b.shape[1] :].astype(b.dtype)

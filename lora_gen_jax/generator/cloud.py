@@ -90,7 +90,7 @@ class CloudEncoder(nn.Module):
         num_meta: L, the edge model's layers.
         settings: `lora_gen_jax.config.GeneratorConfig`.
         dtype, remat, unroll, attention, operands: of the cloud's forward pass, as in `Decoder`.
-        meta_start: the token whose embedding meta embeddings start around; None for small noise alone.
+        meta_start: the token whose embedding meta embeddings start around; None for small noise only.
     """
 
     config: DecoderConfig

@@ -61,7 +61,7 @@ class Inputs(struct.PyTreeNode):
 
 
 class DecodeState(struct.PyTreeNode):
-    """What one iteration hands to the next.
+    """What one iteration passes to the next.
 
     Attributes:
         step: new tokens so far, a scalar.

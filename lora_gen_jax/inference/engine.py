@@ -1,8 +1,8 @@
 """A batch whose rows come and go: sequences of any length, each with its own specialization, by one set of programs.
 
-In: `Work`s (prompt ids, gates, how to draw) and a decoder with its expert pool. Out: `Progress` of each row after every
-call. The weights stay as they are: each row's gates choose among the pool's experts beside them, so that a row follows
-another specialization by L·E numbers.
+In: `GenerationRequest`s (prompt ids, gates, how to draw), and a decoder with its expert pool. Out: `Progress` of each
+row after every call. The weights stay as they are: each row's gates choose among the pool's experts beside them, so
+that a row follows another specialization by L·E numbers.
 """
 
 import collections
@@ -22,7 +22,15 @@ from lora_gen_jax.inference.continuous import STOPS, Drawn, Joining, Rows, decod
 from lora_gen_jax.inference.decode import Generation
 from lora_gen_jax.inference.forward import forward_only
 from lora_gen_jax.inference.sampling import Sampling
-from lora_gen_jax.inference.work import FINISH, Progress, Work, check_factors, check_gates, check_work, expert_count
+from lora_gen_jax.inference.work import (
+    FINISH,
+    GenerationRequest,
+    Progress,
+    check_factors,
+    check_gates,
+    check_work,
+    expert_count,
+)
 from lora_gen_jax.placement import check_room, mesh_context, mesh_of, padded_rows
 from lora_gen_jax.sharding import spec
 
@@ -38,7 +46,7 @@ class Engine:
 
     Args:
         decoder, params: the model, unmerged.
-        pool: an adapter with the pool (`GatedPool`; its gates do not matter); None serves the base model alone.
+        pool: an adapter with the pool (`GatedPool`; its gates do not matter); None serves only the base model.
         rows: B, sequences at the same time; on a mesh, rounded up to what it can share evenly.
         slots: S; prompt and new tokens of a sequence are at most this many.
         rank: X, of the factors that a row has room for beside its gates; every row pays for them in every step.
@@ -73,13 +81,13 @@ class Engine:
         """Rows that generate."""
         return self.rows - len(self.free)
 
-    def check(self, work: Work) -> None:
+    def check(self, work: GenerationRequest) -> None:
         """Raises DataError or ConfigError for a work that cannot be done, as `check_work`."""
         check_work(work, self.decoder, self.slots)
         check_gates(work, self.decoder, self.pool)
         check_factors(work, self.rank)
 
-    def admit(self, works: Sequence[Work]) -> tuple[list[int], list[Progress]]:
+    def admit(self, works: Sequence[GenerationRequest]) -> tuple[list[int], list[Progress]]:
         """Reads the prompts of checked works, at most as many as there are free rows.
 
         Returns:
@@ -108,7 +116,7 @@ class Engine:
             self.state, drawn = decode(self.decoder, self.params, self.pool, self.state, np.bool_(eager))
         return self._progress(drawn, busy, busy)
 
-    def run(self, works: Sequence[Work], done: Callable[[int, Generation], None]) -> None:
+    def run(self, works: Sequence[GenerationRequest], done: Callable[[int, Generation], None]) -> None:
         """Generates all of checked works, in whatever order they become ready; no other work may be running.
 
         Args:
@@ -166,7 +174,7 @@ class Engine:
             self.state, _ = decode(self.decoder, self.params, self.pool, self.state, np.bool_(False))
         self.state = release(self.state, np.int32(0))
 
-    def _join(self, works: Sequence[Work], rows: Sequence[int], shape: tuple[int, int]) -> Drawn:
+    def _join(self, works: Sequence[GenerationRequest], rows: Sequence[int], shape: tuple[int, int]) -> Drawn:
         joining = self._joining(works, rows, shape)
         with mesh_context(self.params):
             self.state, drawn = join(self.decoder, self.params, self.pool, self.state, joining)
@@ -185,7 +193,7 @@ class Engine:
     def _prompt_length(self, longest: int) -> int:
         return max(_SMALLEST_PROMPT, power_of_two(longest))
 
-    def _joining(self, works: Sequence[Work], rows: Sequence[int], shape: tuple[int, int]) -> Joining:
+    def _joining(self, works: Sequence[GenerationRequest], rows: Sequence[int], shape: tuple[int, int]) -> Joining:
         """Works as arrays of R rows and T tokens; without works, all of it is padding."""
         layers, count = self.decoder.config.num_layers, len(works)
         padded, length = padded_rows(shape[0], self.params), shape[1]
@@ -216,7 +224,7 @@ class Engine:
             factors=self._factors(padded, works),
         )
 
-    def _factors(self, rows: int, works: Sequence[Work]) -> Any:
+    def _factors(self, rows: int, works: Sequence[GenerationRequest]) -> Any:
         """{site: {"a": [L, rows, inputs, X], "b": …}} of works, zeros elsewhere; None without a rank."""
         if self.rank == 0 or self.pool is None:
             return None

@@ -1,6 +1,6 @@
 """Many queries of many specializations, answered in the cheaper of two ways.
 
-In: `Work`s in any order. Out: `Generation`s in that order. Mixed: all in one batch beside the unmerged weights, each
+In: `GenerationRequest`s in any order. Out: `Generation`s in that order. Mixed: all in one batch, weights unmerged, each
 row with its own gates. Merged: one specialization after another, merged into the weights, with nothing beside them.
 """
 
@@ -19,7 +19,7 @@ from lora_gen_jax.errors import LoraGenError
 from lora_gen_jax.inference.continuous import with_gates
 from lora_gen_jax.inference.decode import Generation
 from lora_gen_jax.inference.engine import Engine
-from lora_gen_jax.inference.work import Work, check_gates, check_work, factor_rank
+from lora_gen_jax.inference.work import GenerationRequest, check_gates, check_work, factor_rank
 
 How = Literal["auto", "mixed", "merged"]
 FULL_BATCH = 32
@@ -30,7 +30,7 @@ def answer_all(
     decoder: Decoder,
     params: Any,
     pool: GatedPool | None,
-    works: Sequence[Work],
+    works: Sequence[GenerationRequest],
     *,
     rows: int = 32,
     how: How = "auto",
@@ -82,7 +82,10 @@ def answer_all(
 
 
 def _merged(
-    engine: Engine, pool: GatedPool | None, groups: Sequence[Sequence[tuple[int, Work]]], note: Callable[..., None]
+    engine: Engine,
+    pool: GatedPool | None,
+    groups: Sequence[Sequence[tuple[int, GenerationRequest]]],
+    note: Callable[..., None],
 ) -> None:
     """One specialization after another in the engine's weights; `note` is told each work's number and what it gave."""
     base, held = engine.params, None
@@ -102,7 +105,7 @@ def _merged(
         engine.run(plain, lambda place, generation, numbers=numbers: note(numbers[place], generation))
 
 
-def by_specialization(works: Sequence[Work]) -> list[list[int]]:
+def by_specialization(works: Sequence[GenerationRequest]) -> list[list[int]]:
     """Indices of the works that share their gates and factors, the base model's first."""
     groups: dict[tuple[bytes, int], list[int]] = {}
     for i, work in enumerate(works):

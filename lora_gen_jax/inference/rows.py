@@ -130,7 +130,7 @@ def truncated_rows(index: int, request: Request, prefix_ids: Sequence[int], limi
 def batches(rows: Iterable[Row], batch_tokens: int) -> Iterator[list[Row]]:
     """Rows of similar length together, longest first; at most `batch_tokens` after padding, but at least one row.
 
-    A full batch has a power of two of rows, which depends on its padded length alone.
+    A full batch has a power of two of rows, which depends only on its padded length.
     """
     queue = sorted(rows, key=lambda row: row.length, reverse=True)
     while queue:

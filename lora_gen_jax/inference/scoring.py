@@ -68,7 +68,7 @@ def score(
     Args:
         decoder, params: the model.
         requests: `Request`s, or pairs (context ids, continuations).
-        batch_tokens: about how many tokens, padding included, are read at a time; a longer row goes alone.
+        batch_tokens: about how many tokens, padding included, are read at a time; a longer row is a batch of its own.
         adapter: of a single prompt, for all requests.
         prefix: read before every context, which leaves it out. A request too long for the model loses the
             prefix's ids first; of a soft prompt, which has none, nothing is cut.

@@ -1,6 +1,6 @@
 """One sequence to generate in a batch of many, and what becomes of it.
 
-In: what a user asks. Out: a checked `Work`, of which an engine tells `Progress`.
+In: what a user asks. Out: a checked `GenerationRequest`, of which an engine tells `Progress`.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ Factors = Mapping[str, Mapping[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Work:
+class GenerationRequest:
     """One sequence to generate.
 
     Attributes:
@@ -66,7 +66,7 @@ class Progress(NamedTuple):
     finish: Finish | None
 
 
-def check_work(work: Work, decoder: Decoder, slots: int) -> None:
+def check_work(work: GenerationRequest, decoder: Decoder, slots: int) -> None:
     """Whether a work can be done with so many slots.
 
     Raises:
@@ -103,7 +103,7 @@ def expert_count(pool: GatedPool | None) -> int:
     return 0 if pool is None else jax.tree.leaves(pool.pool)[0].shape[-3]
 
 
-def check_gates(work: Work, decoder: Decoder, pool: GatedPool | None) -> None:
+def check_gates(work: GenerationRequest, decoder: Decoder, pool: GatedPool | None) -> None:
     """Raises DataError for gates of another shape than the pool takes, [L, E]."""
     shape = (decoder.config.num_layers, expert_count(pool))
     if work.gates_LE is not None and work.gates_LE.shape != shape:
@@ -117,7 +117,7 @@ def factor_rank(factors: Factors) -> int:
     return next((pair["a"].shape[-1] for pair in factors.values()), 0)
 
 
-def check_factors(work: Work, room: int) -> None:
+def check_factors(work: GenerationRequest, room: int) -> None:
     """Raises DataError for factors of a higher rank than there is room for."""
     if (rank := factor_rank(work.factors)) > room:
         raise DataError(

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 from lora_gen_jax.data.encode import Encoder
 from lora_gen_jax.data.text_stream import TextStream
 from lora_gen_jax.errors import LoraGenError
-from lora_gen_jax.inference.work import Work
+from lora_gen_jax.inference.work import GenerationRequest
 from lora_gen_jax.serving.errors import ApiError, api_error
 from lora_gen_jax.serving.scheduler import Scheduler, Ticket, Tokens
 
@@ -75,7 +75,7 @@ class Answering:
         self,
         scheduler: Scheduler,
         encoder: Encoder,
-        works: Sequence[Work],
+        works: Sequence[GenerationRequest],
         stop: tuple[str, ...] = (),
         with_tokens: bool = False,
     ):

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from lora_gen_jax.inference.work import Work
+from lora_gen_jax.inference.work import GenerationRequest
 from lora_gen_jax.serving.answers import Answering, Piece, Token
 from lora_gen_jax.serving.errors import invalid, too_late
 from lora_gen_jax.serving.registry import Entry
@@ -137,11 +137,13 @@ def answer_length(service: Service, ids: list[int], asked: int | None, field: st
     return min(otherwise or most, most, longest - len(ids)) if asked is None else asked
 
 
-def make_works(service: Service, asked: Sampled, ids: list[int], special: Entry | None, length: int) -> list[Work]:
+def make_works(
+    service: Service, asked: Sampled, ids: list[int], special: Entry | None, length: int
+) -> list[GenerationRequest]:
     """The n works of one prompt; each draws with a seed of its own."""
     seed = secrets.randbelow(_SEEDS) if asked.seed is None else asked.seed
     return [
-        Work(
+        GenerationRequest(
             ids=tuple(ids),
             max_new_tokens=length,
             gates_LE=None if special is None else special.gates_LE,
@@ -169,7 +171,9 @@ async def in_time(service: Service, request: Request, made: Any) -> Any:
         raise too_late(seconds) from None
 
 
-async def answer(service: Service, request: Request, asked: Sampled, works: list[Work], reply: Reply) -> Response:
+async def answer(
+    service: Service, request: Request, asked: Sampled, works: list[GenerationRequest], reply: Reply
+) -> Response:
     """Submits the works of a request, and tells what comes of them: whole, or piece by piece."""
     loop, seconds = asyncio.get_running_loop(), service.limits.timeout
     deadline = loop.time() + max(0.0, seconds - seconds_since_start(request))

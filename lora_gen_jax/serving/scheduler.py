@@ -1,7 +1,7 @@
 """One thread that keeps the batch full: works wait in a queue, rows take them as they become free.
 
-In: `Work`s from any thread. Out: `Tokens`, told to each work's listener as they are generated. All programs on the
-device are called from this thread alone.
+In: `GenerationRequest`s from any thread. Out: `Tokens`, told to each work's listener as they are generated. All
+programs on the device are called from this thread alone.
 """
 
 import collections
@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from lora_gen_jax.errors import LoraGenError
 from lora_gen_jax.inference.engine import Engine
-from lora_gen_jax.inference.work import Progress, Work
+from lora_gen_jax.inference.work import GenerationRequest, Progress
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ Listener = Callable[[Tokens], None]
 class Ticket:
     """A work that was accepted."""
 
-    def __init__(self, scheduler: "Scheduler", work: Work, listener: Listener):
+    def __init__(self, scheduler: "Scheduler", work: GenerationRequest, listener: Listener):
         self.scheduler, self.work, self.listener = scheduler, work, listener
         self.row: int | None = None
         self.ended = False
@@ -118,11 +118,11 @@ class Scheduler:
         """Whether works are being done."""
         return self._thread.is_alive() and not self._failed
 
-    def submit(self, work: Work, listener: Listener) -> Ticket:
+    def submit(self, work: GenerationRequest, listener: Listener) -> Ticket:
         """As `submit_all`, of one work."""
         return self.submit_all([work], [listener])[0]
 
-    def submit_all(self, works: Sequence[Work], listeners: Sequence[Listener]) -> list[Ticket]:
+    def submit_all(self, works: Sequence[GenerationRequest], listeners: Sequence[Listener]) -> list[Ticket]:
         """Accepts works, all of them or none.
 
         Args:

@@ -26,7 +26,7 @@ class Refine:
     out: Path
     """Directory to write; must not exist, or be empty."""
     refine: Literal["gates", "lora"] | None = None
-    """What learns: the gates alone (the default), which keeps the specialization small, or a LoRA beside what was
+    """What learns: only the gates (the default), which keeps the specialization small, or a LoRA beside what was
     generated."""
     steps: int | None = None
     """At most so many; left out, as many as the generator's config says."""

@@ -21,7 +21,7 @@ class Prompt:
         chat: the edge model will be asked in its chat template, so that examples stand in it, too.
 
     Raises:
-        DataError: for an example that is no pair of texts, or an empty prompt; the message says which example.
+        DataError: for an example that is not a pair of texts, or an empty prompt; the message says which example.
     """
 
     description: str = ""

@@ -67,7 +67,7 @@ def reader_weights(generator: TrainedModule, frozen: Any) -> Any:
 def edge_loss(
     edge: Decoder, frozen_edge: Any, adapter: Adapter | None, batch: EdgeRows, rngs: Any, packed: bool = True
 ) -> jax.Array:
-    """Mean cross-entropy in nats over the supervised tokens; the edge sees queries alone, never the prompt.
+    """Mean cross-entropy in nats over the supervised tokens; the edge sees only queries, never the prompt.
 
     `packed` is the decoder's promise; a prompt that the queries of a row share (`edge_reads_prompt`) breaks it.
     """
@@ -165,7 +165,7 @@ def make_train_step(
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         inner = state.step >= config.train.inner_after
         (_, (batch_stats, metrics)), gradients = grad_fn(state.params, state.batch_stats, frozen, batch, key, inner)
-        # Left to itself the compiler hands parts of the state on in pieces, and the next step is another program.
+        # Without this the compiler may return parts of the state sharded, and the next step would compile again.
         gradients = replicate(gradients)
         # Optax mixes Python and array scalars in ways that strict promotion rejects.
         with jax.numpy_dtype_promotion("standard"):

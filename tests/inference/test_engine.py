@@ -16,7 +16,7 @@ from lora_gen_jax.inference.decode import generate
 from lora_gen_jax.inference.engine import Engine
 from lora_gen_jax.inference.mixture import answer_all, mixed_is_better
 from lora_gen_jax.inference.sampling import Sampling
-from lora_gen_jax.inference.work import Work
+from lora_gen_jax.inference.work import GenerationRequest
 from lora_gen_jax.sharding import make_mesh, param_shardings
 
 pytestmark = pytest.mark.float64
@@ -55,7 +55,7 @@ def make_works(config, adapter, count, **options):
     rng, prompts = np.random.default_rng(3), adapter.prompts
     gates_LPE = np.asarray(adapter.scanned["gates"])
     return [
-        Work(
+        GenerationRequest(
             ids=rng.integers(2, config.vocab_size, int(rng.integers(1, 16))).tolist(),
             max_new_tokens=int(rng.integers(1, 10)),
             gates_LE=None if i % 4 == 3 else gates_LPE[:, i % prompts],
@@ -210,7 +210,7 @@ def test_rows_are_split_over_a_mesh(llama):
 
 def test_without_a_pool_the_base_model_is_served():
     model = make_model(CONFIGS["llama"])
-    work = Work([5, 6, 7], 6)
+    work = GenerationRequest([5, 6, 7], 6)
     engine = Engine(*model, None, rows=1, slots=SLOTS)
     assert_same(run(engine, [work]), [offline(model, None, work)])
     with raises(DataError, "gates", "(2, 4)"):
@@ -235,7 +235,7 @@ def test_without_a_pool_the_base_model_is_served():
 def test_a_work_that_cannot_be_done_is_refused(llama, change, error, field, code, facts):
     engine = Engine(*llama, make_gates(llama.decoder.config, 1), rows=1, slots=SLOTS)
     with raises(error, field, *facts, code=code):
-        engine.check(dataclasses.replace(Work((5, 6), 4), **change))
+        engine.check(dataclasses.replace(GenerationRequest((5, 6), 4), **change))
 
 
 @pytest.mark.parametrize(

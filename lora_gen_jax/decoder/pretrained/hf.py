@@ -49,7 +49,7 @@ class HFCheckpoint:
         self._kind_of: dict[str, tuple[tuple[int, ...], str]] = {}
         for path in _shards(directory):
             with _open(path) as shard:
-                for name in shard.keys():  # noqa: SIM118 (it is no dictionary)
+                for name in shard.keys():  # noqa: SIM118 (not a dictionary)
                     self._shard_of[name] = path
                     stored = shard.get_slice(name)
                     self._kind_of[name] = (tuple(stored.get_shape()), stored.get_dtype())

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(source: str | os.PathLike[str] | Source) -> "PreTrainedTokenizerFast":
-    """The tokenizer of a model, or of a directory that holds a tokenizer alone.
+    """The tokenizer of a model, or of a directory that holds only a tokenizer.
 
     Raises:
         ModelError: there is none, its files are damaged, or the one in a GGUF file cannot be converted.
