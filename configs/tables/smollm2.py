@@ -51,4 +51,4 @@ RUNS: dict[str, Change] = {
 
 def get_tables() -> Tables:
     base = read_config(Path(__file__).parents[1] / "smollm2_135m.py")
-    return Tables(dataclasses.replace(base, name=""), RUNS, shots=(5,), jobs=1)
+    return Tables(dataclasses.replace(base, name=""), RUNS, shots=(5,))

@@ -18,15 +18,14 @@ from lora_gen_jax.config_file import overridden
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.evaluation.systems import check_methods
 from lora_gen_jax.files import check_output
-from lora_gen_jax.tables import pool
 from lora_gen_jax.tables.jobs import Job, chosen, make_jobs, missing, outdated
-from lora_gen_jax.tables.pool import say
+from lora_gen_jax.tables.processes import end_with_parent, run_jobs, say
 from lora_gen_jax.tables.spec import AGENT, Tables, read_tables
 
 PROGRAM = "lora-gen table"
 COMMAND = (sys.executable, "-m", "lora_gen_jax", "table")
-# Of the processes that are started for one job.
-JOB, CORE = "--job", "--core"
+# Behind the user's arguments in a process that is started for one job.
+JOB = "--job"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +34,6 @@ class TableFlags:
 
     seeds: str | None = None
     """Numbers separated by commas; left out, the file's."""
-    jobs: int | None = None
-    """Jobs at a time; left out, the file's, else one a core on a CPU and one on an accelerator."""
     only: str | None = None
     """Runs that are trained and scored, separated by commas; tables show all that is finished."""
     out: Path | None = None
@@ -44,22 +41,22 @@ class TableFlags:
 
 
 def table_main(arguments: list[str]) -> None:
-    """``table CONFIG.py [--seeds 0,1,2] [--jobs N] [--only NAME,NAME] [--out DIR] [--any.config.field VALUE …]``.
+    """``table CONFIG.py [--seeds 0,1,2] [--only NAME,NAME] [--out DIR] [--any.config.field VALUE …]``.
 
     Raises:
         LoraGenError: for bad input, before anything is trained.
         SystemExit: with status 1 after everything else, where a job failed.
         Stopped: after a signal.
     """
-    arguments, job = one_job(arguments)
+    job = None
+    if arguments[-2:-1] == [JOB]:
+        *arguments, _, job = arguments
     flags, rest = parsed(arguments)
     tables = tables_from_args(flags, rest)
     jobs = make_jobs(tables)
     if job is not None:
         do_job(jobs, job)
         return
-    if flags.jobs is not None and flags.jobs < 1:
-        raise ConfigError(f"--jobs is {flags.jobs}; at least 1", field="--jobs")
     if flags.out is not None:
         check_output(flags.out)
     for method in {method for job in jobs if job.run != AGENT for n in job.shots for method in job.methods(n)}:
@@ -71,27 +68,12 @@ def table_main(arguments: list[str]) -> None:
         say(f"not in the tables until they are scored again, with other settings or data: {', '.join(others)}")
     from lora_gen_jax.tables.output import write_tables
 
-    failed = run_missing(left, arguments, flags.jobs or tables.jobs)
+    failed = run_missing(left, arguments)
     complete = write_tables(tables, jobs, flags.out)
     if failed or not complete:
         names = [job.name for job in failed] or ["the measurement of costs"]
         say(f"failed: {', '.join(names)}; the same command tries again")
         sys.exit(1)
-
-
-def one_job(arguments: Sequence[str]) -> tuple[list[str], str | None]:
-    """What a process that was started for one job finds behind the user's arguments: --job RUN/SEED [--core N].
-
-    Returns:
-        the user's arguments, and the job's name. The process keeps to the core from here on.
-    """
-    if JOB not in arguments:
-        return list(arguments), None
-    place = arguments.index(JOB)
-    name, *core = arguments[place + 1 :: 2]
-    if core:
-        pool.pin(int(core[0]))
-    return list(arguments[:place]), name
 
 
 def parsed(arguments: Sequence[str]) -> tuple[TableFlags, list[str]]:
@@ -179,26 +161,14 @@ def do_job(jobs: Sequence[Job], name: str) -> None:
             field="--job",
             remedy=f"did you mean {near[0]}?" if near else None,
         )
-    pool.end_with_parent()
+    end_with_parent()
     from lora_gen_jax.tables.work import do
 
     do(found[0])
 
 
-def run_missing(left: Sequence[Job], arguments: Sequence[str], places: int | None) -> list[Job]:
-    """Runs the jobs in processes of their own; returns those that failed."""
+def run_missing(left: Sequence[Job], arguments: Sequence[str]) -> list[Job]:
+    """Runs the jobs, each in a process of its own; returns those that failed."""
     if not left:
         say("everything is trained and scored")
-        return []
-    on_cpu = pool.platform() == "cpu"
-    cores = pool.cores() if on_cpu else []
-    places = places or (max(1, len(cores)) if on_cpu else 1)
-    # One job alone takes the whole machine; jobs side by side would take each other's cores.
-    pinned = cores if 1 < places <= len(cores) else []
-    say(f"{len(left)} jobs, {places} at a time")
-
-    def start(job: Job, place: int) -> pool.Process:
-        core = [CORE, str(pinned[place])] if pinned else []
-        return pool.start_process([*COMMAND, *arguments, JOB, job.name, *core], job)
-
-    return pool.run_jobs(left, start, places, say)
+    return run_jobs(left, lambda job: [*COMMAND, *arguments, JOB, job.name])

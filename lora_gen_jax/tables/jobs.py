@@ -1,6 +1,6 @@
 """What there is to do: one job for each run and seed, and which of them are finished.
 
-In: `Tables` and a work directory. Out: jobs in the order in which they start, the longest first.
+In: `Tables` and a work directory. Out: jobs in the order in which they run.
 """
 
 import dataclasses
@@ -20,10 +20,6 @@ from lora_gen_jax.files import write_json
 from lora_gen_jax.tables.spec import AGENT, MANY_SHOTS, UNTRAINED, UNTRAINED_METHODS, Tables, config_of
 
 RESULT, LOG = "result.json", "log.txt"
-# Rough times of a training step, LoRA's taken as one: only the order and the first estimate depend on them.
-STEP = {"lora": 1.0, "lora_gen": 2.0, "lora_moe": 2.0, "mixlora": 3.0, "lorahub": 1.5, "autocompressor": 3.0}
-# What scoring takes, in the same unit: an agent writes long outputs.
-SCORING, AGENT_SCORING = 60.0, 300.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,29 +61,18 @@ class Job:
             return UNTRAINED_METHODS if shots == max(self.shots) else UNTRAINED_METHODS[1:]
         return (self.config.method,)
 
-    @property
-    def work(self) -> float:
-        """How long it takes, in an arbitrary unit."""
-        steps = max(1, self.config.train.steps)  # with epochs they are not known yet, and all alike
-        if self.run == AGENT:
-            return steps * (2 * STEP["lora"] + STEP["lora_gen"]) + AGENT_SCORING
-        scoring = SCORING * len(self.shots)
-        return scoring if self.run == UNTRAINED else steps * STEP.get(self.config.method, 2.0) + scoring
-
 
 def make_jobs(tables: Tables) -> list[Job]:
     """All jobs of the tables, checked.
 
     Raises:
-        ConfigError: as `config_of`, and for numbers of seeds, shots or jobs that cannot work.
+        ConfigError: as `config_of`, and for numbers of seeds or shots that cannot work.
     """
     if not tables.seeds or not tables.shots or min(tables.shots) < 0:
         raise ConfigError(
             f"seeds are {tables.seeds} and shots {tables.shots}: give one of each or more, shots >= 0",
             field="shots" if tables.seeds else "seeds",
         )
-    if tables.jobs is not None and tables.jobs < 1:
-        raise ConfigError(f"jobs is {tables.jobs}; at least 1, or left out", field="jobs")
     jobs = []
     for run in tables.names:
         many = run == UNTRAINED or run in MANY_SHOTS
@@ -113,7 +98,7 @@ def chosen(tables: Tables, jobs: Sequence[Job], only: Sequence[str]) -> list[Job
 
 
 def missing(jobs: Sequence[Job]) -> list[Job]:
-    """The jobs without a complete result, the longest first; a finished or begun run must have the asked settings.
+    """The jobs without a complete result; a finished or begun run must have the asked settings.
 
     Raises:
         CheckpointError: naming the fields that differ.
@@ -125,7 +110,7 @@ def missing(jobs: Sequence[Job]) -> list[Job]:
             check_begun(job)
         if found is None or not is_complete(job, found):
             left.append(job)
-    return sorted(left, key=lambda job: -job.work)
+    return left
 
 
 def is_complete(job: Job, result: dict[str, Any]) -> bool:

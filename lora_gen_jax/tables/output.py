@@ -18,7 +18,7 @@ from lora_gen_jax.methods import METHODS
 from lora_gen_jax.tables import figures, latency, sheet
 from lora_gen_jax.tables.cost_layout import all_tables, foot
 from lora_gen_jax.tables.jobs import Job
-from lora_gen_jax.tables.pool import say
+from lora_gen_jax.tables.processes import say
 from lora_gen_jax.tables.results import gather
 from lora_gen_jax.tables.sheet import Sheet
 from lora_gen_jax.tables.spec import Tables

@@ -72,7 +72,7 @@ def variants() -> dict[str, Change]:
 
 
 def paper_tables(path: Path, edge_positions: int, compressor: bool = False) -> Tables:
-    """The tables of one pair of models, a job at a time.
+    """The tables of one pair of models.
 
     Args:
         path: of the config file that trains LoRA-Gen on it.
@@ -83,4 +83,4 @@ def paper_tables(path: Path, edge_positions: int, compressor: bool = False) -> T
     """
     # The tables' own file gives the name, and so the work directory.
     base = dataclasses.replace(read_config(path), name="", compare=())
-    return Tables(base, paper_runs(base, edge_positions, compressor), jobs=1)
+    return Tables(base, paper_runs(base, edge_positions, compressor))

@@ -37,8 +37,6 @@ class Tables:
         agent_methods: rows of the agent table.
         seeds: of parameters, data order and choice of shots; a mean and its error are over them.
         shots: numbers of shots that are scored.
-        jobs: at a time; left out, one a core on a CPU and one on an accelerator. Every job has models of its own in
-            memory, so name 1 where they are not tiny.
     """
 
     base: Config
@@ -48,7 +46,6 @@ class Tables:
     agent_methods: tuple[str, ...] = AGENT_METHODS
     seeds: tuple[int, ...] = (0, 1, 2)
     shots: tuple[int, ...] = (1, 3, 5)
-    jobs: int | None = None
 
     @property
     def directory(self) -> Path:

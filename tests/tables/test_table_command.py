@@ -1,14 +1,13 @@
 """The command from flags to tables.md: what it starts, what it keeps, what it says."""
 
 import json
-import os
 
 import pytest
 from helpers import raises
 
 from lora_gen_jax.errors import CheckpointError, ConfigError, OutputError
-from lora_gen_jax.tables import command, pool, work
-from lora_gen_jax.tables.command import TableFlags, one_job, parsed, table_main, tables_from_args
+from lora_gen_jax.tables import command, work
+from lora_gen_jax.tables.command import TableFlags, parsed, table_main, tables_from_args
 
 
 def test_every_job_is_started_once_and_the_tables_are_written(path, started, capsys):
@@ -17,7 +16,6 @@ def test_every_job_is_started_once_and_the_tables_are_written(path, started, cap
     names = [arguments[arguments.index("--job") + 1] for arguments in started["commands"]]
     assert sorted(names) == sorted(f"{run}/{seed}" for run in ("base", "lora", "lora_gen", "agent") for seed in (0, 2))
     assert started["commands"][0][: 4 + len(arguments)] == [*command.COMMAND, *arguments]
-    assert {line[-1] for line in started["commands"]} == {"3", "5"}
     saved = json.loads((path.parent / "run" / "tables.json").read_text())
     (two,) = [one for one in saved["tables"] if one["table"] == 2]
     (lora,) = [row for row in two["rows"] if row["method"] == "LoRA, no prompt"]
@@ -63,15 +61,6 @@ def test_other_settings_of_scoring_replace_the_result(path, started, capsys):
     assert "| base, no prompt | – |" in (path.parent / "run" / "tables.md").read_text()
 
 
-def test_the_file_says_how_many_jobs_run_at_a_time(path, started, capsys):
-    path.write_text(path.read_text().replace("shots=(1, 2)", "shots=(1, 2), jobs=1"))
-    table_main([str(path), "--only", "lora"])
-    assert "2 jobs, 1 at a time" in capsys.readouterr().err
-    assert not any("--core" in line for line in started["commands"])
-    table_main([str(path), "--only", "lora_gen", "--jobs", "2"])
-    assert "2 jobs, 2 at a time" in capsys.readouterr().err
-
-
 def test_a_failing_job_gives_status_1_and_dashes(path, started, capsys):
     started["broken"] = {"lora_gen/0", "lora_gen/1"}
     with pytest.raises(SystemExit) as raised:
@@ -98,7 +87,6 @@ def test_out_takes_the_tables(path, started, tmp_path):
     ("flags", "field", "fact"),
     [
         (["--seeds", "a"], "--seeds", "'a'"),
-        (["--jobs", "0"], "--jobs", 0),
         (["--only", "loar"], "--only", "lora"),
         (["--train.steps", "0"], "train.steps", 0),
         (["--agent.train.beta2", "1"], "train.beta2", "1.0"),
@@ -127,24 +115,11 @@ def test_agent_flags_without_an_agent_table(path):
 
 
 def test_one_job_is_done_in_this_process(path, monkeypatch):
-    done, pinned = [], []
+    done = []
     monkeypatch.setattr(work, "do", done.append)
-    monkeypatch.setattr(pool, "pin", pinned.append)
-    monkeypatch.setattr(pool, "end_with_parent", lambda: None)
-    table_main([str(path), "--train.steps", "5", "--job", "lora_gen/1", "--core", "1"])
+    monkeypatch.setattr(command, "end_with_parent", lambda: None)
+    table_main([str(path), "--train.steps", "5", "--job", "lora_gen/1"])
     assert [job.name for job in done] == ["lora_gen/1"]
     assert done[0].config.train.steps == 5
-    assert pinned == [1]
     with raises(ConfigError, "--job", "'lroa/1'", "lora/1"):
         table_main([str(path), "--job", "lroa/1"])
-    assert one_job(["few.py"]) == (["few.py"], None)
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system cannot keep a process to a core")
-def test_a_process_can_be_kept_to_a_core():
-    before = pool.cores()
-    try:
-        pool.pin(before[-1])
-        assert pool.cores() == before[-1:]
-    finally:
-        os.sched_setaffinity(0, before)

@@ -78,12 +78,6 @@ def test_the_edge_reads_the_prompt_where_it_was_published_so(path):
     assert (alone.method, alone.data) == ("lora", tables.base.data)
 
 
-def test_large_models_are_trained_one_at_a_time():
-    assert {path.stem: read_tables(path).jobs for path in FILES} == {
-        path.stem: None if path.stem == "pocket" else 1 for path in FILES
-    }
-
-
 def test_a_row_holds_prompt_and_queries_within_the_models_positions():
     assert reads_prompt(96, 48, 512) == {"edge_reads_prompt": True, "edge_length": 144}
     assert reads_prompt(2048, 2048, 2048)["edge_length"] == 2048
