@@ -140,6 +140,11 @@ def test_the_router_comes_without_the_rest_of_the_house():
     assert not others & set(HEAVY)
 
 
+def test_a_specializer_comes_without_what_only_training_and_other_formats_need():
+    _, others = loaded("import lora_gen_jax.specializer", before="import flax.linen")
+    assert not others & {"orbax", "grain", "gguf", "tokenizers", "transformers", "tyro", "matplotlib", "rich"}
+
+
 def test_the_list_of_commands_is_printed_without_jax():
     ours, others = loaded("from lora_gen_jax.cli import main; main(['--help'])")
     assert len(ours) <= 6, ours

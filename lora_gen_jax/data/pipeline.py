@@ -18,9 +18,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import jax
 import numpy as np
 from flax import struct
@@ -29,6 +28,9 @@ from lora_gen_jax.config import DataConfig
 from lora_gen_jax.data.groups import Group, GroupSampler
 from lora_gen_jax.errors import CheckpointError, DataError
 from lora_gen_jax.generator.cloud import PackedPrompts, pack_prompts
+
+if TYPE_CHECKING:
+    import grain
 
 
 class EdgeRows(struct.PyTreeNode):
@@ -208,7 +210,9 @@ class TrainingBatches:
             self.pool.shutdown(cancel_futures=True)
             self.pool = None
 
-    def _dataset(self) -> grain.IterDataset:
+    def _dataset(self) -> "grain.IterDataset":
+        import grain
+
         build, threads = self.build, 1
         if self.workers:
             # Grain's threads each wait for a process. (Grain's own processes hand over arrays in shared memory, which

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import orbax.checkpoint as ocp
 
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import from_json, to_json
@@ -82,6 +81,8 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Any, keep: int):
+        import orbax.checkpoint as ocp
+
         policies = ocp.checkpoint_managers
         preserve = policies.AnyPreservationPolicy(
             [
@@ -124,6 +125,8 @@ class Checkpoints:
         Raises:
             OutputError: when this one, or the one before, cannot be written.
         """
+        import orbax.checkpoint as ocp
+
         optimizer = {"opt_state": state.opt_state, "step": state.step}
         digests = digests_of({"generator": state.variables, "optimizer": optimizer, "data": data_state})
         items = ocp.args.Composite(
@@ -176,6 +179,8 @@ class Checkpoints:
             CheckpointError: when none can be read.
         """
 
+        import orbax.checkpoint as ocp
+
         def read(step: int) -> tuple[dict[str, str], dict[str, str]]:
             found: Any = self.manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))
             metadata = opened(found.metadata)
@@ -192,6 +197,8 @@ class Checkpoints:
         Raises:
             CheckpointError: when none can be read, or has these shapes.
         """
+        import orbax.checkpoint as ocp
+
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         items = ocp.args.Composite(
             generator=ocp.args.StandardRestore(like.variables),
@@ -278,7 +285,11 @@ def step_directory(path: Any) -> Any:
 
 def complete(step: Any) -> bool:
     """Whether a step's directory holds a generator and, in a bucket, was written to its end."""
-    return (step / "generator").is_dir() and (not is_bucket(step) or ocp.utils.is_checkpoint_finalized(step))
+    if not is_bucket(step) or not (step / "generator").is_dir():
+        return (step / "generator").is_dir()
+    import orbax.checkpoint as ocp
+
+    return ocp.utils.is_checkpoint_finalized(step)
 
 
 def load_checkpoint(path: str | Path) -> Loaded:
@@ -303,6 +314,8 @@ def load_checkpoint(path: str | Path) -> Loaded:
         directory = absolute(step_directory(place))
     except (OSError, *remote_errors(place)) as error:
         raise CheckpointError(f"{place} cannot be read: {error}", field="--checkpoint", code="unreadable") from error
+    import orbax.checkpoint as ocp  # a portable generator is read without it
+
     drop_late_reads()
     try:
         handler = ocp.Checkpointer(ocp.CompositeCheckpointHandler())

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.pretrained.assembly import Checkpoint, assemble
 from lora_gen_jax.decoder.pretrained.content_hash import fingerprint_of
-from lora_gen_jax.decoder.pretrained.gguf import GGUFCheckpoint, read_gguf_config
 from lora_gen_jax.decoder.pretrained.hf import HFCheckpoint, read_hf_config
 from lora_gen_jax.decoder.pretrained.layout import Leaf, leaves
 from lora_gen_jax.decoder.pretrained.sources import KNOWN_MODELS, Source, cache_directory, resolve
@@ -39,7 +38,11 @@ __all__ = [
 def load_hf_config(source: "AnySource") -> dict[str, Any]:
     """The model's ``config.json`` as a dictionary; for GGUF, what that file would hold."""
     found = resolve(source)
-    return read_hf_config(found.model) if found.kind == "hf" else read_gguf_config(found.model)
+    if found.kind == "hf":
+        return read_hf_config(found.model)
+    from lora_gen_jax.decoder.pretrained.gguf import read_gguf_config
+
+    return read_gguf_config(found.model)
 
 
 def load_config(source: "AnySource") -> DecoderConfig:
@@ -79,4 +82,8 @@ def fingerprint(source: "AnySource") -> str:
 
 
 def _checkpoint(found: Source) -> Checkpoint:
-    return HFCheckpoint(found.model) if found.kind == "hf" else GGUFCheckpoint(found.model)
+    if found.kind == "hf":
+        return HFCheckpoint(found.model)
+    from lora_gen_jax.decoder.pretrained.gguf import GGUFCheckpoint
+
+    return GGUFCheckpoint(found.model)

@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from lora_gen_jax.decoder.pretrained.gguf_tokenizer import gguf_tokenizer
 from lora_gen_jax.decoder.pretrained.sources import Source, resolve
 from lora_gen_jax.errors import ModelError
 
@@ -26,6 +25,8 @@ def load_tokenizer(source: str | os.PathLike[str] | Source) -> "PreTrainedTokeni
     found = resolve(source)
     directory = found.tokenizer
     if found.kind == "gguf" and not (directory / "tokenizer.json").is_file():
+        from lora_gen_jax.decoder.pretrained.gguf_tokenizer import gguf_tokenizer
+
         try:
             gguf_tokenizer(found.model, directory)
         except OSError as error:
