@@ -166,7 +166,7 @@ lora-gen generate --specialization special --input "Ask here."
 {facts}
 
 This card was written by `lora-gen pack` from the generator's own files. It knows no scores: measure some
-(`eval.py --checkpoint {repository}`), and add what the generator is for and where it fails.
+(`eval.py CONFIG.py --checkpoint {repository}`), and add what the generator is for and where it fails.
 """
 
 
