@@ -211,9 +211,9 @@ def specializing_cost(setup: Setup) -> dict[str, Any]:
     merging = jax.jit(merge).lower(pair.edge.params, setup.specialize())
     formula = cost.specialize_macs(pair.cloud.config, edge, config, packed.tokens_BT.shape[1])
     counted = cost.count(merging)
-    # One loop a site, its body a layer: the compiler's count is of one layer.
+    # One loop a site, its body a layer: XLA's analysis counts one layer.
     everything = None if counted.everything is None else counted.everything * edge.num_layers
-    whole = cost.Counted(counted.matmuls * edge.num_layers, everything)
+    whole = cost.Counted(counted.matmuls, everything)
     return {
         "cloud": {
             "peak_bytes": peak_bytes(lower(setup.generator).compile()),

@@ -4,16 +4,14 @@ In: decoder configs and the sizes of a batch; or a lowered program. Out: numbers
 
 The formula counts matmuls: linear layers, attention's two (every slot of the cache, masked ones too, as they are
 computed), logits. The compiler's figure comes from the program that JAX hands to it, before optimization: there a
-matmul is a `dot` on every platform, whereas afterwards it may be a library call without a cost. A scanned body counts
-once whatever its length, so the layers are unrolled first. Two numbers are taken from that program: its `dot`s, which
-are what the formula says, and XLA's cost analysis, which adds every elementwise operation (norms, softmax, rotation,
-activation) as a flop an element.
+matmul is a `dot` on every platform, whereas afterwards it may be a library call without a cost. Two numbers are taken
+from that program: its `dot`s, which are what the formula says, and XLA's cost analysis, which adds every elementwise
+operation (norms, softmax, rotation, activation) as a flop an element. The analysis counts a scanned body once whatever
+its length, so the layers are unrolled first.
 """
 
 import dataclasses
 import functools
-import math
-import re
 from typing import Any
 
 import jax
@@ -26,6 +24,8 @@ from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.generator.cloud import CLOUD_SITES
 from lora_gen_jax.inference.forward import logits_at
+from lora_gen_jax.inference.hlo import parse
+from lora_gen_jax.inference.matmuls import matmul_flops
 from lora_gen_jax.training.cost import linear_macs
 
 # The two counts of matmuls may differ by this share.
@@ -182,41 +182,15 @@ def count_pass(decoder: Decoder, params: Any, adapter: Any, sizes: Pass) -> Coun
 
 
 def count(lowered: Any) -> Counted:
-    """MACs of a `jax.stages.Lowered`; the body of a while loop counts once."""
+    """MACs of a `jax.stages.Lowered`; XLA's analysis counts the body of a while loop once."""
     analysis = lowered.cost_analysis()
     flops = None if not analysis else analysis.get("flops")
-    return Counted(dot_macs(lowered.as_text("hlo")), None if flops is None else flops / 2)
+    return Counted(dot_macs(lowered), None if flops is None else flops / 2)
 
 
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) (?:\([^\n]*\) -> [^\n]* )?\{$")
-_RESULT = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = \w+\[([\d,]*)\]")
-_DOT = re.compile(r" dot\((?:[^%()]*%)?([\w.\-]+), .*lhs_contracting_dims=\{([\d,]*)\}")
-_CALLED = re.compile(r"(?:to_apply|body|calls|condition)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
-
-
-def dot_macs(hlo: str) -> int:
-    """MACs of all `dot`s of a module's text, those of a called computation once a call; a loop's body once."""
-    own: dict[str, int] = {}
-    calls: dict[str, list[str]] = {}
-    name, entry, shapes = "", "", {}
-    for line in hlo.splitlines():
-        if found := _COMPUTATION.match(line):
-            name, shapes = found[1], {}
-            own[name], calls[name] = 0, []
-            entry = name if line.startswith("ENTRY") else entry
-            continue
-        if found := _RESULT.match(line):
-            shapes[found[1]] = [int(n) for n in found[2].split(",") if n]
-            if dot := _DOT.search(line):
-                contracted = (shapes[dot[1]][int(axis)] for axis in dot[2].split(",") if axis)
-                own[name] += math.prod(shapes[found[1]]) * math.prod(contracted)
-        for one, several in _CALLED.findall(line):
-            calls[name] += [one] if one else [part.strip().lstrip("%") for part in several.split(",")]
-    total: dict[str, int] = {}
-    # A computation stands before those that call it.
-    for name in own:
-        total[name] = own[name] + sum(total[called] for called in calls[name])
-    return total[entry]
+def dot_macs(lowered: Any) -> int:
+    """MACs of all matmuls of a `jax.stages.Lowered`, each as often as it runs."""
+    return round(matmul_flops(parse(lowered.compiler_ir("hlo").as_hlo_module().to_string())) / 2)
 
 
 def difference(formula: int, counted: int) -> float:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_gen_jax.scaling.hlo import Array, Computation, Instruction, Module
+from lora_gen_jax.inference.hlo import Array, Computation, Instruction, Module
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 # What a chip receives of n that take part, as a share of the array named above.

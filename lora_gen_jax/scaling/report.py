@@ -60,7 +60,7 @@ def print_report(summary: dict[str, Any], results: dict[str, tuple[Program, Cost
     console.print(
         f"Rates of a chip: {summary['peak_flops'] / 1e12:.0f} Tflop/s in bf16, {summary['hbm_bytes_per_s'] / 1e9:.0f}"
         f" GB/s of HBM, {summary['collective_bytes_per_s'] / 1e9:.0f} GB/s received over the interconnect (how"
-        " that is meant: scaling/chips.py)."
+        " that is meant: scaling/topology.py)."
     )
     for name, ratio in summary.get("flops_over_lora", {}).items():
         how = "each query behind its prompt" if name == "apart" else "a prompt's queries packed behind it"

@@ -8,13 +8,12 @@ import dataclasses
 import functools
 from typing import Any
 
-from lora_gen_jax.scaling.chips import Chip
+from lora_gen_jax.inference.hlo import parse
+from lora_gen_jax.inference.matmuls import matmul_flops
 from lora_gen_jax.scaling.collectives import Collective, by_kind, find_collectives
-from lora_gen_jax.scaling.hlo import parse
-from lora_gen_jax.scaling.kernels import kernel_flops
-from lora_gen_jax.scaling.matmuls import matmul_flops
 from lora_gen_jax.scaling.programs import Program
-from lora_gen_jax.scaling.traffic import hbm_bytes
+from lora_gen_jax.scaling.topology import Chip
+from lora_gen_jax.scaling.traffic import hbm_bytes, kernel_flops
 
 
 @dataclasses.dataclass(frozen=True)

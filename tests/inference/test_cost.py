@@ -69,13 +69,11 @@ def test_wide_model_agrees_with_cost_analysis_elementwise_work_included():
     assert 0 < counted.everything / formula - 1 < cost.TOLERANCE
 
 
-def test_a_scanned_layer_would_count_once():
+def test_a_scanned_layer_counts_as_often_as_it_runs():
     decoder = Decoder(LLAMA)
     rolled = cost.count(cost.lower_pass(decoder, shapes(decoder), None, STEP))
     unrolled = cost.count_pass(decoder, shapes(decoder), None, STEP)
-    formula = cost.pass_macs(LLAMA, STEP)
-    assert rolled.matmuls == formula.logits + (formula.linear + formula.attention) // LLAMA.num_layers
-    assert unrolled.matmuls == formula.total
+    assert rolled.matmuls == unrolled.matmuls == cost.pass_macs(LLAMA, STEP).total
 
 
 def test_an_adapter_that_is_not_merged():
@@ -98,7 +96,7 @@ def test_specializing_and_merging(changes: dict[str, str]):
     merging = cost.count(
         jax.jit(lambda params, a: merge(params, a.select(0))).lower(shapes(Decoder(EDGE)), made.adapter)
     )
-    assert merging.matmuls * EDGE.num_layers == cost.merge_macs(EDGE, settings)
+    assert merging.matmuls == cost.merge_macs(EDGE, settings)
 
 
 def test_calls_count_as_often_as_they_happen():
@@ -107,7 +105,7 @@ def test_calls_count_as_often_as_they_happen():
         return x @ x
 
     lowered = jax.jit(lambda x: product(product(x)) + jnp.einsum("ab,cb->ac", x, x)).lower(jnp.ones((3, 3)))
-    assert cost.dot_macs(lowered.as_text("hlo")) == 3 * 27
+    assert cost.dot_macs(lowered) == 3 * 27
 
 
 def test_an_answer_is_one_prefill_and_a_step_for_each_further_token():

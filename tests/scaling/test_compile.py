@@ -16,11 +16,11 @@ from lora_gen_jax.config import Config, DataConfig, GeneratorConfig, MeshConfig,
 from lora_gen_jax.config_file import flags_and_config
 from lora_gen_jax.decoder.pretrained.shapes import KNOWN_SHAPES
 from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.inference.hlo import parse as parse_hlo
+from lora_gen_jax.inference.matmuls import matmul_flops
 from lora_gen_jax.scaling.collectives import by_kind, find_collectives
 from lora_gen_jax.scaling.command import CompileFlags, compile_program, run
 from lora_gen_jax.scaling.formulas import executed_flops, lora_ratios, model_flops
-from lora_gen_jax.scaling.hlo import parse as parse_hlo
-from lora_gen_jax.scaling.matmuls import matmul_flops
 from lora_gen_jax.scaling.programs import Sizes, build, shapes_pair
 from lora_gen_jax.scaling.topology import get_topology
 from lora_gen_jax.scaling.traffic import hbm_bytes

@@ -7,11 +7,10 @@ import pytest
 from helpers import raises
 
 from lora_gen_jax.errors import LoraGenError
+from lora_gen_jax.inference.hlo import Module, arrays, parse
+from lora_gen_jax.inference.matmuls import _meetings, matmul_flops
 from lora_gen_jax.scaling.collectives import by_kind, find_collectives, replica_groups
-from lora_gen_jax.scaling.hlo import Module, arrays, parse
-from lora_gen_jax.scaling.kernels import kernel_flops
-from lora_gen_jax.scaling.matmuls import _meetings, matmul_flops
-from lora_gen_jax.scaling.traffic import hbm_bytes
+from lora_gen_jax.scaling.traffic import hbm_bytes, kernel_flops
 
 
 def mesh_of(data: int, fsdp: int, slices: int = 1):

@@ -9,7 +9,7 @@ dilation or padding such that each place meets one matrix; places that meet noth
 
 import math
 
-from lora_gen_jax.scaling.hlo import Computation, Instruction, Module
+from lora_gen_jax.inference.hlo import Computation, Instruction, Module
 
 
 def matmul_flops(module: Module) -> float:

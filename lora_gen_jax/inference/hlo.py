@@ -1,6 +1,6 @@
 """The compiler's optimized program as data: computations, instructions, and how often each runs.
 
-In: the text of a compiled program (`compiled.as_text()`), which is one chip's. Out: a `Module`.
+In: the text of a program, compiled (`compiled.as_text()`, one chip's) or before optimization. Out: a `Module`.
 
 A scanned model's layers are the body of a while loop, which XLA's own cost analysis counts once whatever its length.
 Here every computation has its number of runs: a loop's body runs as often as the loop's condition says (a counter that
