@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from lora_gen_jax.errors import DataError
-from lora_gen_jax.evaluation.standard_error import standard_error
+from lora_gen_jax.evaluation.means import standard_error
 
 _Entry = TypeVar("_Entry")
 _FIELD = re.compile(

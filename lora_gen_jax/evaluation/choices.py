@@ -12,8 +12,8 @@ import numpy as np
 from lora_gen_jax.config import EvalConfig
 from lora_gen_jax.data.prompts import few_shot_context
 from lora_gen_jax.data.tasks import Example
+from lora_gen_jax.evaluation.means import standard_error
 from lora_gen_jax.evaluation.request_runner import Ids, Runner
-from lora_gen_jax.evaluation.standard_error import standard_error
 from lora_gen_jax.evaluation.timing import best_of
 from lora_gen_jax.inference.rows import Request
 from lora_gen_jax.inference.scoring import score

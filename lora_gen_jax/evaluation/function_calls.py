@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_gen_jax.errors import DataError
-from lora_gen_jax.evaluation.standard_error import standard_error
+from lora_gen_jax.evaluation.means import standard_error
 
 Gold = Sequence[tuple[str, Mapping[str, list[Any]]]]
 _NAME = re.compile(r"[A-Za-z_][\w.\-/]*(?=\()")

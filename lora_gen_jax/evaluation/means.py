@@ -12,6 +12,12 @@ import numpy as np
 RESAMPLES = 10_000
 
 
+def standard_error(values: Sequence[float]) -> float:
+    """Standard deviation (n - 1 degrees of freedom) over √n, as lm-evaluation-harness has it; 0 for a single value."""
+    n = len(values)
+    return float(np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else 0.0
+
+
 def summary(tasks: dict[str, dict], seen: Mapping[str, bool | None]) -> dict[str, float | None]:
     """AVE (mean of `acc`) and HAR (their harmonic mean) over all tasks, over the seen and over the unseen ones.
 

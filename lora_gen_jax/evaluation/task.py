@@ -18,9 +18,9 @@ from lora_gen_jax.data.prompts import evaluation_shots, system_prompt
 from lora_gen_jax.data.tasks import Example, Task
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.evaluation import answers, choices
+from lora_gen_jax.evaluation.means import standard_error
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.request_runner import Runner
-from lora_gen_jax.evaluation.standard_error import standard_error
 from lora_gen_jax.evaluation.subject import Subject
 from lora_gen_jax.models import Model
 

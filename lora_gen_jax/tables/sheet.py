@@ -9,7 +9,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from lora_gen_jax.evaluation.standard_error import standard_error
+from lora_gen_jax.evaluation.means import standard_error
 
 MISSING = "–"
 
