@@ -89,8 +89,6 @@ def overridden(config: Config, program: str, args: Sequence[str]) -> Config:
     """
     import tyro
 
-    from lora_gen_jax.config_check import check
-
     if not program.startswith(("train.py", "eval.py")) and any(flag.startswith("--distributed.") for flag in args):
         raise ConfigError(
             f"{program} runs in one process",
@@ -99,7 +97,10 @@ def overridden(config: Config, program: str, args: Sequence[str]) -> Config:
         )
 
     options = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
-    return check(tyro.cli(Config, prog=program, args=list(args), default=config, config=options))
+    made = tyro.cli(Config, prog=program, args=list(args), default=config, config=options)
+    from lora_gen_jax.config_check import check  # it loads every method, which --help does not need
+
+    return check(made)
 
 
 def flags_and_config(program: str, flags_class: Any, args: Sequence[str]) -> tuple[Any, Config]:
@@ -168,7 +169,7 @@ def from_json(values: Any) -> Config:
         }
         return cls(**made)
 
-    from lora_gen_jax.config_check import check_saved  # it loads every method
+    from lora_gen_jax.config_check import check_saved
 
     return check_saved(build(Config, values, ""))
 
