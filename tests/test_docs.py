@@ -116,7 +116,7 @@ def test_the_readmes_commands_are_found_at_all():
     found = [name for name, _ in commands(ROOT / "README.md")]
     assert {"train.py", "eval.py", "specialize", "generate", "lm_eval"} <= set(found)
     assert len(found) > 12
-    assert "benchmarks/torch_step.py" in [name for name, _ in commands(ROOT / "docs/measured.md")]
+    assert "benchmarks/torch_step.py" in [name for name, _ in commands(ROOT / "docs/scaling.md")]
     serve = known_flags("serve")
     assert serve is not None
     assert {"no_warm_up", "port"} <= serve
