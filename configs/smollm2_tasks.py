@@ -2,7 +2,7 @@
 
 Command:  python scripts/task_mixture.py --tasks TASKS --out mixture     (docs/mixture.md)
           python train.py configs/smollm2_tasks.py --data.files mixture --data.dir DIR
-Time:     not measured to its end; the shipped weights took 40 minutes on two CPU cores with bf16 matrix instructions.
+Time:     not measured to its end; the shipped weights took 80 minutes on two CPU cores with bf16 matrix instructions.
 Result:   docs/generator.md
 """
 
@@ -41,9 +41,10 @@ def get_config() -> Config:
             response_slots=48,
             query_length=112,
             min_shots=0,
+            shot_length=96,
         ),
         train=TrainConfig(
-            steps=285,
+            steps=425,
             learning_rate=3e-3,
             warmup_steps=10,
             weight_decay=0.0,
@@ -53,6 +54,9 @@ def get_config() -> Config:
             validation_batches=4,
             validate_every=50,
             checkpoint_every=50,
+            # The last third of the run trains for refining (docs/generator.md).
+            inner_steps=2,
+            inner_after=285,
         ),
         eval=EvalConfig(prompt_limit=4096, batch_tokens=2048),
     )

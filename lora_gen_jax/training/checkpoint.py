@@ -20,6 +20,7 @@ from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import from_json, to_json
 from lora_gen_jax.errors import CheckpointError, LoraGenError, OutputError
 from lora_gen_jax.full_disk import disk_reason
+from lora_gen_jax.training import distributed
 from lora_gen_jax.training.bucket import absolute, is_bucket, location, remote_errors
 from lora_gen_jax.training.digests import compare_digests, digests_of, drop_late_reads, opened, sealed
 from lora_gen_jax.training.portable import SHIPPED, TENSORS, check_generator, load_portable
@@ -158,6 +159,7 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, *self._errors) as error:  # a full disk is a ValueError of who writes arrays
+            distributed.await_verdict()  # where a lost process is the cause, this one ends here and says so
             reason = disk_reason(error) or reason_of(error)
             cause = "may this machine write to the bucket?" if self._errors else "is the disk full?"
             raise OutputError(

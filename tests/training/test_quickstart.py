@@ -27,12 +27,20 @@ def run(tmp_path_factory):
 
 
 def test_unseen_tasks_after_sixty_steps(run):
-    _, report = run
-    unseen = {method: row["accuracy"] for method, row in report["unseen"].items()}
-    assert unseen["base"] < 0.05
-    assert unseen["lora_gen"] > unseen["base"] + 0.1
-    assert unseen["lora_gen"] > unseen["lora"] + 0.05
-    assert unseen["icl"] > 0.9
+    """Sixty steps are too few for a certain score: how far it has come by then turns on rounding. That it is on its way
+    does not, and neither is what a plain LoRA can learn: tasks that it cannot tell apart."""
+    config, report = run
+    unseen = report["unseen"]
+    assert unseen["base"]["accuracy"] < 0.05
+    assert unseen["icl"]["accuracy"] > 0.9
+    ours, plain = unseen["lora_gen"], unseen["lora"]
+    assert ours["accuracy"] - 2 * ours["stderr"] > max(plain["accuracy"], unseen["base"]["accuracy"])
+    assert _last_validation(config.directory) < 0.75 * _last_validation(config.directory / "lora")
+
+
+def _last_validation(directory):
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [line["validation_loss"] for line in lines if "validation_loss" in line][-1]
 
 
 def test_the_report_has_the_agreed_layout(run):
