@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -69,10 +70,10 @@ def test_a_job_ends_with_the_process_that_started_it(tmp_path):
     parent = (
         "import os, subprocess, sys, time\n"
         f"subprocess.Popen([sys.executable, '-c', {json.dumps(child)}])\n"
-        f"while not os.path.exists({str(tmp_path / 'pid')!r}): time.sleep(0.02)\n"
-        "time.sleep(0.2)\n"
+        f"pid = {str(tmp_path / 'pid')!r}\n"
+        "while not (os.path.exists(pid) and os.path.getsize(pid)): time.sleep(0.02)\n"
     )
-    os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", parent])
+    subprocess.run([sys.executable, "-c", parent], check=True)
     pid = int((tmp_path / "pid").read_text())
     until = time.monotonic() + 30
     while time.monotonic() < until and runs(pid):
