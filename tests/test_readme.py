@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from lora_gen_jax.cli import eval_config
 from lora_gen_jax.config_file import config_from_args
 from lora_gen_jax.decoder import pretrained
 from lora_gen_jax.errors import ModelError
@@ -25,6 +24,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"(?:<!-- tests/test_readme\.py (.+?) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # The diagram is no program.
 BLOCKS = [match.groups() for match in BLOCK.finditer(README) if match[2] != "text"]
+RUN = ("&& cd lora-gen-jax", "--out baby", "--out opposite", "import generate", "--method mixlora")
+"""What tells the blocks that are run, in their order."""
 NOT_RUN, ADDS = "does not run this: ", "adds: "
 
 
@@ -107,7 +108,7 @@ def test_every_block_is_run_or_says_why_not():
     assert all(note.startswith((NOT_RUN, ADDS)) for note in notes)
     assert len(re.findall("<!--", README)) == len(notes)  # each stands right before its block
     run = [text for note, _, text in BLOCKS if note is None or note.startswith(ADDS)]
-    assert run == [block(part)[2] for part in ("&& cd lora-gen-jax", "--out baby", "--out opposite", "import generate")]
+    assert run == [block(part)[2] for part in RUN]
 
 
 def test_the_quickstart_installs_trains_and_compares(walk):
@@ -149,18 +150,16 @@ def test_the_python_prints_what_it_says(walk):
     assert [line.strip() for line in walk(kind, text)[0].splitlines()] == expected
 
 
-def test_what_is_not_run_has_configs_and_flags_that_are_read(monkeypatch, tmp_path):
+def test_another_method_trains_and_is_compared(walk):
+    note, kind, text = block("--method mixlora")
+    out, err = walk(kind, text.rstrip() + " " + note.removeprefix(ADDS), JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    assert "MixLoRA" in out + err
+    assert (walk.home / "lora-gen-jax" / "runs" / "mixlora" / "report.html").stat().st_size
+
+
+def test_what_is_not_run_has_a_config_and_flags_that_are_read(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    lines = "\n".join(text for note, _, text in BLOCKS if note and note.startswith(NOT_RUN)).replace("\\\n", " ")
-    read = []
-    for line in re.sub(r"#.*", "", lines).replace("'", "").splitlines():
-        if found := re.search(r"python (train|eval)\.py (.+)", line):
-            args = found[2].replace(" DIR", f" {tmp_path}").split()
-            config = config_from_args("train.py", args) if found[1] == "train" else eval_config(args)[0]
-            read.append((found[1], config.name, config.method))
-    assert read == [
-        ("train", "tinyllama_1b", "lora_gen"),
-        ("train", "smollm2_135m", "lora_gen"),
-        ("eval", "smollm2_135m", "lora_gen"),
-        ("train", "quickstart", "mixlora"),
-    ]
+    (text,) = [text for note, _, text in BLOCKS if note and note.startswith(NOT_RUN)]
+    (args,) = re.findall(r"python train\.py (.+)'", text)
+    config = config_from_args("train.py", args.replace(" DIR", f" {tmp_path}").split())
+    assert (config.name, config.bucket) == ("tinyllama_1b", "gs://BUCKET/first")
