@@ -236,4 +236,18 @@ MUTANTS = (
         "jax.random.key(config.train.seed)",
         (f"{STEP}::test_every_step_draws_its_own_dropout",),
     ),
+    Mutant(
+        "inner steps climb",
+        "training/inner.py",
+        "values_PLE - train.inner_rate * softened_sign",
+        "values_PLE + train.inner_rate * softened_sign",
+        ("training/test_inner.py::test_steps_lower_the_loss_on_the_shots_and_spare_prompts_without",),
+    ),
+    Mutant(
+        "the router learns nothing where there are inner steps",
+        "training/inner.py",
+        "logits_PLE = jnp.where(swapped_P11, start_PLE, logits_PLE) + (end_PLE - start_PLE)",
+        "logits_PLE = end_PLE",
+        ("training/test_inner.py::test_the_pool_learns_at_the_refined_gates_and_the_router_from_its_own_prompts",),
+    ),
 )
