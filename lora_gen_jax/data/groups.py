@@ -5,9 +5,9 @@ order in which consecutive ones fit a row together.
 """
 
 import dataclasses
+import itertools
 import logging
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import jinja2
 import numpy as np
@@ -21,6 +21,8 @@ from lora_gen_jax.data.tasks import Example, Task
 from lora_gen_jax.errors import DataError, ModelError
 
 log = logging.getLogger(__name__)
+_Pair = tuple[list[int], list[int]]
+"""Token ids of a query and of its response."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Group:
     knowledge: bool = False
     edge_prompt: list[int] = dataclasses.field(default_factory=list)
     asked: tuple[Example, ...] = ()
-    shot_queries: list[tuple[list[int], list[int]]] = dataclasses.field(default_factory=list)
+    shot_queries: list[_Pair] = dataclasses.field(default_factory=list)
 
 
 class GroupSampler:
@@ -119,23 +121,22 @@ class GroupSampler:
             * (self.config.edge_prompt_length > 0),
         )
 
-    def _queries(self, task: Task, rng: np.random.Generator) -> tuple[list[Example], list[Any]]:
+    def _queries(self, task: Task, rng: np.random.Generator) -> tuple[list[Example], list[_Pair]]:
         c, rows = self.config, getattr(task, self.split)
-        examples, queries, room, slots = [], [], c.edge_length, c.response_slots
-        # A few more candidates than needed: the row is filled with those that fit.
-        for index in rng.choice(len(rows), size=min(len(rows), 2 * c.queries_per_prompt), replace=False):
-            characters = len(rows[index].query) + len(rows[index].response)
-            if self.edge.exceeds(characters, c.query_length + 1):  # a large one would be read for seconds
-                continue
-            query, response = self._ids(rows[index], task.chat)
-            length = len(query) + len(response) - 1
-            if length <= min(room, c.query_length) and len(response) <= slots:
-                examples.append(rows[index])
-                queries.append((query, response))
-                room, slots = room - length, slots - len(response)
-            if len(queries) == c.queries_per_prompt:
-                break
-        return examples, queries
+
+        def candidates() -> Iterator[tuple[Example, _Pair]]:
+            # A few more than needed: the row is filled with those that fit.
+            for index in rng.choice(len(rows), size=min(len(rows), 2 * c.queries_per_prompt), replace=False):
+                characters = len(rows[index].query) + len(rows[index].response)
+                if self.edge.exceeds(characters, c.query_length + 1):  # a large one would be read for seconds
+                    continue
+                query, response = self._ids(rows[index], task.chat)
+                if len(query) + len(response) - 1 <= c.query_length:
+                    yield rows[index], (query, response)
+
+        fitting = _fitting(candidates(), c.edge_length, c.response_slots)
+        kept = list(itertools.islice(fitting, c.queries_per_prompt))
+        return [example for example, _ in kept], [pair for _, pair in kept]
 
     def _ids(self, example: Example, chat: bool, prompt: str = "") -> tuple[list[int], list[int]]:
         """Ids of a query and of its answer, which ends with the end token where it is learned from."""
@@ -159,8 +160,9 @@ class GroupSampler:
             group = dataclasses.replace(group, edge_prompt=self.edge.prompt(text))
             fits = len(group.edge_prompt) <= self.config.edge_prompt_length
         if fits and self.config.shot_length:
-            pairs = (self._ids(example, group.task in self.chats) for example in group.shots)
-            group = dataclasses.replace(group, shot_queries=_fitting(pairs, self.config))
+            shots = ((example, self._ids(example, group.task in self.chats)) for example in group.shots)
+            kept = _fitting(shots, self.config.shot_length, self.config.response_slots)
+            group = dataclasses.replace(group, shot_queries=[pair for _, pair in kept])
         return group if fits else self.shorten(group)
 
     def shorten(self, group: Group) -> Group | None:
@@ -255,15 +257,13 @@ def _check_chat(task: Task | None, edge: Encoder, reads_prompt: bool) -> None:
         ) from error
 
 
-def _fitting(pairs: Iterable[tuple[list[int], list[int]]], config: DataConfig) -> list[tuple[list[int], list[int]]]:
-    """Those that fit one row of `config.shot_length` tokens and `config.response_slots` answer tokens together."""
-    room, slots, kept = config.shot_length, config.response_slots, []
-    for query, answer in pairs:
-        length = len(query) + len(answer) - 1
-        if length <= room and len(answer) <= slots:
-            room, slots = room - length, slots - len(answer)
-            kept.append((query, answer))
-    return kept
+def _fitting(candidates: Iterable[tuple[Example, _Pair]], room: int, slots: int) -> Iterator[tuple[Example, _Pair]]:
+    """Those that fit a row of `room` tokens and `slots` answer tokens together; one that does not is passed over."""
+    for example, (query, response) in candidates:
+        length = len(query) + len(response) - 1
+        if length <= room and len(response) <= slots:
+            room, slots = room - length, slots - len(response)
+            yield example, (query, response)
 
 
 def _balance(groups: Sequence[Group], per_row: int) -> list[list[Group]]:

@@ -106,7 +106,7 @@ def empty_rows(
 def with_gates(pool: GatedPool | None, gates_LBE: jax.Array, factors: Any) -> GatedPool | RefinedPool | None:
     if pool is None:
         return None
-    gated = pool.replace(scanned={**pool.scanned, "gates": gates_LBE})
+    gated = pool.with_gates(gates_LBE)
     return gated if factors is None else RefinedPool.of(gated, factors)
 
 

@@ -53,11 +53,6 @@ class Form(NamedTuple):
     variants: int
     judged: bool
 
-    @property
-    def chooses(self) -> bool:
-        """Gates are learned of which only K differ from zero."""
-        return self.kind == "gates" and self.routing in ("keep_top_k", "gumbel_top_k")
-
 
 class State(struct.PyTreeNode):
     """What the steps change. V = P·U variants; all values have the axes [L, V, …].
@@ -263,7 +258,7 @@ def _objective(value: Any, decoder: Decoder, form: Form, params: Any, fixed: Fix
 
 def _learning(adapter: Any, value: Any, form: Form) -> Any:
     """`with_values` while it learns: the same outputs, and gradients for the experts that are not chosen, too."""
-    if not form.chooses:
+    if form.kind == "lora":
         return with_values(adapter, value, form)
     gates_LVE = straight_through(value["gates"], form.routing, form.top_k, form.temperature)
     return adapter.with_gates(gates_LVE, top_k=gates_LVE.shape[-1])

@@ -56,7 +56,8 @@ def refined(
     start_PLE = jax.lax.stop_gradient(jnp.where(swapped_P11, jnp.roll(logits_PLE, 1, axis=0), logits_PLE))
     end_PLE = jax.lax.stop_gradient(jax.lax.cond(active, steps, lambda values_PLE: values_PLE, start_PLE))
     logits_PLE = jnp.where(swapped_P11, start_PLE, logits_PLE) + (end_PLE - start_PLE)
-    gates_PLE = gates_of(logits_PLE, *routing)
+    # Gates that were read may have Gumbel noise, of which logits know nothing.
+    gates_PLE = jnp.where(active, gates_of(logits_PLE, *routing), generated.gates_PLE)
     adapter = generated.adapter.with_gates(gates_PLE.transpose(1, 0, 2))
     return generated.replace(adapter=adapter, gates_PLE=gates_PLE, logits_PLE=logits_PLE)
 

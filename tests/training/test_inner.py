@@ -135,6 +135,15 @@ def test_those_who_are_swapped_begin_with_the_next_prompts_logits(setting):
     np.testing.assert_allclose(away.gates_PLE, read.gates_PLE, rtol=SAME, atol=SAME)
 
 
+def test_gates_with_noise_stay_as_they_are_before_inner_steps_begin(setting):
+    _, frozen, _ = setting
+    noisy = _read(setting)
+    noisy = noisy.replace(gates_PLE=noisy.gates_PLE[:, :, ::-1])  # what its logits do not say
+    away = refined(noisy, _shot_loss(frozen), SETTINGS, TRAIN, jax.random.key(0), active=False)
+    assert np.array_equal(away.gates_PLE, noisy.gates_PLE)
+    assert np.array_equal(away.adapter.scanned["gates"], noisy.gates_PLE.transpose(1, 0, 2))
+
+
 def test_the_pool_learns_at_the_refined_gates_and_the_router_from_its_own_prompts(setting):
     """First order: the gradient is that of the loss at the moved logits, whose move counts as given."""
     generator, frozen, variables = setting
