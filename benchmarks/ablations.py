@@ -16,9 +16,9 @@ from rich.table import Table
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_check import check
 from lora_gen_jax.config_file import read_config
-from lora_gen_jax.evaluation.comparison import gates_of, histogram, report_of
 from lora_gen_jax.evaluation.run import evaluated_tasks, score_systems
 from lora_gen_jax.evaluation.systems import load_checkpoints, make_systems
+from lora_gen_jax.lab.comparison import gates_of, histogram, report_of
 from lora_gen_jax.models import load_pair
 from lora_gen_jax.training.loop import train
 

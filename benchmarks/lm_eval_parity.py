@@ -26,8 +26,8 @@ from lm_eval.tasks import TaskManager
 from lora_gen_jax.data.reasoning import REASONING_TASKS
 from lora_gen_jax.evaluation.lm_eval_documents import TASKS
 from lora_gen_jax.evaluation.lm_eval_model import LoraGenLM
-from lora_gen_jax.evaluation.transformers_peer import torch_model
 from lora_gen_jax.inference.decode import generate
+from lora_gen_jax.lab.costs.transformers_peer import torch_model
 
 # Differences of log-probability below which two options count as tied.
 TIE = 1e-3

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_gen_jax.adapters.merge import merge
-from lora_gen_jax.baselines.lorahub import compose, found_weights, shots_loss
-from lora_gen_jax.baselines.method import Specialized
 from lora_gen_jax.evaluation.run import evaluated_tasks
 from lora_gen_jax.evaluation.task import System, evaluate_task, task_prompt
+from lora_gen_jax.methods.lorahub import compose, found_weights, shots_loss
+from lora_gen_jax.methods.method import Specialized
 from lora_gen_jax.models import load_pair
 from lora_gen_jax.training.checkpoint import check_method, load_checkpoint
 

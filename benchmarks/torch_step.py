@@ -39,7 +39,7 @@ from torch_trainer import TorchTrainer
 from lora_gen_jax.config import Config, TrainConfig
 from lora_gen_jax.config_file import config_from_args
 from lora_gen_jax.data.pipeline import Batch, Shard, build_batch
-from lora_gen_jax.methods import make_generator
+from lora_gen_jax.methods.registry import make_generator
 from lora_gen_jax.models import Pair, load_pair
 from lora_gen_jax.sharding import make_mesh
 from lora_gen_jax.training.optimizer import make_optimizer

@@ -18,7 +18,7 @@ from torch_lora_gen import CLOUD_SITES, TorchLoRAGen
 from lora_gen_jax.config import Config, TrainConfig
 from lora_gen_jax.data.pipeline import Batch
 from lora_gen_jax.errors import ConfigError
-from lora_gen_jax.evaluation.transformers_peer import torch_model
+from lora_gen_jax.lab.costs.transformers_peer import torch_model
 from lora_gen_jax.models import Pair
 
 FAMILIES = ("llama", "qwen2")

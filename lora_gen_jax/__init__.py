@@ -20,7 +20,7 @@ The pieces, each usable alone:
     merge, unmerge                  adapters in and out of weights
     Prompt, RefineConfig            a prompt with examples, and how a specialization learns from them
     generate, stream, score         inference with any weights
-    METHODS                         what the paper compares with, by key (`lora_gen_jax.methods`)
+    METHODS                         what the paper compares with, by key (`lora_gen_jax.methods.registry`)
 """
 
 import importlib
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from lora_gen_jax.inference.decode import Generation, generate, stream
     from lora_gen_jax.inference.sampling import Sampling
     from lora_gen_jax.inference.scoring import Request, Score, score
-    from lora_gen_jax.methods import METHODS
+    from lora_gen_jax.methods.registry import METHODS
     from lora_gen_jax.specialization.prompt import Prompt
     from lora_gen_jax.specialization.settings import RefineConfig
 
@@ -110,7 +110,7 @@ _NAMES_OF_MODULE = {
     "lora_gen_jax.inference.decode": "Generation generate stream",
     "lora_gen_jax.inference.sampling": "Sampling",
     "lora_gen_jax.inference.scoring": "Request Score score",
-    "lora_gen_jax.methods": "METHODS",
+    "lora_gen_jax.methods.registry": "METHODS",
     "lora_gen_jax.specialization.prompt": "Prompt",
     "lora_gen_jax.specialization.settings": "RefineConfig",
 }

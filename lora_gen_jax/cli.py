@@ -139,12 +139,12 @@ def trained_and_compared(config: "Config") -> None:
     from lora_gen_jax.training.loop import train
 
     if config.compare:
-        from lora_gen_jax.evaluation.comparison import check_comparison
+        from lora_gen_jax.lab.comparison import check_comparison
 
         check_comparison(config)
     train(config)
     if config.compare:
-        from lora_gen_jax.evaluation.comparison import compare
+        from lora_gen_jax.lab.comparison import compare
 
         compare(config)
 
@@ -222,7 +222,7 @@ def bench_main(arguments: list[str]) -> None:
 def efficiency_main(arguments: list[str]) -> None:
     """``efficiency CONFIG.py``: time, memory and multiply-adds of an answer, by method."""
     from lora_gen_jax.config_file import flags_and_config
-    from lora_gen_jax.evaluation.efficiency_command import EfficiencyFlags, run
+    from lora_gen_jax.lab.costs.command import EfficiencyFlags, run
 
     flags, config = flags_and_config("lora-gen efficiency", EfficiencyFlags, arguments)
     out = flags.out or next_directory(config.directory, "efficiency")
@@ -233,7 +233,7 @@ def efficiency_main(arguments: list[str]) -> None:
 def compile_main(arguments: list[str]) -> None:
     """``compile CONFIG.py --topology v5e:4x4``: memory, flops and bytes of an experiment's programs on TPUs."""
     from lora_gen_jax.config_file import flags_and_config
-    from lora_gen_jax.scaling.command import CompileFlags, run
+    from lora_gen_jax.lab.tpu.command import CompileFlags, run
 
     flags, config = flags_and_config("lora-gen compile", CompileFlags, arguments)
     run(config, flags)
@@ -282,10 +282,10 @@ COMMANDS = {
     ),
     "lm_eval": Command("evaluation.lm_eval_command:lm_eval_main", None, "evaluate with lm-evaluation-harness"),
     "agent": Command(
-        "evaluation.agent_command:agent_main", None, "train and score on tool calls, as the paper's agent table"
+        "lab.agent.command:agent_main", None, "train and score on tool calls, as the paper's agent table"
     ),
     "table": Command(
-        "tables.command:table_main", None, "train and score every method and ablation, as the paper's tables"
+        "lab.tables.command:table_main", None, "train and score every method and ablation, as the paper's tables"
     ),
     "bench": Command("cli:bench_main", None, "time a config's training step against the machine's matmul rate"),
     "compile": Command(
@@ -293,12 +293,12 @@ COMMANDS = {
     ),
     "efficiency": Command("cli:efficiency_main", None, "time, memory and multiply-adds of an answer, by method"),
     "side_by_side": Command(
-        "evaluation.side_by_side:side_by_side_command",
+        "lab.side_by_side.command:side_by_side_command",
         "SideBySide",
         "the base with the prompt beside the specialized model without",
     ),
     "report": Command(
-        "evaluation.report.command:report_command",
+        "lab.report.command:report_command",
         "Report",
         "write report.html and figures from what runs and evaluations left",
     ),

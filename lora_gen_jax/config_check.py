@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 from lora_gen_jax.adapters.protocol import SITES
 from lora_gen_jax.config import Config, DataConfig, DistributedConfig, GeneratorConfig
 from lora_gen_jax.errors import ConfigError
-from lora_gen_jax.methods import METHODS, PROMPT_READING_METHODS, trained_method
+from lora_gen_jax.methods.registry import METHODS, PROMPT_READING_METHODS, trained_method
 from lora_gen_jax.untrusted import fits, wanted
 
 POSITIVE = (

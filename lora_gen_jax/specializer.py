@@ -27,7 +27,7 @@ from lora_gen_jax.files import is_directory
 from lora_gen_jax.generator.lora_gen import gated_adapter
 from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.hub import HUB_ID, name_of
-from lora_gen_jax.methods import make_generator
+from lora_gen_jax.methods.registry import make_generator
 from lora_gen_jax.models import Model, Pair, check_variables, load_pair
 from lora_gen_jax.placement import mesh_of
 from lora_gen_jax.sharding import evaluation_mesh

@@ -99,7 +99,7 @@ MUTANTS = (
         "adapters/lora.py",
         "return h_BTR * jnp.asarray(self.scale, x_BTD.dtype), b",
         "return h_BTR, b",
-        ("baselines/test_multi_task_lora.py::test_merged_equals_the_side_path_and_changes_the_model",),
+        ("methods/test_multi_task_lora.py::test_merged_equals_the_side_path_and_changes_the_model",),
     ),
     Mutant(
         "the gradient of a product has the wrong sign",
@@ -197,7 +197,7 @@ MUTANTS = (
         "training/step.py",
         "positions_PT + before)",
         "positions_PT)",
-        ("baselines/test_autocompressor.py::test_the_objective_and_its_gradient_within_substeps",),
+        ("methods/test_autocompressor.py::test_the_objective_and_its_gradient_within_substeps",),
     ),
     Mutant(
         "soft tokens have the position embedding of a first token",
@@ -205,7 +205,7 @@ MUTANTS = (
         "jnp.where(learned_BT[:, :, None] >= 0, placed_BTD,",
         "jnp.where(learned_BT[:, :, None] >= -1, placed_BTD,",
         (
-            "baselines/test_autocompressor.py::test_learned_positions_are_those_of_a_segments_own_tokens_in_training_too",
+            "methods/test_autocompressor.py::test_learned_positions_are_those_of_a_segments_own_tokens_in_training_too",
         ),
     ),
     Mutant(

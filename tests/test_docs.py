@@ -16,11 +16,11 @@ import lora_gen_jax
 from lora_gen_jax.cli import COMMANDS, EvalFlags
 from lora_gen_jax.config import Config
 from lora_gen_jax.errors import LoraGenError
-from lora_gen_jax.evaluation.agent_command import AgentFlags
-from lora_gen_jax.evaluation.efficiency_command import EfficiencyFlags
 from lora_gen_jax.evaluation.lm_eval_command import DATA_FLAGS, FIXED_SHOTS
-from lora_gen_jax.scaling.command import CompileFlags
-from lora_gen_jax.tables.command import TableFlags
+from lora_gen_jax.lab.agent.command import AgentFlags
+from lora_gen_jax.lab.costs.command import EfficiencyFlags
+from lora_gen_jax.lab.tables.command import TableFlags
+from lora_gen_jax.lab.tpu.command import CompileFlags
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -21,7 +21,7 @@ from hub_server import TOKEN, Repository, hub_server
 from lora_gen_jax import hub as hub_module
 from lora_gen_jax.errors import CheckpointError, ConfigError
 from lora_gen_jax.generator.cloud import pack_prompts
-from lora_gen_jax.methods import make_generator
+from lora_gen_jax.methods.registry import make_generator
 from lora_gen_jax.models import load_pair
 from lora_gen_jax.pack_command import Pack, pack_command
 from lora_gen_jax.specializer import Specializer, find_generator

@@ -22,12 +22,7 @@ CORE = ("decoder", "adapters", "generator")
 # What the core may use beside itself: no model, no method and no command is in these.
 FOUNDATION = ("errors", "files", "full_disk", "untrusted", "hub", "sharding", "buckets", "placement")
 # Everything that reproduces the paper's comparisons; commands import it when they are called.
-LAB = (
-    "tables",
-    "scaling",
-    *(f"evaluation.{name}" for name in ("agent", "comparison", "efficiency", "figures", "function_call", "report")),
-    "evaluation.side_by_side",
-)
+LAB = ("lab",)
 COMMAND_LINE = ("cli", "__main__")
 HEAVY = (
     "orbax",

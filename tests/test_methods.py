@@ -17,7 +17,7 @@ from lora_gen_jax.config_check import check
 from lora_gen_jax.data.pipeline import Group, pack_groups
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import ConfigError
-from lora_gen_jax.methods import METHODS, TRAINED, make_generator
+from lora_gen_jax.methods.registry import METHODS, TRAINED, make_generator
 from lora_gen_jax.models import Model, Pair
 from lora_gen_jax.sharding import make_mesh
 from lora_gen_jax.training.optimizer import make_optimizer
@@ -135,7 +135,7 @@ def test_the_method_of_the_contributors_guide(monkeypatch):
     made: dict = {"__name__": "scales"}
     exec(compile(code.group(1), "CONTRIBUTING.md", "exec"), made)
     monkeypatch.setitem(METHODS, "scales", made["METHOD"])
-    monkeypatch.setattr("lora_gen_jax.methods.TRAINED", (*TRAINED, "scales"))
+    monkeypatch.setattr("lora_gen_jax.methods.registry.TRAINED", (*TRAINED, "scales"))
     pair = _pair()
     params, metrics = _three_steps("scales", pair, make_mesh(devices=jax.devices()[:1]))
     assert metrics[2]["loss"] < metrics[0]["loss"]

@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from lora_gen_jax.baselines.method import Prompt
 from lora_gen_jax.config import EvalConfig
 from lora_gen_jax.data.encode import Encoder
 from lora_gen_jax.data.tasks import Task, stable_hash
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.evaluation.task import task_prompt
+from lora_gen_jax.methods.method import Prompt
 
 CONTROLS = ("paraphrase", "description", "shots", "shuffled", "gibberish", "empty")
 

@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from lora_gen_jax.baselines.method import Prompt
 from lora_gen_jax.config import Config
 from lora_gen_jax.data.reasoning import REASONING_TASKS, SEEN_TASKS
 from lora_gen_jax.errors import ConfigError, DataError
@@ -17,7 +16,8 @@ from lora_gen_jax.evaluation.controls import CONTROLS
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.subject import Subject, identity_of
 from lora_gen_jax.evaluation.systems import identifier
-from lora_gen_jax.methods import METHODS
+from lora_gen_jax.methods.method import Prompt
+from lora_gen_jax.methods.registry import METHODS
 from lora_gen_jax.models import Pair, end_ids
 from lora_gen_jax.training.checkpoint import Loaded
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from lora_gen_jax.adapters.merge import merge_donated
 from lora_gen_jax.adapters.specialization_fit import fitted_adapter
-from lora_gen_jax.baselines.method import Prompt, Specialized
 from lora_gen_jax.config import Config, EvalConfig, ModelConfig
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.evaluation.subject import Subject, content_of, digest_of, identity_of
 from lora_gen_jax.evaluation.systems import description_of, identifier
 from lora_gen_jax.files import text_argument
-from lora_gen_jax.methods import trained_method
+from lora_gen_jax.methods.method import Prompt, Specialized
+from lora_gen_jax.methods.registry import trained_method
 from lora_gen_jax.models import Model, end_ids, load_model, load_pair, precision_of
 from lora_gen_jax.sharding import evaluation_mesh
 from lora_gen_jax.specializer import read_specialization, relocate

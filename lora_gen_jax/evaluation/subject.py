@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_gen_jax.baselines.method import Specialized
 from lora_gen_jax.inference.soft_prompt import soft_positions
+from lora_gen_jax.methods.method import Specialized
 from lora_gen_jax.models import Model, precision_of
 from lora_gen_jax.training.checkpoint import versions
 

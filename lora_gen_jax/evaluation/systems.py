@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from lora_gen_jax.baselines.lora_gen import reader
-from lora_gen_jax.baselines.method import Method, Prompt, Specialized
 from lora_gen_jax.config import Config
 from lora_gen_jax.data.tasks import Task
 from lora_gen_jax.errors import CheckpointError, ConfigError
 from lora_gen_jax.evaluation.controls import CONTROLS, check_controls, prompts_under
 from lora_gen_jax.evaluation.subject import content_of, digest_of, identity_of
 from lora_gen_jax.evaluation.task import System, task_prompt
-from lora_gen_jax.methods import METHODS as COMPARED
-from lora_gen_jax.methods import trained_method
+from lora_gen_jax.methods.lora_gen import reader
+from lora_gen_jax.methods.method import Method, Prompt, Specialized
+from lora_gen_jax.methods.registry import METHODS as COMPARED
+from lora_gen_jax.methods.registry import trained_method
 from lora_gen_jax.models import Pair, precision_of
 from lora_gen_jax.training.bucket import location
 from lora_gen_jax.training.checkpoint import Loaded, check_method, check_models, find_checkpoint, load_checkpoint

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from lora_gen_jax.baselines.method import Prompt, Specialized
 from lora_gen_jax.config import EvalConfig
 from lora_gen_jax.data.prompts import evaluation_shots, system_prompt
 from lora_gen_jax.data.tasks import Example, Task
@@ -22,6 +21,7 @@ from lora_gen_jax.evaluation.means import standard_error
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.request_runner import Runner
 from lora_gen_jax.evaluation.subject import Subject
+from lora_gen_jax.methods.method import Prompt, Specialized
 from lora_gen_jax.models import Model
 
 # Training rows beside the shots that a method may ask the prompted edge model.

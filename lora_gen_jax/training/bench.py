@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_gen_jax.config import Config
 from lora_gen_jax.data.pipeline import Batch, Shard, build_batch
-from lora_gen_jax.methods import make_generator
+from lora_gen_jax.methods.registry import make_generator
 from lora_gen_jax.models import Pair, load_pair, precision_of
 from lora_gen_jax.sharding import make_mesh
 from lora_gen_jax.training.cost import matmul_rate, method_cost

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from lora_gen_jax.adapters.gated_pool import computed_experts
-from lora_gen_jax.baselines.lora import lora_macs
 from lora_gen_jax.config import Config, GeneratorConfig
 from lora_gen_jax.data.pipeline import Batch
 from lora_gen_jax.decoder.config import DecoderConfig
@@ -21,7 +20,8 @@ from lora_gen_jax.decoder.flash import LARGEST_BLOCK, fits_flash
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.generator.cloud import CLOUD_SITES
-from lora_gen_jax.methods import trained_method
+from lora_gen_jax.methods.lora import lora_macs
+from lora_gen_jax.methods.registry import trained_method
 
 # A frozen matmul runs forward and once more for the gradient of its input; a trained one a third time.
 FROZEN_PASSES, TRAINED_PASSES = 2, 3

@@ -20,7 +20,7 @@ from lora_gen_jax.config import Config
 from lora_gen_jax.data.pipeline import Batch, TrainingBatches, build_batch, validation_batches
 from lora_gen_jax.data.tasks import contents
 from lora_gen_jax.errors import LoraGenError, Stopped
-from lora_gen_jax.methods import make_generator
+from lora_gen_jax.methods.registry import make_generator
 from lora_gen_jax.models import Pair, load_pair, precision_of
 from lora_gen_jax.sharding import make_mesh
 from lora_gen_jax.training import distributed

@@ -25,7 +25,7 @@ from lora_gen_jax.data.pipeline import Shard
 from lora_gen_jax.data.tasks import Task
 from lora_gen_jax.errors import CheckpointError, ConfigError, DataError, OutputError
 from lora_gen_jax.files import write_text
-from lora_gen_jax.methods import trained_method
+from lora_gen_jax.methods.registry import trained_method
 from lora_gen_jax.models import Pair
 from lora_gen_jax.sharding import spec
 from lora_gen_jax.training import distributed

@@ -7,7 +7,7 @@ from helpers import raises
 
 from lora_gen_jax.data.function_calls import NO_CALL, function_text, load_function_calls, render
 from lora_gen_jax.errors import DataError
-from lora_gen_jax.evaluation.function_calls import parse_calls, score_calls
+from lora_gen_jax.lab.agent.function_calls import parse_calls, score_calls
 
 PAINT = {
     "name": "wall.paint",

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from helpers import raises
 
-from lora_gen_jax.baselines.method import Specialized
 from lora_gen_jax.config import EvalConfig, ModelConfig
 from lora_gen_jax.data.pocket.suite import find
 from lora_gen_jax.data.pocket.world import ATTRIBUTES
@@ -20,6 +19,7 @@ from lora_gen_jax.evaluation.request_runner import Runner
 from lora_gen_jax.evaluation.subject import Subject
 from lora_gen_jax.evaluation.task import System, evaluate_task, exact_match
 from lora_gen_jax.inference.decode import Generation
+from lora_gen_jax.methods.method import Specialized
 from lora_gen_jax.models import Pair, load_model
 
 SETTINGS = EvalConfig(shots=5)

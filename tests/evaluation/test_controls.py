@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from helpers import raises, trained
 
-from lora_gen_jax.baselines.method import Prompt
 from lora_gen_jax.config import EvalConfig, ModelConfig
 from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.tasks import Example, Task
@@ -14,6 +13,7 @@ from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.evaluation.controls import CONTROLS, check_controls, gibberish, prompts_under
 from lora_gen_jax.evaluation.systems import make_systems
 from lora_gen_jax.evaluation.task import task_prompt
+from lora_gen_jax.methods.method import Prompt
 from lora_gen_jax.models import load_model, load_pair
 from lora_gen_jax.training.checkpoint import load_checkpoint
 

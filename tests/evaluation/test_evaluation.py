@@ -10,8 +10,6 @@ import pytest
 from helpers import color_rows, experiment, logits, raises, trained, write_rows
 
 from lora_gen_jax.adapters.merge import merge
-from lora_gen_jax.baselines import lora_gen
-from lora_gen_jax.baselines.method import Specialized
 from lora_gen_jax.config import EvalConfig
 from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.tasks import Example, Task
@@ -23,7 +21,9 @@ from lora_gen_jax.evaluation.run import evaluate
 from lora_gen_jax.evaluation.systems import make_systems
 from lora_gen_jax.evaluation.task import System, evaluate_task, task_prompt
 from lora_gen_jax.generator.specialize import specialize
-from lora_gen_jax.methods import make_generator
+from lora_gen_jax.methods import lora_gen
+from lora_gen_jax.methods.method import Specialized
+from lora_gen_jax.methods.registry import make_generator
 from lora_gen_jax.models import load_pair
 from lora_gen_jax.sharding import make_mesh
 from lora_gen_jax.training.checkpoint import load_checkpoint

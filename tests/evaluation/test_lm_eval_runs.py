@@ -17,7 +17,7 @@ from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.inference.rows import Request
 from lora_gen_jax.inference.scoring import score
-from lora_gen_jax.methods import make_generator
+from lora_gen_jax.methods.registry import make_generator
 from lora_gen_jax.models import load_pair
 from lora_gen_jax.training.checkpoint import load_checkpoint
 

@@ -190,7 +190,7 @@ def test_each_task_is_answered_by_the_model_specialized_for_its_own_prompt(tmp_p
         both.loglikelihood(bare, disable_tqdm=True)
     # A model that goes on makes no weights for what is finished.
     again = LoraGenLM(checkpoint=checkpoint, prompt_from_task=True, batch_tokens=64, cache=str(tmp_path / "cache"))
-    monkeypatch.setattr("lora_gen_jax.baselines.lora_gen.specialize", lambda *args: pytest.fail("specialized again"))
+    monkeypatch.setattr("lora_gen_jax.methods.lora_gen.specialize", lambda *args: pytest.fail("specialized again"))
     assert again.loglikelihood(asked, disable_tqdm=True) == got
     with raises(ConfigError, "prompt_from_task", "prompt and prompt_from_task", code="conflict"):
         LoraGenLM(checkpoint=checkpoint, prompt="x", prompt_from_task=True)

@@ -12,7 +12,7 @@ from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.adapters.specialization_fit import adapter_of
 from lora_gen_jax.generator.cloud import pack_prompts
 from lora_gen_jax.inference.decode import generate
-from lora_gen_jax.methods import make_generator
+from lora_gen_jax.methods.registry import make_generator
 from lora_gen_jax.models import load_pair
 from lora_gen_jax.serving.command import make_scheduler
 from lora_gen_jax.serving.registry import Registry, Served

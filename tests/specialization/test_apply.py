@@ -14,7 +14,7 @@ from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.generator.cloud import pack_prompts
 from lora_gen_jax.generator.router import keep_top_k
 from lora_gen_jax.inference.scoring import Request, score
-from lora_gen_jax.methods import make_generator
+from lora_gen_jax.methods.registry import make_generator
 from lora_gen_jax.models import load_pair
 from lora_gen_jax.specialization import apply
 from lora_gen_jax.specialization.apply import logits_of

@@ -10,7 +10,7 @@ from helpers import experiment, raises
 from lora_gen_jax.data.pipeline import Shard, build_batch
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.inference.cost import count
-from lora_gen_jax.methods import make_generator
+from lora_gen_jax.methods.registry import make_generator
 from lora_gen_jax.models import load_pair
 from lora_gen_jax.sharding import make_mesh
 from lora_gen_jax.training import bench as module

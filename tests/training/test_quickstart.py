@@ -8,7 +8,7 @@ import pytest
 
 from lora_gen_jax.config_file import read_config
 from lora_gen_jax.data.pocket import suite
-from lora_gen_jax.evaluation.comparison import compare
+from lora_gen_jax.lab.comparison import compare
 from lora_gen_jax.training.loop import train
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.py"

@@ -16,7 +16,7 @@ from helpers import experiment, generator_variables, raises, write_model
 from lora_gen_jax.config import ModelConfig
 from lora_gen_jax.data.pipeline import Shard, build_batch
 from lora_gen_jax.errors import ConfigError
-from lora_gen_jax.methods import make_generator
+from lora_gen_jax.methods.registry import make_generator
 from lora_gen_jax.models import load_pair
 from lora_gen_jax.training.optimizer import make_optimizer
 from lora_gen_jax.training.prepare import make_sampler, training_tasks

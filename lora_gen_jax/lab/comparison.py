@@ -1,0 +1,180 @@
+"""After training: the methods of ``compare`` side by side on seen and unseen tasks.
+
+In: a finished run. Methods that learn and have no run yet are trained on the same batches first, each in a directory
+of its own inside the run's. Out: results.json, report.json (CONTRACTS), gates.json, report.html and *.png in the run's
+directory, and a table on the screen.
+"""
+
+import dataclasses
+import math
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from lora_gen_jax.config import Config
+from lora_gen_jax.config_check import check, trained
+from lora_gen_jax.data.tasks import Task
+from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.evaluation.controls import check_controls
+from lora_gen_jax.evaluation.harness import PREFIX
+from lora_gen_jax.evaluation.run import describe, evaluated_tasks, gates_json, score_systems, unfinished
+from lora_gen_jax.evaluation.systems import (
+    METHODS,
+    check_methods,
+    check_shots,
+    gates_of,
+    load_checkpoints,
+    make_systems,
+)
+from lora_gen_jax.files import write_json
+from lora_gen_jax.lab.figures import draw_report
+from lora_gen_jax.lab.report.command import write_report
+from lora_gen_jax.lab.report.scores import prompted
+from lora_gen_jax.lab.report.style import title_of
+from lora_gen_jax.methods.registry import METHODS as COMPARED
+from lora_gen_jax.models import load_pair
+from lora_gen_jax.sharding import evaluation_mesh
+from lora_gen_jax.training.loop import train
+from lora_gen_jax.training.prepare import training_tasks
+
+
+def compare(config: Config) -> dict[str, Any]:
+    """Scores `config.compare` and writes the report; returns what report.json holds.
+
+    Raises:
+        LoraGenError: for tasks that cannot be scored, or as training.
+    """
+    tasks = evaluated_tasks(config)
+    for method in dict.fromkeys(METHODS[m] for m in config.compare):
+        if method not in (None, config.method):
+            say(f"training {method} on the same batches")
+            train(variant(config, method))
+    checkpoints = load_checkpoints(config, config.compare, None)
+    pair, began = load_pair(config, evaluation_mesh(config.mesh.fsdp)), time.monotonic()
+    systems = make_systems(config, config.compare, pair, checkpoints, tasks)
+    with unfinished(config.directory, "compare") as journal:
+        results = score_systems(config, pair, systems, tasks, journal)
+        say(f"scored {len(systems)} methods on {len(tasks)} tasks in {time.monotonic() - began:.0f} s")
+        report = report_of(results, tasks)
+        gates = gates_of(config, pair, checkpoints["lora_gen"], tasks) if "lora_gen" in checkpoints else None
+        if jax.process_index() == 0:
+            results["checkpoints"] = {method: describe(loaded) for method, loaded in checkpoints.items()}
+            write_json(config.directory / "results.json", results, "--workdir")
+            write_json(config.directory / "report.json", report, "--workdir")
+            if gates:
+                write_json(config.directory / "gates.json", gates_json(gates), "--workdir")
+    if jax.process_index() == 0:
+        draw_report(report, gates, config.directory / "report.png")
+        print_report(report, gates)
+        write_report([config.directory])
+    return report
+
+
+def variant(config: Config, method: str) -> Config:
+    """The config of a method that the run is compared with, in a directory of its own."""
+    if method == config.method:
+        return config
+    return dataclasses.replace(config.inside(method), method=method, compare=())
+
+
+def check_comparison(config: Config) -> None:
+    """What a comparison needs, before hours of training.
+
+    Raises:
+        LoraGenError: for an unknown method or task, or a task that cannot be scored.
+    """
+    check_methods(config.compare, "compare")
+    if not config.eval.latency:
+        raise ConfigError(
+            "eval.latency is off, but compare draws accuracy against latency",
+            field="eval.latency",
+            remedy="leave it on",
+        )
+    if any(name.startswith(PREFIX) for name in config.eval.tasks):
+        raise ConfigError(
+            f"compare cannot score {PREFIX} tasks after training",
+            field="eval.tasks",
+            remedy="take them out of eval.tasks, use eval.py",
+        )
+    check_controls(config.compare, evaluated_tasks(config))
+    check_shots(config.compare, [config.eval.shots])
+    for method in trained(config):
+        made = check(variant(config, method))
+        COMPARED[method].check(made)
+        if COMPARED[method].choose_tasks is not None:
+            training_tasks(made)
+
+
+def say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr)
+
+
+def report_of(results: dict[str, Any], tasks: list[Task]) -> dict[str, Any]:
+    """{"seen" | "unseen": {method: accuracy, stderr, context_tokens, latency_ms, prompted}}.
+
+    Accuracy is over all queries of the tasks together, with the standard error of a share; context and latency are
+    means over tasks.
+    """
+    report: dict[str, Any] = {}
+    for title, seen in (("seen", True), ("unseen", False)):
+        names = [task.name for task in tasks if task.seen == seen]
+        if names:
+            scored = results["methods"].items()
+            report[title] = {
+                m: pooled([r["tasks"][name] for name in names]) | {"prompted": prompted(m, r)} for m, r in scored
+            }
+    return report
+
+
+def pooled(scored: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row of the report from the results of several tasks; no latency where none was measured."""
+    n, times = sum(result["n"] for result in scored), [result["latency_ms"] for result in scored]
+    accuracy = sum(result["acc"] * result["n"] for result in scored) / n
+    return {
+        "accuracy": accuracy,
+        "stderr": math.sqrt(accuracy * (1 - accuracy) / max(n - 1, 1)),
+        "n": n,
+        "context_tokens": round(float(np.mean([result["context_tokens"] for result in scored])), 1),
+        "latency_ms": None if None in times else round(float(np.mean(times)), 2),
+    }
+
+
+def print_report(report: dict[str, Any], gates: dict[str, np.ndarray] | None) -> None:
+    """The comparison as a table, and how much each expert is used."""
+    table = Table(title="accuracy in % ± standard error; latency of one answer")
+    table.add_column("method")
+    groups = list(report)
+    for group in groups:
+        table.add_column(f"{group}\ntasks", justify="right")
+    for title in ("context\ntokens", "compression", "latency\nms"):
+        table.add_column(title, justify="right")
+    for method in report[groups[0]]:
+        rows = [report[group][method] for group in groups]
+        context, latency = (float(np.mean([row[key] for row in rows])) for key in ("context_tokens", "latency_ms"))
+        cells = [f"{100 * row['accuracy']:.1f} ± {100 * row['stderr']:.1f}" for row in rows]
+        full = [report[group]["icl"]["context_tokens"] for group in groups] if "icl" in report[groups[0]] else []
+        ratio = f"{float(np.mean(full)) / context:.1f}×" if full else "–"
+        table.add_row(title_of(method, rows[0]), *cells, f"{context:.1f}", ratio, f"{latency:.2f}")
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    console.print(table)
+    if gates:
+        console.print(histogram(gates), highlight=False)
+
+
+def histogram(gates: dict[str, np.ndarray]) -> str:
+    """Expert usage: each expert's share of all gates, in percent and as a bar."""
+    share_E = np.sum(list(gates.values()), axis=(0, 1))
+    share_E = share_E / share_E.sum()
+    bars = "▁▂▃▄▅▆▇█"
+    drawn = "".join(bars[min(int(s / share_E.max() * len(bars)), len(bars) - 1)] for s in share_E)
+    used = int(np.sum(share_E > 0.1 / len(share_E)))
+    return (
+        f"expert usage {drawn}  {used} of {len(share_E)} experts above a tenth of an even share;"
+        f" largest {100 * share_E.max():.0f} %, smallest {100 * share_E.min():.1f} %"
+    )

@@ -1,0 +1,241 @@
+"""Time, memory and multiply-adds of an answer, for this project's methods and for transformers on the same machine.
+
+In: methods made ready, a transformers model or none. Out: dictionaries of plain numbers, as efficiency.json holds
+them. All systems take turns, repetition by repetition, so that a slow moment of the machine hits them alike.
+"""
+
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+
+from lora_gen_jax.adapters.merge import merge
+from lora_gen_jax.decoder.model import Decoder
+from lora_gen_jax.evaluation.timing import timed
+from lora_gen_jax.inference import cost, decode
+from lora_gen_jax.inference.forward import forward_only
+from lora_gen_jax.lab.costs.methods import Ready, Setup
+from lora_gen_jax.lab.costs.transformers_peer import TorchAnswer, TorchPrefix, torch_answer
+
+# After each answer: the other library's idle threads spin for a while before they sleep.
+PAUSE = 0.02
+
+
+class System(Protocol):
+    """Something that answers the query."""
+
+    def once(self) -> dict[str, float]:
+        """Does what a task needs once; seconds by stage."""
+        ...
+
+    def answer(self) -> tuple[float, float, list[int]]:
+        """Answers: seconds to the first token and to the last, ids."""
+        ...
+
+    def batch(self, rows: int) -> float:
+        """Answers in `rows` equal rows: seconds to the last token."""
+        ...
+
+
+class OurSystem:
+    """A method of this project."""
+
+    def __init__(self, decoder: Decoder, ready: Ready, new_tokens: int):
+        self.decoder, self.ready, self.new_tokens = decoder, ready, new_tokens
+
+    def once(self) -> dict[str, float]:
+        return {} if self.ready.once is None else self.ready.once()
+
+    def answer(self) -> tuple[float, float, list[int]]:
+        # Two runs: the whole answer is one program without a stop, in which no token can be timed.
+        r = self.ready
+        first = timed(lambda: next(decode.stream(self.decoder, r.params, [r.ids], **self._arguments)))[1]
+        made, total = timed(lambda: decode.generate(self.decoder, r.params, [r.ids], **self._arguments))
+        return first, total, made[0].ids
+
+    def batch(self, rows: int) -> float:
+        r = self.ready
+        return timed(lambda: decode.generate(self.decoder, r.params, [r.ids] * rows, **self._arguments))[1]
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        return {"max_new_tokens": self.new_tokens, "adapter": self.ready.adapter, "prefix": self.ready.prefix}
+
+
+class TorchSystem:
+    """The base model in transformers; `kept` ids of the front are read once, their cache is copied for every answer.
+
+    The copy is timed apart, not as part of the answer: a server may cut its cache back instead.
+    """
+
+    def __init__(self, hf: Any, ids: Sequence[int], new_tokens: int, kept: int = 0):
+        self.hf, self.ids, self.new_tokens, self.kept = hf, list(ids), new_tokens, kept
+        self.prefix = TorchPrefix(hf, self.ids[:kept]) if kept else None
+
+    def once(self) -> dict[str, float]:
+        if self.prefix is None:
+            return {}
+        return {"prefix": timed(lambda: TorchPrefix(self.hf, self.ids[: self.kept]))[1]}
+
+    def copy(self) -> float | None:
+        """Seconds of one copy of the prefix's cache."""
+        return None if self.prefix is None else min(timed(self.prefix.cache)[1] for _ in range(3))
+
+    def answer(self) -> tuple[float, float, list[int]]:
+        made = self._decode(1)
+        return made.first, made.total, made.ids[0]
+
+    def batch(self, rows: int) -> float:
+        return self._decode(rows).total
+
+    def _decode(self, rows: int) -> TorchAnswer:
+        cache = None if self.prefix is None else self.prefix.cache(rows)
+        return torch_answer(self.hf, [self.ids[self.kept :]] * rows, self.new_tokens, cache)
+
+
+def torch_systems(hf: Any, setup: Setup) -> dict[str, TorchSystem]:
+    """The three ways in which transformers' base model can do the same work."""
+    work = setup.work
+    return {
+        "transformers_no_prompt": TorchSystem(hf, work.query, work.new_tokens),
+        "transformers_full_prompt": TorchSystem(hf, work.whole, work.new_tokens),
+        "transformers_kept_prefix": TorchSystem(hf, work.whole, work.new_tokens, work.kept),
+    }
+
+
+@dataclasses.dataclass
+class Timings:
+    """Seconds by repetition.
+
+    Attributes:
+        once: stages of what is done once a task.
+        first, total: to the first and to the last token of one answer.
+        batches: to the last token, by number of rows.
+        ids: the answer.
+    """
+
+    once: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    first: list[float] = dataclasses.field(default_factory=list)
+    total: list[float] = dataclasses.field(default_factory=list)
+    batches: dict[int, list[float]] = dataclasses.field(default_factory=dict)
+    ids: list[int] = dataclasses.field(default_factory=list)
+
+
+def measure(systems: Mapping[str, System], batch_sizes: Sequence[int], repeats: int) -> dict[str, Timings]:
+    """Times all systems in turns; the first turn of each kind compiles and is dropped."""
+    found = {name: Timings() for name in systems}
+    for turn in range(repeats + 1):
+        say(f"answers, turn {turn} of {repeats}" if turn else "answers, first turn: compiling")
+        for name, system in systems.items():
+            once, (first, total, ids) = system.once(), system.answer()
+            time.sleep(PAUSE)
+            if turn:
+                times = found[name]
+                times.once.append(once)
+                times.first.append(first)
+                times.total.append(total)
+                times.ids = ids
+    for rows in batch_sizes:
+        if rows == 1:
+            for times in found.values():
+                times.batches[1] = times.total
+            continue
+        say(f"batches of {rows}")
+        for turn in range(min(repeats, 3) + 1):
+            for name, system in systems.items():
+                seconds = system.batch(rows)
+                time.sleep(PAUSE)
+                if turn:
+                    found[name].batches.setdefault(rows, []).append(seconds)
+    return found
+
+
+def figures(times: Timings, new_tokens: int) -> dict[str, Any]:
+    """Medians and spread, in milliseconds; tokens a second by number of rows."""
+    once = {name: ms(statistics.median(t[name] for t in times.once)) for name in times.once[0]}
+    return {
+        "once_ms": once,
+        "first_token_ms": ms(statistics.median(times.first)),
+        # Between the quickest runs: first and last token are timed in different ones, and noise would not cancel.
+        "per_token_ms": ms((min(times.total) - min(times.first)) / (new_tokens - 1)),
+        "answer_ms": ms(statistics.median(times.total)),
+        "answer_ms_range": [ms(min(times.total)), ms(max(times.total))],
+        "first_answer_ms": ms(
+            statistics.median(sum(t.values()) + total for t, total in zip(times.once, times.total, strict=True))
+        ),
+        "tokens_per_s": {str(n): round(n * new_tokens / statistics.median(t), 1) for n, t in times.batches.items()},
+    }
+
+
+def ms(seconds: float) -> float:
+    """Milliseconds, to the microsecond."""
+    return round(seconds * 1000, 3)
+
+
+def peak_bytes(compiled: Any) -> int | None:
+    """Arguments, temporaries and results of a compiled program, memory that results share with arguments once."""
+    m = compiled.memory_analysis()
+    if m is None:
+        return None
+    return m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+
+
+def answer_cost(decoder: Decoder, ready: Ready, new_tokens: int) -> dict[str, Any]:
+    """Memory of an answer's programs, and its multiply-adds by formula and by the compiler."""
+    model, sizes = forward_only(decoder), cost.Sizes(len(ready.ids), ready.kept, new_tokens, adapter=ready.adapter_macs)
+    peaks = [peak_bytes(cost.lower_pass(model, ready.params, ready.adapter, one).compile()) for one in sizes.executed]
+    needed = cost.answer_macs(decoder.config, sizes)
+    result: dict[str, Any] = {
+        "peak_bytes": None if None in peaks else max(peak for peak in peaks if peak is not None),
+        "macs": {"prefill": needed[0], "answer": sum(needed)},
+    }
+    for name, one in zip(("executed_prefill", "executed_token"), sizes.executed, strict=True):
+        formula = cost.pass_macs(decoder.config, one).total
+        result["macs"][name] = compared(formula, cost.count_pass(decoder, ready.params, ready.adapter, one))
+    return result
+
+
+def specializing_cost(setup: Setup) -> dict[str, Any]:
+    """Memory and multiply-adds of the cloud's pass and of merging."""
+    pair, config = setup.pair, setup.generator.settings
+    packed, edge = setup.packed_prompt(), pair.edge.config
+    unrolled = setup.generator.clone(unroll=pair.cloud.config.num_layers, remat="none")
+
+    def lower(generator: Any) -> Any:
+        return jax.jit(generator.apply).lower(setup.variables, pair.cloud.params, packed)
+
+    merging = jax.jit(merge).lower(pair.edge.params, setup.specialize())
+    formula = cost.specialize_macs(pair.cloud.config, edge, config, packed.tokens_BT.shape[1])
+    counted = cost.count(merging)
+    # One loop a site, its body a layer: XLA's analysis counts one layer.
+    everything = None if counted.everything is None else counted.everything * edge.num_layers
+    whole = cost.Counted(counted.matmuls, everything)
+    return {
+        "cloud": {
+            "peak_bytes": peak_bytes(lower(setup.generator).compile()),
+            "macs": compared(formula, cost.count(lower(unrolled))),
+        },
+        "merge": {"peak_bytes": peak_bytes(merging.compile()), "macs": compared(cost.merge_macs(edge, config), whole)},
+    }
+
+
+def compared(formula: int, counted: cost.Counted) -> dict[str, Any]:
+    """Both counts of a program and by what share the compiler's is larger."""
+    everything = counted.everything
+    return {
+        "formula": formula,
+        "compiler": counted.matmuls,
+        "difference": round(cost.difference(formula, counted.matmuls), 6),
+        "with_elementwise": everything,
+        "elementwise_share": None if everything is None else round(everything / formula - 1, 6),
+        "agrees": abs(cost.difference(formula, counted.matmuls)) <= cost.TOLERANCE,
+    }
+
+
+def say(message: str) -> None:
+    """A line of progress."""
+    print(f"efficiency: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,158 @@
+"""The paper's tables of characteristics and of cost, 1 and 13, the published figures beside ours, and the foot.
+
+In: as `tables.layout`. Out: `Sheet`s, and the list of all tables.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from lora_gen_jax.evaluation.published import AGENT, AGENT_COMPRESSION, COST, MACHINE, PAPER, REASONING, UNSEEN_THREE
+from lora_gen_jax.lab.costs.report import si
+from lora_gen_jax.lab.tables import layout
+from lora_gen_jax.lab.tables.layout import Costs, Results, answer, context, number
+from lora_gen_jax.lab.tables.sheet import Cell, Figure, Sheet
+from lora_gen_jax.methods.method import Traits
+
+NOT_OURS = "published, not measured here"
+# Lines of the training steps of `efficiency_training`.
+STEPS = {"lora": "lora", "lora_gen": "lora_gen_grouped"}
+
+
+def table_1(results: Results, costs: Costs, traits: Mapping[str, Traits]) -> Sheet | None:
+    """What a method can do, with what was measured about it."""
+    # The untrained rows are methods themselves.
+    of = {row: results["settings"].get(row, {}).get("method", row) for row in layout.method_rows(results)}
+    rows = [row for row in of if row != "base" and of[row] in traits]
+    if not rows:
+        return None
+    full = context(results, "icl")
+
+    def cells(row: str) -> list[Cell]:
+        own, read, once = traits[of[row]], context(results, row), answer(costs, row, "once_ms")
+        yes = [own.compresses_context, own.merged, own.training_free, own.transfers]
+        # Others read as little, but then know nothing of the prompt.
+        ratio = None
+        if full is not None and read is not None and (own.compresses_context or row == "icl"):
+            ratio = Figure(full.mean / read.mean, unit="×")
+        extra = answer(costs, row, "numbers_beside")
+        seconds = None if once is None else Figure(sum(once.values()) / 1000, digits=3)
+        return [*("yes" if one else "no" for one in yes), ratio, number(extra, 0), seconds]
+
+    words = ("compresses\ncontext", "merged: no extra\nparameters", "training-free for\na new task")
+    measured = ("ICL's context\nover its own", "numbers beside\nthe weights", "seconds to\nspecialize")
+    columns = ("method", *words, "passes knowledge\nbetween models", *measured)
+    notes = (
+        "the last three columns are measured; the others follow from how a method works",
+        "numbers beside the weights: an adapter's parameters, and keys and values of soft tokens",
+    )
+    return Sheet(1, "characteristics", columns, layout.over(results, rows, cells), notes)
+
+
+def table_13(results: Results, costs: Costs) -> Sheet | None:
+    """What an answer and a training step cost."""
+    if "answers" not in costs:
+        return None
+    rows = [row for row in (*layout.method_rows(results), "icl_kept_prefix") if row in costs["answers"]]
+    training = costs.get("training", {})
+
+    def cells(row: str) -> list[Cell]:
+        macs, once = answer(costs, row, "macs"), answer(costs, row, "once_ms")
+        step = training.get(STEPS.get(row, ""), {})
+        before = sum(once.values()) if once else None
+        trained: list[Cell] = [number(step.get("step_ms")), si(step["macs"]) if step else None]
+        return [si(macs["answer"]), *layout.latency(costs, row), number(before), *trained]
+
+    columns = ("method", "inference\nMACs", "answer\nms", "of LoRA's", "once a task\nms", "training step\nms", "MACs")
+    work = costs["workload"]
+    lines = [
+        f"an answer of {work['new_tokens']} tokens to {work['input_tokens']}, instruction {work['instruction_tokens']}"
+        " tokens; medians, all methods taking turns with nothing else running"
+    ]
+    if alone := training.get("lora_gen"):
+        lines.append(
+            "a training step takes 8 queries of one instruction, which LoRA-Gen reads once; reading it for every query,"
+            f" as published, takes {alone['step_ms']:.1f} ms"
+        )
+    sheet = Sheet(13, "cost", columns, layout.over(results, rows, cells), tuple(lines))
+    return with_published(sheet, ("method", "inference MACs", "s", "training step s"), cost_rows())
+
+
+def cost_rows() -> list[tuple[Cell, ...]]:
+    rows = (("Qwen2-1.5B, " + r.method, si(r.inference_macs), r.inference_s, r.training_step_s) for r in COST)
+    return [(title, macs, *(Figure(s, digits=2) for s in seconds)) for title, macs, *seconds in rows]
+
+
+def reasoning_rows(unseen_three: bool) -> list[tuple[Cell, ...]]:
+    """The paper's Table 2, or its Table 4."""
+    rows = [row for row in REASONING if (row.tasks == UNSEEN_THREE) == unseen_three]
+    return [
+        (f"{r.model}, {r.method}", number(r.ave), number(r.har), number(r.latency_ms, 2 if unseen_three else 1))
+        for r in rows
+    ]
+
+
+def agent_rows() -> list[tuple[Cell, ...]]:
+    return [
+        (
+            f"{row.method}, tools {'in context' if row.tools_in_prompt else 'not in context'}",
+            number(row.average),
+            Figure(1.0 if row.tools_in_prompt else AGENT_COMPRESSION, unit="×"),
+        )
+        for row in AGENT
+    ]
+
+
+def with_published(sheet: Sheet | None, columns: tuple[str, ...], rows: Iterable[tuple[Cell, ...]]) -> Sheet | None:
+    """The table with the paper's figures below."""
+    if sheet is None:
+        return None
+    published = Sheet(sheet.number, NOT_OURS, columns, tuple(rows), (PAPER, MACHINE))
+    return Sheet(sheet.number, sheet.title, sheet.columns, sheet.rows, sheet.notes, published)
+
+
+def all_tables(results: Results, costs: Costs, traits: Mapping[str, Traits]) -> list[Sheet]:
+    """The paper's Tables 1 to 9 and 13, as far as they were asked for."""
+    reasoning, agent = ("model, method", "AVE", "HAR", "latency ms"), ("method", "average", "compression")
+    sheets = [
+        table_1(results, costs, traits),
+        with_published(layout.table_2(results, costs), reasoning, reasoning_rows(False)),
+        with_published(layout.table_3(results), agent, agent_rows()),
+        with_published(layout.table_4(results, costs), reasoning, reasoning_rows(True)),
+        layout.table_5(results),
+        layout.table_6(results),
+        layout.table_7(results),
+        layout.table_8(results, costs),
+        layout.table_9(results),
+        table_13(results, costs),
+    ]
+    return [sheet for sheet in sheets if sheet is not None]
+
+
+def foot(results: Results, costs: Costs) -> list[str]:
+    """Seeds, documents, steps, machines and versions: a line each; what ran elsewhere is named."""
+    steps: dict[int, list[str]] = {}
+    for run, seeds in results["facts"].items():
+        for one in seeds.values():
+            if one.get("steps") and run not in steps.setdefault(one["steps"], []):
+                steps[one["steps"]].append(run)
+    seeds = results["seeds"]
+    over = f"over {len(seeds)} seeds: {', '.join(seeds)}" if len(seeds) > 1 else f"over documents, seed {seeds[0]}"
+    lines = [f"mean ± standard error {over}"]
+    limits = [(results["settings"][run]["eval"]["limit"], [run]) for run in results["facts"]]
+    lines += places([(f"the first {limit} documents of a task" if limit else "", runs) for limit, runs in limits])
+    lines += [f"{count} steps: {', '.join(runs)}" for count, runs in sorted(steps.items())]
+    machines = [(place["machine"], place["runs"]) for place in results["machines"]]
+    versions = [(place["versions"], place["runs"]) for place in results["versions"]]
+    if "machine" in costs:
+        machines.append((costs["machine"], ["costs"]))
+        versions.append((costs["versions"], ["costs"]))
+    lines += places([(f"{one['device']}, {one['cpus']} CPUs, {one['system']}", runs) for one, runs in machines])
+    return lines + places([(", ".join(f"{n} {v}" for n, v in one.items()), runs) for one, runs in versions])
+
+
+def places(found: Iterable[tuple[str, list[str]]]) -> list[str]:
+    """Lines about where or with what runs were made, once each; where they differ, with the runs behind them."""
+    lines: dict[str, list[str]] = {}
+    for text, runs in found:
+        if text:
+            lines[text] = list(dict.fromkeys((*lines.get(text, []), *runs)))
+    return [text if len(lines) == 1 else f"{text}: {', '.join(runs)}" for text, runs in lines.items()]

@@ -1,0 +1,244 @@
+"""What there is to do: one job for each run and seed, and which of them are finished.
+
+In: `Tables` and a work directory. Out: jobs in the order in which they run.
+"""
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_gen_jax.config import Config
+from lora_gen_jax.config_file import difference, from_json, to_json
+from lora_gen_jax.data.reasoning import REASONING_TASKS, folder_of
+from lora_gen_jax.errors import CheckpointError, ConfigError, DataError
+from lora_gen_jax.files import write_json
+from lora_gen_jax.lab.tables.spec import AGENT, MANY_SHOTS, UNTRAINED, UNTRAINED_METHODS, Tables, config_of
+
+RESULT, LOG = "result.json", "log.txt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run with one seed.
+
+    Attributes:
+        run: its name; `UNTRAINED` and `AGENT` are special.
+        seed: of everything.
+        config: complete, with a directory of its own.
+        shots: numbers of shots that it is scored with, upwards.
+        agent_rows: of the agent table: training rows for each embedded tool set.
+        agent_methods: of the agent table: its rows.
+    """
+
+    run: str
+    seed: int
+    config: Config
+    shots: tuple[int, ...]
+    agent_rows: int = 0
+    agent_methods: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.run}/{self.seed}"
+
+    @property
+    def result(self) -> Path:
+        """Written when everything is done."""
+        return self.config.directory / RESULT
+
+    @property
+    def log(self) -> Path:
+        return self.config.directory / LOG
+
+    def methods(self, shots: int) -> tuple[str, ...]:
+        """The methods of `evaluation.systems` that are scored with this many shots."""
+        if self.run == UNTRAINED:
+            return UNTRAINED_METHODS if shots == max(self.shots) else UNTRAINED_METHODS[1:]
+        return (self.config.method,)
+
+
+def make_jobs(tables: Tables) -> list[Job]:
+    """All jobs of the tables, checked.
+
+    Raises:
+        ConfigError: as `config_of`, and for numbers of seeds or shots that cannot work.
+    """
+    if not tables.seeds or not tables.shots or min(tables.shots) < 0:
+        raise ConfigError(
+            f"seeds are {tables.seeds} and shots {tables.shots}: give one of each or more, shots >= 0",
+            field="shots" if tables.seeds else "seeds",
+        )
+    jobs = []
+    for run in tables.names:
+        many = run == UNTRAINED or run in MANY_SHOTS
+        shots = tuple(sorted(set(tables.shots))) if many else (max(tables.shots),)
+        rows, methods = (tables.agent_rows, tables.agent_methods) if run == AGENT else (0, ())
+        for seed in dict.fromkeys(tables.seeds):
+            jobs.append(Job(run, seed, config_of(tables, run, seed), shots, rows, methods))
+    return jobs
+
+
+def chosen(tables: Tables, jobs: Sequence[Job], only: Sequence[str]) -> list[Job]:
+    """The jobs of these runs; all where none is named.
+
+    Raises:
+        ConfigError: for an unknown run.
+    """
+    for name in only:
+        if name not in tables.names:
+            near = difflib.get_close_matches(name, tables.names, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise ConfigError(f"--only has {name!r}{hint} The runs are {', '.join(tables.names)}", field="--only")
+    return [job for job in jobs if not only or job.run in only]
+
+
+def missing(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs without a complete result; a finished or begun run must have the asked settings.
+
+    Raises:
+        CheckpointError: naming the fields that differ.
+    """
+    left = []
+    for job in jobs:
+        found = finished(job)
+        if found is None:
+            check_begun(job)
+        if found is None or not is_complete(job, found):
+            left.append(job)
+    return left
+
+
+def is_complete(job: Job, result: dict[str, Any]) -> bool:
+    """Whether a result has every method with every number of shots, or every row of the agent table."""
+    if job.run == AGENT:
+        return set(job.agent_methods) <= set(result["agent"])
+    return all(set(job.methods(n)) <= set(result["shots"].get(str(n), ())) for n in job.shots)
+
+
+def outdated(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs with a result that cannot be used: half of it is there, or it was scored in another way than is asked.
+
+    Raises:
+        CheckpointError: as `finished`.
+    """
+    return [job for job in jobs if finished(job) is None and job.result.exists()]
+
+
+def finished(job: Job) -> dict[str, Any] | None:
+    """What result.json holds.
+
+    None where there is none, where a kill left half of one, and where it has to be scored again: with other settings
+    under eval, or, of scoring alone, on other data.
+
+    Raises:
+        CheckpointError: when it was trained with other settings.
+    """
+    try:
+        result = json.loads(job.result.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(result, dict) or not isinstance(result.get("settings"), dict):
+        return None
+    old, new = as_now(result["settings"]), as_now(settings_of(job))
+    lines = difference(old, new)
+    others = changed_inputs(result.get("inputs", {}), inputs_of(job))
+    refuse(job, lines if job.run == UNTRAINED else lines + others)
+    return result if scoring(old) == scoring(new) and not others else None
+
+
+def check_begun(job: Job) -> None:
+    """Raises CheckpointError where the directory holds a training run with other settings."""
+    if job.run in (UNTRAINED, AGENT):
+        return
+    try:
+        saved = json.loads((job.config.directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return
+    refuse(job, difference(as_now(saved), as_now(to_json(job.config))))
+
+
+def settings_of(job: Job) -> dict[str, Any]:
+    """The settings that a job's result depends on: of scoring alone, training's do not count."""
+    settings = to_json(job.config)
+    return {name: settings[name] for name in ("edge", "eval")} if job.run == UNTRAINED else settings
+
+
+def inputs_of(job: Job) -> dict[str, Any]:
+    """What a job's result depends on beside its config: the content of the user's files, or the rows that are made.
+
+    Raises:
+        DataError: for a file that cannot be read.
+    """
+    if job.run == AGENT:
+        return {"agent_rows": job.agent_rows}
+    data, scored = job.config.data, job.config.eval.tasks or REASONING_TASKS
+    names = scored if job.run == UNTRAINED else (*data.tasks, *scored)
+    found = {name: folder_of(data.dir, name) for name in sorted(set(names) & set(REASONING_TASKS)) if data.dir}
+    return {
+        "data.files": {str(path): content_digest(path) for path in data.files},
+        "data.dir": {name: content_digest(folder, nested=True) for name, folder in found.items() if folder},
+    }
+
+
+def as_now(settings: dict[str, Any]) -> dict[str, Any]:
+    """Saved settings with the fields that were added since, at their defaults."""
+    return to_json(from_json(settings))
+
+
+def scoring(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a score depends on under eval; a result says itself which methods it scored with how many shots."""
+    return {name: value for name, value in settings["eval"].items() if name not in ("shots", "methods")}
+
+
+def changed_inputs(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines 'input: old -> new'; one that an older version did not note counts as the same."""
+    return [f"{name}: {old[name]!r} -> {new[name]!r}" for name in new if name in old and old[name] != new[name]]
+
+
+def refuse(job: Job, lines: Sequence[str]) -> None:
+    """Raises CheckpointError where there are lines about what differs."""
+    if lines:
+        raise CheckpointError(
+            f"{job.config.directory} holds a run with another config",
+            field="--workdir",
+            code="another config",
+            remedy="choose another --workdir, or undo:\n  " + "\n  ".join(lines),
+        )
+
+
+def write_result(job: Job, values: dict[str, Any]) -> None:
+    """Writes result.json, complete or not at all, with what it was made with."""
+    job.config.directory.mkdir(parents=True, exist_ok=True)
+    made_with = {"settings": settings_of(job), "inputs": inputs_of(job)}
+    write_json(job.result, {"run": job.run, "seed": job.seed, **made_with, **values}, "--workdir")
+
+
+def content_digest(path: Path, nested: bool = False) -> str:
+    """16 hex digits of what a JSONL file holds, or all of them in a directory; nested, all files below it.
+
+    Raises:
+        DataError: when it cannot be read.
+    """
+    try:
+        inside = path.rglob("*") if nested else path.glob("*.json*")
+        wanted = (p for p in inside if p.is_file() and (nested or p.suffix in (".jsonl", ".json")))
+        files = sorted(wanted) if path.is_dir() else [path]
+        known = [(file.name, _digest(file, file.stat().st_mtime_ns, file.stat().st_size)) for file in files]
+    except OSError as error:
+        field = "data.dir" if nested else "data.files"
+        raise DataError(
+            f"{error.filename} cannot be read: {error.strerror} ({field})", field=field, code="unreadable"
+        ) from error
+    return known[0][1] if known and not path.is_dir() else hashlib.sha256(repr(known).encode()).hexdigest()[:16]
+
+
+@functools.lru_cache
+def _digest(path: Path, changed: int, size: int) -> str:
+    # Time and size tell a file that was changed since.
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -1,0 +1,239 @@
+"""AutoCompressors (Chevalier et al., 2023): the edge model itself compresses a prompt into soft tokens.
+
+In: the edge model's frozen weights, and prompts in its own ids. Out: `Generated`: a LoRA for the edge model and κ soft
+tokens for each of a prompt's M segments, which stand in the edge's context where the prompt would.
+
+Segment i is read as [soft tokens so far; the segment; κ summary tokens]; the final hidden states at the summary tokens
+are the soft tokens it adds. The queries are the last segment. Positions follow the model's family, as published: with
+rotations they go on over soft tokens, segment and summary tokens; learned ones (OPT) number a segment's own tokens from
+0, and soft and summary tokens have none. Gradients flow within a substep of a few segments and
+stop at its end. What is trained is the LoRA and the embeddings of the summary tokens, with two losses of equal weight:
+the mean cross-entropy of the prompts' own tokens, and that of the answers.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lora_gen_jax.adapters.lora import LoRA, trained_factors
+from lora_gen_jax.config import Config
+from lora_gen_jax.decoder.config import DecoderConfig
+from lora_gen_jax.decoder.flash import BLOCK
+from lora_gen_jax.decoder.model import Decoder
+from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.generator.cloud import PackedPrompts
+from lora_gen_jax.generator.trained_module import Generated, TrainedModule
+from lora_gen_jax.inference.soft_prompt import compress, encode_soft, soft_positions
+from lora_gen_jax.methods.lora import lora_sites
+from lora_gen_jax.methods.method import Method, Prompt, Specialize, Specialized, Traits, fixed
+from lora_gen_jax.methods.segments import Segment, join, longest_segment, random_shares, segment_lengths, take_segment
+from lora_gen_jax.models import Pair
+from lora_gen_jax.sharding import constrain
+from lora_gen_jax.training.losses import mean_cross_entropy
+
+if TYPE_CHECKING:
+    from lora_gen_jax.training.checkpoint import Loaded
+
+SITES = ("q", "k", "v", "o")
+
+
+class AutoCompressor(TrainedModule):
+    """The LoRA and the summary tokens' embeddings; called as `LoRAGen` is, with the edge model's frozen weights.
+
+    Attributes:
+        edge: of the model that compresses and answers.
+        settings: `lora_gen_jax.config.GeneratorConfig`: rank, alpha, dropout and lora_sites.
+        compressor: `lora_gen_jax.config.CompressorConfig`.
+        end_id: token whose embedding the summary tokens start from; small random ones without it.
+        dtype, remat, unroll, attention, operands: of the edge's pass over the prompts, as in `Decoder`.
+    """
+
+    edge: DecoderConfig
+    settings: Any
+    compressor: Any
+    end_id: int | None = None
+    dtype: jax.typing.DTypeLike = float
+    remat: str = "none"
+    unroll: int = 1
+    attention: str = "auto"
+    operands: jax.typing.DTypeLike | None = None
+
+    reader = "edge"
+
+    @nn.compact
+    def __call__(self, frozen: Any, prompts: PackedPrompts | None, train: bool = False) -> Generated:
+        """The LoRA, soft tokens [P, κ·M, D] in fp32 and, with `train`, the loss "segments" in nats.
+
+        Without prompts only the LoRA, for which no weights are needed. With `train` it needs the rng "dropout".
+
+        Raises:
+            ConfigError: when the prompts are not in the edge model's ids.
+        """
+        lora, summary_KD = self._lora(), self._summary(frozen)
+        if prompts is None:
+            return Generated(lora)
+        if (edge_PX := prompts.edge_PX) is None:
+            raise ConfigError(
+                "data.edge_prompt_length is 0: the edge model has no prompt to compress; set it",
+                field="data.edge_prompt_length",
+            )
+        # The learned embeddings are of the size of the model's own inputs, whatever those are scaled by.
+        summary_KD = summary_KD * jnp.asarray(self.edge.embedding_scale, float)
+        lengths_PM = self.lengths(edge_PX, train)
+        (P, M), (K, D), read = lengths_PM.shape, summary_KD.shape, []
+        starts_PM, soft_PND = jnp.cumsum(lengths_PM, axis=1) - lengths_PM, jnp.zeros((P, 0, D), float)
+        for i in range(M):
+            slots = self._slots(edge_PX.shape[1], i * K, train)
+            segment = take_segment(edge_PX, starts_PM[:, i], lengths_PM[:, i], slots)
+            embedded: Any = self._decoder().apply({"params": frozen}, segment.tokens_PS, method="embed")
+            soft_PND = self._detached(soft_PND, i)
+            row = join(soft_PND, embedded, segment.length_P, summary_KD)
+            hidden_PTD = self._read(frozen, lora, row, train)
+            read.append((hidden_PTD[:, i * K : i * K + slots], segment))
+            soft_PND = jnp.concatenate([soft_PND, hidden_PTD[:, i * K + slots :].astype(float)], axis=1)
+        losses = {"segments": self._loss(frozen, read)} if train else None
+        return Generated(lora, soft_PND=self._detached(soft_PND, M), losses=losses)
+
+    def auxiliary(self, generated: Generated, records: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
+        """The loss of the prompts' own tokens, with the weight of the answers'."""
+        if generated.losses is None:
+            return 0.0, {}
+        loss = generated.losses["segments"]
+        return loss, {"segment_loss": loss}
+
+    def lengths(self, edge_PX: jax.Array, train: bool) -> jax.Array:
+        """Tokens [P, M] of each prompt's segments: with `train` they are random (rng "dropout"), else even."""
+        prompts, segments = edge_PX.shape[0], self.compressor.segments - 1
+        shares_PM = jnp.ones((prompts, segments), jnp.int32)
+        if train:
+            shares_PM = random_shares(self.make_rng("dropout"), prompts, segments)
+        return segment_lengths(jnp.sum(edge_PX >= 0, axis=1, dtype=jnp.int32), shares_PM)
+
+    def positions(self, tokens: int, train: bool = False) -> int:
+        """Positions that the edge model needs to compress a prompt of so many tokens."""
+        segments = self.compressor.segments - 1
+        soft = soft_positions(self.edge, self.compressor.summary_tokens * segments)
+        return soft + longest_segment(tokens, segments, even=not train)
+
+    def _slots(self, tokens: int, soft: int, train: bool) -> int:
+        slots = longest_segment(tokens, self.compressor.segments - 1, even=not train)
+        # The TPU's flash kernel wants whole blocks.
+        return slots + (-(soft + slots + self.compressor.summary_tokens) % BLOCK if self.attention == "splash" else 0)
+
+    def _detached(self, soft_PND: jax.Array, segment: int) -> jax.Array:
+        """The soft tokens as segment number 0, 1, … reads them: without a gradient where it begins a substep."""
+        return jax.lax.stop_gradient(soft_PND) if segment % self.compressor.substep == 0 else soft_PND
+
+    def _read(self, frozen: Any, lora: LoRA, row: tuple[jax.Array, jax.Array, jax.Array], train: bool) -> jax.Array:
+        """Final hidden states [P, T, D] of what `join` gave, in the compute type."""
+        x_PTD, positions_PT, learned_PT = row
+        hidden_PTD, _ = self._decoder().apply(
+            {"params": frozen},
+            x_PTD,
+            positions_PT,
+            segments_BT=(positions_PT >= 0).astype(jnp.int32),
+            packed=True,
+            adapter=lora,
+            learned_BT=learned_PT,
+            rngs={"dropout": self.make_rng("dropout")} if train and self.settings.dropout > 0 else {},
+            method="encode",
+        )
+        return constrain(hidden_PTD, "batch", None, None)
+
+    def _loss(self, frozen: Any, read: list[tuple[jax.Array, Segment]]) -> jax.Array:
+        """Mean cross-entropy over all tokens of the prompts but their first ones.
+
+        A segment's first token is predicted by the last one of the segment before.
+        """
+        hidden_PSD = jnp.concatenate([hidden for hidden, _ in read], axis=1)
+        next_PS = jnp.concatenate([segment.next_PS for _, segment in read], axis=1)
+        weight_PS = jnp.concatenate([segment.weight_PS for _, segment in read], axis=1)
+        return mean_cross_entropy(self._decoder(), frozen, hidden_PSD, next_PS, weight_PS)
+
+    def _decoder(self) -> Decoder:
+        return Decoder(self.edge, self.dtype, self.remat, self.unroll, self.attention, self.operands, parent=None)
+
+    def _summary(self, frozen: Any) -> jax.Array:
+        def init(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+            if frozen is None or self.end_id is None:
+                return nn.initializers.normal(0.02)(key, shape)
+            row_D = frozen["embed"]["embedding"][self.end_id]
+            return jnp.broadcast_to(row_D.astype(float)[None], shape)
+
+        return self.param("summary_embedding", init, (self.compressor.summary_tokens, self.edge.width))
+
+    def _lora(self) -> LoRA:
+        s, sites = self.settings, lora_sites(self.edge, self.settings, SITES)
+        return LoRA(trained_factors(self, self.edge, sites, s.rank), s.alpha / s.rank, s.dropout)
+
+
+def soft_tokens(config: Config) -> int:
+    """Soft tokens of a prompt."""
+    return config.compressor.summary_tokens * (config.compressor.segments - 1)
+
+
+def build(config: Config, pair: Pair) -> AutoCompressor:
+    """The module of a config.
+
+    Raises:
+        ConfigError: when the longest prompt, or the longest query behind the soft tokens, exceeds the edge's positions.
+    """
+    edge, encoder = pair.edge.decoder, pair.edge.encoder
+    end = None if encoder is None else encoder.end
+    module = AutoCompressor(
+        edge.config,
+        config.generator,
+        config.compressor,
+        end,
+        edge.dtype,
+        edge.remat,
+        edge.unroll,
+        edge.attention,
+        edge.operands,
+    )
+    soft = soft_tokens(config)
+    needed = {
+        "data.edge_prompt_length": module.positions(config.data.edge_prompt_length, train=True),
+        "data.query_length": soft_positions(edge.config, soft) + config.data.query_length,
+    }
+    for field, positions in needed.items():
+        if positions > edge.config.max_positions:
+            raise ConfigError(
+                f"{field} with {soft} soft tokens needs {positions} positions, the edge model has"
+                f" {edge.config.max_positions}",
+                field=field,
+                remedy=f"lower {field}" + " or compressor.summary_tokens" * (not edge.config.learned_positions),
+            )
+    return module
+
+
+def specialize(config: Config, pair: Pair, loaded: "Loaded | None") -> Specialize:
+    """From a prompt to the edge model with the LoRA merged and the prompt's soft tokens; without one, only the LoRA.
+
+    Raises:
+        DataError: as `compress` and `encode_soft`, when called with a prompt.
+    """
+    assert loaded is not None, "an AutoCompressor is trained"
+    module, edge, plain = build(loaded.config, pair), pair.edge, fixed(build)(config, pair, loaded)
+
+    def specialized(prompt: Prompt | None) -> Specialized:
+        merged = plain(None)
+        if prompt is None:
+            return merged
+        soft_ND = compress(module, loaded.variables, edge.params, edge.encoder.prompt(prompt.text))
+        return merged._replace(prefix=encode_soft(edge.decoder, merged.params, soft_ND))
+
+    return specialized
+
+
+METHOD = Method(
+    key="autocompressor",
+    title="AutoCompressors",
+    traits=Traits(compresses_context=True, merged=False, training_free=True, transfers=False),
+    build=build,
+    specialize=specialize,
+    depends_on_prompt=True,
+    soft_tokens=soft_tokens,
+)

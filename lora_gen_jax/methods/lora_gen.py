@@ -1,0 +1,68 @@
+"""LoRA-Gen as one of the compared methods; the method itself is `lora_gen_jax.generator`."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from lora_gen_jax.config import Config
+from lora_gen_jax.generator.lora_gen import LoRAGen
+from lora_gen_jax.generator.specialize import specialize
+from lora_gen_jax.generator.trained_module import Generated
+from lora_gen_jax.methods.method import Method, Prompt, Specialize, Specialized, Traits, merge_if_possible
+from lora_gen_jax.models import Pair, check_variables
+
+if TYPE_CHECKING:
+    from lora_gen_jax.training.checkpoint import Loaded
+
+
+def build(config: Config, pair: Pair) -> LoRAGen:
+    """The generator of a config."""
+    cloud, newline = pair.cloud.decoder, config.generator.meta_init == "newline"
+    return LoRAGen(
+        cloud.config,
+        pair.edge.config,
+        config.generator,
+        dtype=cloud.dtype,
+        remat=cloud.remat,
+        unroll=cloud.unroll,
+        attention=cloud.attention,
+        operands=cloud.operands,
+        meta_start=pair.cloud.encoder.line_break if newline else None,
+    )
+
+
+def reader(config: Config, pair: Pair, loaded: "Loaded") -> Callable[[str], Generated]:
+    """From a prompt's text to what the generator says about it; prompts have at most eval.prompt_limit tokens.
+
+    Of an empty text the line break is read that every prompt ends with.
+    """
+    generator, encoder = build(loaded.config, pair), pair.cloud.encoder
+    check_variables(loaded, generator, pair)
+
+    def read(text: str) -> Generated:
+        ids = encoder.prompt(text) if text else [encoder.line_break]
+        return specialize(generator, loaded.variables, pair.cloud.params, [ids], config.eval.prompt_limit)
+
+    return read
+
+
+def specializer(config: Config, pair: Pair, loaded: "Loaded | None") -> Specialize:
+    """The cloud reads the prompt, the gated products are merged; without a prompt the base."""
+    assert loaded is not None
+    read = reader(config, pair, loaded)
+
+    def specialized(prompt: Prompt | None) -> Specialized:
+        if prompt is None:
+            return Specialized(pair.edge.params)
+        return merge_if_possible(pair.edge.params, read(prompt.text).adapter.select(0))
+
+    return specialized
+
+
+METHOD = Method(
+    key="lora_gen",
+    title="LoRA-Gen",
+    traits=Traits(compresses_context=True, merged=True, training_free=True, transfers=True),
+    build=build,
+    specialize=specializer,
+    depends_on_prompt=True,
+)

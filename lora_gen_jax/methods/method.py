@@ -1,0 +1,148 @@
+"""What a method is to the rest of the program: how it is trained, and what answers a task's queries.
+
+In: a config, a pair of models and, for methods that learn, a checkpoint. Out: the module to train, and a function from
+a task's prompt to a `Specialized` model. Each method's file ends with its `Method`; `registry.py` lists them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+
+from lora_gen_jax.adapters.merge import merge
+from lora_gen_jax.config import Config
+from lora_gen_jax.data.tasks import Example, Task
+from lora_gen_jax.decoder.config import DecoderConfig
+from lora_gen_jax.generator.trained_module import TrainedModule
+from lora_gen_jax.inference.prefix import Prefix
+from lora_gen_jax.models import Pair, check_variables
+
+if TYPE_CHECKING:
+    from lora_gen_jax.training.checkpoint import Loaded
+
+
+@dataclasses.dataclass(frozen=True)
+class Traits:
+    """The columns of the paper's Table 1.
+
+    Attributes:
+        compresses_context: what the prompt says reaches the edge model in fewer tokens than the prompt has, or in none.
+        merged: nothing stays beside the edge model's weights: no extra parameters, no extra work for a token.
+        training_free: a new task needs no gradient step and no search.
+        transfers: what a larger model knows of the task reaches the edge model.
+    """
+
+    compresses_context: bool
+    merged: bool
+    training_free: bool
+    transfers: bool
+
+
+class Prompt(NamedTuple):
+    """A task's system prompt.
+
+    Attributes:
+        text: description and shots as one text.
+        shots: the shots.
+        chat: queries are turns of a conversation.
+        queries: further training rows, for methods that ask the prompted model something.
+    """
+
+    text: str
+    shots: tuple[Example, ...]
+    chat: bool
+    queries: tuple[Example, ...] = ()
+
+
+class Specialized(NamedTuple):
+    """What answers a task's queries: the edge model's weights, and an adapter and a prefix where a method needs them.
+
+    Attributes:
+        params: weights, with everything merged that can be.
+        adapter: of a method that cannot be merged.
+        prefix: keys and values of soft tokens that stand before every query.
+    """
+
+    params: Any
+    adapter: Any = None
+    prefix: Prefix | None = None
+
+
+Specialize = Callable[[Prompt | None], Specialized]
+"""From a task's prompt, None where it has none."""
+Build = Callable[[Config, Pair], TrainedModule]
+"""From the config of a run and its models to the module that is trained."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One of the systems that are compared.
+
+    Attributes:
+        key: in configs and results.
+        title: in tables.
+        traits: for Table 1.
+        build: makes the module that training trains; None where nothing is trained.
+        specialize: makes the function from prompts to models; it may be slow, what it gives is called once a task.
+        edge_reads_prompt: the edge model reads the prompt before every query.
+        may_read_prompt: it may do so, in training and when it is scored, where `data.edge_reads_prompt` says so.
+        depends_on_prompt: `Specialized` differs from prompt to prompt.
+        needs_shots: a prompt's text is not enough for it.
+        settings: what of the evaluation's settings `specialize` depends on, as JSON holds it.
+        checkpoint: the method whose trained weights it starts from, where they are not its own.
+        token_macs: multiply-adds of the adapter's side path for one token, over all layers, where that is all that a
+            method adds.
+        check: what training needs and the config and the machine may lack: raises ConfigError.
+        choose_tasks: which of the tasks that a config names the method is trained on; left out, all.
+        soft_tokens: how many stand before every query, by the config of the run.
+        packages: beside those of every run, whose versions decide what `specialize` gives.
+    """
+
+    key: str
+    title: str
+    traits: Traits
+    build: Build | None
+    specialize: Callable[[Config, Pair, "Loaded | None"], Specialize]
+    edge_reads_prompt: bool = False
+    may_read_prompt: bool = False
+    depends_on_prompt: bool = False
+    needs_shots: bool = False
+    settings: Callable[[Config], Any] = lambda config: None
+    checkpoint: str | None = None
+    token_macs: Callable[[DecoderConfig, Config], int] | None = None
+    check: Callable[[Config], None] = lambda config: None
+    choose_tasks: Callable[[Config, list[Task]], list[Task]] | None = None
+    soft_tokens: Callable[[Config], int] = lambda config: 0
+    packages: tuple[str, ...] = ()
+
+
+def base(config: Config, pair: Pair, loaded: "Loaded | None" = None) -> Specialize:
+    """The edge model as it is."""
+    return lambda prompt: Specialized(pair.edge.params)
+
+
+def fixed(build: Build) -> Callable[[Config, Pair, "Loaded | None"], Specialize]:
+    """For a method whose adapter is the same for every prompt: it is made once, when it is first needed."""
+
+    def specialize(config: Config, pair: Pair, loaded: "Loaded | None") -> Specialize:
+        assert loaded is not None
+
+        @functools.cache
+        def made() -> Specialized:
+            module: Any = build(loaded.config, pair)
+            check_variables(loaded, module, pair, reads=False)
+            adapter = module.apply(loaded.variables, None, None).adapter
+            return merge_if_possible(pair.edge.params, jax.device_put(adapter))
+
+        return lambda prompt: made()
+
+    return specialize
+
+
+def merge_if_possible(params: Any, adapter: Any) -> Specialized:
+    """The weights with the adapter merged, where it is a change of weights, else with the adapter beside them."""
+    if hasattr(adapter, "weight_delta"):
+        return Specialized(merge(params, adapter))
+    return Specialized(params, adapter)
