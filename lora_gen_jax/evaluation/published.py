@@ -1,61 +1,39 @@
-"""Figures that the paper published, to be printed beside ours and never mixed with them.
+"""Figures that the paper published, which are shown beside ours and never mixed with them.
 
-In: nothing. Out: typed rows with their source. The published machine is an NVIDIA A100; its latencies say nothing about
-those measured here.
+In: nothing. Out: rows with their source, and tables of them. They were measured on an NVIDIA A100, so that the
+latencies say nothing about those measured here.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from lora_gen_jax.evaluation.sheet import Sheet, number, si
 
 PAPER = "LoRA-Gen: Specializing Large Language Model via Online LoRA Generation (2025)"
 MACHINE = "NVIDIA A100"
+NOT_OURS = f"published, {MACHINE}, not measured here"
 
 
-@dataclass(frozen=True)
-class ReasoningRow:
-    """Reasoning tasks, 5 shots.
-
-    Attributes:
-        model: the edge model.
-        method: as the paper names it.
-        ave: mean accuracy over the tasks in %.
-        har: harmonic mean in %; None where it was not published.
-        latency_ms: of one query on an A100.
-        tasks: what was averaged.
-    """
+class ReasoningRow(NamedTuple):
+    """Reasoning tasks with 5 shots: accuracies in %, their harmonic mean where it was published, latency of a query."""
 
     model: str
     method: str
     ave: float
     har: float | None
     latency_ms: float
-    tasks: str = "eight reasoning tasks"
 
 
-@dataclass(frozen=True)
-class AgentRow:
-    """GPT4Tools with Gemma-2-2B.
-
-    Attributes:
-        method: as the paper names it.
-        tools_in_prompt: the edge model reads the tool list.
-        average: mean of the five metrics in %.
-    """
+class AgentRow(NamedTuple):
+    """GPT4Tools with Gemma-2-2B: whether the edge model reads the tools, and the mean of the five metrics in %."""
 
     method: str
     tools_in_prompt: bool
     average: float
 
 
-@dataclass(frozen=True)
-class CostRow:
-    """Cost with Qwen2-1.5B.
-
-    Attributes:
-        method: as the paper names it.
-        inference_macs: multiply-adds of one query (the paper's column says FLOPs).
-        inference_s: seconds of one query.
-        training_step_s: seconds of one training step.
-    """
+class CostRow(NamedTuple):
+    """Cost with Qwen2-1.5B: multiply-adds (the paper's column says FLOPs) and seconds of a query and a step."""
 
     method: str
     inference_macs: float
@@ -63,7 +41,6 @@ class CostRow:
     training_step_s: float
 
 
-UNSEEN_THREE = "the three unseen tasks"
 REASONING = (
     ReasoningRow("TinyLlama-1.1B", "base", 51.7, 46.7, 44.5),
     ReasoningRow("TinyLlama-1.1B", "LoRA", 54.3, 48.5, 44.5),
@@ -74,11 +51,13 @@ REASONING = (
     ReasoningRow("Qwen2-1.5B", "LoRA-Gen", 59.8, 55.0, 26.7),
     ReasoningRow("Gemma-2-2B", "base", 61.8, 57.0, 87.3),
     ReasoningRow("Gemma-2-2B", "LoRA-Gen", 63.9, 60.2, 36.1),
-    ReasoningRow("OPT-2.7B", "AutoCompressors", 60.1, None, 11.4, UNSEEN_THREE),
-    ReasoningRow("OPT-2.7B", "LoRA-Gen", 61.6, None, 7.54, UNSEEN_THREE),
 )
-"""Table 2 of the paper."""
-
+"""Table 2 of the paper, over eight tasks."""
+UNSEEN = (
+    ReasoningRow("OPT-2.7B", "AutoCompressors", 60.1, None, 11.4),
+    ReasoningRow("OPT-2.7B", "LoRA-Gen", 61.6, None, 7.54),
+)
+"""Table 4 of the paper, over the three unseen tasks."""
 AGENT = (
     AgentRow("base", True, 79.3),
     AgentRow("LoRA", True, 88.4),
@@ -89,9 +68,35 @@ AGENT = (
 """Table 3 of the paper."""
 AGENT_COMPRESSION = 10.1
 """How many times shorter the edge model's context is when the cloud reads the tool list."""
-
 COST = (
     CostRow("LoRA", 4.708e11, 0.19, 0.85),
     CostRow("LoRA-Gen", 1.552e11, 0.11, 2.84),
 )
 """Table 13 of the paper."""
+
+
+def reasoning_sheet(rows: Iterable[ReasoningRow], table: int, tasks: str) -> Sheet:
+    cells = [(r.model, r.method, number(r.ave), number(r.har), f"{r.latency_ms:g}") for r in rows]
+    title = f"{NOT_OURS}: Table {table} of the paper, {tasks}, 5 shots"
+    return Sheet(title, ("edge model", "method", "AVE, %", "HAR, %", "latency, ms"), cells)
+
+
+def table_2() -> Sheet:
+    return reasoning_sheet(REASONING, 2, "eight reasoning tasks")
+
+
+def table_3() -> Sheet:
+    read = {True: ("yes", number(1.0, unit="×")), False: ("no", number(AGENT_COMPRESSION, unit="×"))}
+    rows = [(r.method, read[r.tools_in_prompt][0], number(r.average), read[r.tools_in_prompt][1]) for r in AGENT]
+    columns = ("method", "tools in the edge's prompt", "average, %", "compression")
+    return Sheet(f"{NOT_OURS}: Table 3 of the paper, Gemma-2-2B on GPT4Tools", columns, rows)
+
+
+def table_4() -> Sheet:
+    return reasoning_sheet(UNSEEN, 4, "the three unseen tasks")
+
+
+def table_13() -> Sheet:
+    rows = [(r.method, si(r.inference_macs), number(r.inference_s, 2), number(r.training_step_s, 2)) for r in COST]
+    columns = ("method", "inference, multiply-adds", "inference, s", "training step, s")
+    return Sheet(f"{NOT_OURS}: Table 13 of the paper, Qwen2-1.5B", columns, rows)

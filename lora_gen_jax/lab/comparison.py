@@ -13,8 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_check import check, trained
@@ -23,6 +21,7 @@ from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.evaluation.controls import check_controls
 from lora_gen_jax.evaluation.harness import PREFIX
 from lora_gen_jax.evaluation.run import describe, evaluated_tasks, gates_json, score_systems, unfinished
+from lora_gen_jax.evaluation.sheet import to_screen
 from lora_gen_jax.evaluation.systems import (
     METHODS,
     check_methods,
@@ -35,7 +34,7 @@ from lora_gen_jax.files import write_json
 from lora_gen_jax.lab.figures import draw_report
 from lora_gen_jax.lab.report.command import write_report
 from lora_gen_jax.lab.report.scores import prompted
-from lora_gen_jax.lab.report.style import title_of
+from lora_gen_jax.lab.report.tables import comparison_sheet
 from lora_gen_jax.methods.registry import METHODS as COMPARED
 from lora_gen_jax.models import load_pair
 from lora_gen_jax.sharding import evaluation_mesh
@@ -70,7 +69,9 @@ def compare(config: Config) -> dict[str, Any]:
                 write_json(config.directory / "gates.json", gates_json(gates), "--workdir")
     if jax.process_index() == 0:
         draw_report(report, gates, config.directory / "report.png")
-        print_report(report, gates)
+        to_screen(comparison_sheet(report))
+        if gates:
+            print(histogram(gates))
         write_report([config.directory])
     return report
 
@@ -143,28 +144,6 @@ def pooled(scored: list[dict[str, Any]]) -> dict[str, Any]:
         "context_tokens": round(float(np.mean([result["context_tokens"] for result in scored])), 1),
         "latency_ms": None if None in times else round(float(np.mean(times)), 2),
     }
-
-
-def print_report(report: dict[str, Any], gates: dict[str, np.ndarray] | None) -> None:
-    """The comparison as a table, and how much each expert is used."""
-    table = Table(title="accuracy in % ± standard error; latency of one answer")
-    table.add_column("method")
-    groups = list(report)
-    for group in groups:
-        table.add_column(f"{group}\ntasks", justify="right")
-    for title in ("context\ntokens", "compression", "latency\nms"):
-        table.add_column(title, justify="right")
-    for method in report[groups[0]]:
-        rows = [report[group][method] for group in groups]
-        context, latency = (float(np.mean([row[key] for row in rows])) for key in ("context_tokens", "latency_ms"))
-        cells = [f"{100 * row['accuracy']:.1f} ± {100 * row['stderr']:.1f}" for row in rows]
-        full = [report[group]["icl"]["context_tokens"] for group in groups] if "icl" in report[groups[0]] else []
-        ratio = f"{float(np.mean(full)) / context:.1f}×" if full else "–"
-        table.add_row(title_of(method, rows[0]), *cells, f"{context:.1f}", ratio, f"{latency:.2f}")
-    console = Console(width=None if sys.stdout.isatty() else 100)
-    console.print(table)
-    if gates:
-        console.print(histogram(gates), highlight=False)
 
 
 def histogram(gates: dict[str, np.ndarray]) -> str:

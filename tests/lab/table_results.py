@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-from lora_gen_jax.lab.tables.sheet import shown
 from lora_gen_jax.methods.registry import METHODS
 
 SEEN = {"a": True, "b": True, "c": False}
@@ -67,8 +66,8 @@ def costs(**ms):
 
 
 def cells(sheet, row):
-    (found,) = [line for line in sheet.rows if line[0] == row]
-    return dict(zip(sheet.columns, map(shown, found), strict=True))
+    (found,) = [line for line in sheet.texts if line[0] == row]
+    return dict(zip(sheet.columns, found, strict=True))
 
 
 def traits(*values):

@@ -20,7 +20,7 @@ from lora_gen_jax.lab.agent import outputs as agent_scoring
 from lora_gen_jax.lab.agent import run as agent_run
 from lora_gen_jax.lab.agent.command import AgentFlags, agent_main, divided, scored_tasks, with_training_rows
 from lora_gen_jax.lab.agent.outputs import Method, Writer, as_read, blank_line, context_ids
-from lora_gen_jax.lab.agent.table import METHODS
+from lora_gen_jax.lab.agent.table import AGENT_ROWS
 from lora_gen_jax.methods.method import Specialized
 from lora_gen_jax.models import load_model
 from lora_gen_jax.training.loop import train
@@ -99,15 +99,15 @@ def report(setting):
 
 
 def test_five_rows_on_seen_and_unseen_tools(report, setting):
-    assert list(report["methods"]) == list(METHODS)
+    assert list(report["methods"]) == list(AGENT_ROWS)
     for name, groups in report["methods"].items():
         assert list(groups) == ["seen", "unseen"]
         for title, metrics in groups.items():
             outputs = report["outputs"][name][title]
             assert metrics["n"] == len(outputs) == 3
             assert metrics["sr"] == pytest.approx(sum(row["score"]["success"] for row in outputs) / 3)
-            assert (metrics["compression"] > 1.3) != METHODS[name].reads_prompt
-            assert (metrics["compression"] == 1) == METHODS[name].reads_prompt
+            assert (metrics["compression"] > 1.3) != AGENT_ROWS[name].reads_prompt
+            assert (metrics["compression"] == 1) == AGENT_ROWS[name].reads_prompt
             assert metrics["latency_ms"] > 0
     assert [row["gold"] for row in report["outputs"]["base_with_tools"]["unseen"]] == [CALL.format("moon")] * 2 + [NO]
     assert {p.name for p in setting[1].iterdir() if p.is_dir()} == {

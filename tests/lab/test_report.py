@@ -19,7 +19,7 @@ from lora_gen_jax.lab.report import curves, gates
 from lora_gen_jax.lab.report.command import write_report
 from lora_gen_jax.lab.report.found import find
 from lora_gen_jax.lab.report.scores import gather, mean_point
-from lora_gen_jax.lab.report.tables import score_table
+from lora_gen_jax.lab.report.tables import score_sheet
 
 VOID = {"meta", "img", "br", "hr", "input", "link"}
 
@@ -174,12 +174,12 @@ def test_published_figures_stand_apart_from_ours(everything):
     ours = "".join(text for name, text in page.sections.items() if name != "published")
     theirs = page.sections["published"]
     assert theirs.count("published, NVIDIA A100") >= 3
-    for row in published.REASONING:
+    for row in (*published.REASONING, *published.UNSEEN):
         assert str(row.ave) in theirs
         assert row.model in theirs
         assert row.model not in ours
-    rows = len(published.REASONING) + len(published.AGENT) + len(published.COST)
-    assert page.rows["published"] == rows + 3
+    rows = (*published.REASONING, *published.UNSEEN, *published.AGENT, *published.COST)
+    assert page.rows["published"] == len(rows) + 4
 
 
 def test_what_is_not_there_is_named_with_the_command_that_makes_it(tmp_path):
@@ -238,8 +238,8 @@ def test_whether_a_method_read_the_prompt_is_what_the_file_says(tmp_path):
         "lora": [1, 5],
         "mixlora": [0],
     }
-    table = score_table(scores)
-    rows = {(row[0], row[1]): dict(zip(table.headings, row, strict=True)) for row in table.rows}
+    sheet = score_sheet(scores)
+    rows = {(row[0], row[1]): dict(zip(sheet.columns, row, strict=True)) for row in sheet.texts}
     assert rows["LoRA", "5"]["compression"] == "1.0×"
     assert rows["LoRA", "5"]["HAR of unseen tasks, %"] == "50.0"
     assert rows["MixLoRA, no prompt", "0"]["compression"] == "–"

@@ -2,9 +2,9 @@
 
 from table_results import by_seed, cells, costs, generator, results, traits
 
+from lora_gen_jax.evaluation.sheet import to_markdown, to_rich
 from lora_gen_jax.lab.tables import layout
 from lora_gen_jax.lab.tables.cost_layout import all_tables, foot, table_1, table_13
-from lora_gen_jax.lab.tables.sheet import shown, to_markdown, to_rich
 
 
 def test_characteristics_from_traits_and_measurements():
@@ -16,7 +16,7 @@ def test_characteristics_from_traits_and_measurements():
     spent["answers"]["lora_moe"]["numbers_beside"] = 4321
     known = {"icl": traits(False, True, True, False), "lora_moe": traits(True, False, False, False)}
     sheet = table_1(found, spent, known | {"lora_gen": traits(True, True, True, True)})
-    lines = [tuple(map(shown, row)) for row in sheet.rows]
+    lines = [tuple(row) for row in sheet.texts]
     assert lines == [
         ("in-context learning", "no", "yes", "yes", "no", "1.0×", "0", "0.000"),
         ("LoRAMoE", "yes", "no", "no", "no", "7.0×", "4321", "0.000"),
@@ -46,12 +46,10 @@ def test_cost_table_has_training_steps():
         "lora_gen": {"step_ms": 80.0, "macs": 5_000},
     }
     sheet = table_13(results(base=by_seed(0.1), lora=by_seed(0.1), lora_gen=by_seed(0.1)), spent)
-    lines = [tuple(map(shown, row)) for row in sheet.rows]
+    lines = [tuple(row) for row in sheet.texts]
     assert lines[1] == ("LoRA", "2 M", "2.00", "1.00×", "–", "9.0", "3 k")
     assert lines[2] == ("LoRA-Gen", "2 M", "1.00", "0.50×", "25.0", "8.0", "4 k")
     assert "80.0 ms" in sheet.notes[1]
-    published = [tuple(map(shown, row)) for row in sheet.published.rows]
-    assert published[0] == ("Qwen2-1.5B, LoRA", "471 G", "0.19", "0.85")
     assert table_13(results(), {}) is None
 
 
@@ -65,9 +63,10 @@ def test_all_tables_in_order_with_published_figures_apart():
     assert [sheet.number for sheet in sheets] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 13]
     beside = {sheet.number: sheet.published for sheet in sheets if sheet.published is not None}
     assert list(beside) == [2, 3, 4, 13]
-    assert all(sheet.title.startswith("published, not measured here") for sheet in beside.values())
-    assert ("TinyLlama-1.1B, MixLoRA", "54.5", "48.6", "100.1") in [tuple(map(shown, r)) for r in beside[2].rows]
-    assert ("OPT-2.7B, LoRA-Gen", "61.6", "–", "7.54") in [tuple(map(shown, r)) for r in beside[4].rows]
+    assert all(sheet.title.startswith("published, NVIDIA A100, not measured here") for sheet in beside.values())
+    assert ["TinyLlama-1.1B", "MixLoRA", "54.5", "48.6", "100.1"] in beside[2].texts
+    assert ["OPT-2.7B", "LoRA-Gen", "61.6", "–", "7.54"] in beside[4].texts
+    assert ["LoRA", "471 G", "0.19", "0.85"] in beside[13].texts
     for sheet in sheets:
         assert to_rich(sheet).row_count == len(sheet.rows)
     text = to_markdown(sheets, ["foot"])

@@ -5,8 +5,9 @@ import math
 import pytest
 from table_results import by_seed, cells, costs, generator, results, scored
 
+from lora_gen_jax.evaluation.sheet import Figure, Sheet, to_json, to_markdown
 from lora_gen_jax.lab.tables import figures, layout
-from lora_gen_jax.lab.tables.sheet import Figure, Sheet, over_seeds, shown, to_json, to_markdown
+from lora_gen_jax.lab.tables.layout import over_seeds
 
 ACCURACY = (0.5, 0.6, 0.8)
 # Of (0.5, 0.6, 0.8): mean 0.6333, standard deviation 0.15275 with n - 1, over √3.
@@ -142,7 +143,7 @@ def test_shots_with_the_latency_of_each_number():
         lora_gen=by_seed(0.5, 0.7, shots=("1", "3", "5")),
     )
     sheet = layout.table_8(found, costs(icl=4.0, icl_1=2.0, icl_3=3.0, lora_gen=1.0))
-    lines = [tuple(map(shown, row)) for row in sheet.rows]
+    lines = [tuple(row) for row in sheet.texts]
     assert [line[1] for line in lines] == ["1", "3", "5"] * 2
     assert [line[-2:] for line in lines[:3]] == [("20.0", "2.00"), ("40.0", "3.00"), ("60.0", "4.00")]
     assert [line[-1] for line in lines[3:]] == ["1.00"] * 3
@@ -175,14 +176,14 @@ def test_agent_table_has_seen_and_unseen_tools():
     found["settings"]["agent"] = generator()
     found["agent"] = {"0": {"lora": agent_row(0.5), "lora_gen": agent_row(0.6)}, "1": {"lora": agent_row(0.7)}}
     sheet = layout.table_3(found)
-    lines = [tuple(map(shown, row)) for row in sheet.rows]
+    lines = [tuple(row) for row in sheet.texts]
     assert lines[0] == ("LoRA, no tools in context", "seen", *["60.0 ± 10.0"] * 6, "9.0", "10.0×")
     assert lines[1][:3] == ("LoRA-Gen, trained on tools", "seen", "60.0")
     assert lines[2] == ("LoRA, no tools in context", "unseen", *["–"] * 8)
 
 
 def test_values_and_text_of_a_sheet():
-    sheet = Sheet(5, "t", ("x", "a\nb"), (("r|s", Figure(1.5, 0.25, 3)), ("u", None)), ("note",))
+    sheet = Sheet("t", ("x", "a\nb"), (("r|s", Figure(1.5, 0.25, 3)), ("u", None)), ("note",), 5)
     assert to_json(sheet)["rows"] == [
         {"x": "r|s", "a\nb": {"mean": 1.5, "stderr": 0.25, "n": 3}},
         {"x": "u", "a\nb": None},

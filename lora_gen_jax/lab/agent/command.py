@@ -18,7 +18,7 @@ from lora_gen_jax.data.tasks import Task, stable_hash
 from lora_gen_jax.errors import ConfigError, OutputError
 from lora_gen_jax.lab.agent.function_call_run import score_function_calls
 from lora_gen_jax.lab.agent.run import TRAINED, score_agents
-from lora_gen_jax.lab.agent.table import METHODS
+from lora_gen_jax.lab.agent.table import AGENT_ROWS
 
 PROGRAM = "lora-gen agent"
 
@@ -35,7 +35,7 @@ class AgentFlags:
     """Files of GPT4Tools training rows; left out, rows of the embedded seen tool sets are generated."""
     rows_per_toolset: int = 96
     """Training rows that are generated for each embedded tool set."""
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: tuple[str, ...] = tuple(AGENT_ROWS)
     """Rows of the table."""
     untrained_checkpoint: Path | None = None
     """A generator that never saw tools; left out, the one that is shipped for the pocket pair."""

@@ -13,17 +13,18 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import to_json
 from lora_gen_jax.data.function_calls import NEXT_TURN, FunctionRow, load_function_calls
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.evaluation.run import describe, machine
+from lora_gen_jax.evaluation.sheet import to_screen
 from lora_gen_jax.files import check_output
 from lora_gen_jax.lab.agent.function_calls import CallScore, parse_calls, score_calls, summarize_calls
 from lora_gen_jax.lab.agent.outputs import Writer, Written, check_lengths, context_ids, output_limit
 from lora_gen_jax.lab.agent.run import agent_journal, make_method, write_report
+from lora_gen_jax.lab.agent.table import call_sheet
 from lora_gen_jax.lab.comparison import say
 from lora_gen_jax.models import Pair, load_pair
 from lora_gen_jax.sharding import evaluation_mesh
@@ -37,7 +38,7 @@ from lora_gen_jax.training.checkpoint import (
     versions,
 )
 
-METHODS = {"base_with_tools": "base, functions in context", "lora_gen": "LoRA-Gen, no functions in context"}
+TITLES = {"base_with_tools": "base, functions in context", "lora_gen": "LoRA-Gen, no functions in context"}
 
 
 def score_function_calls(
@@ -65,7 +66,7 @@ def score_function_calls(
     report: dict[str, Any] = {"config": to_json(config), "versions": versions(), "machine": machine()}
     report |= {"checkpoint": describe(loaded), "skipped": skipped, "methods": {}, "outputs": {}}
     tokens, journal = output_limit(pair.edge, [row.task for row in fitting]), agent_journal(config)
-    for name in METHODS:
+    for name in TITLES:
         method = make_method(config, pair, name, None if name == "base_with_tools" else loaded)
         writer = Writer(pair.edge, tokens, journal)
         console = Console(file=sys.stderr)
@@ -75,9 +76,11 @@ def score_function_calls(
             written = writer.write(method, tasks, lambda done, bar=bar, line=line: bar.advance(line, done))
         scored = [scored_row(row, one) for row, one in zip(fitting, written, strict=True)]
         report["outputs"][name], report["methods"][name] = scored, by_category(pair, fitting, written, scored)
-        say(f"{METHODS[name]}: {len(scored)} rows")
+        say(f"{TITLES[name]}: {len(scored)} rows")
     write_report(report, config.directory, out, "bfcl.json")
-    print_calls(report)
+    to_screen(call_sheet(report["methods"], TITLES))
+    if skipped:
+        print("left out, too long for the models:", ", ".join(f"{name} {count}" for name, count in skipped.items()))
     return report
 
 
@@ -142,21 +145,3 @@ def by_category(
         sizes = {"context_tokens": round(read, 1), "compression": round(full / read, 2)}
         metrics[category] = summarize_calls(scores) | sizes
     return metrics
-
-
-def print_calls(report: dict[str, Any]) -> None:
-    """A row for every method and file."""
-    table = Table(title="function calls, % ± standard error; where no function fits, the share without any call")
-    for title in ("method", "file"):
-        table.add_column(title)
-    for title in ("rows", "names", "arguments", "exact", "edge\ntokens", "com-\npression"):
-        table.add_column(title, justify="right")
-    for name, categories in report["methods"].items():
-        for category, m in categories.items():
-            cells = [f"{m['n']}", f"{100 * m['names']:.1f}", f"{100 * m['arguments']:.1f}"]
-            cells += [f"{100 * m['exact']:.1f} ± {100 * m['stderr']:.1f}", f"{m['context_tokens']:.1f}"]
-            table.add_row(METHODS[name], category, *cells, f"{m['compression']:.1f}×")
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-    if report["skipped"]:
-        left = ", ".join(f"{category} {count}" for category, count in report["skipped"].items())
-        print(f"left out, too long for the models: {left}")

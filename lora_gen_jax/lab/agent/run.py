@@ -21,8 +21,10 @@ from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import to_json
 from lora_gen_jax.data.tasks import Task
 from lora_gen_jax.errors import CheckpointError, ConfigError
+from lora_gen_jax.evaluation import published
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.run import describe, machine
+from lora_gen_jax.evaluation.sheet import to_screen
 from lora_gen_jax.evaluation.systems import system_of
 from lora_gen_jax.files import check_output, complete_directory, write_json
 from lora_gen_jax.lab.agent import scores as agent
@@ -37,7 +39,7 @@ from lora_gen_jax.lab.agent.outputs import (
     latency,
     output_limit,
 )
-from lora_gen_jax.lab.agent.table import METHODS, PUBLISHED, print_tables
+from lora_gen_jax.lab.agent.table import AGENT_ROWS, PUBLISHED, agent_sheets
 from lora_gen_jax.lab.comparison import say
 from lora_gen_jax.methods.registry import METHODS as COMPARED
 from lora_gen_jax.models import Pair, load_pair
@@ -65,7 +67,7 @@ def score_agents(
     Args:
         config: of the run: what is trained, and where.
         tasks: with test documents; the first description of each is its part for the cloud.
-        methods: keys of `METHODS`.
+        methods: keys of `AGENT_ROWS`.
         untrained: a generator that never saw tools; the shipped one when None.
         out: directory for agent.json; the work directory when None.
         checkpoint: the generator of lora_gen; when None the one that is trained in the work directory.
@@ -75,8 +77,8 @@ def score_agents(
             an `out` that holds something; before anything is trained. And as training.
     """
     for method in methods:
-        if method not in METHODS:
-            raise ConfigError(f"--methods has {method!r}; the methods are {', '.join(METHODS)}", field="--methods")
+        if method not in AGENT_ROWS:
+            raise ConfigError(f"--methods has {method!r}; the methods are {', '.join(AGENT_ROWS)}", field="--methods")
     if out is not None:
         check_output(out)
     for task in tasks:
@@ -84,7 +86,7 @@ def score_agents(
             agent.compare(document.response, document.response)
     pair = load_pair(config, evaluation_mesh(config.mesh.fsdp))
     limit = output_limit(pair.edge, tasks)
-    check_lengths(pair, tasks, limit, config.eval.prompt_limit, any(METHODS[m].reads_prompt for m in methods))
+    check_lengths(pair, tasks, limit, config.eval.prompt_limit, any(AGENT_ROWS[m].reads_prompt for m in methods))
     loaded = {"lora_gen_untrained": untrained_generator(pair, untrained)} if "lora_gen_untrained" in methods else {}
     if "lora_gen" in methods and checkpoint is not None:
         loaded["lora_gen"] = generator_for(pair, load_checkpoint(checkpoint))
@@ -104,7 +106,7 @@ def score_agents(
     say(f"scored {len(methods)} methods on {sum(len(t.test) for t in tasks)} rows in {time.monotonic() - began:.0f} s")
     add_compression(report["methods"], pair, tasks)
     write_report(report, config.directory, out, "agent.json")
-    print_tables(report["methods"])
+    to_screen(*agent_sheets(report["methods"]), published.table_3())
     return report
 
 
@@ -148,7 +150,7 @@ def train_missing(name: str, config: Config) -> None:
     if complete(location(config.saved) / "checkpoints" / str(known.train.steps)):
         prepare_directory(known)
         return
-    say(f"training {METHODS[name].title}")
+    say(f"training {AGENT_ROWS[name].title}")
     train(config)
 
 
@@ -183,7 +185,7 @@ def make_method(config: Config, pair: Pair, name: str, loaded: Loaded | None) ->
     """The method of a row, with the tools as the whole prompt."""
     alone = dataclasses.replace(config, eval=dataclasses.replace(config.eval, shots=0))
     method = COMPARED["icl" if loaded is None else loaded.config.method]
-    system = dataclasses.replace(system_of(alone, pair, method, loaded), reads_prompt=METHODS[name].reads_prompt)
+    system = dataclasses.replace(system_of(alone, pair, method, loaded), reads_prompt=AGENT_ROWS[name].reads_prompt)
     return Method(system, shared=not method.depends_on_prompt)
 
 
@@ -215,7 +217,7 @@ def score_method(
         context = sum(row.context_tokens for row in rows) / len(rows)
         metrics[title] = agent.summarize(scores) | {"context_tokens": round(context, 1)}
         metrics[title]["latency_ms"] = round(latency(writer.edge, method, chosen), 2) if timed else None
-        say(f"{METHODS[name].title}, {title} tools: SR {100 * metrics[title]['sr']:.1f} %")
+        say(f"{AGENT_ROWS[name].title}, {title} tools: SR {100 * metrics[title]['sr']:.1f} %")
     return metrics, outputs
 
 

@@ -1,35 +1,25 @@
-"""The rows of the paper's agent table, and how measured ones are printed. In: metrics. Out: tables on the screen."""
+"""The rows of the paper's agent table, and how measured ones are shown. In: metrics. Out: sheets."""
 
-import sys
-from dataclasses import dataclass
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from lora_gen_jax.evaluation.published import AGENT, AGENT_COMPRESSION, AgentRow
-from lora_gen_jax.evaluation.result_table import mean_of
+from lora_gen_jax.evaluation.sheet import Sheet, average, number, percent, ratio
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of the table.
-
-    Attributes:
-        title: how it is printed.
-        published: the paper's row, Gemma on GPT4Tools.
-    """
+class Row(NamedTuple):
+    """A row of the table: how it is shown, and the paper's row, Gemma on GPT4Tools."""
 
     title: str
     published: AgentRow
 
     @property
     def reads_prompt(self) -> bool:
-        """The tools stand in the edge model's context."""
+        """The edge model's context holds the tools."""
         return self.published.tools_in_prompt
 
 
-METHODS = {
+AGENT_ROWS = {
     "base_with_tools": Row("base, tools in context", AGENT[0]),
     "lora_with_tools": Row("LoRA, tools in context", AGENT[1]),
     "lora": Row("LoRA, no tools in context", AGENT[2]),
@@ -38,44 +28,43 @@ METHODS = {
 }
 PUBLISHED = {
     "source": "the paper's Table 3, Gemma on GPT4Tools: not measured here",
-    "average": {name: row.published.average for name, row in METHODS.items()},
+    "average": {name: row.published.average for name, row in AGENT_ROWS.items()},
     "compression": AGENT_COMPRESSION,
 }
-_TITLES = ("SR_t", "SR_act", "SR_args", "SR ± error", "IoU", "average", "edge\ntokens", "com-\npression", "latency\nms")
+METRICS = {"sr_t": "SR_t", "sr_act": "SR_act", "sr_args": "SR_args", "sr": "SR", "iou": "IoU", "average": "average"}
+_SIZES = ("edge\ntokens", "com-\npression", "latency\nms")
 
 
-def print_tables(methods: dict[str, Any]) -> None:
-    """A table for seen and one for unseen tools, and the published averages below."""
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    for title in ("seen", "unseen"):
-        scored = {name: groups[title] for name, groups in methods.items() if title in groups}
-        if scored:
-            console.print(measured_table(title, scored))
-    console.print(published_table())
+def agent_sheets(methods: Mapping[str, Any]) -> list[Sheet]:
+    """A sheet for seen and one for unseen tools, from what agent.json holds under "methods"."""
+    found = {name: groups for name, groups in methods.items() if isinstance(groups, dict)}
+    sheets = []
+    for title in dict.fromkeys(title for groups in found.values() for title in groups):
+        rows = []
+        for name, groups in found.items():
+            if isinstance(m := groups.get(title), dict):
+                shares = [percent(m.get(key), m.get("stderr") if key == "sr" else None) for key in METRICS]
+                sizes = (
+                    number(m.get("context_tokens")),
+                    ratio(m.get("compression"), 1),
+                    average([m.get("latency_ms")], 2),
+                )
+                label = AGENT_ROWS[name].title if name in AGENT_ROWS else name
+                rows.append((label, str(m.get("n", "–")), *shares, *sizes))
+        columns = ("method", "requests", *METRICS.values(), *_SIZES)
+        sheets.append(Sheet(f"Tool calls, {title} tools: % ± standard error", columns, rows))
+    return sheets
 
 
-def measured_table(title: str, scored: dict[str, dict[str, Any]]) -> Table:
-    """Metrics in percent; a row a method."""
-    count = next(iter(scored.values()))["n"]
-    table = Table(title=f"{title} tools, {count} requests, measured: % ± standard error")
-    table.add_column("method")
-    for column in _TITLES:
-        table.add_column(column, justify="right")
-    for name, m in scored.items():
-        t, act, args, iou, average = (f"{100 * m[key]:.1f}" for key in ("sr_t", "sr_act", "sr_args", "iou", "average"))
-        cells = [t, act, args, f"{100 * m['sr']:.1f} ± {100 * m['stderr']:.1f}", iou, average]
-        cells += [f"{m['context_tokens']:.1f}", f"{m['compression']:.1f}×", mean_of([m["latency_ms"]], digits=2)]
-        table.add_row(METHODS[name].title, *cells)
-    return table
-
-
-def published_table() -> Table:
-    """What the paper reports, of other models and other data."""
-    table = Table(title="published, not measured here: Gemma on GPT4Tools")
-    table.add_column("method")
-    table.add_column("average", justify="right")
-    table.add_column("compression", justify="right")
-    for row in METHODS.values():
-        ratio = "1.0×" if row.reads_prompt else f"{PUBLISHED['compression']:.1f}×"
-        table.add_row(row.title, f"{row.published.average:.1f}", ratio)
-    return table
+def call_sheet(methods: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str]) -> Sheet:
+    """A row for every method and file of function calls, from what bfcl.json holds under "methods"."""
+    rows = []
+    for name, category, m in ((name, *item) for name, categories in methods.items() for item in categories.items()):
+        shares = (percent(m["names"]), percent(m["arguments"]), percent(m["exact"], m["stderr"]))
+        rows.append(
+            (titles[name], category, str(m["n"]), *shares, number(m["context_tokens"]), ratio(m["compression"], 1))
+        )
+    columns = ("method", "file", "rows", "names", "arguments", "exact", *_SIZES[:2])
+    return Sheet(
+        "function calls, % ± standard error; where no function fits, the share without any call", columns, rows
+    )

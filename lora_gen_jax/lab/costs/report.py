@@ -5,14 +5,12 @@ standard output.
 """
 
 import math
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from lora_gen_jax.evaluation.published import COST
+from lora_gen_jax.evaluation.sheet import MISSING, Sheet, si, to_screen
 
 # Qwen2-1.5B on an A100, 100 input and 200 instruction tokens, training at batch 8: the paper's Table 13.
 PUBLISHED = {
@@ -101,107 +99,73 @@ def disagreements(results: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def si(value: float | None) -> str:
-    """Three significant digits with a prefix: 37.5 G."""
-    if value is None:
-        return "–"
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
-            return f"{value / factor:.3g} {prefix}"
-    return f"{value:.3g}"
-
-
-def number(value: float) -> str:
+def digits(value: float) -> str:
     """Three significant digits, never in powers of ten."""
     return f"{value:.0f}" if value >= 99.5 else f"{value:.3g}"
 
 
-def make_table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
-    """The first column to the left, figures to the right."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
+def spread(value: float, limits: Sequence[float]) -> str:
+    """A median and the range around it."""
+    return f"{digits(value)} ({digits(limits[0])}–{digits(limits[1])})"
 
 
-def speed_table(results: Mapping[str, Any]) -> Table:
+def speed_sheet(results: Mapping[str, Any]) -> Sheet:
     """Context, latency, memory and throughput, one line a system."""
-    batches = [str(n) for n in results["setting"]["batch_sizes"]]
-    rows = []
+    batches, rows = [str(n) for n in results["setting"]["batch_sizes"]], []
     for name, s in {**results["methods"], **results["transformers"].get("systems", {})}.items():
         kept = f" + {s['kept_tokens']} kept" if s["kept_tokens"] else ""
-        low, high = s["answer_ms_range"]
+        times = [digits(s["first_token_ms"]), digits(s["per_token_ms"]), spread(s["answer_ms"], s["answer_ms_range"])]
         once = sum(s["once_ms"].values())
-        rows.append(
-            [name, f"{s['context_tokens']}{kept}", number(s["first_token_ms"]), number(s["per_token_ms"]),
-             f"{number(s['answer_ms'])} ({number(low)}–{number(high)})", number(once) if once else "–",
-             number(s["first_answer_ms"]), si(s["peak_bytes"]), *(number(s["tokens_per_s"][n]) for n in batches)]
-        )  # fmt: skip
-    headings = [
-        "edge reads",
-        "first\ntoken",
-        "each\nlater",
-        "answer (range)",
-        "once a\ntask",
-        "first\nanswer",
-        "peak\nB",
-    ]
+        times += [digits(once) if once else MISSING, digits(s["first_answer_ms"]), si(s["peak_bytes"])]
+        rows.append([name, f"{s['context_tokens']}{kept}", *times, *(digits(s["tokens_per_s"][n]) for n in batches)])
+    columns = ["method", "edge reads", "first\ntoken", "each\nlater", "answer (range)", "once a\ntask", "first\nanswer"]
     title = f"Milliseconds for an answer of {results['setting']['new_tokens']} tokens, medians; tokens/s by batch size"
-    return make_table(title, ["method", *headings, *(f"tok/s\nB={n}" for n in batches)], rows)
+    return Sheet(title, [*columns, "peak\nB", *(f"tok/s\nB={n}" for n in batches)], rows)
 
 
-def macs_table(results: Mapping[str, Any]) -> Table:
+def macs_sheet(results: Mapping[str, Any]) -> Sheet:
     """Multiply-adds by formula and by the compiler."""
-    rows = []
 
     def cells(macs: Mapping[str, Any]) -> list[str]:
         extra = macs["elementwise_share"]
-        share = "–" if extra is None else f"{100 * extra:+.1f}"
+        share = MISSING if extra is None else f"{100 * extra:+.1f}"
         return [si(macs["formula"]), si(macs["compiler"]), f"{100 * macs['difference']:+.2f}", share]
 
-    for name, method in results["methods"].items():
-        macs = method["macs"]
+    rows = []
+    for name, macs in ((name, method["macs"]) for name, method in results["methods"].items()):
         needed = [si(macs["prefill"]), si(macs["answer"])]
         rows.append([name, *needed, *cells(macs["executed_prefill"]), *cells(macs["executed_token"])])
     for name, part in results["specializing"].items():
-        rows.append([f"  lora_gen, once: {name}", "", "", *cells(part["macs"]), *[""] * 4])
+        rows.append([f"  specializing: {name}", "", "", *cells(part["macs"]), *[""] * 4])
     one = ["formula", "compiler", "%", "all %"]
     columns = ["method", "reading", "answer", *(f"prefill\n{c}" for c in one), *(f"token\n{c}" for c in one)]
-    return make_table("Multiply-adds; 'reading' and 'answer' unpadded, the rest as executed", columns, rows)
+    return Sheet("Multiply-adds; 'reading' and 'answer' unpadded, the rest as executed", columns, rows)
 
 
-def training_table(results: Mapping[str, Any]) -> Table:
+def training_sheet(results: Mapping[str, Any]) -> Sheet:
     """Training step time and memory."""
     rows = []
     for name, t in results["training"].items():
-        low, high = t["step_ms_range"]
-        rows.append(
-            [name, f"{t['prompts']} × {t['queries'] // t['prompts']}", str(t["cloud_tokens"]), str(t["edge_tokens"]),
-             si(t["macs"]), f"{number(t['step_ms'])} ({number(low)}–{number(high)})", si(t["peak_bytes"])]
-        )  # fmt: skip
+        sizes = [f"{t['prompts']} × {t['queries'] // t['prompts']}", str(t["cloud_tokens"]), str(t["edge_tokens"])]
+        rows.append([name, *sizes, si(t["macs"]), spread(t["step_ms"], t["step_ms_range"]), si(t["peak_bytes"])])
     columns = ["training step", "prompts × queries", "cloud tokens", "edge tokens", "MACs", "ms (range)", "peak B"]
-    return make_table("One training step", columns, rows)
+    return Sheet("One training step", columns, rows)
 
 
-def ratio_table(results: Mapping[str, Any]) -> Table:
+def ratio_sheet(results: Mapping[str, Any]) -> Sheet:
     """Times of one system over another's; below 1 the first is faster."""
     columns = ["ratio of times", "first token", "each later", "answer", "first answer, once included"]
     rows = [[RATIOS[r["of"], r["to"]], *(f"{r[key]:.2g}" for key in RATIO_COLUMNS)] for r in results["ratios"]]
-    return make_table("Ratios of times; below 1 the first is faster", columns, rows)
+    return Sheet("Ratios of times; below 1 the first is faster", columns, rows)
 
 
 def print_report(results: Mapping[str, Any]) -> None:
     """All tables, then break-even points and remarks, on standard output."""
-    console = Console(width=120, highlight=False)
-    console.print(speed_table(results))
-    console.print(macs_table(results))
-    console.print(ratio_table(results))
+    to_screen(speed_sheet(results), macs_sheet(results), ratio_sheet(results))
     if results["training"]:
-        console.print(training_table(results))
+        to_screen(training_sheet(results))
     for line in remarks(results):
-        console.print(line)
+        print(textwrap.fill(line, 120))
 
 
 def remarks(results: Mapping[str, Any]) -> list[str]:

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-from lora_gen_jax.lab.report.tables import Table
-
 _STYLE = """
 :root { color-scheme: light dark;
   --ink: #1c1c1c; --soft: #5c5c5c; --paper: #fdfdfc; --line: #d8d8d4; --zebra: #f3f3f0; }
@@ -90,14 +88,6 @@ def small_picture(png: bytes, caption: str, height: int) -> str:
     alt = f'alt="gates of {escape(caption)}" title="{escape(caption)}"'
     image = f'<img {alt} style="height:{height}px" src="{data_uri(png)}">'
     return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def table(content: Table) -> str:
-    """A table, which scrolls where it is too wide."""
-    head = "".join(f"<th>{escape(text)}</th>" for text in content.headings)
-    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in content.rows)
-    caption = f"<caption>{escape(content.caption)}</caption>"
-    return f'<div class="scroll"><table>{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def folded(summary: str, content: str) -> str:

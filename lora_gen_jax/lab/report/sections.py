@@ -11,9 +11,11 @@ import numpy as np
 
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.evaluation import published
+from lora_gen_jax.evaluation.sheet import to_html
+from lora_gen_jax.lab.agent.table import agent_sheets
 from lora_gen_jax.lab.report import accuracy, curves, gates, tables
 from lora_gen_jax.lab.report.found import SOURCES, File, Found
-from lora_gen_jax.lab.report.page import Section, data_uri, folded, note, picture, small_picture, table
+from lora_gen_jax.lab.report.page import Section, data_uri, folded, note, picture, small_picture
 from lora_gen_jax.lab.report.scores import Scores, gather, machine_text
 from lora_gen_jax.lab.report.style import title_of
 
@@ -37,7 +39,7 @@ def comparison_section(found: Found, out: Path, tasks: Sequence[str]) -> Section
     section = Section("comparison", "Seen and unseen tasks")
     for file in found.files["report.json"]:
         try:
-            section.parts.append(table(tables.comparison_table(file.values)))
+            section.parts.append(to_html(tables.comparison_sheet(file.values)))
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             raise DataError(
                 f"{file.path} has not the layout of report.json ({error!r})",
@@ -56,7 +58,7 @@ def accuracy_section(found: Found, out: Path, tasks: Sequence[str]) -> Section:
         source = source_of(scores.files)
         if path := accuracy.draw_means(scores, numbered(out, "accuracy_latency", number)):
             section.parts.append(picture(path, means_caption(scores), source))
-        section.parts.append(table(tables.score_table(scores)))
+        section.parts.append(to_html(tables.score_sheet(scores)))
         chosen = [name for name in tasks if name in scores.tasks]
         if not tasks and 1 < len(scores.tasks) <= accuracy.MOST_TASKS:
             chosen = scores.tasks
@@ -65,7 +67,7 @@ def accuracy_section(found: Found, out: Path, tasks: Sequence[str]) -> Section:
             if path is not None:
                 what = "The same for single tasks; error bars are the standard error over a task's documents."
                 section.parts.append(picture(path, what, source))
-        content = table(tables.task_table(scores))
+        content = to_html(tables.task_sheet(scores))
         fold = len(scores.tasks) > MOST_ROWS
         section.parts.append(folded(f"All {len(scores.tasks)} tasks", content) if fold else content)
     return section
@@ -146,8 +148,8 @@ def efficiency_section(found: Found, out: Path, tasks: Sequence[str]) -> Section
             section.parts.append(picture(path, what, f"{source_of([file])}, {machine_text(file.values)}"))
         else:
             section.parts.append(note(f"{file.path.name} of {file.label} has no curve over queries."))
-        if (content := tables.efficiency_table(file.values)) is not None:
-            section.parts.append(table(content))
+        if (content := tables.efficiency_sheet(file.values)) is not None:
+            section.parts.append(to_html(content))
     return section
 
 
@@ -155,7 +157,7 @@ def agent_section(found: Found, out: Path, tasks: Sequence[str]) -> Section:
     """agent.json as tables."""
     section = Section("agent", "Tool calls")
     for file in found.files["agent.json"]:
-        section.parts += [table(content) for content in tables.agent_tables(file.values)]
+        section.parts += [to_html(sheet) for sheet in agent_sheets(file.values.get("methods") or {})]
         section.parts.append(note(f"From {source_of([file])}; latencies on {machine_text(file.values)}."))
     return section
 
@@ -166,7 +168,7 @@ def published_section(found: Found, out: Path, tasks: Sequence[str]) -> Section:
         f"From {published.PAPER}: published, {published.MACHINE}, other models and data. Nothing here was measured by"
         " this program; compare within a table, not with the tables above."
     )
-    content = "".join(table(part) for part in tables.published_tables())
+    content = "".join(to_html(make()) for make in tables.PUBLISHED)
     return Section("published", "Published figures", [f'<div class="published">{note(remark)}{content}</div>'])
 
 

@@ -1,11 +1,9 @@
-"""How a case of side_by_side is printed. In: a `Comparison`. Out: a table on standard output."""
+"""How a case of side_by_side is printed. In: a `Comparison`. Out: text and a table on standard output."""
 
-import sys
+import textwrap
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from lora_gen_jax.evaluation.sheet import Sheet, number, ratio, to_screen
 
 if TYPE_CHECKING:
     from lora_gen_jax.lab.side_by_side.command import Comparison, Side
@@ -13,50 +11,49 @@ if TYPE_CHECKING:
 WIDTH = 110
 # The last lines of a long prompt say least about it.
 _SHOWN_LINES = 6
+_ROWS = ("base model, reads prompt and input", "specialized model, reads the input alone")
 
 
 def print_comparison(found: "Comparison") -> None:
     """The prompt, both answers, and what they cost."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
-    console.print(Text(f"\n{found.case.name}", style="bold"))
-    console.print(Text(shown_prompt(found.case.prompt), style="dim"))
-    console.print(comparison_table(found))
+    case, sides = found.case, (found.base, found.specialized)
+    print(f"\n{case.name}\n\n{textwrap.indent(shown_prompt(case.prompt), '  ')}\n\ninput:")
+    print(textwrap.indent(case.input.strip(), "  "))
+    for title, side in zip(_ROWS, sides, strict=True):
+        print(f"\n{title}:\n{textwrap.indent(shown_answer(side), '  ')}")
+    print()
+    to_screen(comparison_sheet(found), width=WIDTH)
+    saved = found.pays_after
     once = found.cloud_ms + found.merge_ms
-    console.print(
+    lines = (
         f"Once for this prompt: {once:.1f} ms; the cloud model reads {found.prompt_tokens} tokens"
-        f" ({found.cloud_ms:.1f} ms), its experts are merged ({found.merge_ms:.1f} ms)."
-    )
-    after = found.pays_after
-    said = (
+        f" ({found.cloud_ms:.1f} ms), its experts are merged ({found.merge_ms:.1f} ms).",
         "The prefill saves nothing."
-        if after is None
-        else f"The saved prefill makes up for it after {after:.1f} queries."
+        if saved is None
+        else f"The saved prefill makes up for it after {saved:.1f} queries.",
+        "Times: best of five, after a run that compiles; an answer takes longer the longer it is.",
+        case.remark,
     )
-    console.print(f"{said} Times: best of five, after a run that compiles; an answer takes longer the longer it is.")
-    if found.case.remark:
-        console.print(Text(found.case.remark))
+    print(textwrap.fill(" ".join(line for line in lines if line), WIDTH))
 
 
-def comparison_table(found: "Comparison") -> Table:
-    """Base left, specialized right, and the first over the second."""
+def comparison_sheet(found: "Comparison") -> Sheet:
+    """What both models read, wrote and took, and the first over the second."""
     left, right = found.base, found.specialized
-    table = Table(show_lines=True, expand=True)
-    table.add_column("")
-    table.add_column("base model\nreads prompt and input", overflow="fold", ratio=1)
-    table.add_column("specialized model\nreads the input alone", overflow="fold", ratio=1)
-    table.add_column("ratio", justify="right")
-    table.add_row("input", Text(found.case.input), Text(found.case.input), "")
-    table.add_row("answer", Text(shown_answer(left)), Text(shown_answer(right)), "")
-    table.add_row("edge context, tokens", *pair(left.context_tokens, right.context_tokens, 0))
-    table.add_row("first token, ms", *pair(left.first_token_ms, right.first_token_ms, 2))
-    table.add_row("answer, ms", *pair(left.answer_ms, right.answer_ms, 2))
-    table.add_row("answer, tokens", str(left.new_tokens), str(right.new_tokens), "")
-    return table
-
-
-def pair(left: float, right: float, digits: int) -> tuple[str, str, str]:
-    """Both values and their ratio."""
-    return f"{left:.{digits}f}", f"{right:.{digits}f}", f"{left / right:.2f}×"
+    rows = [
+        (
+            title,
+            number(s.context_tokens, 0),
+            number(s.first_token_ms, 2),
+            number(s.answer_ms, 2),
+            number(s.new_tokens, 0),
+        )
+        for title, s in zip(_ROWS, (left, right), strict=True)
+    ]
+    pairs = ("context_tokens", "first_token_ms", "answer_ms")
+    rows.append(("ratio", *(ratio(getattr(left, key), getattr(right, key), 2) for key in pairs), None))
+    columns = ("", "edge context, tokens", "first token, ms", "answer, ms", "answer, tokens")
+    return Sheet("What the edge model reads and writes", columns, rows)
 
 
 def shown_answer(side: "Side") -> str:

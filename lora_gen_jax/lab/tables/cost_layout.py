@@ -3,16 +3,16 @@
 In: as `tables.layout`. Out: `Sheet`s, and the list of all tables.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 
-from lora_gen_jax.evaluation.published import AGENT, AGENT_COMPRESSION, COST, MACHINE, PAPER, REASONING, UNSEEN_THREE
-from lora_gen_jax.lab.costs.report import si
+from lora_gen_jax.evaluation import published
+from lora_gen_jax.evaluation.sheet import Cell, Figure, Sheet, number, si
 from lora_gen_jax.lab.tables import layout
-from lora_gen_jax.lab.tables.layout import Costs, Results, answer, context, number
-from lora_gen_jax.lab.tables.sheet import Cell, Figure, Sheet
+from lora_gen_jax.lab.tables.layout import Costs, Results, answer, context
 from lora_gen_jax.methods.method import Traits
 
-NOT_OURS = "published, not measured here"
+PUBLISHED = {2: published.table_2, 3: published.table_3, 4: published.table_4, 13: published.table_13}
 # Lines of the training steps of `efficiency_training`.
 STEPS = {"lora": "lora", "lora_gen": "lora_gen_grouped"}
 
@@ -44,7 +44,7 @@ def table_1(results: Results, costs: Costs, traits: Mapping[str, Traits]) -> She
         "the last three columns are measured; the others follow from how a method works",
         "numbers beside the weights: an adapter's parameters, and keys and values of soft tokens",
     )
-    return Sheet(1, "characteristics", columns, layout.over(results, rows, cells), notes)
+    return Sheet("characteristics", columns, layout.over(results, rows, cells), notes, 1)
 
 
 def table_13(results: Results, costs: Costs) -> Sheet | None:
@@ -72,51 +72,16 @@ def table_13(results: Results, costs: Costs) -> Sheet | None:
             "a training step takes 8 queries of one instruction, which LoRA-Gen reads once; reading it for every query,"
             f" as published, takes {alone['step_ms']:.1f} ms"
         )
-    sheet = Sheet(13, "cost", columns, layout.over(results, rows, cells), tuple(lines))
-    return with_published(sheet, ("method", "inference MACs", "s", "training step s"), cost_rows())
-
-
-def cost_rows() -> list[tuple[Cell, ...]]:
-    rows = (("Qwen2-1.5B, " + r.method, si(r.inference_macs), r.inference_s, r.training_step_s) for r in COST)
-    return [(title, macs, *(Figure(s, digits=2) for s in seconds)) for title, macs, *seconds in rows]
-
-
-def reasoning_rows(unseen_three: bool) -> list[tuple[Cell, ...]]:
-    """The paper's Table 2, or its Table 4."""
-    rows = [row for row in REASONING if (row.tasks == UNSEEN_THREE) == unseen_three]
-    return [
-        (f"{r.model}, {r.method}", number(r.ave), number(r.har), number(r.latency_ms, 2 if unseen_three else 1))
-        for r in rows
-    ]
-
-
-def agent_rows() -> list[tuple[Cell, ...]]:
-    return [
-        (
-            f"{row.method}, tools {'in context' if row.tools_in_prompt else 'not in context'}",
-            number(row.average),
-            Figure(1.0 if row.tools_in_prompt else AGENT_COMPRESSION, unit="×"),
-        )
-        for row in AGENT
-    ]
-
-
-def with_published(sheet: Sheet | None, columns: tuple[str, ...], rows: Iterable[tuple[Cell, ...]]) -> Sheet | None:
-    """The table with the paper's figures below."""
-    if sheet is None:
-        return None
-    published = Sheet(sheet.number, NOT_OURS, columns, tuple(rows), (PAPER, MACHINE))
-    return Sheet(sheet.number, sheet.title, sheet.columns, sheet.rows, sheet.notes, published)
+    return Sheet("cost", columns, layout.over(results, rows, cells), lines, 13)
 
 
 def all_tables(results: Results, costs: Costs, traits: Mapping[str, Traits]) -> list[Sheet]:
-    """The paper's Tables 1 to 9 and 13, as far as they were asked for."""
-    reasoning, agent = ("model, method", "AVE", "HAR", "latency ms"), ("method", "average", "compression")
+    """The paper's Tables 1 to 9 and 13, as far as they were asked for, four with the published figures below."""
     sheets = [
         table_1(results, costs, traits),
-        with_published(layout.table_2(results, costs), reasoning, reasoning_rows(False)),
-        with_published(layout.table_3(results), agent, agent_rows()),
-        with_published(layout.table_4(results, costs), reasoning, reasoning_rows(True)),
+        layout.table_2(results, costs),
+        layout.table_3(results),
+        layout.table_4(results, costs),
         layout.table_5(results),
         layout.table_6(results),
         layout.table_7(results),
@@ -124,7 +89,8 @@ def all_tables(results: Results, costs: Costs, traits: Mapping[str, Traits]) -> 
         layout.table_9(results),
         table_13(results, costs),
     ]
-    return [sheet for sheet in sheets if sheet is not None]
+    made = [sheet for sheet in sheets if sheet is not None]
+    return [dataclasses.replace(s, published=PUBLISHED[s.number]()) if s.number in PUBLISHED else s for s in made]
 
 
 def foot(results: Results, costs: Costs) -> list[str]:

@@ -5,12 +5,16 @@ or None where nothing of it was run. Accuracies are means over seeds with the st
 seed with the one over documents.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from lora_gen_jax.evaluation.means import standard_error
+from lora_gen_jax.evaluation.sheet import Cell, Figure, Sheet, number, ratio
 from lora_gen_jax.lab.report.style import title_of
 from lora_gen_jax.lab.tables.results import error_of
-from lora_gen_jax.lab.tables.sheet import Cell, Figure, Sheet, over_seeds, percent
 from lora_gen_jax.lab.tables.spec import UNTRAINED_METHODS, is_method_row
 from lora_gen_jax.methods.registry import METHODS
 
@@ -32,19 +36,19 @@ def scores(results: Results, row: str, shots: str | None = None) -> list[dict[st
 def group(results: Results, row: str, title: str, shots: str | None = None) -> Figure | None:
     """Pooled accuracy on the seen or the unseen tasks, in percent."""
     groups = [one["groups"].get(title, {}) for one in scores(results, row, shots)]
-    return percent((one.get("accuracy") for one in groups), (one.get("stderr") for one in groups))
+    return share((one.get("accuracy") for one in groups), (one.get("stderr") for one in groups))
 
 
 def on_task(results: Results, row: str, task: str) -> Figure | None:
     """Accuracy on one task, in percent."""
     found = [one["tasks"][task] for one in scores(results, row)]
-    return percent((one["acc"] for one in found), (one.get("stderr") for one in found))
+    return share((one["acc"] for one in found), (one.get("stderr") for one in found))
 
 
 def mean(results: Results, row: str, name: str, shots: str | None = None) -> Figure | None:
     """ "ave" or "har", or these with "_seen" or "_unseen" behind, in percent."""
     found = scores(results, row, shots)
-    return percent((one[name] for one in found), (error_of(results, one, name) for one in found))
+    return share((one[name] for one in found), (error_of(results, one, name) for one in found))
 
 
 def context(results: Results, row: str, shots: str | None = None, title: str | None = None) -> Figure | None:
@@ -60,6 +64,23 @@ def group_of(results: Results, task: str) -> str:
     return GROUPS[0] if results["seen"][task] else GROUPS[1]
 
 
+def over_seeds(values: Iterable[float | None], scale: float = 1.0, digits: int = 1, unit: str = "") -> Figure | None:
+    """Mean and standard error of the values that are known; None where there are none."""
+    known = [scale * value for value in values if value is not None and not math.isnan(value)]
+    if not known:
+        return None
+    error = standard_error(known) if len(known) > 1 else None
+    return Figure(statistics.fmean(known), error, len(known), digits, unit)
+
+
+def share(values: Iterable[float | None], errors: Iterable[float | None] = ()) -> Figure | None:
+    """Shares in percent; a single one with its own standard error, over documents."""
+    found, single = over_seeds(values, 100), next(iter(errors), None)
+    if found is None or found.n > 1 or single is None:
+        return found
+    return dataclasses.replace(found, error=100 * single)
+
+
 def plain(figure: Figure | None, digits: int = 1, unit: str = "") -> Figure | None:
     """A figure without its error."""
     return None if figure is None else Figure(figure.mean, None, figure.n, digits, unit)
@@ -73,11 +94,7 @@ def answer(costs: Costs, row: str, key: str = "answer_ms") -> Any:
 def latency(costs: Costs, row: str) -> tuple[Cell, Cell]:
     """Milliseconds of an answer, and their ratio to LoRA's."""
     own, lora = answer(costs, row), answer(costs, "lora")
-    return number(own, 2), None if own is None or lora is None else Figure(own / lora, digits=2, unit="×")
-
-
-def number(value: float | None, digits: int = 1, unit: str = "") -> Figure | None:
-    return None if value is None else Figure(value, digits=digits, unit=unit)
+    return number(own, 2), ratio(own, lora, 2)
 
 
 def there(results: Results, rows: Sequence[str]) -> list[str]:
@@ -133,28 +150,27 @@ def table_2(results: Results, costs: Costs) -> Sheet | None:
     averages += (f"HAR unseen\nof {counts[1]}",)
     columns = ("method", *each, *GROUPS, *averages, "AVE", "HAR", "context\ntokens", "latency\nms", "of LoRA's")
     title = f"accuracy in % ± standard error, {results['shots']} shots"
-    return Sheet(2, title, columns, over(results, rows, cells), (POOLED, ERRORS))
+    return Sheet(title, columns, over(results, rows, cells), (POOLED, ERRORS), 2)
 
 
 def table_3(results: Results) -> Sheet | None:
     """Tool calls."""
-    from lora_gen_jax.lab.agent.table import METHODS
+    from lora_gen_jax.lab.agent.table import AGENT_ROWS, METRICS
 
     if "agent" not in results["settings"]:
         return None
     seeds = list(results["agent"].values())
-    found = [name for name in METHODS if any(name in one for one in seeds)] or list(METHODS)
-    metrics = ("sr_t", "sr_act", "sr_args", "sr", "iou", "average")
+    found = [name for name in AGENT_ROWS if any(name in one for one in seeds)] or list(AGENT_ROWS)
     rows: list[tuple[Cell, ...]] = []
     for title in GROUPS:
         for name in found:
             own = [one[name][title] for one in seeds if title in one.get(name, {})]
-            shares = [percent(one[metric] for one in own) for metric in metrics]
+            shares = [share(one[metric] for one in own) for metric in METRICS]
             tokens = plain(over_seeds(one["context_tokens"] for one in own))
             ratio = plain(over_seeds(one["compression"] for one in own), unit="×")
-            rows.append((METHODS[name].title, title, *shares, tokens, ratio))
-    columns = ("method", "tools", "SR_t", "SR_act", "SR_args", "SR", "IoU", "average", "edge\ntokens", "com-\npression")
-    return Sheet(3, "tool calls, % ± standard error", columns, tuple(rows))
+            rows.append((AGENT_ROWS[name].title, title, *shares, tokens, ratio))
+    columns = ("method", "tools", *METRICS.values(), "edge\ntokens", "com-\npression")
+    return Sheet("tool calls, % ± standard error", columns, rows, number=3)
 
 
 def table_4(results: Results, costs: Costs) -> Sheet | None:
@@ -168,7 +184,9 @@ def table_4(results: Results, costs: Costs) -> Sheet | None:
         return [*accuracies, context(results, row, title="unseen"), *latency(costs, row)]
 
     columns = ("method", "unseen", "AVE unseen", "context\ntokens", "latency\nms", "of LoRA's")
-    return Sheet(4, "context compression on unseen tasks, % ± standard error", columns, over(results, rows, cells))
+    return Sheet(
+        "context compression on unseen tasks, % ± standard error", columns, over(results, rows, cells), number=4
+    )
 
 
 def ablation(
@@ -193,7 +211,7 @@ def ablation(
         lines.append((title, *accuracies, *averages, *known))
     titles = (name.replace("_", " ") for name in extra)
     columns = (which[2], *GROUPS, "AVE seen", "AVE unseen", "AVE", "HAR", *titles)
-    return Sheet(which[0], f"{which[1]}, % ± standard error", columns, tuple(lines))
+    return Sheet(f"{which[1]}, % ± standard error", columns, lines, number=which[0])
 
 
 def varied(results: Results, prefix: str, field: str) -> list[tuple[str, str]]:
@@ -244,4 +262,4 @@ def table_8(results: Results, costs: Costs) -> Sheet | None:
             read = context(results, row, shots)
             lines.append((name_of(results, row), shots, *accuracies, *averages, read, latency(costs, timed)[0]))
     columns = ("method", "shots", *GROUPS, "AVE", "HAR", "context\ntokens", "latency\nms")
-    return Sheet(8, "number of shots, % ± standard error", columns, tuple(lines)) if lines else None
+    return Sheet("number of shots, % ± standard error", columns, lines, number=8) if lines else None
