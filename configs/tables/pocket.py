@@ -12,8 +12,7 @@ from pathlib import Path
 
 from lora_gen_jax.config import TrainConfig
 from lora_gen_jax.config_file import read_config
-from lora_gen_jax.lab.tables.paper import variants
-from lora_gen_jax.lab.tables.spec import Change, Tables, reads_prompt
+from lora_gen_jax.lab.tables.spec import Change, Tables, reads_prompt, variants
 
 # What the time depends on.
 STEPS, AGENT_STEPS, AGENT_ROWS = 150, 80, 96

@@ -1,14 +1,13 @@
 """The paper's tables with Qwen2-1.5B as edge model and its own hyper-parameters.
 
 Command:  python -m lora_gen_jax table configs/tables/qwen2_1_5b.py --data.dir DIR
-Needs:    what configs/qwen2_1_5b.py needs, for every run in `lora_gen_jax/lab/tables/paper.py` and each of three seeds;
+Needs:    what configs/qwen2_1_5b.py needs, for every run in `lora_gen_jax/lab/tables/spec.py` and each of three seeds;
           --only NAME,NAME runs a part, and the same command goes on with the rest.
 """
 
 from pathlib import Path
 
-from lora_gen_jax.lab.tables.paper import paper_tables
-from lora_gen_jax.lab.tables.spec import Tables
+from lora_gen_jax.lab.tables.spec import Tables, paper_tables
 
 
 def get_tables() -> Tables:

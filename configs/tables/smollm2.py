@@ -9,8 +9,7 @@ from pathlib import Path
 
 from lora_gen_jax.config_file import read_config
 from lora_gen_jax.data.reasoning import SEEN_TASKS
-from lora_gen_jax.lab.tables.paper import KNOWLEDGE, variants
-from lora_gen_jax.lab.tables.spec import Change, Tables, reads_prompt
+from lora_gen_jax.lab.tables.spec import KNOWLEDGE, Change, Tables, reads_prompt, variants
 
 # As in the paper, the edge model of these methods reads the prompt with its shots before the queries, for which it has
 # as much room as the others, in half as many rows of twice the length; the model has 8192 positions.

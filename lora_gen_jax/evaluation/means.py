@@ -4,6 +4,7 @@ In: results by task. Out: what results.json holds beside them for a method. A ta
 where reference answers are long (`lora_gen_jax.evaluation.answers`).
 """
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -29,6 +30,29 @@ def summary(tasks: dict[str, dict], seen: Mapping[str, bool | None]) -> dict[str
         found[f"ave{end}"] = float(np.mean(acc)) if acc else None
         found[f"har{end}"] = statistics.harmonic_mean(acc) if acc else None
     return found
+
+
+def error_of(scores: Mapping, seen: Mapping[str, bool | None], name: str) -> float | None:
+    """Standard error over documents of one of the means of `summary`.
+
+    Of a mean over n tasks with errors s it is sqrt(Σ s²) / n; of the harmonic mean h of accuracies a, to first order,
+    h² / n · sqrt(Σ (s / a²)²). None where a task's error is not known, or an accuracy of the harmonic mean is 0.
+
+    Args:
+        scores: of a method: the means, and results by task under "tasks".
+        seen: whether generators are trained on a task.
+        name: of the mean.
+    """
+    which, _, kind = name.partition("_")
+    tasks = [one for task, one in scores["tasks"].items() if not kind or seen[task] is (kind == "seen")]
+    accuracies, errors = [one["acc"] for one in tasks], [one.get("stderr") for one in tasks]
+    if not tasks or None in errors:
+        return None
+    if which != "har":
+        return math.hypot(*errors) / len(tasks)
+    if not all(accuracies):
+        return None
+    return scores[name] ** 2 / len(tasks) * math.hypot(*(s / a**2 for s, a in zip(errors, accuracies, strict=True)))
 
 
 def score_of(result: Mapping) -> float:

@@ -6,7 +6,7 @@ import pytest
 from helpers import raises
 
 from lora_gen_jax.errors import CheckpointError, ConfigError, OutputError
-from lora_gen_jax.lab.tables import command, work
+from lora_gen_jax.lab.tables import command
 from lora_gen_jax.lab.tables.command import TableFlags, parsed, table_main, tables_from_args
 
 
@@ -116,7 +116,7 @@ def test_agent_flags_without_an_agent_table(path):
 
 def test_one_job_is_done_in_this_process(path, monkeypatch):
     done = []
-    monkeypatch.setattr(work, "do", done.append)
+    monkeypatch.setattr(command, "do", done.append)
     monkeypatch.setattr(command, "end_with_parent", lambda: None)
     table_main([str(path), "--train.steps", "5", "--job", "lora_gen/1"])
     assert [job.name for job in done] == ["lora_gen/1"]

@@ -19,7 +19,7 @@ from lora_gen_jax.lab.tables.jobs import (
     outdated,
     write_result,
 )
-from lora_gen_jax.lab.tables.results import gather
+from lora_gen_jax.lab.tables.output import gather
 from lora_gen_jax.lab.tables.spec import config_of
 
 

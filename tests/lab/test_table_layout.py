@@ -6,7 +6,7 @@ import pytest
 from table_results import by_seed, cells, costs, generator, results, scored
 
 from lora_gen_jax.evaluation.sheet import Figure, Sheet, to_json, to_markdown
-from lora_gen_jax.lab.tables import figures, layout
+from lora_gen_jax.lab.tables import layout, output
 from lora_gen_jax.lab.tables.layout import over_seeds
 
 ACCURACY = (0.5, 0.6, 0.8)
@@ -76,25 +76,25 @@ def test_a_single_seed_has_the_error_over_its_documents():
 
 def test_figures_have_the_methods_whose_latency_is_known(tmp_path, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(figures, "draw_means", lambda scores, path: drawn.update({path.name: scores}))
-    monkeypatch.setattr(figures, "draw_tasks", lambda scores, tasks, path: drawn.update({path.name: scores}))
+    monkeypatch.setattr(output, "draw_means", lambda scores, path: drawn.update({path.name: scores}))
+    monkeypatch.setattr(output, "draw_tasks", lambda scores, tasks, path: drawn.update({path.name: scores}))
     found = results(
         base=by_seed(0.1), icl=by_seed(*ACCURACY), lora=by_seed(0.5), lora_gen=by_seed(0.7), cv_0=by_seed(1)
     )
-    figures.draw(tmp_path, found, costs(base=1.0, icl=4.0, lora_gen=1.5))
+    output.draw(tmp_path, found, costs(base=1.0, icl=4.0, lora_gen=1.5))
     assert list(drawn) == ["accuracy.png", "accuracy_tasks.png"]
     methods = drawn["accuracy.png"].methods
     assert list(methods) == ["base", "icl", "lora_gen"]
     assert [list(of) for of in methods.values()] == [[0], [5], [5]]
     assert methods["icl"][5]["tasks"]["a"] == pytest.approx({"acc": 19 / 30, "stderr": 0.0881917, "latency_ms": 4.0})
     monkeypatch.undo()
-    assert figures.draw(tmp_path, found, {}) == []
-    assert [path.name for path in figures.draw(tmp_path, found, costs(icl=4.0))] == [
+    assert output.draw(tmp_path, found, {}) == []
+    assert [path.name for path in output.draw(tmp_path, found, costs(icl=4.0))] == [
         "accuracy.png",
         "accuracy_tasks.png",
     ]
-    monkeypatch.setattr(figures, "MOST_TASKS", 2)
-    assert [path.name for path in figures.draw(tmp_path, found, costs(icl=4.0))] == ["accuracy.png"]
+    monkeypatch.setattr(output, "MOST_TASKS", 2)
+    assert [path.name for path in output.draw(tmp_path, found, costs(icl=4.0))] == ["accuracy.png"]
 
 
 def test_main_table_of_many_tasks_has_the_means_alone(monkeypatch):
@@ -115,23 +115,24 @@ def test_ablations_take_the_default_where_it_belongs():
     runs = {run: by_seed(0.5) for run in names}
     runs["lora_gen"] = by_seed(*ACCURACY)
     found = results(**runs)
-    assert [row[0] for row in layout.table_5(found).rows] == ["4", "12", "16"]
-    assert cells(layout.table_5(found), "16")["AVE"] == SPREAD
-    assert [row[0] for row in layout.table_6(found).rows] == ["0", "0.01", "0.1"]
-    assert cells(layout.table_6(found), "0.01")["AVE"] == SPREAD
+    experts, balance, routing, emitted = layout.ablations(found)
+    assert [row[0] for row in experts.rows] == ["4", "12", "16"]
+    assert cells(experts, "16")["AVE"] == SPREAD
+    assert [row[0] for row in balance.rows] == ["0", "0.01", "0.1"]
+    assert cells(balance, "0.01")["AVE"] == SPREAD
     # The paper's ablation, which changes one thing, before the variant that also uses all experts.
-    assert [row[0] for row in layout.table_7(found).rows] == [
+    assert [row[0] for row in routing.rows] == [
         "KeepTOP-K",
         "Gumbel-softmax, then KeepTOP-K (the paper's ablation)",
         "Gumbel-softmax of all experts (ours)",
     ]
-    direct = cells(layout.table_9(found), "direct generation of the LoRA")
+    direct = cells(emitted, "direct generation of the LoRA")
     assert (direct["AVE"], direct["trained parameters"]) == ("50.0", "1234")
 
 
 def test_ablations_that_were_not_asked_for_have_no_table():
     found = results(lora_gen=by_seed(0.5))
-    assert [layout.table_5(found), layout.table_6(found), layout.table_7(found), layout.table_9(found)] == [None] * 4
+    assert layout.ablations(found) == [None] * 4
     assert layout.table_3(found) is None
     assert layout.table_4(found, {}) is None
 

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from lora_gen_jax.lab.tables.jobs import make_jobs
-from lora_gen_jax.lab.tables.processes import TablesStopped, run_jobs
+from lora_gen_jax.lab.tables.run import TablesStopped, run_jobs
 
 WAITING = """
 import signal, sys, time
@@ -64,7 +64,7 @@ def test_a_signal_lets_the_running_job_end_and_starts_no_other(tables, received)
 
 def test_a_job_ends_with_the_process_that_started_it(tmp_path):
     child = (
-        "from lora_gen_jax.lab.tables.processes import end_with_parent; import os, time; end_with_parent();"
+        "from lora_gen_jax.lab.tables.run import end_with_parent; import os, time; end_with_parent();"
         f" open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     )
     parent = (

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lora_gen_jax.evaluation import choices
-from lora_gen_jax.lab.tables import work
+from lora_gen_jax.lab.tables import run
 from lora_gen_jax.lab.tables.jobs import make_jobs
 from lora_gen_jax.lab.tables.spec import read_tables
 
@@ -15,7 +15,7 @@ def test_jobs_are_really_done(path, monkeypatch):
     tables = read_tables(path)
     jobs = {job.name: job for job in make_jobs(tables)}
     for name in ("base/1", "lora/1"):
-        work.do(jobs[name])
+        run.do(jobs[name])
     base, lora = (json.loads(jobs[name].result.read_text()) for name in ("base/1", "lora/1"))
     assert {n: list(methods) for n, methods in base["shots"].items()} == {"1": ["icl"], "2": ["base", "icl"]}
     assert {n: list(methods) for n, methods in lora["shots"].items()} == {"2": ["lora"]}

@@ -19,7 +19,7 @@ from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.evaluation.systems import check_methods
 from lora_gen_jax.files import check_output
 from lora_gen_jax.lab.tables.jobs import Job, chosen, make_jobs, missing, outdated
-from lora_gen_jax.lab.tables.processes import end_with_parent, run_jobs, say
+from lora_gen_jax.lab.tables.run import do, end_with_parent, run_jobs, say
 from lora_gen_jax.lab.tables.spec import AGENT, Tables, read_tables
 
 PROGRAM = "lora-gen table"
@@ -151,7 +151,7 @@ def do_job(jobs: Sequence[Job], name: str) -> None:
     """Does one job in this process.
 
     Raises:
-        ConfigError: for an unknown one. And as `work.do`.
+        ConfigError: for an unknown one. And as `run.do`.
     """
     found = [job for job in jobs if job.name == name]
     if not found:
@@ -162,8 +162,6 @@ def do_job(jobs: Sequence[Job], name: str) -> None:
             remedy=f"did you mean {near[0]}?" if near else None,
         )
     end_with_parent()
-    from lora_gen_jax.lab.tables.work import do
-
     do(found[0])
 
 

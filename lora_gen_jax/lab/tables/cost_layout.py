@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 
 from lora_gen_jax.evaluation import published
-from lora_gen_jax.evaluation.sheet import Cell, Figure, Sheet, number, si
+from lora_gen_jax.evaluation.sheet import Cell, Sheet, number, ratio, si
 from lora_gen_jax.lab.tables import layout
 from lora_gen_jax.lab.tables.layout import Costs, Results, answer, context
 from lora_gen_jax.methods.method import Traits
@@ -30,12 +30,11 @@ def table_1(results: Results, costs: Costs, traits: Mapping[str, Traits]) -> She
         own, read, once = traits[of[row]], context(results, row), answer(costs, row, "once_ms")
         yes = [own.compresses_context, own.merged, own.training_free, own.transfers]
         # Others read as little, but then know nothing of the prompt.
-        ratio = None
-        if full is not None and read is not None and (own.compresses_context or row == "icl"):
-            ratio = Figure(full.mean / read.mean, unit="×")
+        shorter = full if own.compresses_context or row == "icl" else None
+        fewer = ratio(shorter and shorter.mean, read and read.mean)
         extra = answer(costs, row, "numbers_beside")
-        seconds = None if once is None else Figure(sum(once.values()) / 1000, digits=3)
-        return [*("yes" if one else "no" for one in yes), ratio, number(extra, 0), seconds]
+        seconds = None if once is None else number(sum(once.values()) / 1000, 3)
+        return [*("yes" if one else "no" for one in yes), fewer, number(extra, 0), seconds]
 
     words = ("compresses\ncontext", "merged: no extra\nparameters", "training-free for\na new task")
     measured = ("ICL's context\nover its own", "numbers beside\nthe weights", "seconds to\nspecialize")
@@ -44,7 +43,7 @@ def table_1(results: Results, costs: Costs, traits: Mapping[str, Traits]) -> She
         "the last three columns are measured; the others follow from how a method works",
         "numbers beside the weights: an adapter's parameters, and keys and values of soft tokens",
     )
-    return Sheet("characteristics", columns, layout.over(results, rows, cells), notes, 1)
+    return Sheet("characteristics", columns, layout.table_rows(results, rows, cells), notes, 1)
 
 
 def table_13(results: Results, costs: Costs) -> Sheet | None:
@@ -72,7 +71,7 @@ def table_13(results: Results, costs: Costs) -> Sheet | None:
             "a training step takes 8 queries of one instruction, which LoRA-Gen reads once; reading it for every query,"
             f" as published, takes {alone['step_ms']:.1f} ms"
         )
-    return Sheet("cost", columns, layout.over(results, rows, cells), lines, 13)
+    return Sheet("cost", columns, layout.table_rows(results, rows, cells), lines, 13)
 
 
 def all_tables(results: Results, costs: Costs, traits: Mapping[str, Traits]) -> list[Sheet]:
@@ -82,14 +81,11 @@ def all_tables(results: Results, costs: Costs, traits: Mapping[str, Traits]) -> 
         layout.table_2(results, costs),
         layout.table_3(results),
         layout.table_4(results, costs),
-        layout.table_5(results),
-        layout.table_6(results),
-        layout.table_7(results),
+        *layout.ablations(results),
         layout.table_8(results, costs),
-        layout.table_9(results),
         table_13(results, costs),
     ]
-    made = [sheet for sheet in sheets if sheet is not None]
+    made = sorted((sheet for sheet in sheets if sheet is not None), key=lambda sheet: sheet.number or 0)
     return [dataclasses.replace(s, published=PUBLISHED[s.number]()) if s.number in PUBLISHED else s for s in made]
 
 

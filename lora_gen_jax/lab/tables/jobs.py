@@ -1,6 +1,6 @@
 """What there is to do: one job for each run and seed, and which of them are finished.
 
-In: `Tables` and a work directory. Out: jobs in the order in which they run.
+In: `Tables` and a work directory. Out: jobs in the order in which they run, and what finished ones left.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from lora_gen_jax.config_file import difference, from_json, to_json
 from lora_gen_jax.data.reasoning import REASONING_TASKS, folder_of
 from lora_gen_jax.errors import CheckpointError, ConfigError, DataError
 from lora_gen_jax.files import write_json
-from lora_gen_jax.lab.tables.spec import AGENT, MANY_SHOTS, UNTRAINED, UNTRAINED_METHODS, Tables, config_of
+from lora_gen_jax.lab.tables.spec import AGENT, GENERATOR, UNTRAINED, UNTRAINED_METHODS, Tables, config_of
 
 RESULT, LOG = "result.json", "log.txt"
 
@@ -30,7 +30,7 @@ class Job:
         run: its name; `UNTRAINED` and `AGENT` are special.
         seed: of everything.
         config: complete, with a directory of its own.
-        shots: numbers of shots that it is scored with, upwards.
+        shots: numbers of shots that it is scored with, in ascending order.
         agent_rows: of the agent table: training rows for each embedded tool set.
         agent_methods: of the agent table: its rows.
     """
@@ -56,10 +56,38 @@ class Job:
         return self.config.directory / LOG
 
     def methods(self, shots: int) -> tuple[str, ...]:
-        """The methods of `evaluation.systems` that are scored with this many shots."""
+        """What is scored with this many shots."""
         if self.run == UNTRAINED:
             return UNTRAINED_METHODS if shots == max(self.shots) else UNTRAINED_METHODS[1:]
         return (self.config.method,)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the result depends on; where nothing is trained, the settings of training do not count."""
+        settings = to_json(self.config)
+        return {name: settings[name] for name in ("edge", "eval")} if self.run == UNTRAINED else settings
+
+    def inputs(self) -> dict[str, Any]:
+        """What the result depends on besides the config: the content of the user's files, or the rows that are made.
+
+        Raises:
+            DataError: for a file that cannot be read.
+        """
+        if self.run == AGENT:
+            return {"agent_rows": self.agent_rows}
+        data, scored = self.config.data, self.config.eval.tasks or REASONING_TASKS
+        names = set(scored if self.run == UNTRAINED else (*data.tasks, *scored)) & set(REASONING_TASKS)
+        found = {name: folder_of(data.dir, name) for name in sorted(names) if data.dir}
+        return {
+            "data.files": {str(path): content_digest(path) for path in data.files},
+            "data.dir": {name: content_digest(folder, nested=True) for name, folder in found.items() if folder},
+        }
+
+    def is_complete(self, result: dict[str, Any]) -> bool:
+        """Whether a result has every method with every number of shots, or every row of the agent table."""
+        if self.run == AGENT:
+            return set(self.agent_methods) <= set(result["agent"])
+        return all(set(self.methods(n)) <= set(result["shots"].get(str(n), ())) for n in self.shots)
 
 
 def make_jobs(tables: Tables) -> list[Job]:
@@ -75,11 +103,9 @@ def make_jobs(tables: Tables) -> list[Job]:
         )
     jobs = []
     for run in tables.names:
-        many = run == UNTRAINED or run in MANY_SHOTS
-        shots = tuple(sorted(set(tables.shots))) if many else (max(tables.shots),)
-        rows, methods = (tables.agent_rows, tables.agent_methods) if run == AGENT else (0, ())
-        for seed in dict.fromkeys(tables.seeds):
-            jobs.append(Job(run, seed, config_of(tables, run, seed), shots, rows, methods))
+        shots = tuple(sorted(set(tables.shots))) if run in (UNTRAINED, GENERATOR) else (max(tables.shots),)
+        agent = (tables.agent_rows, tables.agent_methods) if run == AGENT else (0, ())
+        jobs += [Job(run, seed, config_of(tables, run, seed), shots, *agent) for seed in dict.fromkeys(tables.seeds)]
     return jobs
 
 
@@ -98,26 +124,20 @@ def chosen(tables: Tables, jobs: Sequence[Job], only: Sequence[str]) -> list[Job
 
 
 def missing(jobs: Sequence[Job]) -> list[Job]:
-    """The jobs without a complete result; a finished or begun run must have the asked settings.
+    """The jobs without a complete result.
 
     Raises:
-        CheckpointError: naming the fields that differ.
+        CheckpointError: where a run was finished, or begun, with other settings, which it names.
     """
     left = []
     for job in jobs:
         found = finished(job)
-        if found is None:
-            check_begun(job)
-        if found is None or not is_complete(job, found):
+        begun = _read(job.config.directory / "config.json") if job.run not in (UNTRAINED, AGENT) else None
+        if found is None and begun is not None:
+            _refuse(job, difference(_as_now(begun), _as_now(to_json(job.config))))
+        if found is None or not job.is_complete(found):
             left.append(job)
     return left
-
-
-def is_complete(job: Job, result: dict[str, Any]) -> bool:
-    """Whether a result has every method with every number of shots, or every row of the agent table."""
-    if job.run == AGENT:
-        return set(job.agent_methods) <= set(result["agent"])
-    return all(set(job.methods(n)) <= set(result["shots"].get(str(n), ())) for n in job.shots)
 
 
 def outdated(jobs: Sequence[Job]) -> list[Job]:
@@ -133,74 +153,41 @@ def finished(job: Job) -> dict[str, Any] | None:
     """What result.json holds.
 
     None where there is none, where a kill left half of one, and where it has to be scored again: with other settings
-    under eval, or, of scoring alone, on other data.
+    under eval, or, where nothing is trained, on other data.
 
     Raises:
         CheckpointError: when it was trained with other settings.
     """
+    result = _read(job.result)
+    if result is None or not isinstance(result.get("settings"), dict):
+        return None
+    old, new, now = _as_now(result["settings"]), _as_now(job.settings), job.inputs()
+    before = result.get("inputs", {})
+    # What an older version did not write counts as the same.
+    others = [f"{name}: {before[name]!r} -> {now[name]!r}" for name in now if before.get(name, now[name]) != now[name]]
+    _refuse(job, difference(old, new) + ([] if job.run == UNTRAINED else others))
+    return result if _scoring(old) == _scoring(new) and not others else None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
     try:
-        result = json.loads(job.result.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    if not isinstance(result, dict) or not isinstance(result.get("settings"), dict):
-        return None
-    old, new = as_now(result["settings"]), as_now(settings_of(job))
-    lines = difference(old, new)
-    others = changed_inputs(result.get("inputs", {}), inputs_of(job))
-    refuse(job, lines if job.run == UNTRAINED else lines + others)
-    return result if scoring(old) == scoring(new) and not others else None
+    return found if isinstance(found, dict) else None
 
 
-def check_begun(job: Job) -> None:
-    """Raises CheckpointError where the directory holds a training run with other settings."""
-    if job.run in (UNTRAINED, AGENT):
-        return
-    try:
-        saved = json.loads((job.config.directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return
-    refuse(job, difference(as_now(saved), as_now(to_json(job.config))))
-
-
-def settings_of(job: Job) -> dict[str, Any]:
-    """The settings that a job's result depends on: of scoring alone, training's do not count."""
-    settings = to_json(job.config)
-    return {name: settings[name] for name in ("edge", "eval")} if job.run == UNTRAINED else settings
-
-
-def inputs_of(job: Job) -> dict[str, Any]:
-    """What a job's result depends on beside its config: the content of the user's files, or the rows that are made.
-
-    Raises:
-        DataError: for a file that cannot be read.
-    """
-    if job.run == AGENT:
-        return {"agent_rows": job.agent_rows}
-    data, scored = job.config.data, job.config.eval.tasks or REASONING_TASKS
-    names = scored if job.run == UNTRAINED else (*data.tasks, *scored)
-    found = {name: folder_of(data.dir, name) for name in sorted(set(names) & set(REASONING_TASKS)) if data.dir}
-    return {
-        "data.files": {str(path): content_digest(path) for path in data.files},
-        "data.dir": {name: content_digest(folder, nested=True) for name, folder in found.items() if folder},
-    }
-
-
-def as_now(settings: dict[str, Any]) -> dict[str, Any]:
+def _as_now(settings: dict[str, Any]) -> dict[str, Any]:
     """Saved settings with the fields that were added since, at their defaults."""
     return to_json(from_json(settings))
 
 
-def scoring(settings: dict[str, Any]) -> dict[str, Any]:
+def _scoring(settings: dict[str, Any]) -> dict[str, Any]:
     """What a score depends on under eval; a result says itself which methods it scored with how many shots."""
     return {name: value for name, value in settings["eval"].items() if name not in ("shots", "methods")}
 
 
-def changed_inputs(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines 'input: old -> new'; one that an older version did not note counts as the same."""
-    return [f"{name}: {old[name]!r} -> {new[name]!r}" for name in new if name in old and old[name] != new[name]]
-
-
-def refuse(job: Job, lines: Sequence[str]) -> None:
+def _refuse(job: Job, lines: Sequence[str]) -> None:
     """Raises CheckpointError where there are lines about what differs."""
     if lines:
         raise CheckpointError(
@@ -214,8 +201,8 @@ def refuse(job: Job, lines: Sequence[str]) -> None:
 def write_result(job: Job, values: dict[str, Any]) -> None:
     """Writes result.json, complete or not at all, with what it was made with."""
     job.config.directory.mkdir(parents=True, exist_ok=True)
-    made_with = {"settings": settings_of(job), "inputs": inputs_of(job)}
-    write_json(job.result, {"run": job.run, "seed": job.seed, **made_with, **values}, "--workdir")
+    made_with = {"run": job.run, "seed": job.seed, "settings": job.settings, "inputs": job.inputs()}
+    write_json(job.result, made_with | values, "--workdir")
 
 
 def content_digest(path: Path, nested: bool = False) -> str:
@@ -239,6 +226,6 @@ def content_digest(path: Path, nested: bool = False) -> str:
 
 @functools.lru_cache
 def _digest(path: Path, changed: int, size: int) -> str:
-    # Time and size tell a file that was changed since.
+    # Time and size tell that a file has changed since.
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -1,8 +1,8 @@
 """The paper's tables of accuracy: 2, 3, 4, 5, 6, 7, 8 and 9.
 
-In: results as `tables.results` gathers them, and costs as latency.json holds them (or nothing). Out: a `Sheet` a table,
-or None where nothing of it was run. Accuracies are means over seeds with the standard error of that mean; of a single
-seed with the one over documents.
+In: results as `tables.output.gather` gives them, and costs as latency.json holds them (or nothing). Out: a `Sheet` a
+table, or None where nothing of it was run. Accuracies are means over seeds with the standard error of that mean; those
+of a single seed have the one over documents.
 """
 
 import dataclasses
@@ -11,11 +11,11 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from lora_gen_jax.evaluation.means import standard_error
+from lora_gen_jax.evaluation.means import error_of, standard_error
 from lora_gen_jax.evaluation.sheet import Cell, Figure, Sheet, number, ratio
+from lora_gen_jax.lab.agent.table import AGENT_ROWS, METRICS
 from lora_gen_jax.lab.report.style import title_of
-from lora_gen_jax.lab.tables.results import error_of
-from lora_gen_jax.lab.tables.spec import UNTRAINED_METHODS, is_method_row
+from lora_gen_jax.lab.tables.spec import AGENT, GENERATOR, UNTRAINED_METHODS, is_method_row
 from lora_gen_jax.methods.registry import METHODS
 
 Results = Mapping[str, Any]
@@ -23,45 +23,11 @@ Costs = Mapping[str, Any]
 # With more tasks the table has one column for all seen and one for all unseen tasks.
 WIDEST = 10
 GROUPS = ("seen", "unseen")
-POOLED = "seen and unseen: all queries together; AVE and HAR: mean and harmonic mean over tasks"
-ERRORS = "±: over seeds; of a single seed, over documents"
-
-
-def scores(results: Results, row: str, shots: str | None = None) -> list[dict[str, Any]]:
-    """A row's scores by seed, with the most shots unless a number is given."""
-    number = results["shots"] if shots is None else shots
-    return [by_shots[number] for by_shots in results["runs"].get(row, {}).values() if number in by_shots]
-
-
-def group(results: Results, row: str, title: str, shots: str | None = None) -> Figure | None:
-    """Pooled accuracy on the seen or the unseen tasks, in percent."""
-    groups = [one["groups"].get(title, {}) for one in scores(results, row, shots)]
-    return share((one.get("accuracy") for one in groups), (one.get("stderr") for one in groups))
-
-
-def on_task(results: Results, row: str, task: str) -> Figure | None:
-    """Accuracy on one task, in percent."""
-    found = [one["tasks"][task] for one in scores(results, row)]
-    return share((one["acc"] for one in found), (one.get("stderr") for one in found))
-
-
-def mean(results: Results, row: str, name: str, shots: str | None = None) -> Figure | None:
-    """ "ave" or "har", or these with "_seen" or "_unseen" behind, in percent."""
-    found = scores(results, row, shots)
-    return share((one[name] for one in found), (error_of(results, one, name) for one in found))
-
-
-def context(results: Results, row: str, shots: str | None = None, title: str | None = None) -> Figure | None:
-    """Tokens in the edge model's context for a query, soft ones too: the mean over tasks, or those of one group."""
-    means = []
-    for one in scores(results, row, shots):
-        tasks = [r["context_tokens"] for t, r in one["tasks"].items() if title in (None, group_of(results, t))]
-        means.append(sum(tasks) / len(tasks) if tasks else None)
-    return plain(over_seeds(means))
-
-
-def group_of(results: Results, task: str) -> str:
-    return GROUPS[0] if results["seen"][task] else GROUPS[1]
+AVERAGES = ("ave_seen", "ave_unseen", "ave", "har")
+NOTES = (
+    "seen and unseen: all queries together; AVE and HAR: mean and harmonic mean over tasks",
+    "±: over seeds; of a single seed, over documents",
+)
 
 
 def over_seeds(values: Iterable[float | None], scale: float = 1.0, digits: int = 1, unit: str = "") -> Figure | None:
@@ -73,17 +39,55 @@ def over_seeds(values: Iterable[float | None], scale: float = 1.0, digits: int =
     return Figure(statistics.fmean(known), error, len(known), digits, unit)
 
 
-def share(values: Iterable[float | None], errors: Iterable[float | None] = ()) -> Figure | None:
-    """Shares in percent; a single one with its own standard error, over documents."""
-    found, single = over_seeds(values, 100), next(iter(errors), None)
-    if found is None or found.n > 1 or single is None:
+def plain(values: Iterable[float | None], digits: int = 1, unit: str = "") -> Figure | None:
+    """A mean over seeds without an error."""
+    figure = over_seeds(values, digits=digits, unit=unit)
+    return None if figure is None else dataclasses.replace(figure, error=None)
+
+
+def share(pairs: Iterable[tuple[float | None, float | None]]) -> Figure | None:
+    """A share in percent from (share, standard error) by seed; that of a single seed keeps its own error."""
+    shares, errors = zip(*pairs, strict=True) if (pairs := list(pairs)) else ((), ())
+    found = over_seeds(shares, 100)
+    if found is None or found.n > 1 or errors[0] is None:
         return found
-    return dataclasses.replace(found, error=100 * single)
+    return dataclasses.replace(found, error=100 * errors[0])
 
 
-def plain(figure: Figure | None, digits: int = 1, unit: str = "") -> Figure | None:
-    """A figure without its error."""
-    return None if figure is None else Figure(figure.mean, None, figure.n, digits, unit)
+def scores(results: Results, row: str, shots: str | None = None) -> list[dict[str, Any]]:
+    """A row's scores by seed, with the most shots unless a number is given."""
+    wanted = results["shots"] if shots is None else shots
+    return [by_shots[wanted] for by_shots in results["runs"].get(row, {}).values() if wanted in by_shots]
+
+
+def group(results: Results, row: str, title: str, shots: str | None = None) -> Figure | None:
+    """Accuracy on all queries of the seen or the unseen tasks, in percent."""
+    groups = [one["groups"].get(title, {}) for one in scores(results, row, shots)]
+    return share((one.get("accuracy"), one.get("stderr")) for one in groups)
+
+
+def on_task(results: Results, row: str, task: str) -> Figure | None:
+    """Accuracy on one task, in percent."""
+    found = [one["tasks"][task] for one in scores(results, row)]
+    return share((one["acc"], one.get("stderr")) for one in found)
+
+
+def mean(results: Results, row: str, name: str, shots: str | None = None) -> Figure | None:
+    """ "ave" or "har", or these followed by "_seen" or "_unseen", in percent."""
+    return share((one[name], error_of(one, results["seen"], name)) for one in scores(results, row, shots))
+
+
+def context(results: Results, row: str, shots: str | None = None, title: str | None = None) -> Figure | None:
+    """Tokens in the edge model's context for a query, soft ones too: the mean over tasks, or those of one group."""
+    means = []
+    for one in scores(results, row, shots):
+        tasks = [r["context_tokens"] for t, r in one["tasks"].items() if title in (None, group_of(results, t))]
+        means.append(sum(tasks) / len(tasks) if tasks else None)
+    return plain(means)
+
+
+def group_of(results: Results, task: str) -> str:
+    return GROUPS[0] if results["seen"][task] else GROUPS[1]
 
 
 def answer(costs: Costs, row: str, key: str = "answer_ms") -> Any:
@@ -93,12 +97,12 @@ def answer(costs: Costs, row: str, key: str = "answer_ms") -> Any:
 
 def latency(costs: Costs, row: str) -> tuple[Cell, Cell]:
     """Milliseconds of an answer, and their ratio to LoRA's."""
-    own, lora = answer(costs, row), answer(costs, "lora")
-    return number(own, 2), ratio(own, lora, 2)
+    own = answer(costs, row)
+    return number(own, 2), ratio(own, answer(costs, "lora"), 2)
 
 
-def there(results: Results, rows: Sequence[str]) -> list[str]:
-    """The rows that were asked for; those that have no result yet are shown without figures."""
+def rows_with_results(results: Results, rows: Sequence[str]) -> list[str]:
+    """The rows that were asked for; those without a result yet are shown without figures."""
     asked = set(results["settings"]) | ({"icl"} if "base" in results["settings"] else set())
     return [row for row in rows if row in asked]
 
@@ -106,12 +110,12 @@ def there(results: Results, rows: Sequence[str]) -> list[str]:
 def method_rows(results: Results) -> list[str]:
     """The rows of the tables that compare methods: what needs no training, then the runs in the file's order."""
     runs = [run for run, one in results["settings"].items() if is_method_row(run, one["method"])]
-    return [*there(results, UNTRAINED_METHODS), *runs]
+    return [*rows_with_results(results, UNTRAINED_METHODS), *runs]
 
 
-def over(results: Results, rows: Sequence[str], cells: Callable[[str], Sequence[Cell]]) -> tuple[tuple[Cell, ...], ...]:
+def table_rows(results: Results, rows: Sequence[str], cells: Callable[[str], Sequence[Cell]]) -> list[Sequence[Cell]]:
     """Lines of a table, each with its method's title."""
-    return tuple((name_of(results, row), *cells(row)) for row in rows)
+    return [(name_of(results, row), *cells(row)) for row in rows]
 
 
 def name_of(results: Results, row: str) -> str:
@@ -134,48 +138,42 @@ def table_2(results: Results, costs: Costs) -> Sheet | None:
     rows, tasks = method_rows(results), sorted(results["seen"], key=lambda task: not results["seen"][task])
     if not rows:
         return None
-    wide = len(tasks) <= WIDEST
+    each = tasks if len(tasks) <= WIDEST else []
 
     def cells(row: str) -> list[Cell]:
-        found: list[Cell] = []
-        if wide:
-            found += [on_task(results, row, task) for task in tasks]
-        found += [group(results, row, title) for title in GROUPS]
+        found = [on_task(results, row, task) for task in each] + [group(results, row, title) for title in GROUPS]
         found += [mean(results, row, name) for name in ("ave_seen", "ave_unseen", "har_unseen", "ave", "har")]
         return [*found, context(results, row), *latency(costs, row)]
 
-    each = tuple(f"{task}\n{group_of(results, task)}" for task in tasks) if wide else ()
     counts = [sum(group_of(results, task) == title for task in tasks) for title in GROUPS]
-    averages = tuple(f"AVE {title}\nof {count}" for title, count in zip(GROUPS, counts, strict=True))
-    averages += (f"HAR unseen\nof {counts[1]}",)
-    columns = ("method", *each, *GROUPS, *averages, "AVE", "HAR", "context\ntokens", "latency\nms", "of LoRA's")
+    columns = ("method", *(f"{task}\n{group_of(results, task)}" for task in each), *GROUPS)
+    columns += (f"AVE seen\nof {counts[0]}", f"AVE unseen\nof {counts[1]}", f"HAR unseen\nof {counts[1]}")
+    columns += ("AVE", "HAR", "context\ntokens", "latency\nms", "of LoRA's")
     title = f"accuracy in % ± standard error, {results['shots']} shots"
-    return Sheet(title, columns, over(results, rows, cells), (POOLED, ERRORS), 2)
+    return Sheet(title, columns, table_rows(results, rows, cells), NOTES, 2)
 
 
 def table_3(results: Results) -> Sheet | None:
     """Tool calls."""
-    from lora_gen_jax.lab.agent.table import AGENT_ROWS, METRICS
-
-    if "agent" not in results["settings"]:
+    if AGENT not in results["settings"]:
         return None
     seeds = list(results["agent"].values())
     found = [name for name in AGENT_ROWS if any(name in one for one in seeds)] or list(AGENT_ROWS)
-    rows: list[tuple[Cell, ...]] = []
+    rows: list[Sequence[Cell]] = []
     for title in GROUPS:
         for name in found:
             own = [one[name][title] for one in seeds if title in one.get(name, {})]
-            shares = [share(one[metric] for one in own) for metric in METRICS]
-            tokens = plain(over_seeds(one["context_tokens"] for one in own))
-            ratio = plain(over_seeds(one["compression"] for one in own), unit="×")
-            rows.append((AGENT_ROWS[name].title, title, *shares, tokens, ratio))
+            shares = [over_seeds((one[metric] for one in own), 100) for metric in METRICS]
+            tokens = plain(one["context_tokens"] for one in own)
+            fewer = plain((one["compression"] for one in own), unit="×")
+            rows.append((AGENT_ROWS[name].title, title, *shares, tokens, fewer))
     columns = ("method", "tools", *METRICS.values(), "edge\ntokens", "com-\npression")
     return Sheet("tool calls, % ± standard error", columns, rows, number=3)
 
 
 def table_4(results: Results, costs: Costs) -> Sheet | None:
     """AutoCompressors against LoRA-Gen, on unseen tasks."""
-    rows = there(results, ("icl", "autocompressor", "lora_gen"))
+    rows = rows_with_results(results, ("icl", "autocompressor", GENERATOR))
     if "autocompressor" not in rows:
         return None
 
@@ -184,79 +182,65 @@ def table_4(results: Results, costs: Costs) -> Sheet | None:
         return [*accuracies, context(results, row, title="unseen"), *latency(costs, row)]
 
     columns = ("method", "unseen", "AVE unseen", "context\ntokens", "latency\nms", "of LoRA's")
-    return Sheet(
-        "context compression on unseen tasks, % ± standard error", columns, over(results, rows, cells), number=4
-    )
+    title = "context compression on unseen tasks, % ± standard error"
+    return Sheet(title, columns, table_rows(results, rows, cells), number=4)
 
 
 def ablation(
-    results: Results, which: tuple[int, str, str], rows: Sequence[tuple[str, str]], extra: Sequence[str] = ()
+    results: Results, table: int, titles: tuple[str, str], rows: Mapping[str, str], sizes: bool = False
 ) -> Sheet | None:
     """A table of variants of LoRA-Gen.
 
     Args:
         results: gathered.
-        which: the paper's number, the title, and the title of the first column.
-        rows: title and run of each line.
-        extra: facts of a run that have a column, by name.
+        table: the paper's number.
+        titles: of the table and of its first column.
+        rows: title by run.
+        sizes: with a column for the number of trained parameters.
     """
     if len(rows) < 2:
         return None
-    lines: list[tuple[Cell, ...]] = []
-    for title, run in rows:
-        facts = list(results["facts"].get(run, {}).values())
-        known = [plain(over_seeds(one.get(name) for one in facts), digits=0) for name in extra]
-        accuracies = [group(results, run, name) for name in GROUPS]
-        averages = [mean(results, run, name) for name in ("ave_seen", "ave_unseen", "ave", "har")]
-        lines.append((title, *accuracies, *averages, *known))
-    titles = (name.replace("_", " ") for name in extra)
-    columns = (which[2], *GROUPS, "AVE seen", "AVE unseen", "AVE", "HAR", *titles)
-    return Sheet(f"{which[1]}, % ± standard error", columns, lines, number=which[0])
+    lines: list[Sequence[Cell]] = []
+    for run, title in rows.items():
+        cells = [group(results, run, name) for name in GROUPS] + [mean(results, run, name) for name in AVERAGES]
+        trained = [one.get("trained_parameters") for one in results["facts"].get(run, {}).values()]
+        lines.append((title, *cells, *([plain(trained, digits=0)] if sizes else [])))
+    columns = (titles[1], *GROUPS, "AVE seen", "AVE unseen", "AVE", "HAR", *(["trained parameters"] * sizes))
+    return Sheet(f"{titles[0]}, % ± standard error", columns, lines, number=table)
 
 
-def varied(results: Results, prefix: str, field: str) -> list[tuple[str, str]]:
-    """(value, run) of the runs whose names start so, and of the default, in the order of the value."""
-    runs = [run for run in results["settings"] if run == "lora_gen" or run.startswith(prefix)]
+def varied(results: Results, prefix: str, field: str) -> dict[str, str]:
+    """The values of the runs whose names start so, and of the default, in ascending order."""
+    runs = [run for run in results["settings"] if run == GENERATOR or run.startswith(prefix)]
     values = {run: results["settings"][run]["generator"][field] for run in runs}
-    return [(f"{values[run]:g}", run) for run in sorted(runs, key=lambda run: (values[run], run))]
+    return {run: f"{values[run]:g}" for run in sorted(runs, key=lambda run: (values[run], run))}
 
 
-def table_5(results: Results) -> Sheet | None:
-    """The number of experts."""
-    return ablation(results, (5, "number of experts", "experts"), varied(results, "experts_", "num_experts"))
-
-
-def table_6(results: Results) -> Sheet | None:
-    """The weight of the balance loss."""
-    return ablation(results, (6, "weight of the loss CV²", "α_cv"), varied(results, "cv_", "cv_coefficient"))
-
-
-def table_7(results: Results) -> Sheet | None:
-    """How the router chooses."""
-    names = {
-        "lora_gen": "KeepTOP-K",
+def ablations(results: Results) -> list[Sheet | None]:
+    """Tables 5, 6, 7 and 9: the number of experts, the balance loss, the routing, and what the cloud model emits."""
+    routing = {
+        GENERATOR: "KeepTOP-K",
         "gumbel_top_k": "Gumbel-softmax, then KeepTOP-K (the paper's ablation)",
         "gumbel": "Gumbel-softmax of all experts (ours)",
     }
-    rows = [(title, run) for run, title in names.items() if run in results["settings"]]
-    return ablation(results, (7, "routing", "routing"), rows)
-
-
-def table_9(results: Results) -> Sheet | None:
-    """What the cloud model emits."""
-    names = {"direct": "direct generation of the LoRA", "lora_gen": "meta tokens and a pool of experts"}
-    rows = [(title, run) for run, title in names.items() if run in results["settings"]]
-    return ablation(results, (9, "what the cloud model emits", "generation"), rows, ("trained_parameters",))
+    emitted = {"direct": "direct generation of the LoRA", GENERATOR: "meta tokens and a pool of experts"}
+    known = [{run: t for run, t in names.items() if run in results["settings"]} for names in (routing, emitted)]
+    return [
+        ablation(results, 5, ("number of experts", "experts"), varied(results, "experts_", "num_experts")),
+        ablation(results, 6, ("weight of the loss CV²", "α_cv"), varied(results, "cv_", "cv_coefficient")),
+        ablation(results, 7, ("routing", "routing"), known[0]),
+        ablation(results, 9, ("what the cloud model emits", "generation"), known[1], sizes=True),
+    ]
 
 
 def table_8(results: Results, costs: Costs) -> Sheet | None:
     """In-context learning and LoRA-Gen by number of shots."""
-    rows = there(results, ("icl", "lora_gen"))
-    numbers = {n for row in rows for by_shots in results["runs"].get(row, {}).values() for n in by_shots}
-    lines: list[tuple[Cell, ...]] = []
+    rows = rows_with_results(results, ("icl", GENERATOR))
+    counts = {n for row in rows for by_shots in results["runs"].get(row, {}).values() for n in by_shots}
+    lines: list[Sequence[Cell]] = []
     for row in rows:
-        for shots in sorted(numbers, key=int):
-            timed = "icl" if row == "icl" and shots == results["shots"] else f"{row}_{shots}" if row == "icl" else row
+        for shots in sorted(counts, key=int):
+            timed = f"{row}_{shots}" if row == "icl" and shots != results["shots"] else row
             accuracies = [group(results, row, title, shots) for title in GROUPS]
             averages = [mean(results, row, name, shots) for name in ("ave", "har")]
             read = context(results, row, shots)

@@ -10,18 +10,20 @@ from typing import Any
 
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_check import check
-from lora_gen_jax.config_file import made_by
+from lora_gen_jax.config_file import made_by, read_config
 from lora_gen_jax.errors import ConfigError
 
 # What a run changes: values by field, those of a part in a mapping of their own:
 # {"method": "lora", "generator": {"rank": 8}}.
 Change = Mapping[str, Any]
-# Scored without training: the base model alone and with the shots in its context.
+# Scored without training: the base model on its own, and with the shots in its context.
 UNTRAINED, UNTRAINED_METHODS = "base", ("base", "icl")
 AGENT = "agent"
-# Scored with every number of shots; all others with the largest alone.
-MANY_SHOTS = ("lora_gen",)
+# The run whose variants are the ablations; it is scored with every number of shots, all others with the largest.
+GENERATOR = "lora_gen"
 AGENT_METHODS = ("base_with_tools", "lora_with_tools", "lora", "lora_gen_untrained", "lora_gen")
+# What LoRAMoE counts as questions about the world; the others are about something in the query.
+KNOWLEDGE = ("arc_challenge", "arc_easy", "openbookqa")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Tables:
     """What is trained and scored for the tables.
 
     Attributes:
-        base: what all runs share; every run lies in a directory of its own inside `base.directory`.
+        base: what all runs share; every run has a directory of its own inside `base.directory`.
         runs: what each changes. The names are rows: of methods, in this order, and of variants of lora_gen (experts_N,
             cv_N, gumbel_top_k, gumbel, direct), which have tables of their own.
         agent: of the agent table; left out, there is none.
@@ -54,13 +56,64 @@ class Tables:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Everything that runs, once a seed."""
+        """Everything that runs, once per seed."""
         return (UNTRAINED, *self.runs, *((AGENT,) if self.agent is not None else ()))
 
 
 def is_method_row(run: str, method: str) -> bool:
     """Whether a run stands for its method in the tables that compare methods: all but the variants of LoRA-Gen."""
-    return run not in (UNTRAINED, AGENT) and (method != "lora_gen" or run == "lora_gen")
+    return run not in (UNTRAINED, AGENT) and (method != GENERATOR or run == GENERATOR)
+
+
+def read_tables(path: Path) -> Tables:
+    """Runs a config file's ``get_tables()``; configs without a name take the file's.
+
+    Raises:
+        ConfigError: when the file is missing, fails, or has no ``get_tables()`` that returns `Tables`.
+    """
+    tables = made_by(path, "get_tables", Tables)
+    base = dataclasses.replace(tables.base, name=tables.base.name or f"tables_{path.stem}")
+    agent = tables.agent
+    if agent is not None:
+        agent = dataclasses.replace(agent, name=agent.name or f"{base.name}_{AGENT}")
+    return dataclasses.replace(tables, base=base, agent=agent)
+
+
+def changed(config: Any, change: Change, run: str) -> Any:
+    """A config, or a part of one, with the values of a change."""
+    known, values = {field.name for field in dataclasses.fields(config)}, {}
+    for field, value in change.items():
+        if field not in known:
+            raise ConfigError(
+                f"run {run} changes {field!r}, which is not a field of {type(config).__name__}",
+                field=f"runs.{run}.{field}",
+            )
+        nested = isinstance(value, Mapping)
+        values[field] = changed(getattr(config, field), value, run) if nested else value
+    return dataclasses.replace(config, **values)
+
+
+def config_of(tables: Tables, run: str, seed: int) -> Config:
+    """The config of one run with one seed, in its own directory; a seed's methods are scored with the same shots.
+
+    Raises:
+        ConfigError: naming the run, when the change or the result cannot work.
+    """
+    base = tables.agent if run == AGENT else tables.base
+    assert base is not None
+    place = dataclasses.replace(base, workdir=tables.directory).inside(f"{run}/seed-{seed}")
+    shots = base.eval.shots if run == AGENT else max(tables.shots)
+    seeded: Change = {
+        "compare": (),
+        "workdir": place.workdir,
+        "bucket": place.bucket,
+        "train": {"seed": seed},
+        "eval": {"seed": seed, "shots": shots, "latency": False},
+    }
+    try:
+        return check(changed(changed(base, tables.runs.get(run, {}), run), seeded, run))
+    except ConfigError as error:
+        raise error.within(f"run {run}") from error
 
 
 def reads_prompt(prompt: int, queries: int, positions: int) -> Change:
@@ -75,63 +128,66 @@ def reads_prompt(prompt: int, queries: int, positions: int) -> Change:
     return {"edge_reads_prompt": True, "edge_length": min(prompt + queries, positions)}
 
 
-def read_tables(path: Path) -> Tables:
-    """Runs a config file's ``get_tables()``; the file's name becomes the base config's where it gives none.
+def variants() -> dict[str, Change]:
+    """The ablations of LoRA-Gen; a value that is the default's has no run of its own.
 
-    Raises:
-        ConfigError: when the file is missing, fails, or has no ``get_tables()`` that returns `Tables`.
+    The paper's own ablation of the routing is gumbel_top_k. gumbel also changes how many experts are used.
     """
-    return named(made_by(path, "get_tables", Tables), f"tables_{path.stem}")
-
-
-def named(tables: Tables, name: str) -> Tables:
-    """The tables, with a name where the base config has none; the agent's config takes the base's name."""
-    base = tables.base if tables.base.name else dataclasses.replace(tables.base, name=name)
-    agent = tables.agent
-    if agent is not None and not agent.name:
-        agent = dataclasses.replace(agent, name=f"{base.name}_{AGENT}")
-    return dataclasses.replace(tables, base=base, agent=agent)
-
-
-def changed(config: Any, change: Change, run: str) -> Any:
-    """A config, or a part of one, with the values of a change.
-
-    Raises:
-        ConfigError: for a field that it does not have.
-    """
-    known, values = {field.name for field in dataclasses.fields(config)}, {}
-    for field, value in change.items():
-        if field not in known:
-            raise ConfigError(
-                f"run {run} changes {field!r}, which is not a field of {type(config).__name__}",
-                field=f"runs.{run}.{field}",
-            )
-        nested = isinstance(value, Mapping)
-        values[field] = changed(getattr(config, field), value, run) if nested else value
-    return dataclasses.replace(config, **values)
-
-
-def config_of(tables: Tables, run: str, seed: int) -> Config:
-    """The config of one run with one seed, in its own directory.
-
-    All methods of a seed are scored with the same shots, which the seed draws.
-
-    Raises:
-        ConfigError: naming the run, when the change or the result cannot work.
-    """
-    base = tables.agent if run == AGENT else tables.base
-    assert base is not None
-    change = tables.runs.get(run, {})
-    shots = base.eval.shots if run == AGENT else max(tables.shots)
-    place = dataclasses.replace(base, workdir=tables.directory).inside(f"{run}/seed-{seed}")
-    seeded: Change = {
-        "compare": (),
-        "workdir": place.workdir,
-        "bucket": place.bucket,
-        "train": {"seed": seed},
-        "eval": {"seed": seed, "shots": shots, "latency": False},
+    changes = {
+        "experts_4": {"num_experts": 4},
+        "experts_12": {"num_experts": 12},
+        "cv_0": {"cv_coefficient": 0.0},
+        "cv_0.005": {"cv_coefficient": 0.005},
+        "cv_0.1": {"cv_coefficient": 0.1},
+        "gumbel_top_k": {"routing": "gumbel_top_k"},
+        "gumbel": {"routing": "gumbel"},
+        "direct": {"generator": "direct"},
     }
-    try:
-        return check(changed(changed(base, change, run), seeded, run))
-    except ConfigError as error:
-        raise error.within(f"run {run}") from error
+    return {run: {"generator": change} for run, change in changes.items()}
+
+
+def paper_tables(path: Path, edge_positions: int, compressor: bool = False) -> Tables:
+    """The tables of one pair of models at the paper's scale, with each method's published hyper-parameters.
+
+    Args:
+        path: of the config file that trains LoRA-Gen on the pair (the paper's Table 10); its lengths of prompt and
+            queries are those of all runs.
+        edge_positions: of the edge model.
+        compressor: with AutoCompressors, which the paper compares on OPT only.
+
+    Raises:
+        ConfigError: as `read_config`.
+    """
+    # The tables' own file gives the name, and so the work directory.
+    base = dataclasses.replace(read_config(path), name="", compare=())
+    reading = reads_prompt(base.data.cloud_length, base.data.edge_length, edge_positions)
+    lora = {"rank": 16, "alpha": 16.0}
+    runs: dict[str, Change] = {
+        "lora": {"method": "lora", "generator": lora, "data": reading},
+        "lora_alone": {"method": "lora", "generator": lora},
+        # As in the repository's script, without a balance loss.
+        "lora_moe": {
+            "method": "lora_moe",
+            "generator": {"num_experts": 8, "rank": 4, "alpha": 32.0, "balance_coefficient": 0.0},
+            "data": {**reading, "knowledge_tasks": KNOWLEDGE},
+            "train": {"learning_rate": 2e-4},
+        },
+        "mixlora": {
+            "method": "mixlora",
+            "generator": {"num_experts": 8, "top_k": 2, "rank": 16, "alpha": 32.0, "balance_coefficient": 0.01},
+            "data": reading,
+            "train": {"learning_rate": 2e-4},
+        },
+        # One for each of the five seen tasks; its authors draw 20 of about two hundred.
+        "lorahub": {"method": "lorahub", "hub": {"modules": 5}},
+        GENERATOR: {},
+        **variants(),
+    }
+    if compressor:
+        runs["autocompressor"] = {
+            "method": "autocompressor",
+            "generator": lora,
+            "compressor": {"summary_tokens": 50},
+            "data": {"edge_prompt_length": 1536},
+        }
+    return Tables(base, runs)
