@@ -22,7 +22,15 @@ from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.evaluation.task import task_prompt
 from lora_gen_jax.methods.method import Prompt
 
-CONTROLS = ("paraphrase", "description", "shots", "shuffled", "gibberish", "empty")
+CONTROLS = {
+    "paraphrase": "LoRA-Gen, another wording",
+    "description": "LoRA-Gen, only the description",
+    "shots": "LoRA-Gen, only the shots",
+    "shuffled": "LoRA-Gen, another task's prompt",
+    "gibberish": "LoRA-Gen, random tokens",
+    "empty": "LoRA-Gen, an empty prompt",
+}
+"""Each with its title in tables."""
 
 
 def check_controls(names: Sequence[str], tasks: Sequence[Task]) -> None:

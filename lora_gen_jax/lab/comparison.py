@@ -9,6 +9,7 @@ import dataclasses
 import math
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,15 +32,20 @@ from lora_gen_jax.evaluation.systems import (
     make_systems,
 )
 from lora_gen_jax.files import write_json
-from lora_gen_jax.lab.figures import draw_report
+from lora_gen_jax.lab.report.accuracy import draw_comparison
 from lora_gen_jax.lab.report.command import write_report
+from lora_gen_jax.lab.report.gates import draw_maps
 from lora_gen_jax.lab.report.scores import prompted
+from lora_gen_jax.lab.report.style import evenly, grid, new_figure, save
 from lora_gen_jax.lab.report.tables import comparison_sheet
 from lora_gen_jax.methods.registry import METHODS as COMPARED
 from lora_gen_jax.models import load_pair
 from lora_gen_jax.sharding import evaluation_mesh
 from lora_gen_jax.training.loop import train
 from lora_gen_jax.training.prepare import training_tasks
+
+# Tasks whose gates are drawn.
+SHOWN_TASKS = 6
 
 
 def compare(config: Config) -> dict[str, Any]:
@@ -144,6 +150,19 @@ def pooled(scored: list[dict[str, Any]]) -> dict[str, Any]:
         "context_tokens": round(float(np.mean([result["context_tokens"] for result in scored])), 1),
         "latency_ms": None if None in times else round(float(np.mean(times)), 2),
     }
+
+
+def draw_report(report: dict[str, Any], gates: dict[str, np.ndarray] | None, path: Path) -> None:
+    """Accuracy against latency, and the gates of a few tasks where there are gates."""
+    shown = evenly(list(gates or {}), SHOWN_TASKS)
+    figure: Any = new_figure(13 if shown else 6.5, 5.4)
+    left, *right = figure.subfigures(1, 2, width_ratios=(1, 1.2)) if shown else (figure,)
+    draw_comparison(left.add_subplot(), report)
+    left.legend(loc="outside lower center", ncols=2, fontsize=9)
+    if gates and shown:
+        draw_maps(right[0], {name: gates[name] for name in shown}, *grid(len(shown), 2))
+        right[0].suptitle("what the prompt became", fontsize=10)
+    save(figure, path)
 
 
 def histogram(gates: dict[str, np.ndarray]) -> str:

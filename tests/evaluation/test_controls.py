@@ -98,7 +98,8 @@ def test_controls_that_the_tasks_have_nothing_for_are_refused():
 
 def test_a_control_is_read_by_the_cloud_and_differs_from_the_own_prompt():
     config = trained()
-    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, methods=("lora_gen", *CONTROLS[1:])))
+    methods = ("lora_gen", *list(CONTROLS)[1:])
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, methods=methods))
     tasks = list(load_tasks(("warm", "count"), files=config.data.files).values())
     pair, loaded = load_pair(config), {"lora_gen": load_checkpoint(config.directory)}
     systems = make_systems(config, config.eval.methods, pair, loaded, tasks)

@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import sys
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Annotated
 
@@ -57,9 +56,8 @@ def write_report(directories: Sequence[Path], out: Path | None = None, tasks: Se
         DataError: when there is nothing to report, a file is damaged, or a task is unknown.
         OutputError: when `out` cannot be written.
     """
-    from lora_gen_jax.lab.report import sections
     from lora_gen_jax.lab.report.found import find
-    from lora_gen_jax.lab.report.page import page
+    from lora_gen_jax.lab.report.sections import page
 
     found = find(directories)
     _check_tasks(tasks, [file.values for file in found.files["results.json"]])
@@ -73,12 +71,7 @@ def write_report(directories: Sequence[Path], out: Path | None = None, tasks: Se
             code="unwritable",
             remedy="choose another --out",
         ) from error
-    made = [section for make in sections.SECTIONS if (section := make(found, out, tasks)).parts]
-    names = ", ".join(f"<code>{escape(str(directory))}</code>" for directory in directories)
-    lead = [f'<p class="note">From {names}. Made by <code>lora-gen report</code>; figures are measured where no'
-            " other source is named.</p>"]  # fmt: skip
-    text = page("LoRA-Gen report", lead, made)
-    write_text(out / PAGE, text)
+    write_text(out / PAGE, page(found, out, tasks, directories) + "\n")
     return out / PAGE
 
 

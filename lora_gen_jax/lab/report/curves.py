@@ -38,7 +38,7 @@ def draw_training(runs: Sequence[Run], path: Path) -> Path | None:
     for axes, (name, text) in zip(places.flat, panels.items(), strict=False):
         for number, run in enumerate(runs):
             if name in run.curves:
-                handles[run.label] = _draw_curve(axes, run.curves[name], PALETTE[number % len(PALETTE)])
+                handles[run.label] = _draw_curve(axes, run.curves[name], PALETTE[-1 - number % len(PALETTE)])
         axes.set_title(text, fontsize=9)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)

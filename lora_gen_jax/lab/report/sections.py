@@ -1,26 +1,78 @@
-"""What stands in a report. In: `Found` and where PNGs go. Out: the page's sections; the PNGs beside it."""
+"""What a report holds. In: `Found` and a directory for PNGs. Out: the page's sections as data; the PNGs beside it.
 
+`page.html` says how each kind of part looks. The page needs nothing but itself: images are data URIs, there is no
+script. Figures have a white background, which they were drawn for, in both color schemes.
+"""
+
+import base64
 import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from html import escape
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.evaluation import published
-from lora_gen_jax.evaluation.sheet import to_html
+from lora_gen_jax.evaluation.sheet import Sheet, to_html
 from lora_gen_jax.lab.agent.table import agent_sheets
 from lora_gen_jax.lab.report import accuracy, curves, gates, tables
 from lora_gen_jax.lab.report.found import SOURCES, File, Found
-from lora_gen_jax.lab.report.page import Section, data_uri, folded, note, picture, small_picture
-from lora_gen_jax.lab.report.scores import Scores, gather, machine_text
+from lora_gen_jax.lab.report.scores import gather, machine_text
 from lora_gen_jax.lab.report.style import title_of
 
 # A table of more tasks is folded.
 MOST_ROWS = 12
+Part = dict[str, Any]
+"""What the template needs for one part: its "kind", and values by name."""
+Parts = list[Part]
+
+
+class Section(NamedTuple):
+    """A part of the page: its name in the page's address, its heading, and what it shows."""
+
+    anchor: str
+    title: str
+    make: Callable[[Found, Path, Sequence[str]], Parts]
+    parts: Sequence[Part] = ()
+
+
+def page(found: Found, out: Path, tasks: Sequence[str], directories: Sequence[Path]) -> str:
+    """The page as HTML; draws its figures.
+
+    Args:
+        found: what the directories hold.
+        out: where PNGs go.
+        tasks: that are drawn one by one; all where they are few when empty.
+        directories: named at the top.
+    """
+    import jinja2
+
+    made = [section._replace(parts=section.make(found, out, tasks)) for section in SECTIONS]
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
+    environment.filters |= {"table": to_html, "base64": lambda png: base64.b64encode(png).decode()}
+    filled = [section for section in made if section.parts]
+    return environment.get_template("page.html").render(sections=filled, directories=directories)
+
+
+def sheet(content: Sheet) -> Part:
+    return {"kind": "sheet", "sheet": content}
+
+
+def note(text: str) -> Part:
+    return {"kind": "note", "text": text}
+
+
+def fold(text: str, parts: Parts) -> Part:
+    """Parts that open on a click."""
+    return {"kind": "fold", "text": text, "parts": parts}
+
+
+def picture(path: Path, text: str, source: str) -> Part:
+    """A figure: what it shows, and which file and command it comes from."""
+    return {"kind": "picture", "png": path.read_bytes(), "name": path.name, "text": text, "source": source}
 
 
 def source_of(files: Sequence[File]) -> str:
@@ -34,12 +86,12 @@ def numbered(out: Path, name: str, number: int) -> Path:
     return out / (f"{name}.png" if number == 0 else f"{name}_{number + 1}.png")
 
 
-def comparison_section(found: Found, out: Path, tasks: Sequence[str]) -> Section:
+def comparison(found: Found, out: Path, tasks: Sequence[str]) -> Parts:
     """report.json as tables."""
-    section = Section("comparison", "Seen and unseen tasks")
+    parts = []
     for file in found.files["report.json"]:
         try:
-            section.parts.append(to_html(tables.comparison_sheet(file.values)))
+            parts.append(sheet(tables.comparison_sheet(file.values)))
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             raise DataError(
                 f"{file.path} has not the layout of report.json ({error!r})",
@@ -47,158 +99,147 @@ def comparison_section(found: Found, out: Path, tasks: Sequence[str]) -> Section
                 code="layout",
                 remedy="remove it",
             ) from error
-        section.parts.append(note(f"From {source_of([file])}."))
-    return section
+        parts.append(note(f"From {source_of([file])}."))
+    return parts
 
 
-def accuracy_section(found: Found, out: Path, tasks: Sequence[str]) -> Section:
+def accuracies(found: Found, out: Path, tasks: Sequence[str]) -> Parts:
     """results.json: accuracy against latency, and tables."""
-    section = Section("accuracy", "Accuracy against latency")
+    parts = []
     for number, scores in enumerate(gather(found.files["results.json"])):
         source = source_of(scores.files)
         if path := accuracy.draw_means(scores, numbered(out, "accuracy_latency", number)):
-            section.parts.append(picture(path, means_caption(scores), source))
-        section.parts.append(to_html(tables.score_sheet(scores)))
+            what = (
+                f"Mean accuracy over {len(scores.tasks)} tasks against the latency of one answer with its whole"
+                " context; better is up and to the left. One line a method, labeled with the number of shots in its"
+                " prompt (0: only a description, or for methods without a prompt nothing). Error bars: standard error"
+                f" of the mean. Latency: mean over tasks, measured on {scores.machines}."
+            )
+            parts.append(picture(path, what, source))
+        parts.append(sheet(tables.score_sheet(scores)))
         chosen = [name for name in tasks if name in scores.tasks]
         if not tasks and 1 < len(scores.tasks) <= accuracy.MOST_TASKS:
             chosen = scores.tasks
-        if chosen:
-            path = accuracy.draw_tasks(scores, chosen, numbered(out, "accuracy_latency_by_task", number))
-            if path is not None:
-                what = "The same for single tasks; error bars are the standard error over a task's documents."
-                section.parts.append(picture(path, what, source))
-        content = to_html(tables.task_sheet(scores))
-        fold = len(scores.tasks) > MOST_ROWS
-        section.parts.append(folded(f"All {len(scores.tasks)} tasks", content) if fold else content)
-    return section
+        where = numbered(out, "accuracy_latency_by_task", number)
+        if chosen and (path := accuracy.draw_tasks(scores, chosen, where)) is not None:
+            what = "The same for single tasks; error bars are the standard error over a task's documents."
+            parts.append(picture(path, what, source))
+        content = sheet(tables.task_sheet(scores))
+        many = len(scores.tasks) > MOST_ROWS
+        parts.append(fold(f"All {len(scores.tasks)} tasks", [content]) if many else content)
+    return parts
 
 
-def means_caption(scores: Scores) -> str:
-    """What Figure 1 shows."""
-    return (
-        f"Mean accuracy over {len(scores.tasks)} tasks against the latency of one answer with its whole context; better"
-        " is up and to the left. One line a method, labelled with the number of shots in its prompt (0: a description"
-        " alone, or for methods without a prompt nothing). Error bars: standard error of the mean. Latency: mean over"
-        f" tasks, measured on {scores.machines}."
-    )
-
-
-def gates_section(found: Found, out: Path, tasks: Sequence[str]) -> Section:
+def gate_maps(found: Found, out: Path, tasks: Sequence[str]) -> Parts:
     """gates.json: heat maps of some tasks, then of all, and expert usage."""
-    section = Section("gates", "Gates and expert usage")
+    parts = []
     for number, file in enumerate(found.files["gates.json"]):
         own, source = gates.gates_of(file), source_of([file])
         shown = min(len(own), gates.MOST_MAPS)
         what = f"Gates by layer and expert, {shown} of {len(own)} tasks; white: the expert is not used."
-        section.parts.append(picture(gates.draw_gates(own, numbered(out, "gates", number)), what, source))
+        parts.append(picture(gates.draw_gates(own, numbered(out, "gates", number)), what, source))
         each = statistics.fmean(gates.effective(gates.share_of([g])) for g in own.values())
         what = (
             "Each expert's share of all gates, over all layers; the dashed line is an even share. The effective number"
             f" of experts is exp(entropy of the shares); of a single task's gates it is {each:.1f} on average."
             f" Generators with a pool for every layer share the number of an expert, not the expert."
         )
-        section.parts.append(picture(gates.draw_usage(own, numbered(out, "expert_usage", number)), what, source))
-        section.parts.append(folded(f"Gates of all {len(own)} tasks", _tiles(own)))
-    return section
+        parts.append(picture(gates.draw_usage(own, numbered(out, "expert_usage", number)), what, source))
+        parts.append(fold(f"Gates of all {len(own)} tasks", all_gates(own)))
+    return parts
 
 
-def _tiles(own: gates.Gates) -> str:
+def all_gates(own: gates.Gates) -> Parts:
     """One small heat map a task, by groups."""
-    top = gates.top_of(own)
-    scale = data_uri(gates.tile(np.linspace(0, top, 64)[None], top))
-    parts = [f'<p class="note">gate 0 <img class="scale" alt="scale of the gates" src="{scale}"> {top:.1f}</p>']
+    top, layers = gates.top_of(own), next(iter(own.values())).shape[0]
+    scale = gates.tile(np.linspace(0, top, 64)[None], top)
+    parts = [{"kind": "scale", "png": scale, "text": f"{top:.1f}"}]
     parts.append(note("Rows are layers, the first above; columns are experts. n: effective number of experts."))
-    layers = next(iter(own.values())).shape[0]
-    height = int(min(max(12 * layers, 48), 180))
+    from markupsafe import Markup
+
+    style = Markup(f'style="height:{int(min(max(12 * layers, 48), 180))}px"')
     for group, names in gates.grouped(list(own)).items():
-        parts.append(f"<h3>{escape(group)}</h3><div class='tiles'>")
-        for name in names:
-            caption = f"{name} (n = {gates.effective(gates.share_of([own[name]])):.1f})"
-            parts.append(small_picture(gates.tile(own[name], top), caption, height))
-        parts.append("</div>")
-    return "".join(parts)
+        captions = [f"{name} (n = {gates.effective(gates.share_of([own[name]])):.1f})" for name in names]
+        tiles = [(gates.tile(own[name], top), caption) for name, caption in zip(names, captions, strict=True)]
+        parts.append({"kind": "tiles", "text": group, "tiles": tiles, "style": style})
+    return parts
 
 
-def training_section(found: Found, out: Path, tasks: Sequence[str]) -> Section:
+def training(found: Found, out: Path, tasks: Sequence[str]) -> Parts:
     """metrics.jsonl: curves of all runs."""
-    section = Section("training", "Training")
     path = curves.draw_training(found.runs, out / "training.png") if found.runs else None
-    if path is not None:
-        files = ", ".join(f"{run.label}/{run.path.name}" for run in found.runs)
-        what = (
-            "Training curves by step; long ones are pale with their running mean on top. The validation loss leaves out"
-            " the end token. CV² and entropy are of a batch's gates: 0 and log(experts) mean even use."
-        )
-        section.parts.append(picture(path, what, f"{files} (written by {SOURCES['metrics.jsonl'][1]})"))
-    return section
+    if path is None:
+        return []
+    files = ", ".join(f"{run.label}/{run.path.name}" for run in found.runs)
+    what = (
+        "Training curves by step; long ones are pale with their running mean on top. The validation loss leaves out"
+        " the end token. CV² and entropy are of a batch's gates: 0 and log(experts) mean even use."
+    )
+    return [picture(path, what, f"{files} (written by {SOURCES['metrics.jsonl'][1]})")]
 
 
-def efficiency_section(found: Found, out: Path, tasks: Sequence[str]) -> Section:
+def efficiency(found: Found, out: Path, tasks: Sequence[str]) -> Parts:
     """efficiency.json: the break-even curve, and times."""
-    section = Section("efficiency", "Break-even and cost")
+    parts = []
     for number, file in enumerate(found.files["efficiency.json"]):
-        if (parts := curves.break_even_of(file)) is not None:
-            path = curves.draw_break_even(*parts, numbered(out, "break_even", number))
-            meets = curves.crossings(*parts)
-            said = "; ".join(
-                f"faster than {title_of(m)} from query {math.ceil(x - 1e-9)} on" for m, (x, _) in meets.items()
-            )
+        if (curve := curves.break_even_of(file)) is not None:
+            path = curves.draw_break_even(*curve, numbered(out, "break_even", number))
+            meets = [(title_of(m), math.ceil(x - 1e-9)) for m, (x, _) in curves.crossings(*curve).items()]
+            said = "; ".join(f"faster than {title} from query {first} on" for title, first in meets)
             what = "Time in all, with what is done once for a task, against the number of queries answered."
             what += f" LoRA-Gen is {said}." if said else ""
-            section.parts.append(picture(path, what, f"{source_of([file])}, {machine_text(file.values)}"))
+            parts.append(picture(path, what, f"{source_of([file])}, {machine_text(file.values)}"))
         else:
-            section.parts.append(note(f"{file.path.name} of {file.label} has no curve over queries."))
+            parts.append(note(f"{file.path.name} of {file.label} has no curve over queries."))
         if (content := tables.efficiency_sheet(file.values)) is not None:
-            section.parts.append(to_html(content))
-    return section
+            parts.append(sheet(content))
+    return parts
 
 
-def agent_section(found: Found, out: Path, tasks: Sequence[str]) -> Section:
+def agents(found: Found, out: Path, tasks: Sequence[str]) -> Parts:
     """agent.json as tables."""
-    section = Section("agent", "Tool calls")
+    parts = []
     for file in found.files["agent.json"]:
-        section.parts += [to_html(sheet) for sheet in agent_sheets(file.values.get("methods") or {})]
-        section.parts.append(note(f"From {source_of([file])}; latencies on {machine_text(file.values)}."))
-    return section
+        methods = file.values.get("methods")
+        parts += [sheet(content) for content in agent_sheets(methods if isinstance(methods, dict) else {})]
+        parts.append(note(f"From {source_of([file])}; latencies on {machine_text(file.values)}."))
+    return parts
 
 
-def published_section(found: Found, out: Path, tasks: Sequence[str]) -> Section:
+def published_figures(found: Found, out: Path, tasks: Sequence[str]) -> Parts:
     """The paper's figures, apart from ours."""
     remark = (
         f"From {published.PAPER}: published, {published.MACHINE}, other models and data. Nothing here was measured by"
         " this program; compare within a table, not with the tables above."
     )
-    content = "".join(to_html(make()) for make in tables.PUBLISHED)
-    return Section("published", "Published figures", [f'<div class="published">{note(remark)}{content}</div>'])
+    return [note(remark), *(sheet(make()) for make in tables.PUBLISHED)]
 
 
-def missing_section(found: Found, out: Path, tasks: Sequence[str]) -> Section:
+def missing(found: Found, out: Path, tasks: Sequence[str]) -> Parts:
     """What was not found, and which command makes it."""
-    lines = [f"<li>{SOURCES[name][0]}: <code>{name}</code>, by {SOURCES[name][1]}</li>" for name in found.missing]
-    return Section("missing", "Not here", [f"<ul>{''.join(lines)}</ul>"] if lines else [])
+    files = [(name, SOURCES[name]) for name in found.missing]
+    return [{"kind": "missing", "files": files}] if files else []
 
 
-def settings_section(found: Found, out: Path, tasks: Sequence[str]) -> Section:
+def settings(found: Found, out: Path, tasks: Sequence[str]) -> Parts:
     """Configs, versions and machines, folded."""
-    section = Section("settings", "Settings")
+    parts = []
     for file in found.files["results.json"]:
-        known = {
-            key: file.values[key] for key in ("machine", "versions", "checkpoints", "config") if key in file.values
-        }
-        text = json.dumps(known, indent=1).replace("&", "&amp;").replace("<", "&lt;")
-        section.parts.append(folded(f"{file.label}: {machine_text(file.values)}", f"<pre>{text}</pre>"))
-    return section
+        names = ("machine", "versions", "checkpoints", "config")
+        text = json.dumps({name: file.values[name] for name in names if name in file.values}, indent=1)
+        parts.append(fold(f"{file.label}: {machine_text(file.values)}", [{"kind": "code", "text": text}]))
+    return parts
 
 
 # Each reads what it needs; tasks are those that are drawn one by one.
-SECTIONS: tuple[Callable[[Found, Path, Sequence[str]], Section], ...] = (
-    comparison_section,
-    accuracy_section,
-    gates_section,
-    training_section,
-    efficiency_section,
-    agent_section,
-    published_section,
-    missing_section,
-    settings_section,
+SECTIONS = (
+    Section("comparison", "Seen and unseen tasks", comparison),
+    Section("accuracy", "Accuracy against latency", accuracies),
+    Section("gates", "Gates and expert usage", gate_maps),
+    Section("training", "Training", training),
+    Section("efficiency", "Break-even and cost", efficiency),
+    Section("agent", "Tool calls", agents),
+    Section("published", "Published figures", published_figures),
+    Section("missing", "Not here", missing),
+    Section("settings", "Settings", settings),
 )
