@@ -115,14 +115,15 @@ def to_screen(*sheets: Sheet, width: int = 120) -> None:
 
 
 def to_rich(sheet: Sheet) -> Any:
-    """A `rich.table.Table`; the first column is on the left, numbers are on the right."""
+    """A `rich.table.Table`; numbers are on the right."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=Text(sheet.heading), title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True)
     for index, column in enumerate(sheet.columns):
-        table.add_column(Text(column), justify="right" if index else "left")
+        measured = any(character.isdigit() for row in sheet.texts for character in row[index])
+        table.add_column(Text(column), justify="right" if index and measured else "left")
     for row in sheet.texts:
         table.add_row(*map(Text, row))
     if sheet.notes:

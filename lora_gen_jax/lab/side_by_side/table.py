@@ -52,7 +52,7 @@ def comparison_sheet(found: "Comparison") -> Sheet:
     ]
     pairs = ("context_tokens", "first_token_ms", "answer_ms")
     rows.append(("ratio", *(ratio(getattr(left, key), getattr(right, key), 2) for key in pairs), None))
-    columns = ("", "edge context, tokens", "first token, ms", "answer, ms", "answer, tokens")
+    columns = ("", "edge context,\ntokens", "first token, ms", "answer, ms", "answer, tokens")
     return Sheet("What the edge model reads and writes", columns, rows)
 
 
