@@ -12,6 +12,7 @@ its length, so the layers are unrolled first.
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -26,7 +27,6 @@ from lora_gen_jax.generator.cloud import CLOUD_SITES
 from lora_gen_jax.inference.forward import logits_at
 from lora_gen_jax.inference.hlo import parse
 from lora_gen_jax.inference.matmuls import matmul_flops
-from lora_gen_jax.training.cost import linear_macs
 
 # The two counts of matmuls may differ by this share.
 TOLERANCE = 0.02
@@ -65,6 +65,17 @@ class Macs:
     @property
     def total(self) -> int:
         return self.linear + self.attention + self.logits + self.adapter
+
+
+def linear_macs(config: DecoderConfig) -> int:
+    """MACs of all linear layers for one token, the unembedding not among them."""
+    sites = ("q", "k", "v", "o", *config.ffn_sites)
+    return config.num_layers * sum(inputs * outputs for inputs, outputs in map(config.site_shape, sites))
+
+
+def side_widths(config: DecoderConfig, sites: Iterable[str]) -> list[int]:
+    """Inputs + outputs of each linear layer: MACs of a side path of rank 1 for one token of one layer."""
+    return [sum(config.site_shape(site)) for site in sites]
 
 
 def pass_macs(config: DecoderConfig, sizes: Pass) -> Macs:
@@ -112,15 +123,24 @@ def answer_macs(config: DecoderConfig, sizes: Sizes) -> tuple[int, int]:
     return prefill, sum(pass_macs(config, step).total for step in steps)
 
 
+def cloud_macs(cloud: DecoderConfig, settings: GeneratorConfig, rows: int, length: int) -> Macs:
+    """The cloud model's pass with its LoRA; it computes no logits."""
+    side = settings.cloud_rank * cloud.num_layers * sum(side_widths(cloud, CLOUD_SITES))
+    return pass_macs(cloud, Pass(rows, length, length, logits=0, adapter=side))
+
+
+def direct_macs(cloud: DecoderConfig, edge: DecoderConfig, settings: GeneratorConfig) -> int:
+    """The head of direct generation for one prompt."""
+    factors = settings.rank * sum(side_widths(edge, edge.ffn_sites))
+    return edge.num_layers * settings.direct_width * (cloud.width + factors)
+
+
 def specialize_macs(cloud: DecoderConfig, edge: DecoderConfig, settings: GeneratorConfig, length: int) -> int:
     """MACs of the cloud's pass over one prompt of `length` slots (its meta tokens and padding among them) and the
     router, or the head of direct generation."""
-    body = pass_macs(cloud, Pass(1, length, length, logits=0)).total
-    side = sum(sum(cloud.site_shape(site)) for site in CLOUD_SITES) * settings.cloud_rank
-    body += length * side * cloud.num_layers
+    body = cloud_macs(cloud, settings, 1, length).total
     if settings.generator == "direct":
-        factors = sum(sum(edge.site_shape(site)) for site in edge.ffn_sites) * settings.rank
-        return body + edge.num_layers * settings.direct_width * (cloud.width + factors)
+        return body + direct_macs(cloud, edge, settings)
     hidden = settings.router_width or cloud.width
     return body + edge.num_layers * hidden * (cloud.width + settings.num_experts)
 

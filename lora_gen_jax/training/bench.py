@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -18,7 +19,7 @@ from lora_gen_jax.data.pipeline import Batch, Shard, build_batch
 from lora_gen_jax.methods.registry import make_generator
 from lora_gen_jax.models import Pair, load_pair, precision_of
 from lora_gen_jax.sharding import make_mesh
-from lora_gen_jax.training.cost import matmul_rate, method_cost
+from lora_gen_jax.training.cost import method_cost
 from lora_gen_jax.training.optimizer import make_optimizer
 from lora_gen_jax.training.prepare import check_rows, keep_freed_memory, make_sampler, place, training_tasks
 from lora_gen_jax.training.step import init_state, make_train_step
@@ -84,3 +85,20 @@ def timed_steps(config: Config, pair: Pair, mesh: Mesh, host: Batch) -> tuple[An
         jax.block_until_ready(metrics)
         times.append(time.perf_counter() - began)
     return compiled, times[1:]
+
+
+def matmul_rate(size: int = 2048, repeats: int = 5, dtype: Any = jnp.float32) -> float:
+    """MACs per second of the best of several square matmuls of this `size` on the default device.
+
+    Operands are of `dtype`; the result is of the same type on an accelerator and in fp32 on a CPU.
+    """
+    x = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    result = jnp.float32 if jax.default_backend() == "cpu" else dtype
+    multiply = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=result))
+    multiply(x, x).block_until_ready()
+    best = float("inf")
+    for _ in range(repeats):
+        began = time.perf_counter()
+        multiply(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    return size**3 / best

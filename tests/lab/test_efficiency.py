@@ -12,7 +12,7 @@ from lora_gen_jax.cli import main
 from lora_gen_jax.config import ModelConfig
 from lora_gen_jax.config_file import flags_and_config, read_config
 from lora_gen_jax.errors import ConfigError
-from lora_gen_jax.inference.cost import Counted
+from lora_gen_jax.inference.cost import Counted, linear_macs
 from lora_gen_jax.inference.decode import generate
 from lora_gen_jax.inference.prefix import encode_prefix
 from lora_gen_jax.lab.costs import command as efficiency_command
@@ -30,8 +30,9 @@ from lora_gen_jax.lab.costs.measure import Timings, compared, figures, measure
 from lora_gen_jax.lab.costs.methods import METHODS
 from lora_gen_jax.lab.costs.report import break_even, derived, disagreements, print_report
 from lora_gen_jax.lab.costs.training import CASES, make_batch
+from lora_gen_jax.methods.lora import lora_macs
 from lora_gen_jax.models import load_model, load_pair
-from lora_gen_jax.training.cost import linear_macs, lora_cost, step_cost
+from lora_gen_jax.training.cost import edge_cost, step_cost
 
 SMALL = ["--instruction-tokens", "12", "--input-tokens", "8", "--new-tokens", "3", "--batch-sizes", "1"]
 
@@ -180,7 +181,7 @@ def test_training_batches(config_file: Path):
     once, each = (step_cost(cloud, edge, settings, batches[name]) for name in ("lora_gen_grouped", "lora_gen"))
     assert each.cloud == 8 * once.cloud == 8 * 2 * 14 * linear_macs(pair.cloud.config)
     assert each.edge == once.edge == 2 * 64 * linear_macs(edge)
-    lora = lora_cost(edge, settings, batches["lora"])
+    lora = edge_cost(edge, lora_macs(edge, settings), batches["lora"])
     side = sum(sum(edge.site_shape(site)) for site in ("q", "v", "gate", "up", "down")) * 4 * 2
     assert (lora.cloud, lora.edge, lora.adapters) == (0, 2 * 160 * linear_macs(edge), 3 * 160 * side)
 

@@ -7,10 +7,11 @@ needs: forward, activation gradients and adapter weight gradients, attention bel
 import dataclasses
 
 from lora_gen_jax.config import Config
-from lora_gen_jax.inference.cost import Pass, merge_macs, pass_macs, specialize_macs
+from lora_gen_jax.inference.cost import Pass, cloud_macs, merge_macs, pass_macs, specialize_macs
 from lora_gen_jax.lab.tpu.programs import Sizes, batch_shapes
+from lora_gen_jax.methods.lora import lora_macs
 from lora_gen_jax.models import Pair
-from lora_gen_jax.training.cost import executed_cost, lora_cost, method_cost
+from lora_gen_jax.training.cost import edge_cost, executed_cost, method_cost
 
 
 def model_flops(name: str, config: Config, pair: Pair, sizes: Sizes, chips: int) -> float:
@@ -19,9 +20,9 @@ def model_flops(name: str, config: Config, pair: Pair, sizes: Sizes, chips: int)
     if name == "train_step":
         return 2.0 * _step(config, pair)
     if name == "specialise":
-        length = config.data.cloud_length
-        attention = pass_macs(pair.cloud.config, Pass(1, length, length, logits=0)).attention
-        read = specialize_macs(pair.cloud.config, edge, config.generator, length) - attention // 2
+        length, cloud = config.data.cloud_length, pair.cloud.config
+        attention = cloud_macs(cloud, config.generator, 1, length).attention
+        read = specialize_macs(cloud, edge, config.generator, length) - attention // 2
         return 2.0 * (read + merge_macs(edge, config.generator))
     rows = sizes.rows * chips
     if name == "decode":
@@ -48,7 +49,8 @@ def lora_ratios(config: Config, pair: Pair) -> dict[str, float]:
         "apart": every query is a row of its own behind its prompt; "packed": the queries of a prompt share a row behind
         it (`edge_reads_prompt`).
     """
-    data, layers = config.data, pair.edge.config.num_layers
+    data, edge = config.data, pair.edge.config
+    layers = edge.num_layers
     prompt = data.cloud_length // data.prompts_per_row - layers
     each = data.queries_per_prompt
     shapes = {
@@ -62,5 +64,5 @@ def lora_ratios(config: Config, pair: Pair) -> dict[str, float]:
             data, prompts_per_step=rows, prompts_per_row=1, edge_length=length, response_slots=max(1, slots)
         )
         batch = batch_shapes(dataclasses.replace(config, data=changed), layers)
-        ratios[name] = ours / lora_cost(pair.edge.config, config.generator, batch).causal().total
+        ratios[name] = ours / edge_cost(edge, lora_macs(edge, config.generator), batch).causal().total
     return ratios
