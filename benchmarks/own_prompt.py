@@ -75,7 +75,7 @@ def main() -> None:
         print(f"| {task.name} | {base[i]:.2f} | {found[i, i]:.2f} | {others.mean():.2f} | {others.min():.2f} |")
     off = found[~np.eye(len(tasks), dtype=bool)]
     print(f"| mean | {np.mean(base):.2f} | {np.diag(found).mean():.2f} | {off.mean():.2f} | |")
-    gates_TLE = np.stack([one.gates(generator.config.generator.num_experts) for one in made])
+    gates_TLE = np.stack([one.gates(generator.config.generator.num_experts).dense() for one in made])
     print(
         f"standard deviation of a gate: {gates_TLE.std(0).mean():.3f} between prompts,"
         f" {gates_TLE.std(1).mean():.3f} between layers"

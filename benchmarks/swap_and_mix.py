@@ -22,6 +22,7 @@ from lora_gen_jax import GeneratorConfig, load_config, load_params, merge, merge
 from lora_gen_jax.adapters.merge import changed_sites, kernels_of, with_kernels
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.generator.lora_gen import ExpertPool, gated_adapter
+from lora_gen_jax.generator.router import keep_top_k
 from lora_gen_jax.inference.mixture import answer_all
 from lora_gen_jax.inference.work import GenerationRequest
 
@@ -57,12 +58,13 @@ def counted_up(kernels: Any) -> Any:
 
 def swaps(params: Any, adapter: Any) -> None:
     """Prints what a swap takes."""
-    gates_LPE, turn = np.asarray(adapter.scanned["gates"]), itertools.count()
+    gates, turn = jax.tree.map(np.asarray, adapter.gates), itertools.count()
     sites = changed_sites(params, adapter.select(0))
     ffn, held = kernels_of(params, sites), merge(params, adapter.select(0))
 
     def by_gates() -> Any:
-        return adapter.replace(scanned={"gates": jnp.asarray(gates_LPE[:, [next(turn) % QUERIES]])})
+        prompt = next(turn) % QUERIES
+        return adapter.with_gates(jax.tree.map(lambda x: jnp.asarray(x[:, [prompt]]), gates))
 
     # All of them write over the same memory: where it lies matters as much as what is done.
     def merged() -> Any:
@@ -94,12 +96,13 @@ def swaps(params: Any, adapter: Any) -> None:
 
 def mixtures(decoder: Decoder, params: Any, adapter: Any, args: argparse.Namespace) -> None:
     """Prints queries a second by number of specializations, as `generate --requests` answers them."""
-    rng, gates_LPE = np.random.default_rng(0), np.asarray(adapter.scanned["gates"])
+    rng, gates = np.random.default_rng(0), [jax.tree.map(np.asarray, adapter.select(i).gates) for i in range(QUERIES)]
+    gates = [jax.tree.map(lambda x: x[:, 0], one) for one in gates]
     queries = rng.integers(2, decoder.config.vocab_size, (QUERIES, args.query_tokens)).tolist()
     print(f"{QUERIES} queries of {args.query_tokens} tokens, {args.new_tokens} new tokens each; queries/s")
     print(f"{'specializations':>16}{'mixed':>10}{'merged':>10}{'ratio':>8}")
     for count in (1, 2, 4, 8, 16, 32, 64):
-        works = [GenerationRequest(ids, args.new_tokens, gates_LPE[:, i % count]) for i, ids in enumerate(queries)]
+        works = [GenerationRequest(ids, args.new_tokens, gates[i % count]) for i, ids in enumerate(queries)]
         runs = {
             how: functools.partial(answer_all, decoder, params, adapter, works, rows=QUERIES, how=how)
             for how in ("mixed", "merged")
@@ -122,9 +125,8 @@ def main() -> None:
     # Trained experts are small beside the weights; that B is not zero keeps anything from being left out.
     pool = jax.tree.map(lambda x: x + 0.001, pool)
     rng = np.random.default_rng(0)
-    gates_PLE = rng.random((QUERIES, config.num_layers, settings.num_experts), np.float32)
-    gates_PLE = np.where(gates_PLE >= np.sort(gates_PLE)[..., -settings.top_k, None], gates_PLE, np.float32(0))
-    adapter = gated_adapter(jnp.asarray(gates_PLE / gates_PLE.sum(-1, keepdims=True)), pool, settings)
+    drawn_PLE = rng.random((QUERIES, config.num_layers, settings.num_experts), np.float32)
+    adapter = gated_adapter(keep_top_k(jnp.asarray(drawn_PLE), settings.top_k), pool, settings)
     print(f"{args.model}, {jax.devices()[0].device_kind}, {len(jax.devices())} device(s), jax {jax.__version__}")
     swaps(params, adapter)
     if not args.swaps_only:

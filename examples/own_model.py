@@ -41,8 +41,8 @@ class Generator(nn.Module):
         h = nn.silu(nn.Dense(128)(nn.silu(nn.Dense(128)(points_PN2)))).mean(axis=1)
         # One token for each layer that is to be changed.
         meta_PLC = nn.Dense(len(HIDDEN) * 64)(h).reshape(len(h), len(HIDDEN), 64)
-        gates_PLE = Router(num_experts=EXPERTS, top_k=TOP_K, width=64)(meta_PLC, train)
-        return gates_PLE, ExpertPool({"kernel": (WIDTH, WIDTH)}, EXPERTS, RANK)()
+        gates = Router(num_experts=EXPERTS, top_k=TOP_K, width=64)(meta_PLC, train)
+        return gates.dense(), ExpertPool({"kernel": (WIDTH, WIDTH)}, EXPERTS, RANK)()
 
 
 def specialize(params: Any, gates_LE: jax.Array, pool: Any) -> Any:

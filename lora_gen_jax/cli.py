@@ -281,9 +281,7 @@ COMMANDS = {
         "write a trained generator as two small files, or publish it on the Hugging Face hub",
     ),
     "lm_eval": Command("evaluation.lm_eval_command:lm_eval_main", None, "evaluate with lm-evaluation-harness"),
-    "agent": Command(
-        "lab.agent.command:agent_main", None, "train and score on tool calls, as the paper's agent table"
-    ),
+    "agent": Command("lab.agent.command:agent_main", None, "train and score on tool calls, as the paper's agent table"),
     "table": Command(
         "lab.tables.command:table_main", None, "train and score every method and ablation, as the paper's tables"
     ),

@@ -15,8 +15,7 @@ from lora_gen_jax.errors import CheckpointError, ConfigError, DataError, OutputE
 from lora_gen_jax.files import is_directory, write_text
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from lora_gen_jax.generator.router import Gates
     from lora_gen_jax.inference.work import Factors, GenerationRequest
     from lora_gen_jax.models import Model
 
@@ -170,7 +169,7 @@ def _answer_requests(flags: Generate, path: Path) -> None:
     adapter = fitted_adapter(first, loaded.variables, config.generator)
     pool = adapter.generated if isinstance(adapter, RefinedPool) else adapter
     updates = {place: (one.gates(config.generator.num_experts), one.factors) for place, one in found.items()}
-    asked: list[tuple[str, tuple[np.ndarray, Factors] | None]] = [
+    asked: list[tuple[str, tuple[Gates, Factors] | None]] = [
         (row["input"], None if place is None else updates[place]) for row, place in zip(rows, places, strict=True)
     ]
     works = _works(flags, edge, config.edge.source, asked)
@@ -289,9 +288,9 @@ def _check_written_again(row: dict[str, Any]) -> None:
 
 
 def _works(
-    flags: Generate, edge: "Model", source: str, asked: "list[tuple[str, tuple[np.ndarray, Factors] | None]]"
+    flags: Generate, edge: "Model", source: str, asked: "list[tuple[str, tuple[Gates, Factors] | None]]"
 ) -> "list[GenerationRequest]":
-    """A work for each input and its specialization's gates [L, E] and factors."""
+    """A work for each input and its specialization's gates and factors."""
     from lora_gen_jax.inference.work import GenerationRequest
     from lora_gen_jax.models import end_ids
 
@@ -300,7 +299,7 @@ def _works(
         GenerationRequest(
             ids=_ids(edge, text, flags.chat),
             max_new_tokens=flags.max_new_tokens,
-            gates_LE=None if flags.base or update is None else update[0],
+            gates=None if flags.base or update is None else update[0],
             factors={} if flags.base or update is None else update[1],
             stop_ids=stop_ids,
             temperature=flags.temperature,

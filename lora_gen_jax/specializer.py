@@ -25,6 +25,7 @@ from lora_gen_jax.decoder.pretrained import fingerprint, load_config, resolve
 from lora_gen_jax.errors import CheckpointError, ConfigError, DataError
 from lora_gen_jax.files import is_directory
 from lora_gen_jax.generator.lora_gen import gated_adapter
+from lora_gen_jax.generator.router import gates_of
 from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.hub import HUB_ID, name_of
 from lora_gen_jax.methods.registry import make_generator
@@ -235,7 +236,7 @@ class Specializer:
                 ids, cloud = [self.ids(specialization.prompt)], self.pair.cloud.params
                 generated = specialize(self._generator, self._variables, cloud, ids, self.limit)
                 read_LE = np.asarray(generated.logits_PLE[0])
-            logits_LE = logits_of(specialization.gates(settings.num_experts), read_LE, settings)
+            logits_LE = logits_of(specialization.gates(settings.num_experts).dense(), read_LE, settings)
         before = Before(specialization, logits_LE, pairs)
         return refine_all(self._learner, self.pool(), settings, [before], config)[0]
 
@@ -278,10 +279,11 @@ class Specializer:
         return fitted_adapter(specialization, self._variables, self.config.generator)
 
     def pool(self) -> GatedPool:
-        """The expert pool as an adapter whose gates are zero, for an `Engine`; not of direct generation."""
+        """The expert pool as an adapter whose gates do not matter, for an `Engine`; not of direct generation."""
         settings = self.config.generator
-        zeros_PLE = jnp.zeros((1, self.layers, settings.num_experts))
-        return gated_adapter(zeros_PLE, pool_of(self._variables), settings)
+        even_PLE = jnp.zeros((1, self.layers, settings.num_experts))
+        gates = gates_of(even_PLE, settings.routing, settings.top_k, settings.temperature)
+        return gated_adapter(gates, pool_of(self._variables), settings)
 
     def _numbered_ids(self, prompts: Sequence[str], i: int) -> list[int]:
         try:

@@ -62,8 +62,8 @@ MUTANTS = (
     Mutant(
         "Gumbel routing keeps all experts",
         "generator/router.py",
-        'return soft_BLE if routing == "gumbel" else keep_top_k(soft_BLE, top_k)',
-        "return soft_BLE",
+        'return Gates.of_all(soft_BLE) if routing == "gumbel" else keep_top_k(soft_BLE, top_k)',
+        "return Gates.of_all(soft_BLE)",
         (f"{ROUTER}::test_gumbel_top_k_is_the_soft_gates_of_the_same_noise_with_the_k_largest_kept",),
     ),
     Mutant(
@@ -132,8 +132,8 @@ MUTANTS = (
     Mutant(
         "merging mixes the products of other experts",
         "adapters/gated_pool.py",
-        "gated_product(weight_K, a[index_K], b[index_K], self.scale)",
-        "gated_product(weight_K, a[index_K], b[index_K[::-1]], self.scale)",
+        "gates.chosen(a), gates.chosen(b), self.scale)",
+        "gates.chosen(a), gates.chosen(b)[::-1], self.scale)",
         (f"{MERGE}::test_merging_adds_the_equations_delta_to_the_sites_of_the_method_alone",),
     ),
     Mutant(
@@ -204,9 +204,7 @@ MUTANTS = (
         "decoder/model.py",
         "jnp.where(learned_BT[:, :, None] >= 0, placed_BTD,",
         "jnp.where(learned_BT[:, :, None] >= -1, placed_BTD,",
-        (
-            "methods/test_autocompressor.py::test_learned_positions_are_those_of_a_segments_own_tokens_in_training_too",
-        ),
+        ("methods/test_autocompressor.py::test_learned_positions_are_those_of_a_segments_own_tokens_in_training_too",),
     ),
     Mutant(
         "every slot is supervised",

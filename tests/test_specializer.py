@@ -59,7 +59,7 @@ def forty(specializer, prompts):
 
 
 def gates_of(made):
-    return np.stack([one.gates(4) for one in made])
+    return np.stack([one.gates(4).dense() for one in made])
 
 
 def test_forty_prompts_at_once_get_the_gates_of_one_by_one_in_their_order(specializer, prompts, forty):
@@ -202,7 +202,7 @@ def test_a_specialization_is_read_with_its_generator(specializer, tmp_path):
     save_specialization(made, tmp_path / "s")
     elsewhere = str(shutil.copytree(trained().edge.source, tmp_path / "elsewhere"))
     found, loaded, config = read_specialization(tmp_path / "s", None, elsewhere)
-    np.testing.assert_array_equal(found.gates(4), made.gates(4))
+    np.testing.assert_array_equal(found.gates(4).dense(), made.gates(4).dense())
     assert (loaded.step, config.edge.source, config.cloud.source) == (24, elsewhere, trained().cloud.source)
     shutil.copytree(loaded.path, tmp_path / "moved")
     assert read_specialization(tmp_path / "s", tmp_path / "moved", None)[1].path == tmp_path / "moved"
@@ -248,7 +248,7 @@ def test_an_address_that_a_specialization_records_is_opened_below_a_local_path_o
 def test_gates_that_are_no_numbers_are_not_handed_out(specializer, monkeypatch):
     def broken(*args):
         generated = specialize(*args)
-        return generated.replace(gates_PLE=generated.gates_PLE * np.nan)
+        return generated.replace(gates=generated.gates.replace(weight=generated.gates.weight * np.nan))
 
     monkeypatch.setattr("lora_gen_jax.specializer.specialize", broken)
     with raises(CheckpointError, "the specialization that was made:weight", code="not finite"):

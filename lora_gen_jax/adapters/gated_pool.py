@@ -1,6 +1,6 @@
 """LoRA-Gen's adapter: every prompt weighs the experts of a pool by its gates.
 
-In: gates [L, P, E] and a pool of E pairs (A_e, B_e) per FFN site. Adds ΔW = (α/r)·Σ_e G[l, p, e]·A_e·B_e to the
+In: gates [L, P, K] and a pool of E pairs (A_e, B_e) per FFN site. Adds ΔW = (α/r)·Σ_e G[l, p, e]·A_e·B_e to the
 FFN's weights, as a side path while training and for mixed-task batches, or merged (`merge`).
 """
 
@@ -15,6 +15,7 @@ from lora_gen_jax.adapters.lora import dropout, group_rows, require_prompt, requ
 from lora_gen_jax.adapters.protocol import AdapterBase
 from lora_gen_jax.decoder.product import kept, product
 from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.generator.router import Gates
 
 FEW_TOKENS = 32
 """Below this many tokens a prompt, copying its experts together costs more than computing all (SmolLM2, two cores)."""
@@ -24,10 +25,9 @@ class GatedPool(AdapterBase):
     """Gates over a pool of LoRA experts; rows of the batch are grouped by prompt.
 
     Attributes:
-        scanned: {"gates": [L, P, E]}, and {"pool": …} with a leading L when every layer has its own pool.
+        scanned: {"gates": `Gates` [L, P, K]}, and {"pool": …} with a leading L when every layer has its own pool.
         shared: {"pool": {site: {"a": [E, inputs, R], "b": [E, R, outputs]}}} when all layers share one pool.
         scale: α/r.
-        top_k: at most this many gates of a row differ from zero; the others' experts are not computed.
         mix: "products" sums G·A·B (equation 8); "factors" multiplies (ΣG·A)·(ΣG·B), which adds cross terms.
         dropout_rate: on the LoRA input.
     """
@@ -35,7 +35,6 @@ class GatedPool(AdapterBase):
     scanned: Any
     shared: Any
     scale: float = struct.field(pytree_node=False)
-    top_k: int = struct.field(pytree_node=False)
     mix: Literal["products", "factors"] = struct.field(pytree_node=False, default="products")
     dropout_rate: float = struct.field(pytree_node=False, default=0.0)
 
@@ -43,20 +42,25 @@ class GatedPool(AdapterBase):
     def pool(self) -> Any:
         return (self.shared or self.scanned)["pool"]
 
-    def gated(self, site: str) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(A [E, D, R], B [E, R, F], gates [P, E]) of one layer.
+    @property
+    def gates(self) -> Gates:
+        """[L, P, K]; inside a layer [P, K]."""
+        return self.scanned["gates"]
+
+    def pairs(self, site: str) -> tuple[jax.Array, jax.Array]:
+        """(A [E, D, R], B [E, R, F]) of one layer.
 
         Raises:
             ConfigError: when the gates are of another number of experts: an index beyond the last would read the last.
         """
-        a, b, gates_PE = self.pool[site]["a"], self.pool[site]["b"], self.scanned["gates"]
-        if gates_PE.shape[1] != a.shape[0]:
+        a, b = self.pool[site]["a"], self.pool[site]["b"]
+        if self.gates.experts != a.shape[0]:
             raise ConfigError(
-                f"the gates are of {gates_PE.shape[1]} experts and the pool has {a.shape[0]}: they belong to another"
+                f"the gates are of {self.gates.experts} experts and the pool has {a.shape[0]}: they belong to another"
                 " generator",
                 field="gates",
             )
-        return a, b, gates_PE
+        return a, b
 
     def delta(self, site: str, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array | None:
         """(α/r)·Σ_e G_pe·B_e·A_e·dropout(x) for the prompt p of each row, [B, T, outputs]."""
@@ -65,24 +69,25 @@ class GatedPool(AdapterBase):
         if (low := self.lowered(site, x_BTD, key)) is not None:
             return product(*low, self.operands)
         # What is gathered or mixed per prompt is rounded after it: gradients are summed over prompts in fp32.
-        a, b, gates_PE = self.gated(site)
-        x_PSD = group_rows(dropout(x_BTD, self.dropout_rate, key), gates_PE.shape[0])
+        a, b = self.pairs(site)
+        x_PSD = group_rows(dropout(x_BTD, self.dropout_rate, key), len(self.gates.weight))
         if self.mix == "factors":
+            gates_PE = self.gates.dense()
             h = self._first(x_PSD, jnp.einsum("pe,edr->pdr", gates_PE, a)) * jnp.asarray(self.scale, x_BTD.dtype)
             y_PSF = product(h, jnp.einsum("pe,erf->prf", gates_PE, b), self.operands)
         else:
-            y_PSF = self._chosen_experts(x_PSD, gates_PE, a, b)
+            y_PSF = self._chosen_experts(x_PSD, a, b)
         return y_PSF.reshape(*x_BTD.shape[:2], -1)
 
     def lowered(self, site: str, x_BTD: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array] | None:
         """All experts' A_e·dropout(x), each times its gate, and all B_e: where all experts are computed."""
         if site not in self.pool:
             return None
-        a_EDR, b_ERF, gates_PE = self.gated(site)
-        (E, D, R), P, (B, T, _) = a_EDR.shape, gates_PE.shape[0], x_BTD.shape
+        a_EDR, b_ERF = self.pairs(site)
+        (E, D, R), P, (B, T, _) = a_EDR.shape, len(self.gates.weight), x_BTD.shape
         if not self._side_by_side(P, B // P * T, E):
             return None
-        x_PSD = group_rows(dropout(x_BTD, self.dropout_rate, key), P)
+        x_PSD, gates_PE = group_rows(dropout(x_BTD, self.dropout_rate, key), P), self.gates.dense()
         h_PSX = self._first(x_PSD, a_EDR.transpose(1, 0, 2).reshape(D, E * R))
         if self.mix == "factors":
             weighed_PSX = h_PSX * columns(gates_PE, R, x_PSD.dtype)
@@ -97,17 +102,17 @@ class GatedPool(AdapterBase):
         tokens (decoding has one a row), the copies cost more than the arithmetic that they save. With many tokens a
         column of the copies costs 2.4 times one of the pool (docs/decisions.md).
         """
-        if self.mix == "products" and computed_experts(experts, self.top_k) == experts:
+        if self.mix == "products" and computed_experts(experts, self.gates.active) == experts:
             return True
-        return prompts * self.top_k > experts and tokens < FEW_TOKENS
+        return prompts * self.gates.active > experts and tokens < FEW_TOKENS
 
-    def _chosen_experts(self, x_PSD: jax.Array, gates_PE: jax.Array, a_EDR: jax.Array, b_ERF: jax.Array) -> jax.Array:
+    def _chosen_experts(self, x_PSD: jax.Array, a_EDR: jax.Array, b_ERF: jax.Array) -> jax.Array:
         """One pair of products per prompt, K/E of the work: [P, S, F].
 
         Copied are whole rows of both factors, [K·R, D] and [K·R, F]: columns of A would be copied number by number.
         """
-        (P, _), D, F, R = gates_PE.shape, x_PSD.shape[-1], b_ERF.shape[-1], a_EDR.shape[-1]
-        weight_PK, index_PK = jax.lax.top_k(gates_PE, self.top_k)
+        index_PK, weight_PK = self.gates.index, self.gates.weight
+        P, D, F, R = len(weight_PK), x_PSD.shape[-1], b_ERF.shape[-1], a_EDR.shape[-1]
         a_PXD = a_EDR.swapaxes(1, 2)[index_PK].reshape(P, -1, D)
         h_PSX = self._first(x_PSD, a_PXD.swapaxes(1, 2)) * columns(weight_PK * self.scale, R, x_PSD.dtype)
         return product(h_PSX, b_ERF[index_PK].reshape(P, -1, F), self.operands)
@@ -119,25 +124,25 @@ class GatedPool(AdapterBase):
         """ΔW of one layer in fp32, [inputs, outputs]; for a single prompt."""
         if site not in self.pool:
             return None
-        a, b, gates_PE = (x.astype(float) for x in self.gated(site))
-        require_single(gates_PE.shape[0])
+        a, b = (x.astype(float) for x in self.pairs(site))
+        require_single(len(self.gates.weight))
+        gates = jax.tree.map(lambda x: x[0], self.gates)
         if self.mix == "factors":
-            return mixed_factors(gates_PE[0], a, b, self.scale)
-        weight_K, index_K = jax.lax.top_k(gates_PE[0], self.top_k)
-        return gated_product(weight_K, a[index_K], b[index_K], self.scale)
+            return mixed_factors(gates.dense().astype(float), a, b, self.scale)
+        return gated_product(gates.weight.astype(float), gates.chosen(a), gates.chosen(b), self.scale)
 
     @property
     def prompts(self) -> int:
         """P."""
-        return self.scanned["gates"].shape[1]
+        return self.gates.shape[1]
 
-    def with_gates(self, gates_LPE: jax.Array, top_k: int | None = None) -> "GatedPool":
-        """The same pool behind other gates [L, P, E], of which at most `top_k` a row differ from zero."""
-        return self.replace(scanned={**self.scanned, "gates": gates_LPE}, top_k=top_k or self.top_k)
+    def with_gates(self, gates: Gates) -> "GatedPool":
+        """The same pool behind other gates [L, P, K]."""
+        return self.replace(scanned={**self.scanned, "gates": gates})
 
     def take(self, index: Any) -> "GatedPool":
         """The adapter of the prompts that `index` (integers) names, in that order."""
-        return self.with_gates(self.scanned["gates"][:, index])
+        return self.with_gates(jax.tree.map(lambda x: x[:, index], self.gates))
 
     def select(self, prompt: int) -> "GatedPool":
         """The adapter of one prompt.

@@ -11,6 +11,7 @@ import numpy as np
 from lora_gen_jax.adapters.gated_pool import GatedPool
 from lora_gen_jax.adapters.lora import PromptLoRA, require_prompt
 from lora_gen_jax.adapters.protocol import AdapterBase
+from lora_gen_jax.generator.router import Gates
 
 
 class RefinedPool(AdapterBase):
@@ -55,9 +56,9 @@ class RefinedPool(AdapterBase):
         """P."""
         return self.generated.prompts
 
-    def with_gates(self, gates_LPE: jax.Array, top_k: int | None = None) -> "RefinedPool":
+    def with_gates(self, gates: Gates) -> "RefinedPool":
         """The same factors beside the update of other gates, as `GatedPool.with_gates`."""
-        return RefinedPool.of(self.generated.with_gates(gates_LPE, top_k), self.scanned["factors"])
+        return RefinedPool.of(self.generated.with_gates(gates), self.scanned["factors"])
 
     def take(self, index: Any) -> "RefinedPool":
         """The adapter of the prompts that `index` (integers) names, in that order."""

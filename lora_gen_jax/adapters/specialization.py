@@ -13,12 +13,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 import safetensors.numpy
 
 from lora_gen_jax.adapters.specialization_check import check_size, read_readable, read_refined, read_tensors, reading
 from lora_gen_jax.errors import CheckpointError
 from lora_gen_jax.files import complete_directory, writing
+from lora_gen_jax.generator.router import Gates
 from lora_gen_jax.generator.trained_module import Generated
 from lora_gen_jax.untrusted import check_digests, digest_of, file_digest
 
@@ -80,8 +82,8 @@ class Specialization:
         """16 hex digits that identify the prompt."""
         return hashlib.sha256(self.prompt.encode()).hexdigest()[:16]
 
-    def gates(self, num_experts: int) -> np.ndarray:
-        """The gates of all experts, [L, E] in fp32; zero where an expert is not chosen.
+    def gates(self, num_experts: int) -> Gates:
+        """The gates over a pool of so many experts, [L, K] in fp32.
 
         Raises:
             CheckpointError: for direct generation, which has none, or a gate of an expert that does not exist.
@@ -98,8 +100,8 @@ class Specialization:
                     field=f"{TENSORS}:weight",
                     remedy="give the checkpoint that it was made with (--checkpoint)",
                 )
-            return weight.astype(np.float32) * scale.astype(np.float32)[:, None]
-        index, weight = self.tensors["index"].astype(np.int64), self.tensors["weight"]
+            return Gates.of_all(weight.astype(np.float32) * scale.astype(np.float32)[:, None])
+        index, weight = self.tensors["index"].astype(np.int32), self.tensors["weight"].astype(np.float32)
         if index.shape[1] > num_experts or index.max() >= num_experts:
             raise CheckpointError(
                 f"the specialization has {index.shape[1]} gates a layer, up to that of expert {index.max()}, but the"
@@ -107,33 +109,30 @@ class Specialization:
                 field=f"{TENSORS}:index",
                 remedy="give the checkpoint that it was made with (--checkpoint)",
             )
-        gates_LE = np.zeros((len(index), num_experts), np.float32)
-        np.put_along_axis(gates_LE, index, weight.astype(np.float32), axis=1)
-        return gates_LE
+        return Gates(index, weight, num_experts)
 
 
 def sparse_tensors(generated: Generated, settings: "GeneratorConfig", prompt: int = 0) -> dict[str, np.ndarray]:
-    """What is stored of one of the prompts: its K largest gates per layer, or its factors."""
-    if generated.gates_PLE is None:
+    """What is stored of one of the prompts: its gates, or its factors."""
+    if generated.gates is None:
         factors = generated.adapter.scanned
         return {
             f"{site}.{name}": np.ascontiguousarray(np.asarray(x)[:, prompt])
             for site, pair in factors.items()
             for name, x in pair.items()
         }
-    return gate_tensors(np.asarray(generated.gates_PLE)[prompt], settings)
+    return gate_tensors(jax.tree.map(lambda x: np.asarray(x)[prompt], generated.gates), settings)
 
 
-def gate_tensors(gates_LE: np.ndarray, settings: "GeneratorConfig") -> dict[str, np.ndarray]:
-    """What is stored of gates [L, E]: the K largest of a layer, or all of them in 8 bits where they are signed."""
-    gates_LE = gates_LE.astype(np.float32)
+def gate_tensors(gates: Gates, settings: "GeneratorConfig") -> dict[str, np.ndarray]:
+    """What is stored of gates [L, K]: which experts, and their weights; of signed gates of all, 8 bits each."""
+    weight = gates.weight.astype(np.float32)
     if settings.routing == "linear":
         # A layer without any gate keeps zeros, whatever its scale.
-        scale_L = np.maximum(np.abs(gates_LE).max(axis=1), np.finfo(np.float32).tiny * 127) / np.float32(127)
-        return {"weight": np.rint(gates_LE / scale_L[:, None]).astype(np.int8), "scale": scale_L}
-    index = np.argsort(-gates_LE, axis=1, kind="stable")[:, : settings.active_experts]
-    weight = np.take_along_axis(gates_LE, index, axis=1)
-    return {"index": index.astype(np.uint8 if gates_LE.shape[1] <= 256 else np.uint16), "weight": weight}
+        scale_L = np.maximum(np.abs(weight).max(axis=1), np.finfo(np.float32).tiny * 127) / np.float32(127)
+        return {"weight": np.rint(weight / scale_L[:, None]).astype(np.int8), "scale": scale_L}
+    index = np.broadcast_to(np.arange(gates.experts), weight.shape) if gates.index is None else gates.index
+    return {"index": index.astype(np.uint8 if gates.experts <= 256 else np.uint16), "weight": weight}
 
 
 def save_specialization(specialization: Specialization, directory: str | Path) -> None:
@@ -219,7 +218,7 @@ def _write(s: Specialization, directory: Path) -> None:
 def _readable_gates(s: Specialization) -> list[dict[str, float]]:
     """{expert: gate} of every layer; of signed gates the largest eight, either way."""
     if s.dense:
-        gates_LE = s.gates(s.active)
+        gates_LE = s.gates(s.active).weight
         index_LK = np.argsort(-np.abs(gates_LE), axis=1, kind="stable")[:, :8]
         weight_LK = np.take_along_axis(gates_LE, index_LK, axis=1)
     else:

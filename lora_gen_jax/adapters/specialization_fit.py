@@ -171,8 +171,8 @@ def fitted_adapter(specialization: Specialization, variables: Any, settings: "Ge
     }
     if specialization.direct:
         return PromptLoRA(factors, scale=settings.alpha / settings.rank)
-    gates_LE = specialization.gates(settings.num_experts)
-    pool = gated_adapter(jnp.asarray(gates_LE)[None], pool_of(variables), settings)
+    gates = jax.tree.map(lambda x: jnp.asarray(x)[None], specialization.gates(settings.num_experts))
+    pool = gated_adapter(gates, pool_of(variables), settings)
     return RefinedPool.of(pool, factors) if factors else pool
 
 

@@ -202,7 +202,7 @@ def gates_of(config: Config, pair: Pair, loaded: Loaded, tasks: Sequence[Task]) 
         if prompt is None:
             continue
         made = generate(prompt.text)
-        if made.gates_PLE is None:
+        if made.gates is None:
             return None
-        gates[task.name] = np.asarray(made.gates_PLE[0])
+        gates[task.name] = np.asarray(made.gates.dense()[0])
     return gates

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from lora_gen_jax.adapters.gated_pool import GatedPool
@@ -100,21 +101,20 @@ def _of_prompt(adapter: PromptLoRA) -> Factors:
 
 def _of_pool(adapter: GatedPool, pool_a: np.ndarray, pool_b: np.ndarray) -> dict[str, np.ndarray]:
     """One site's factors; pool_a [E, inputs, R] and pool_b [E, R, outputs], led by L when each layer has its own."""
-    gates_LE = _fp32(adapter.scanned["gates"])[:, 0]
     # Gates and α/r go into one factor alone, the one that merging scales: each entry is rounded once, as it is there,
     # and a gate of any sign will do.
     layer_factors, scale = [], np.float32(adapter.scale)
-    for layer, gates_E in enumerate(gates_LE):
+    for layer in range(adapter.gates.shape[0]):
+        gates = jax.tree.map(lambda x, layer=layer: np.asarray(x)[layer, 0], adapter.gates)
         a_EDR, b_ERF = (pool_a, pool_b) if adapter.shared is not None else (pool_a[layer], pool_b[layer])
         if adapter.mix == "factors":
+            gates_E = _fp32(gates.dense())
             mixed = scale * np.einsum("e,edr->dr", gates_E, a_EDR), np.einsum("e,erf->rf", gates_E, b_ERF)
             layer_factors.append(mixed)
             continue
-        # The K largest, the first of equal ones: as `jax.lax.top_k` chooses when merging.
-        index_K = np.argsort(-gates_E, kind="stable")[: adapter.top_k]
-        weight_K = gates_E[index_K] * scale
-        a_DX = (a_EDR[index_K] * weight_K[:, None, None]).transpose(1, 0, 2).reshape(a_EDR.shape[1], -1)
-        layer_factors.append((a_DX, b_ERF[index_K].reshape(-1, b_ERF.shape[-1])))
+        weight_K = _fp32(gates.weight) * scale
+        a_DX = (gates.chosen(a_EDR) * weight_K[:, None, None]).transpose(1, 0, 2).reshape(a_EDR.shape[1], -1)
+        layer_factors.append((a_DX, gates.chosen(b_ERF).reshape(-1, b_ERF.shape[-1])))
     a_LDX, b_LXF = (np.stack(factor) for factor in zip(*layer_factors, strict=True))
     return {"a": a_LDX, "b": b_LXF}
 

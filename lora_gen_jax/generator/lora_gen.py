@@ -1,7 +1,7 @@
 """LoRA-Gen: prompts in, an adapter for the edge model out.
 
 In: the cloud model's frozen weights and packed prompts. Out: `Generated`: the adapter of P prompts and, unless
-the factors are generated directly, the gates [P, L, E] it was made from.
+the factors are generated directly, the gates [P, L, K] it was made from.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from lora_gen_jax.adapters.gated_pool import GatedPool
 from lora_gen_jax.adapters.lora import PromptLoRA, factor_a_init
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.generator.cloud import CloudEncoder, PackedPrompts
-from lora_gen_jax.generator.router import Router, cv_squared, gate_entropy
+from lora_gen_jax.generator.router import Gates, Router, cv_squared, gate_entropy
 from lora_gen_jax.generator.trained_module import Generated, TrainedModule
 
 
@@ -124,10 +124,10 @@ class LoRAGen(TrainedModule):
             name="router",
         )
         logits_PLE = router.logits(meta_PLC, train)
-        gates_PLE = router.gates(logits_PLE, train)
+        gates = router.gates(logits_PLE, train)
         layers = self.edge.num_layers if s.pool == "per_layer" else None
         pool = ExpertPool(self.edge.ffn_shapes, s.num_experts, s.rank, layers, name="pool")()
-        return Generated(gated_adapter(gates_PLE, pool, s), gates_PLE, logits_PLE)
+        return Generated(gated_adapter(gates, pool, s), gates, logits_PLE)
 
     def encoder(self, **place: Any) -> CloudEncoder:
         """The cloud side, as a part of this module (``name=``) or by itself (``parent=None``)."""
@@ -146,24 +146,24 @@ class LoRAGen(TrainedModule):
 
     def auxiliary(self, generated: Generated, records: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
         """α_cv·CV² of the experts' use; nothing without gates."""
-        if generated.gates_PLE is None:
+        if generated.gates is None:
             return 0.0, {}
         if self.settings.routing == "linear":
             return 0.0, {}  # no choice to balance
-        cv = cv_squared(generated.gates_PLE)
-        metrics = {"cv": cv, "gate_entropy": gate_entropy(generated.gates_PLE)}
+        gates_PLE = generated.gates.dense()
+        cv = cv_squared(gates_PLE)
+        metrics = {"cv": cv, "gate_entropy": gate_entropy(gates_PLE)}
         return self.settings.cv_coefficient * cv, metrics
 
 
-def gated_adapter(gates_PLE: jax.Array, pool: Any, settings: Any) -> GatedPool:
-    """The adapter of P prompts from their gates, a pool and a `GeneratorConfig`."""
+def gated_adapter(gates: Gates, pool: Any, settings: Any) -> GatedPool:
+    """The adapter of P prompts from their gates [P, L, K], a pool and a `GeneratorConfig`."""
     per_layer = settings.pool == "per_layer"
-    gates_LPE = gates_PLE.transpose(1, 0, 2)
+    scanned = {"gates": gates.by_layer()}
     return GatedPool(
-        scanned={"gates": gates_LPE, "pool": pool} if per_layer else {"gates": gates_LPE},
+        scanned={**scanned, "pool": pool} if per_layer else scanned,
         shared=None if per_layer else {"pool": pool},
         scale=settings.alpha / settings.rank,
-        top_k=settings.active_experts,
         mix=settings.mix,
         dropout_rate=settings.dropout,
     )

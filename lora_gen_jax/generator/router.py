@@ -1,14 +1,16 @@
 """From meta tokens to gates: equations 5 to 7 and the balance loss.
 
-In: meta tokens [B, L, C], one per edge layer. Out: gates [B, L, E], of which K a row differ from zero.
-The functions are plain and need no Flax; `Router` adds the parameters and the running statistics.
+In: meta tokens [B, L, C], one per edge layer. Out: `Gates`: for each of them the K experts that it chooses, and their
+weights. The functions are plain and need no Flax; `Router` adds the parameters and the running statistics.
 """
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import struct
 
 from lora_gen_jax.errors import ConfigError
 
@@ -16,8 +18,52 @@ Routing = Literal["keep_top_k", "gumbel_top_k", "gumbel", "linear"]
 Variance = Literal["unbiased", "biased"]
 
 
-def keep_top_k(probabilities_BLE: jax.Array, k: int) -> jax.Array:
-    """Equations 6 and 7: zero all but the K largest of each row and renormalize them to sum 1.
+class Gates(struct.PyTreeNode):
+    """The experts that each row uses, with their weights; arrays of NumPy or JAX.
+
+    Attributes:
+        index: [..., K], numbers of experts; None where a row uses all of them, in order.
+        weight: [..., K].
+        experts: E, of the pool.
+    """
+
+    index: Any
+    weight: Any
+    experts: int = struct.field(pytree_node=False)
+
+    @classmethod
+    def of_all(cls, weight: Any) -> "Gates":
+        """Of weights [..., E] of all experts."""
+        return cls(None, weight, weight.shape[-1])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of `dense`: [..., E]."""
+        return (*self.weight.shape[:-1], self.experts)
+
+    @property
+    def active(self) -> int:
+        """K."""
+        return self.weight.shape[-1]
+
+    def by_layer(self) -> "Gates":
+        """[P, L, K] as [L, P, K], or back."""
+        return jax.tree.map(lambda x: x.swapaxes(0, 1), self)
+
+    def chosen(self, values: Any) -> Any:
+        """Of values [E, …] those of the experts that a single row uses, [K, …]."""
+        return values if self.index is None else values[self.index]
+
+    def dense(self) -> Any:
+        """The weights of all experts, [..., E]; zero where one is not used."""
+        if self.index is None:
+            return self.weight
+        chosen = self.index[..., None] == np.arange(self.experts, dtype=self.index.dtype)
+        return (chosen.astype(self.weight.dtype) * self.weight[..., None]).sum(axis=-2)
+
+
+def keep_top_k(probabilities_BLE: jax.Array, k: int) -> Gates:
+    """Equations 6 and 7: the K largest of each row, renormalized to sum 1.
 
     K = 1 keeps the probability as it is: renormalized, every gate would be 1 and the language-model loss could
     teach the router nothing. The K entries are chosen by index, so a tie keeps K entries and not more.
@@ -25,8 +71,7 @@ def keep_top_k(probabilities_BLE: jax.Array, k: int) -> jax.Array:
     weight, index = jax.lax.top_k(probabilities_BLE, k)
     if k > 1:
         weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
-    chosen = jax.nn.one_hot(index, probabilities_BLE.shape[-1], dtype=weight.dtype)
-    return jnp.sum(chosen * weight[..., None], axis=-2)
+    return Gates(index, weight, probabilities_BLE.shape[-1])
 
 
 def gumbel_softmax(logits_BLE: jax.Array, key: jax.Array | None, temperature: float) -> jax.Array:
@@ -51,17 +96,17 @@ def linear_gates(logits_BLE: jax.Array) -> jax.Array:
 
 def gates_of(
     logits_BLE: jax.Array, routing: Routing, top_k: int, temperature: float = 1.0, key: jax.Array | None = None
-) -> jax.Array:
-    """Gates of any routing from its logits, [B, L, E]; Gumbel noise where there is a key."""
+) -> Gates:
+    """Gates of any routing from its logits [B, L, E]; Gumbel noise where there is a key."""
     if routing == "linear":
-        return linear_gates(logits_BLE)
+        return Gates.of_all(linear_gates(logits_BLE))
     if routing == "keep_top_k":
         return keep_top_k(jax.nn.softmax(logits_BLE, axis=-1), top_k)
     soft_BLE = gumbel_softmax(logits_BLE, key, temperature)
-    return soft_BLE if routing == "gumbel" else keep_top_k(soft_BLE, top_k)
+    return Gates.of_all(soft_BLE) if routing == "gumbel" else keep_top_k(soft_BLE, top_k)
 
 
-def straight_through(logits_BLE: jax.Array, routing: Routing, top_k: int, temperature: float = 1.0) -> jax.Array:
+def straight_through(logits_BLE: jax.Array, routing: Routing, top_k: int, temperature: float = 1.0) -> Gates:
     """`gates_of` with a gradient for the experts that were not chosen, too.
 
     Renormalized gates of the K chosen experts say nothing about the others, which could then never come in. So all
@@ -71,7 +116,7 @@ def straight_through(logits_BLE: jax.Array, routing: Routing, top_k: int, temper
     if routing not in ("keep_top_k", "gumbel_top_k"):
         return gates_of(logits_BLE, routing, top_k, temperature)
     soft_BLE = gumbel_softmax(logits_BLE, None, temperature)
-    return soft_BLE + jax.lax.stop_gradient(keep_top_k(soft_BLE, top_k) - soft_BLE)
+    return Gates.of_all(soft_BLE + jax.lax.stop_gradient(keep_top_k(soft_BLE, top_k).dense() - soft_BLE))
 
 
 def cv_squared(gates_BLE: jax.Array) -> jax.Array:
@@ -198,8 +243,8 @@ class Router(nn.Module):
     dropout: float = 0.0
     variance: Variance = "unbiased"
 
-    def __call__(self, meta_BLC: jax.Array, train: bool = False) -> jax.Array:
-        """[B, L, C] -> gates [B, L, E] in fp32. With `train`, Gumbel routing needs the rng "gumbel", dropout "dropout".
+    def __call__(self, meta_BLC: jax.Array, train: bool = False) -> Gates:
+        """[B, L, C] -> gates [B, L, K] in fp32. With `train`, Gumbel routing needs the rng "gumbel", dropout "dropout".
 
         Raises:
             ConfigError: for attributes out of range.
@@ -254,7 +299,7 @@ class Router(nn.Module):
             read_BLX = unit_points(Standardize(name="center")(read_BLX))
         return read_BLX if self.train_reader else jax.lax.stop_gradient(read_BLX)
 
-    def gates(self, logits_BLE: jax.Array, train: bool = False) -> jax.Array:
-        """Logits [B, L, E] -> gates [B, L, E]."""
+    def gates(self, logits_BLE: jax.Array, train: bool = False) -> Gates:
+        """Logits [B, L, E] -> gates [B, L, K]."""
         key = self.make_rng("gumbel") if train and self.routing in ("gumbel", "gumbel_top_k") else None
         return gates_of(logits_BLE, self.routing, self.top_k, self.temperature, key)

@@ -71,6 +71,6 @@ def specialize(
         generated = _generate(generator, variables, frozen_cloud, packed)
     if rows == len(prompts):
         return generated
-    wanted, gates, logits = np.arange(len(prompts)), generated.gates_PLE, generated.logits_PLE
-    adapter = generated.adapter.take(wanted)
-    return Generated(adapter) if gates is None else Generated(adapter, gates[wanted], logits[wanted])
+    wanted = np.arange(len(prompts))
+    gates, logits_PLE = jax.tree.map(lambda x: x[wanted], (generated.gates, generated.logits_PLE))
+    return Generated(generated.adapter.take(wanted), gates, logits_PLE)

@@ -17,14 +17,14 @@ class Generated(struct.PyTreeNode):
 
     Attributes:
         adapter: `GatedPool`, or `PromptLoRA` for direct generation; `select(p)` is one prompt's.
-        gates_PLE: gates; None for direct generation, and for other methods.
+        gates: `Gates` [P, L, K]; None for direct generation, and for other methods.
         logits_PLE: what the router made the gates of, those of experts that were not chosen included; None without.
         soft_PND: embeddings of N soft tokens that the edge reads before each query, fp32; None without.
         losses: {name: scalar} of what was computed on the way and is trained too; None without.
     """
 
     adapter: Any
-    gates_PLE: Any = None
+    gates: Any = None
     logits_PLE: Any = None
     soft_PND: Any = None
     losses: Any = None

@@ -18,6 +18,7 @@ from lora_gen_jax.adapters.refined import RefinedPool
 from lora_gen_jax.decoder.attention import KVCache
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.model import Decoder
+from lora_gen_jax.generator.router import Gates
 from lora_gen_jax.inference.forward import logits_at
 from lora_gen_jax.inference.sampling import Sampling, sample
 
@@ -32,7 +33,7 @@ class Rows(struct.PyTreeNode):
 
     Attributes:
         cache: a ring; `used` is the clock modulo S.
-        gates_LBE: zero where a row follows the base model.
+        gates: [L, B, K], zero where a row follows the base model; None without a pool.
         newest_B: the last token drawn, not read yet.
         position_B: where it stands in its sequence; -1 for a free row.
         left_B: how many more may be drawn.
@@ -45,7 +46,7 @@ class Rows(struct.PyTreeNode):
     """
 
     cache: KVCache
-    gates_LBE: jax.Array
+    gates: Gates | None
     newest_B: jax.Array
     position_B: jax.Array
     left_B: jax.Array
@@ -75,7 +76,7 @@ class Joining(struct.PyTreeNode):
     tokens_RT: Any
     positions_RT: Any
     row_R: Any
-    gates_LRE: Any
+    gates: Any
     left_R: Any
     stop_RX: Any
     sampling: Sampling
@@ -84,14 +85,18 @@ class Joining(struct.PyTreeNode):
 
 
 def empty_rows(
-    config: DecoderConfig, shape: tuple[int, int, int], dtype: jax.typing.DTypeLike, factors: Any = None
+    config: DecoderConfig,
+    shape: tuple[int, int],
+    dtype: jax.typing.DTypeLike,
+    gates: Gates | None = None,
+    factors: Any = None,
 ) -> Rows:
-    """A batch of free rows; `shape` is (B, S, E), and `factors` are those of `Rows`, all zero."""
-    B, S, E = shape
+    """A batch of free rows; `shape` is (B, S), and `gates` and `factors` are those of `Rows`, all zero."""
+    B, S = shape
     zeros_B = jnp.zeros(B, jnp.int32)
     return Rows(
         cache=KVCache.empty(config, B, S, dtype),
-        gates_LBE=jnp.zeros((config.num_layers, B, E), float),
+        gates=gates,
         newest_B=zeros_B,
         position_B=zeros_B - 1,
         left_B=zeros_B,
@@ -103,10 +108,10 @@ def empty_rows(
     )
 
 
-def with_gates(pool: GatedPool | None, gates_LBE: jax.Array, factors: Any) -> GatedPool | RefinedPool | None:
-    if pool is None:
+def with_gates(pool: GatedPool | None, gates: Gates | None, factors: Any) -> GatedPool | RefinedPool | None:
+    if pool is None or gates is None:
         return None
-    gated = pool.with_gates(gates_LBE)
+    gated = pool.with_gates(gates)
     return gated if factors is None else RefinedPool.of(gated, factors)
 
 
@@ -118,7 +123,7 @@ def join(decoder: Decoder, params: Any, pool: Any, rows: Rows, joining: Joining)
     S = rows.cache.position_BS.shape[1]
     cache = KVCache.empty(decoder.config, R, T, decoder.dtype)
     hidden_RTD, cache = decoder.apply(
-        {"params": params}, j.tokens_RT, j.positions_RT, adapter=with_gates(pool, j.gates_LRE, j.factors), cache=cache
+        {"params": params}, j.tokens_RT, j.positions_RT, adapter=with_gates(pool, j.gates, j.factors), cache=cache
     )
     assert isinstance(cache, KVCache)
     length_R = jnp.max(j.positions_RT, axis=1) + 1
@@ -133,6 +138,9 @@ def join(decoder: Decoder, params: Any, pool: Any, rows: Rows, joining: Joining)
     def put(old: jax.Array, new: Any) -> jax.Array:
         return old.at[j.row_R].set(new, mode="drop")
 
+    def put_layers(old: jax.Array, new: Any) -> jax.Array:
+        return old.at[:, j.row_R].set(new, mode="drop")
+
     kept = rows.cache
     kept = kept.replace(
         k_LBSGH=kept.k_LBSGH.at[:, j.row_R[:, None], slot_RT].set(cache.k_LBSGH, mode="drop"),
@@ -142,7 +150,7 @@ def join(decoder: Decoder, params: Any, pool: Any, rows: Rows, joining: Joining)
     )
     state = Rows(
         cache=kept,
-        gates_LBE=rows.gates_LBE.at[:, j.row_R].set(j.gates_LRE, mode="drop"),
+        gates=jax.tree.map(put_layers, rows.gates, j.gates),
         newest_B=put(rows.newest_B, id_R),
         position_B=put(rows.position_B, jnp.where(finish_R == 0, length_R, -1)),
         left_B=put(rows.left_B, j.left_R - 1),
@@ -150,7 +158,7 @@ def join(decoder: Decoder, params: Any, pool: Any, rows: Rows, joining: Joining)
         stop_BX=put(rows.stop_BX, j.stop_RX),
         sampling=jax.tree.map(put, rows.sampling, j.sampling),
         key_B=put(rows.key_B, key_R),
-        factors=jax.tree.map(lambda old, new: old.at[:, j.row_R].set(new, mode="drop"), rows.factors, j.factors),
+        factors=jax.tree.map(put_layers, rows.factors, j.factors),
     )
     return state, Drawn(id_R[:, None], logprob_R[:, None], (finish_R != 1).astype(jnp.int32), finish_R)
 
@@ -161,7 +169,7 @@ def decode(decoder: Decoder, params: Any, pool: Any, rows: Rows, eager: jax.Arra
     B, S = rows.cache.position_BS.shape
     nothing_B = jnp.zeros(B, jnp.int32)
     drawn = Drawn(jnp.zeros((B, STEPS), jnp.int32), jnp.zeros((B, STEPS), float), nothing_B, nothing_B)
-    adapter = with_gates(pool, rows.gates_LBE, rows.factors)
+    adapter = with_gates(pool, rows.gates, rows.factors)
 
     def unfinished(carry: tuple[jax.Array, Rows, Drawn]) -> jax.Array:
         step, rows, drawn = carry

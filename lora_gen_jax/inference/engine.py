@@ -29,7 +29,6 @@ from lora_gen_jax.inference.work import (
     check_factors,
     check_gates,
     check_work,
-    expert_count,
 )
 from lora_gen_jax.placement import check_room, mesh_context, mesh_of, padded_rows
 from lora_gen_jax.sharding import spec
@@ -67,13 +66,14 @@ class Engine:
             )
         self.decoder, self.params, self.slots = forward_only(decoder), params, slots
         self.rows = padded_rows(rows, params) if mesh_of(params) else rows
-        self.pool = None if pool is None else _without_gates(pool)
-        self.experts, self.rank = expert_count(pool), 0 if pool is None else rank
-        shape = (self.rows, slots, self.experts)
+        # Of the pool's own gates one prompt's are kept: they say how many a layer has.
+        self.pool = None if pool is None else pool.take(np.array([0])).replace(dropout_rate=0.0)
+        self.rank, shape = 0 if pool is None else rank, (self.rows, slots)
         # Before anything is made of these numbers: they come from flags.
         kept = jax.eval_shape(lambda: empty_rows(decoder.config, shape, decoder.dtype))
         check_room(kept, params, f"{rows} rows of {slots} tokens")
-        self.state = self._placed(empty_rows(decoder.config, shape, decoder.dtype, self._factors(self.rows, [])))
+        gates, factors = self._gates(self.rows, []), self._factors(self.rows, [])
+        self.state = self._placed(empty_rows(decoder.config, shape, decoder.dtype, gates, factors))
         self.free = list(range(self.rows))[::-1]
 
     @property
@@ -195,24 +195,20 @@ class Engine:
 
     def _joining(self, works: Sequence[GenerationRequest], rows: Sequence[int], shape: tuple[int, int]) -> Joining:
         """Works as arrays of R rows and T tokens; without works, all of it is padding."""
-        layers, count = self.decoder.config.num_layers, len(works)
-        padded, length = padded_rows(shape[0], self.params), shape[1]
+        count, padded, length = len(works), padded_rows(shape[0], self.params), shape[1]
         tokens_RT, positions_RT = pad_rows([work.ids for work in works], length, padded)
 
         def column(values: Sequence[Any], fill: Any, dtype: Any) -> np.ndarray:
             return np.array([*values, *[fill] * (padded - count)], dtype)
 
-        gates_LRE = np.zeros((layers, padded, self.experts))
         stop_RX = np.full((padded, STOPS), -1, np.int32)
         for i, work in enumerate(works):
-            if work.gates_LE is not None:
-                gates_LRE[:, i] = work.gates_LE
             stop_RX[i, : len(work.stop_ids)] = work.stop_ids
         return Joining(
             tokens_RT=tokens_RT,
             positions_RT=positions_RT,
             row_R=column(rows, self.rows, np.int32),
-            gates_LRE=gates_LRE,
+            gates=self._gates(padded, works),
             left_R=column([work.max_new_tokens for work in works], 0, np.int32),
             stop_RX=stop_RX,
             sampling=Sampling(
@@ -223,6 +219,16 @@ class Engine:
             seed_R=column([work.seed for work in works], 0, np.uint32),
             factors=self._factors(padded, works),
         )
+
+    def _gates(self, rows: int, works: Sequence[GenerationRequest]) -> Any:
+        """`Gates` [L, rows, K] of works, zeros elsewhere; None without a pool."""
+        if self.pool is None:
+            return None
+        gates = jax.tree.map(lambda x: np.zeros((len(x), rows, x.shape[-1]), x.dtype), self.pool.gates)
+        for i, work in enumerate(works):
+            for into, own in zip(jax.tree.leaves(gates), jax.tree.leaves(work.gates), strict=work.gates is not None):
+                into[:, i, : own.shape[-1]] = own
+        return gates
 
     def _factors(self, rows: int, works: Sequence[GenerationRequest]) -> Any:
         """{site: {"a": [L, rows, inputs, X], "b": …}} of works, zeros elsewhere; None without a rank."""
@@ -246,12 +252,8 @@ class Engine:
         by_layer, by_row, all_of_it = (NamedSharding(mesh, spec(*axes)) for axes in ((None, "batch"), ("batch",), ()))
 
         def placed(path: Any, x: jax.Array) -> jax.Array:
-            layered = getattr(path[-1], "name", "").startswith(("k_L", "v_L", "gates_L")) or path[0].name == "factors"
+            layered = getattr(path[-1], "name", "").startswith(("k_L", "v_L")) or path[0].name in ("gates", "factors")
             sharding = by_layer if layered else by_row if x.ndim else all_of_it
             return jax.device_put(x, sharding, may_alias=False)
 
         return jax.tree_util.tree_map_with_path(placed, state)
-
-
-def _without_gates(pool: GatedPool) -> GatedPool:
-    return pool.replace(scanned={k: v for k, v in pool.scanned.items() if k != "gates"}, dropout_rate=0.0)

@@ -90,18 +90,19 @@ def _merged(
     """One specialization after another in the engine's weights; `note` is told each work's number and what it gave."""
     base, held = engine.params, None
     for group in groups:
-        gates_LE = group[0][1].gates_LE
-        if gates_LE is None:
+        gates = group[0][1].gates
+        if gates is None:
             engine.params = base
         else:
             assert pool is not None
             factors = jax.tree.map(lambda x: jnp.asarray(x)[:, None], group[0][1].factors)
-            adapter = with_gates(pool, jnp.asarray(gates_LE)[:, None], factors or None)
+            gates = jax.tree.map(lambda x: jnp.asarray(x)[:, None], gates)
+            adapter = with_gates(pool, gates, factors or None)
             assert adapter is not None
             engine.params = held = merge(base, adapter) if held is None else merge_over(held, base, adapter)
         numbers = [i for i, _ in group]
         # The rows have nothing beside the weights.
-        plain = [dataclasses.replace(work, gates_LE=None, factors={}) for _, work in group]
+        plain = [dataclasses.replace(work, gates=None, factors={}) for _, work in group]
         engine.run(plain, lambda place, generation, numbers=numbers: note(numbers[place], generation))
 
 
@@ -109,7 +110,7 @@ def by_specialization(works: Sequence[GenerationRequest]) -> list[list[int]]:
     """Indices of the works that share their gates and factors, the base model's first."""
     groups: dict[tuple[bytes, int], list[int]] = {}
     for i, work in enumerate(works):
-        gates = b"" if work.gates_LE is None else work.gates_LE.tobytes()
+        gates = b"".join(x.tobytes() for x in jax.tree.leaves(work.gates))
         groups.setdefault((gates, id(work.factors) if work.factors else 0), []).append(i)
     return [group for _, group in sorted(groups.items(), key=lambda item: (item[0][0], item[1]))]
 

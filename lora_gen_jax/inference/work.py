@@ -14,6 +14,7 @@ from lora_gen_jax.adapters.gated_pool import GatedPool
 from lora_gen_jax.buckets import check_tokens
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import DataError
+from lora_gen_jax.generator.router import Gates
 from lora_gen_jax.inference.continuous import STOPS
 from lora_gen_jax.inference.sampling import Sampling
 
@@ -27,7 +28,7 @@ class GenerationRequest:
     Attributes:
         ids: token ids of the prompt.
         max_new_tokens: at most this many new tokens.
-        gates_LE: float32 [L, E], of one specialization; None for the base model.
+        gates: float32 [L, K], of one specialization; None for the base model.
         factors: {site: {"a": [L, inputs, X], "b": [L, X, outputs]}} that stand beside the gates' update, where a
             specialization was refined by a LoRA; empty without.
         stop_ids: ids that end it, at most `STOPS`.
@@ -37,7 +38,7 @@ class GenerationRequest:
 
     ids: Sequence[int]
     max_new_tokens: int
-    gates_LE: np.ndarray | None = None
+    gates: Gates | None = None
     factors: Factors = dataclasses.field(default_factory=dict)
     stop_ids: Sequence[int] = ()
     temperature: float = 0.0
@@ -104,11 +105,18 @@ def expert_count(pool: GatedPool | None) -> int:
 
 
 def check_gates(work: GenerationRequest, decoder: Decoder, pool: GatedPool | None) -> None:
-    """Raises DataError for gates of another shape than the pool takes, [L, E]."""
+    """Raises DataError for gates of another shape than the pool takes, [L, E], or of more experts at a time."""
     shape = (decoder.config.num_layers, expert_count(pool))
-    if work.gates_LE is not None and work.gates_LE.shape != shape:
+    if work.gates is None:
+        return
+    if work.gates.shape != shape:
         raise DataError(
-            f"gates have the shape {work.gates_LE.shape}, the pool takes {shape} (layers, experts)", field="gates"
+            f"gates have the shape {work.gates.shape}, the pool takes {shape} (layers, experts)", field="gates"
+        )
+    assert pool is not None
+    if work.gates.active > pool.gates.active or (work.gates.index is None) != (pool.gates.index is None):
+        raise DataError(
+            f"a layer has {work.gates.active} gates, the pool's generator makes {pool.gates.active}", field="gates"
         )
 
 

@@ -20,6 +20,7 @@ from lora_gen_jax.adapters.gated_pool import GatedPool
 from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.config import Config, EvalConfig
 from lora_gen_jax.decoder.config import DecoderConfig
+from lora_gen_jax.generator.router import Gates
 from lora_gen_jax.generator.trained_module import Generated
 from lora_gen_jax.methods.lora_gen import reader
 from lora_gen_jax.methods.lorahub import shots_of
@@ -38,7 +39,8 @@ def no_update(edge: DecoderConfig) -> GatedPool:
     for site in edge.ffn_sites:
         inputs, outputs = edge.site_shape(site)
         pool[site] = {"a": jnp.zeros((1, inputs, 1)), "b": jnp.zeros((1, 1, outputs))}
-    return GatedPool({"gates": jnp.zeros((edge.num_layers, 1, 1))}, {"pool": pool}, scale=1.0, top_k=1)
+    gates = Gates.of_all(jnp.zeros((edge.num_layers, 1, 1)))
+    return GatedPool({"gates": gates}, {"pool": pool}, scale=1.0)
 
 
 def starting(key: str, config: Config, pair: Pair, loaded: "Loaded | None") -> Callable[[str], Generated]:

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lora_gen_jax.adapters.specialization import Specialization
 from lora_gen_jax.adapters.specialization_fit import Fit
 from lora_gen_jax.data.encode import Encoder
 from lora_gen_jax.data.prompt_sources import check_name
 from lora_gen_jax.errors import CheckpointError, DataError
+from lora_gen_jax.generator.router import Gates
 from lora_gen_jax.inference.work import Factors, factor_rank
 from lora_gen_jax.serving.errors import ApiError, invalid
 from lora_gen_jax.specializer import Specializer
@@ -31,7 +30,7 @@ class Entry:
 
     Attributes:
         name: what requests call it.
-        gates_LE: [L, E], fp32.
+        gates: [L, K], fp32.
         factors: beside the gates' update, where a LoRA has learned from examples; else empty.
         refined: how it learned from examples; None where it did not.
         prompt: that it was made of.
@@ -42,7 +41,7 @@ class Entry:
     """
 
     name: str
-    gates_LE: np.ndarray
+    gates: Gates
     active: int
     prompt_tokens: int
     created: int = field(default_factory=lambda: int(time.time()))
@@ -60,7 +59,7 @@ class Entry:
             "created": self.created,
             "prompt_tokens": self.prompt_tokens,
             "gates": self.active,
-            "layers": len(self.gates_LE),
+            "layers": len(self.gates.weight),
             "automatic": self.automatic,
             "refined": self.refined,
         }
@@ -71,7 +70,7 @@ class Entry:
 
         What is made of a conversation keeps its prompt to itself: another client's system message is in it.
         """
-        weights = [[round(float(gate), 6) for gate in layer] for layer in self.gates_LE]
+        weights = [[round(float(gate), 6) for gate in layer] for layer in self.gates.dense()]
         return self.body | {"gate_weights": weights, "prompt": None if self.automatic else self.prompt}
 
 
@@ -212,7 +211,7 @@ class Served:
             )
         self.fit.check(s)
         tokens = len(self.encoder.prompt(s.prompt))
-        gates_LE, factors = s.gates(self.fit.experts), s.factors
+        gates, factors = s.gates(self.fit.experts), s.factors
         if self.rank is not None and (rank := factor_rank(factors)) > self.rank:
             raise CheckpointError(
                 f"a LoRA of rank {rank} stands beside its gates, and this server has room for rank {self.rank}",
@@ -221,7 +220,7 @@ class Served:
             )
         return Entry(
             name,
-            gates_LE,
+            gates,
             s.active,
             tokens,
             automatic=automatic,

@@ -146,7 +146,7 @@ def make_works(
         GenerationRequest(
             ids=tuple(ids),
             max_new_tokens=length,
-            gates_LE=None if special is None else special.gates_LE,
+            gates=None if special is None else special.gates,
             factors={} if special is None else special.factors,
             stop_ids=service.stop_ids,
             temperature=asked.temperature,

@@ -143,12 +143,12 @@ def logits_of(gates_LE: np.ndarray, read_LE: np.ndarray | None, settings: Genera
 
 
 def _chunks(before: Sequence[Before], config: RefineConfig) -> list[list[int]]:
-    groups: dict[tuple[int, int], list[int]] = {}
+    groups: dict[tuple[int, int, int], list[int]] = {}
     for i, (specialization, _, pairs) in enumerate(before):
         rank = next((pair["a"].shape[-1] for pair in specialization.factors.values()), 0)
-        groups.setdefault((row_length([pairs]), rank), []).append(i)
+        groups.setdefault((row_length([pairs]), rank, specialization.active), []).append(i)
     chunks = []
-    for (length, _), group in sorted(groups.items()):
+    for (length, *_), group in sorted(groups.items()):
         cost = max(_rows(before[i].pairs, length, config) for i in group) * length
         size = power_of_two(max(1, TOKENS_AT_ONCE // cost) + 1) // 2
         chunks += [group[start : start + size] for start in range(0, len(group), size)]
@@ -160,8 +160,9 @@ def _rows(pairs: Sequence[ExampleIds], length: int, config: RefineConfig) -> int
 
 
 def _generated(pool: GatedPool, settings: GeneratorConfig, some: Sequence[Before]) -> Generated:
-    gates_PLE = np.stack([one.specialization.gates(settings.num_experts) for one in some])
-    adapter: Any = pool.replace(scanned={**pool.scanned, "gates": jnp.asarray(gates_PLE.transpose(1, 0, 2))})
+    each = [one.specialization.gates(settings.num_experts) for one in some]
+    gates = jax.tree.map(lambda *x: np.stack(x), *each)
+    adapter: Any = pool.with_gates(jax.tree.map(jnp.asarray, gates.by_layer()))
     if some[0].specialization.factors:
         factors = [one.specialization.factors for one in some]
         stacked = {
@@ -170,7 +171,7 @@ def _generated(pool: GatedPool, settings: GeneratorConfig, some: Sequence[Before
         }
         adapter = RefinedPool.of(adapter, stacked)
     logits = [one.logits_LE for one in some if one.logits_LE is not None]
-    return Generated(adapter, gates_PLE, np.stack(logits) if logits else None)
+    return Generated(adapter, gates, np.stack(logits) if logits else None)
 
 
 def _specialization(
@@ -184,14 +185,15 @@ def _specialization(
             for site, pair in refined.factors.items()
             for x, value in pair.items()
         }
-    if not all(np.isfinite(x).all() for x in (refined.gates_PLE[row], *learned.values())):
+    gates = jax.tree.map(lambda x: x[row], refined.gates)
+    if not all(np.isfinite(x).all() for x in (gates.weight, *learned.values())):
         raise ConfigError(
             f"refining diverged within {steps} steps",
             field="refine.learning_rate",
             remedy=f"lower the learning rate, which is {config.rate:g}",
         )
     if steps > 0 and config.kind == "gates":
-        tensors = {**tensors, **gate_tensors(refined.gates_PLE[row], settings)}
+        tensors = {**tensors, **gate_tensors(gates, settings)}
     elif steps > 0:
         tensors = {**tensors, **learned}
     record = {

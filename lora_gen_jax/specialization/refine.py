@@ -21,7 +21,7 @@ from lora_gen_jax.adapters.refined import RefinedPool
 from lora_gen_jax.config import GeneratorConfig
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import ConfigError, DataError
-from lora_gen_jax.generator.router import Routing, gates_of, straight_through
+from lora_gen_jax.generator.router import Gates, Routing, gates_of, straight_through
 from lora_gen_jax.generator.trained_module import Generated
 from lora_gen_jax.placement import mesh_context, padded_rows, place_rows
 from lora_gen_jax.specialization.rows import ExampleIds, ExampleRows, check_examples, pack_examples
@@ -83,7 +83,7 @@ class Refined(struct.PyTreeNode):
 
     Attributes:
         adapter: with what was learned, for `merge`, `generate` and `score` after `select(p)`.
-        gates_PLE: its gates; those it began with, where factors were learned.
+        gates: [P, L, K], its own; those it began with, where factors were learned.
         factors: {site: {"a": [L, P, inputs, X], "b": [L, P, X, outputs]}}; None where gates were learned and there
             were none before.
         steps_P: steps that count.
@@ -92,7 +92,7 @@ class Refined(struct.PyTreeNode):
     """
 
     adapter: Any
-    gates_PLE: np.ndarray
+    gates: Gates
     factors: Any
     steps_P: np.ndarray
     before_P: np.ndarray
@@ -167,7 +167,7 @@ def _start_factors(adapter: Any, rank: int) -> dict[str, dict[str, jax.Array]]:
     if isinstance(adapter, RefinedPool):
         there = adapter.scanned["factors"]
         return {site: {"a": pair["a"] / FACTOR_SCALE, "b": pair["b"]} for site, pair in there.items()}
-    L, P = adapter.scanned["gates"].shape[:2]
+    L, P, _ = adapter.gates.shape
     factors = {}
     for number, (site, pair) in enumerate(sorted(adapter.pool.items())):
         inputs, outputs = pair["a"].shape[-2], pair["b"].shape[-1]
@@ -260,8 +260,7 @@ def _learning(adapter: Any, value: Any, form: Form) -> Any:
     """`with_values` while it learns: the same outputs, and gradients for the experts that are not chosen, too."""
     if form.kind == "lora":
         return with_values(adapter, value, form)
-    gates_LVE = straight_through(value["gates"], form.routing, form.top_k, form.temperature)
-    return adapter.with_gates(gates_LVE, top_k=gates_LVE.shape[-1])
+    return adapter.with_gates(straight_through(value["gates"], form.routing, form.top_k, form.temperature))
 
 
 def with_values(adapter: Any, value: Any, form: Form) -> Any:
@@ -313,7 +312,7 @@ def _refined(adapter: Any, form: Form, state: State, count: int) -> Refined:
     pool = refined.generated if isinstance(refined, RefinedPool) else refined
     return Refined(
         adapter=refined,
-        gates_PLE=np.asarray(pool.scanned["gates"]).transpose(1, 0, 2),
+        gates=jax.tree.map(np.asarray, pool.gates.by_layer()),
         factors=refined.scanned["factors"] if isinstance(refined, RefinedPool) else None,
         steps_P=np.asarray(state.chosen_P)[:count],
         before_P=np.asarray(state.before_P)[:count],

@@ -43,8 +43,7 @@ def refined(
     logits_PLE, pool = generated.logits_PLE, jax.lax.stop_gradient(generated.adapter)
 
     def loss(values_PLE: jax.Array) -> jax.Array:
-        gates_LPE = straight_through(values_PLE, *routing).transpose(1, 0, 2)
-        return shot_loss(pool.with_gates(gates_LPE, top_k=gates_LPE.shape[-1]))
+        return shot_loss(pool.with_gates(straight_through(values_PLE, *routing).by_layer()))
 
     def steps(values_PLE: jax.Array) -> jax.Array:
         for _ in range(train.inner_steps):
@@ -57,9 +56,10 @@ def refined(
     end_PLE = jax.lax.stop_gradient(jax.lax.cond(active, steps, lambda values_PLE: values_PLE, start_PLE))
     logits_PLE = jnp.where(swapped_P11, start_PLE, logits_PLE) + (end_PLE - start_PLE)
     # Gates that were read may have Gumbel noise, of which logits know nothing.
-    gates_PLE = jnp.where(active, gates_of(logits_PLE, *routing), generated.gates_PLE)
-    adapter = generated.adapter.with_gates(gates_PLE.transpose(1, 0, 2))
-    return generated.replace(adapter=adapter, gates_PLE=gates_PLE, logits_PLE=logits_PLE)
+    moved = gates_of(logits_PLE, *routing)
+    gates = jax.tree.map(lambda new, read: jnp.where(active, new, read), moved, generated.gates)
+    adapter = generated.adapter.with_gates(gates.by_layer())
+    return generated.replace(adapter=adapter, gates=gates, logits_PLE=logits_PLE)
 
 
 def softened_sign(gradient_PLE: jax.Array) -> jax.Array:

@@ -24,6 +24,7 @@ from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.prompt_sources import read_examples, read_prompts
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.pretrained import fingerprint, leaves, load_config, load_params, load_tokenizer
+from lora_gen_jax.generator.router import gates_of
 from lora_gen_jax.models import end_ids, load_model
 from lora_gen_jax.training import checkpoint, portable
 from lora_gen_jax.training.checkpoint import Loaded, check_models, load_checkpoint, metadata_of
@@ -72,10 +73,8 @@ def write_specialization(directory: Path) -> None:
     loaded, edge = shipped()
     settings, rng = loaded.config.generator, np.random.default_rng(0)
     logits_LE = rng.standard_normal((edge.num_layers, settings.num_experts))
-    gates_LE = np.exp(logits_LE) / np.exp(logits_LE).sum(axis=1, keepdims=True)
-    tensors = special.gate_tensors(gates_LE, settings)
-    if "index" in tensors:
-        tensors["weight"] /= tensors["weight"].sum(axis=1, keepdims=True)
+    gates = gates_of(logits_LE, settings.routing, settings.top_k, settings.temperature)
+    tensors = special.gate_tensors(jax.tree.map(np.asarray, gates), settings)
     for site, (inputs, outputs) in edge.ffn_shapes.items():
         for x, shape in (("a", (inputs, 2)), ("b", (2, outputs))):
             tensors[f"{site}.{x}"] = rng.standard_normal((edge.num_layers, *shape)).astype(np.float32)
@@ -92,7 +91,7 @@ def read_specialization(directory: Path) -> str:
     loaded, edge = shipped()
     found = special.load_specialization(directory / "s")
     Fit.of(loaded.variables, loaded.config.generator, edge.num_layers).check(found)
-    gates_LE = found.gates(loaded.config.generator.num_experts)
+    gates_LE = found.gates(loaded.config.generator.num_experts).dense()
     return json.dumps([digest_of(gates_LE), digests(found.factors), found.prompt, found.fingerprints])
 
 

@@ -19,6 +19,7 @@ from lora_gen_jax.decoder.layers import Linear
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.decoder.product import product
 from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.generator.router import Gates, keep_top_k
 from lora_gen_jax.models import init_params
 from lora_gen_jax.sharding import make_mesh, param_shardings
 
@@ -39,13 +40,11 @@ def gated_pool(config, pool="shared", mix="products", top_k=2, gumbel=False, see
     rng, layers = np.random.default_rng(seed), config.num_layers
     lead = (layers, E) if pool == "per_layer" else (E,)
     experts = {site: _pair(rng, lead, *config.site_shape(site)) for site in config.ffn_sites}
-    gates = rng.random((layers, P, E)) + 0.05
-    if not gumbel:
-        gates = np.where(gates >= np.sort(gates)[..., -top_k, None], gates, 0.0)
-    gates = jnp.asarray(gates / gates.sum(-1, keepdims=True))
+    weights = jnp.asarray(rng.random((layers, P, E)) + 0.05)
+    gates = Gates.of_all(weights / weights.sum(-1, keepdims=True)) if gumbel else keep_top_k(weights, top_k)
     scanned = {"gates": gates, "pool": experts} if pool == "per_layer" else {"gates": gates}
     shared = None if pool == "per_layer" else {"pool": experts}
-    return GatedPool(scanned, shared, scale=1.5, top_k=E if gumbel else top_k, mix=mix, dropout_rate=0.3)
+    return GatedPool(scanned, shared, scale=1.5, mix=mix, dropout_rate=0.3)
 
 
 def prompt_lora(config, seed=0):
@@ -99,7 +98,7 @@ def plain_delta(adapter, site, layer, prompt):
     a, b = (np.asarray(pool[site][k], np.float64) for k in ("a", "b"))
     if adapter.shared is None:
         a, b = a[layer], b[layer]
-    gates = np.asarray(scanned["gates"], np.float64)[layer, prompt]
+    gates = np.asarray(scanned["gates"].dense(), np.float64)[layer, prompt]
     if adapter.mix == "factors":
         return scale * np.tensordot(gates, a, axes=1) @ np.tensordot(gates, b, axes=1)
     return scale * sum(g * (x @ y) for g, x, y in zip(gates, a, b, strict=True))
@@ -148,7 +147,7 @@ def test_mixed_factors_add_the_cross_terms_of_the_experts():
     adapter, x_BTD = gated_pool(EDGE).select(0), noise_like(np.zeros((1, 5, EDGE.width)), 1)
     layer = adapter.replace(scanned=jax.tree.map(lambda x: x[0], adapter.scanned))
     mixed = layer.replace(mix="factors")
-    gates, (a, b) = np.asarray(layer.scanned["gates"][0]), (np.asarray(adapter.pool["up"][k]) for k in ("a", "b"))
+    gates, (a, b) = np.asarray(layer.gates.dense()[0]), (np.asarray(adapter.pool["up"][k]) for k in ("a", "b"))
     pairs = np.outer(gates, gates) - np.diag(gates)
     cross = adapter.scale * sum(pairs[i, j] * a[i] @ b[j] for i in range(E) for j in range(E))
     assert np.max(np.abs(cross)) > 0.05
@@ -342,7 +341,7 @@ def test_all_experts_side_by_side_and_the_chosen_ones_say_the_same(monkeypatch):
     x_BTD = noise_like(np.zeros((8, 3, EDGE.width)), 5)
     for mix in ("products", "factors"):
         adapter = gated_pool(EDGE, mix=mix)
-        one = adapter.replace(scanned={"gates": adapter.scanned["gates"][0][rows]})
+        one = adapter.with_gates(jax.tree.map(lambda x: x[0][rows], adapter.gates))
         said = {}
         for few in (0, 4):
             monkeypatch.setattr(gated_pool_module, "FEW_TOKENS", few)
@@ -398,9 +397,8 @@ def test_an_adapter_of_another_width_or_of_other_layers_is_refused():
 @pytest.mark.parametrize("experts", [E - 1, 2 * E])
 def test_gates_of_another_number_of_experts_are_refused(experts):
     adapter = gated_pool(EDGE).select(0)
-    gates = jnp.resize(adapter.scanned["gates"], (EDGE.num_layers, 1, experts))
     with raises(ConfigError, "gates", experts, E):
-        merge(random_params(EDGE), adapter.replace(scanned={"gates": gates}))
+        merge(random_params(EDGE), adapter.with_gates(adapter.gates.replace(experts=experts)))
 
 
 def test_what_are_no_parameters_of_a_decoder_is_refused():

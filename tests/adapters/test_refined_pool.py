@@ -13,7 +13,7 @@ from lora_gen_jax.adapters.refined import RefinedPool
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.generator.lora_gen import ExpertPool, gated_adapter
-from lora_gen_jax.generator.router import keep_top_k
+from lora_gen_jax.generator.router import Gates, keep_top_k
 
 
 def refined(config, prompts=2, rank=5, **changes):
@@ -25,9 +25,9 @@ def refined(config, prompts=2, rank=5, **changes):
     rng = np.random.default_rng(1)
     gates_PLE = rng.dirichlet(np.ones(4), (prompts, config.num_layers)).astype(np.float32)
     if settings.routing == "keep_top_k":
-        gates_PLE = np.asarray(keep_top_k(gates_PLE, settings.top_k))
+        gates = keep_top_k(gates_PLE, settings.top_k)
     if settings.routing == "linear":
-        gates_PLE = rng.standard_normal(gates_PLE.shape, np.float32) * np.float32(0.5)
+        gates = Gates.of_all(jnp.asarray(rng.standard_normal(gates_PLE.shape, np.float32) * np.float32(0.5)))
     factors = {
         site: {
             "a": rng.standard_normal((config.num_layers, prompts, inputs, rank), np.float32) * np.float32(inputs**-0.5),
@@ -35,7 +35,7 @@ def refined(config, prompts=2, rank=5, **changes):
         }
         for site, (inputs, outputs) in config.ffn_shapes.items()
     }
-    generated = gated_adapter(jnp.asarray(gates_PLE), pool, settings)
+    generated = gated_adapter(gates, pool, settings)
     return RefinedPool.of(generated, jax.tree.map(jnp.asarray, factors))
 
 

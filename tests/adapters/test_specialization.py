@@ -27,6 +27,7 @@ from lora_gen_jax.adapters.specialization_check import LARGEST
 from lora_gen_jax.adapters.specialization_fit import adapter_of, pool_fingerprint
 from lora_gen_jax.errors import CheckpointError, OutputError
 from lora_gen_jax.generator.lora_gen import LoRAGen
+from lora_gen_jax.generator.router import Gates, keep_top_k
 from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.generator.trained_module import Generated
 from lora_gen_jax.untrusted import file_digest
@@ -71,7 +72,7 @@ def dense(layers=30, experts=64):
     """Signed gates of all experts, as linear routing has them."""
     gates_LE = np.random.default_rng(1).standard_normal((layers, experts)).astype(np.float32)
     gates_LE[2] = 0
-    tensors = gate_tensors(gates_LE, dataclasses.replace(SETTINGS, routing="linear", num_experts=experts))
+    tensors = gate_tensors(Gates.of_all(gates_LE), dataclasses.replace(SETTINGS, routing="linear", num_experts=experts))
     return gates_LE, Specialization(tensors, FINGERPRINTS, "Answer.", None, VERSIONS)
 
 
@@ -95,14 +96,15 @@ def test_signed_gates_come_back_to_half_a_step_of_eight_bits(tmp_path):
     loaded = load_specialization(tmp_path / "s")
     assert (loaded.dense, loaded.direct, loaded.active) == (True, False, 64)
     assert (tmp_path / "s" / TENSORS).stat().st_size < 30 * 64 + 1024
-    found = loaded.gates(64)
+    found = loaded.gates(64).dense()
     # 127 steps from 0 to a layer's largest gate, either way; the product itself is rounded once more.
     half = np.abs(gates_LE).max(axis=1, keepdims=True) / 254
     assert np.all(np.abs(found - gates_LE) <= half * (1 + 1e-5))
     assert np.any(found < 0)
     np.testing.assert_array_equal(found[2], 0)
     np.testing.assert_array_equal(
-        gate_tensors(found, dataclasses.replace(SETTINGS, routing="linear"))["weight"], saved.tensors["weight"]
+        gate_tensors(Gates.of_all(found), dataclasses.replace(SETTINGS, routing="linear"))["weight"],
+        saved.tensors["weight"],
     )
     first = json.loads((tmp_path / "s" / "specialization.json").read_text())["gates"][0]
     largest = np.argsort(-np.abs(found[0]), kind="stable")[:8]
@@ -425,7 +427,7 @@ def test_an_oversized_file_is_refused_before_it_is_read(tmp_path, name):
 
 def test_gates_are_zero_where_no_expert_was_chosen():
     one = synthetic(layers=2, experts=4)
-    gates_LE = one.gates(4)
+    gates_LE = one.gates(4).dense()
     assert (gates_LE.shape, gates_LE.dtype) == ((2, 4), np.float32)
     assert np.count_nonzero(gates_LE) == 4
     for layer in range(2):
@@ -506,7 +508,7 @@ def test_layers_that_the_generator_does_not_know_can_be_given(made):
     fingerprints = {**FINGERPRINTS, "pool": pool_fingerprint(variables)}
     tensors = {name: value[:2] for name, value in sparse_tensors(generated, settings).items()}
     one = Specialization(tensors, fingerprints, "x", None, VERSIONS)
-    assert adapter_of(one, variables, shared, layers=2).scanned["gates"].shape == (2, 1, 4)
+    assert adapter_of(one, variables, shared, layers=2).gates.shape == (2, 1, 4)
     with raises(CheckpointError, "layers", 2, 3):
         adapter_of(one, variables, shared, layers=3)
 
@@ -525,12 +527,12 @@ def test_many_are_written_together_or_not_at_all(tmp_path):
 
 def test_one_of_several_prompts_is_stored_as_if_it_were_alone():
     rng = np.random.default_rng(0)
-    gates_PLE = rng.dirichlet(np.ones(4), (3, 2)).astype(np.float32)
+    gates = keep_top_k(jnp.asarray(rng.dirichlet(np.ones(4), (3, 2)), np.float32), SETTINGS.top_k)
     factors = {"up": {"a": rng.random((2, 3, 5, 1), np.float32), "b": rng.random((2, 3, 1, 6), np.float32)}}
     alone = jax.tree.map(lambda x: x[:, 2:], factors)
     direct = dataclasses.replace(SETTINGS, generator="direct")
     for settings, together, single in (
-        (SETTINGS, Generated(None, gates_PLE), Generated(None, gates_PLE[2:])),
+        (SETTINGS, Generated(None, gates), Generated(None, jax.tree.map(lambda x: x[2:], gates))),
         (direct, Generated(PromptLoRA(factors, scale=1.0)), Generated(PromptLoRA(alone, scale=1.0))),
     ):
         found, expected = sparse_tensors(together, settings, 2), sparse_tensors(single, settings)

@@ -162,13 +162,13 @@ def test_specializing_several_prompts_at_once_gives_each_its_own_adapter(name, f
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **SAME), one, other)
     if name == "direct":
         assert isinstance(together.adapter, PromptLoRA)
-        assert together.gates_PLE is None
+        assert together.gates is None
         assert together.adapter.scanned["up"]["a"].shape == (L, 3, EDGE.width, SETTINGS.rank)
     else:
         assert isinstance(together.adapter, GatedPool)
-        assert together.gates_PLE.shape == (3, L, SETTINGS.num_experts)
-        gates = np.asarray(together.gates_PLE)
-        np.testing.assert_array_equal(together.adapter.scanned["gates"], gates.transpose(1, 0, 2))
+        assert together.gates.shape == (3, L, SETTINGS.num_experts)
+        gates = np.asarray(together.gates.dense())
+        np.testing.assert_array_equal(together.adapter.gates.dense(), gates.transpose(1, 0, 2))
         assert np.all(np.count_nonzero(gates, axis=-1) == (4 if name == "gumbel" else 2))
 
 
@@ -179,7 +179,7 @@ def test_specializing_has_no_dropout_and_is_deterministic(frozen, generators):
     first, second = (specialize(dropping, variables, frozen, prompts) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
     calm = specialize(generator, variables, frozen, prompts)
-    np.testing.assert_allclose(first.gates_PLE, calm.gates_PLE, **SAME)
+    np.testing.assert_allclose(first.gates.weight, calm.gates.weight, **SAME)
 
 
 def test_prompts_of_one_length_bucket_compile_once(frozen, generators):
@@ -199,7 +199,7 @@ def test_a_prompt_beyond_the_limit_or_the_models_positions_is_refused(frozen, ge
     with raises(DataError, "prompts.0", "prompt 0", 5, 4):
         specialize(generator, variables, frozen, long[:1], limit=4)
     # The longest that fits is read.
-    assert specialize(generator, variables, frozen, [long[1][:61]]).gates_PLE.shape == (1, L, 4)
+    assert specialize(generator, variables, frozen, [long[1][:61]]).gates.shape == (1, L, 4)
 
 
 @pytest.mark.parametrize("prompts", [[[]], [[4, 5], []]])

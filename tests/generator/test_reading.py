@@ -100,7 +100,7 @@ def test_what_is_not_trained_gets_no_gradient(frozen, train_reader):
 
     def total(params):
         generated, _ = module.apply({**variables, "params": params}, frozen, prompts, True, mutable=["batch_stats"])
-        return jnp.sum(generated.gates_PLE**3)
+        return jnp.sum(generated.gates.weight**3)
 
     gradients = jax.grad(total)(variables["params"])
     assert not np.any(gradients["cloud"]["meta_embedding"])
@@ -133,8 +133,8 @@ def test_linear_routing_with_heads_and_standardized_input_in_numpy(read_layers):
         logits = point[:, layer % read_layers] @ params["heads"][layer]
         z = (logits - logits.mean(axis=0)) / np.sqrt(logits.var(axis=0) + 1e-5)
         expected = (z * scale[layer] + bias[layer]) / np.sqrt(E)
-        np.testing.assert_allclose(gates[:, layer], expected, atol=1e-4)
-    assert np.any(np.asarray(gates) < 0)
+        np.testing.assert_allclose(gates.weight[:, layer], expected, atol=1e-4)
+    assert np.any(np.asarray(gates.weight) < 0)
     assert 0.2 < np.std(bias) < 1.0  # signed gates start with a part that all prompts share
 
 

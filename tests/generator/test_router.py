@@ -34,6 +34,12 @@ def _variables(router, meta, seed=0):
     return {**variables, "params": {**variables["params"], "norm": norm}}
 
 
+def applied(router, *args, **options):
+    """As `router.apply`, the gates of all experts."""
+    found = router.apply(*args, **options)
+    return (found[0].dense(), found[1]) if "mutable" in options else found.dense()
+
+
 def _plain_top_k(probabilities, k):
     """Equations 6 and 7 for one row: the first of equals wins."""
     kept = sorted(range(len(probabilities)), key=lambda e: (-probabilities[e], e))[:k]
@@ -71,7 +77,7 @@ def _plain_gates(params, meta, k, mean=None, var=None):
 def test_training_gates_are_the_equations_with_the_batchs_statistics(k):
     router, meta = Router(num_experts=E, top_k=k, width=H), _meta()
     variables = _variables(router, meta)
-    gates, _ = router.apply(variables, meta, True, mutable=["batch_stats"])
+    gates, _ = applied(router, variables, meta, True, mutable=["batch_stats"])
     expected, _ = _plain_gates(variables["params"], meta, k)
     np.testing.assert_allclose(gates, expected, **SAME)
 
@@ -82,14 +88,14 @@ def test_inference_gates_are_the_equations_with_debiased_running_statistics():
     mean, var, weight = np.zeros(E), np.zeros(E), 0.0
     for step in range(4):
         meta = _meta(step) * (1 + step)
-        _, updates = router.apply(variables, meta, True, mutable=["batch_stats"])
+        _, updates = applied(router, variables, meta, True, mutable=["batch_stats"])
         variables = {**variables, **updates}
         _, (batch_mean, batch_var) = _plain_gates(variables["params"], meta, k)
         mean, var = 0.9 * mean + 0.1 * np.array(batch_mean), 0.9 * var + 0.1 * np.array(batch_var)
         weight = 0.9 * weight + 0.1
     meta = _meta(9, (1, L, C))
     expected, _ = _plain_gates(variables["params"], meta, k, mean / weight, var / weight)
-    np.testing.assert_allclose(router.apply(variables, meta), expected, **SAME)
+    np.testing.assert_allclose(applied(router, variables, meta), expected, **SAME)
 
 
 def test_one_training_step_makes_inference_on_the_same_batch_the_same():
@@ -97,15 +103,15 @@ def test_one_training_step_makes_inference_on_the_same_batch_the_same():
     variance, not the estimate of what others of its kind have."""
     router, meta = Router(num_experts=E, top_k=2, width=H, variance="biased"), 50 * _meta()
     variables = _variables(router, meta)
-    gates, updates = router.apply(variables, meta, True, mutable=["batch_stats"])
-    np.testing.assert_allclose(router.apply({**variables, **updates}, meta), gates, **SAME)
+    gates, updates = applied(router, variables, meta, True, mutable=["batch_stats"])
+    np.testing.assert_allclose(applied(router, {**variables, **updates}, meta), gates, **SAME)
 
 
 def test_inference_before_any_training_step_is_finite_and_uses_mean_0_and_variance_1():
     router, meta = Router(num_experts=E, top_k=2, width=H), _meta()
     variables = _variables(router, meta)
     expected, _ = _plain_gates(variables["params"], meta, 2, np.zeros(E), np.ones(E))
-    np.testing.assert_allclose(router.apply(variables, meta), expected, **SAME)
+    np.testing.assert_allclose(applied(router, variables, meta), expected, **SAME)
 
 
 def test_initialization_counts_as_no_batch():
@@ -116,10 +122,10 @@ def test_initialization_counts_as_no_batch():
 def test_a_row_of_a_single_prompt_does_not_depend_on_its_neighbours_at_inference():
     router, meta = Router(num_experts=E, top_k=2, width=H), _meta()
     variables = _variables(router, meta)
-    _, updates = router.apply(variables, meta, True, mutable=["batch_stats"])
+    _, updates = applied(router, variables, meta, True, mutable=["batch_stats"])
     variables = {**variables, **updates}
-    together = router.apply(variables, meta)
-    alone = jnp.concatenate([router.apply(variables, meta[b : b + 1]) for b in range(B)])
+    together = applied(router, variables, meta)
+    alone = jnp.concatenate([applied(router, variables, meta[b : b + 1]) for b in range(B)])
     np.testing.assert_allclose(together, alone, **SAME)
 
 
@@ -129,14 +135,14 @@ def test_statistics_by_layer_are_those_of_a_router_that_sees_that_layer_alone():
     variables = _variables(router, meta)
     norm = variables["params"]["norm"]
     assert norm["scale"].shape == (L * E,)
-    gates, updates = router.apply(variables, meta, True, mutable=["batch_stats"])
+    gates, updates = applied(router, variables, meta, True, mutable=["batch_stats"])
     trained = {**variables, **updates}
     for layer in range(L):
         own = {name: values.reshape(L, E)[layer] for name, values in norm.items()}
         expected, _ = _plain_gates({**variables["params"], "norm": own}, meta[:, layer : layer + 1], 2)
         np.testing.assert_allclose(gates[:, layer : layer + 1], expected, **SAME)
-    np.testing.assert_allclose(router.apply(trained, meta), gates, **SAME)
-    np.testing.assert_allclose(router.apply(trained, meta[:1]), gates[:1], **SAME)
+    np.testing.assert_allclose(applied(router, trained, meta), gates, **SAME)
+    np.testing.assert_allclose(applied(router, trained, meta[:1]), gates[:1], **SAME)
 
 
 def test_router_without_batch_norm_takes_the_softmax_of_the_logits():
@@ -147,7 +153,7 @@ def test_router_without_batch_norm_takes_the_softmax_of_the_logits():
     params = {**variables["params"], "norm": {"scale": np.ones(E), "bias": np.zeros(E)}}
     # Variance 1 - 1e-5 makes the reference's normalization the identity.
     expected, _ = _plain_gates(params, meta, E, np.zeros(E), np.full(E, 1 - 1e-5))
-    np.testing.assert_allclose(router.apply(variables, meta), expected, **SAME)
+    np.testing.assert_allclose(applied(router, variables, meta), expected, **SAME)
 
 
 def test_batch_statistics_are_those_of_torch_and_flax():
@@ -231,7 +237,7 @@ def test_a_large_mean_does_not_swallow_a_small_variance():
 @settings(max_examples=60, deadline=None)
 def test_every_row_keeps_exactly_k_gates_that_sum_to_one(logits, k):
     probabilities = jax.nn.softmax(jnp.asarray(logits), axis=-1)
-    gates = np.asarray(keep_top_k(probabilities, k))
+    gates = np.asarray(keep_top_k(probabilities, k).dense())
     p = np.asarray(probabilities)
     # A probability of e^-40 is still a positive fp32 number, so the K kept ones are the K non-zero ones.
     assert np.all(np.sum(gates > 0, axis=-1) == k)
@@ -246,7 +252,7 @@ def test_every_row_keeps_exactly_k_gates_that_sum_to_one(logits, k):
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_a_tie_keeps_exactly_k(k):
-    gates = np.asarray(keep_top_k(jnp.full((1, 1, 4), 0.25), k))
+    gates = np.asarray(keep_top_k(jnp.full((1, 1, 4), 0.25), k).dense())
     assert np.count_nonzero(gates) == k
     np.testing.assert_allclose(gates[gates > 0], 0.25 if k == 1 else 1 / k)
 
@@ -256,9 +262,9 @@ def test_one_kept_expert_keeps_its_probability_and_teaches_the_router():
     variables = _variables(router, meta)
 
     def total(params):
-        return jnp.sum(router.apply({**variables, "params": params}, meta))
+        return jnp.sum(applied(router, {**variables, "params": params}, meta))
 
-    assert np.all(np.asarray(router.apply(variables, meta)).max(-1) < 1)
+    assert np.all(np.asarray(applied(router, variables, meta)).max(-1) < 1)
     gradient = jax.grad(total)(variables["params"])
     assert all(np.max(np.abs(g)) > 1e-4 for g in jax.tree.leaves(gradient))
 
@@ -309,13 +315,13 @@ def test_gumbel_gates_mix_all_experts_and_draw_noise_in_training_alone():
     variables = router.init(keys, meta, True)
 
     def train(seed):
-        return router.apply(variables, meta, True, rngs={"gumbel": jax.random.key(seed)}, mutable=["batch_stats"])[0]
+        return applied(router, variables, meta, True, rngs={"gumbel": jax.random.key(seed)}, mutable=["batch_stats"])[0]
 
-    calm, noisy = router.apply(variables, meta), train(1)
+    calm, noisy = applied(router, variables, meta), train(1)
     for gates in (calm, noisy):
         np.testing.assert_allclose(np.sum(gates, axis=-1), 1, **SAME)
         assert np.all(np.asarray(gates) > 0)
-    np.testing.assert_array_equal(router.apply(variables, meta), calm)
+    np.testing.assert_array_equal(applied(router, variables, meta), calm)
     np.testing.assert_array_equal(train(1), noisy)
     assert np.max(np.abs(train(2) - noisy)) > 0.01
 
@@ -329,7 +335,7 @@ def test_gumbel_top_k_is_the_soft_gates_of_the_same_noise_with_the_k_largest_kep
 
     def gates(router, train, seed=1):
         rngs, mutable = {"gumbel": jax.random.key(seed)}, ["batch_stats"]
-        return np.asarray(router.apply(variables, meta, train, rngs=rngs, mutable=mutable)[0])
+        return np.asarray(applied(router, variables, meta, train, rngs=rngs, mutable=mutable)[0])
 
     for train in (True, False):
         expected = np.array([[_plain_top_k(list(row), k) for row in prompt] for prompt in gates(soft, train)])
@@ -344,7 +350,7 @@ def test_gumbel_top_k_draws_experts_without_replacement():
     """The two of the largest noised logits are i and j with probability pi·pj/(1 - pi) + pj·pi/(1 - pj)."""
     logits, count = np.array([0.0, 1.0, -1.0], np.float32), 20_000
     soft = gumbel_softmax(jnp.asarray(np.broadcast_to(logits, (1, count, 3))), jax.random.key(0), 0.5)
-    gates = np.asarray(keep_top_k(soft, 2))[0]
+    gates = np.asarray(keep_top_k(soft, 2).dense())[0]
     p = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum()
     for left_out in range(3):
         i, j = (e for e in range(3) if e != left_out)

@@ -12,6 +12,7 @@ import numpy as np
 from lora_gen_jax.adapters.gated_pool import GatedPool
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.model import Decoder
+from lora_gen_jax.generator.router import Gates
 
 LLAMA = DecoderConfig(
     family="llama",
@@ -103,6 +104,5 @@ def make_gates(config: DecoderConfig, prompts: int) -> GatedPool:
             "a": jnp.asarray(rng.standard_normal((4, inputs, 3), np.float32), float),
             "b": jnp.asarray(0.3 * rng.standard_normal((4, 3, outputs), np.float32), float),
         }
-    gates = rng.random((config.num_layers, prompts, 4), np.float32)
-    gates = jnp.asarray(np.where(gates >= np.sort(gates)[..., -2:-1], gates, np.float32(0)), float)
-    return GatedPool(scanned={"gates": gates}, shared={"pool": pool}, scale=1.0, top_k=2)
+    weight, index = jax.lax.top_k(jnp.asarray(rng.random((config.num_layers, prompts, 4), np.float32), float), 2)
+    return GatedPool(scanned={"gates": Gates(index, weight, 4)}, shared={"pool": pool}, scale=1.0)

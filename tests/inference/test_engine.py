@@ -11,6 +11,7 @@ from inference_models import CONFIGS, make_gates, make_model
 from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.adapters.refined import RefinedPool
 from lora_gen_jax.errors import ConfigError, DataError
+from lora_gen_jax.generator.router import Gates
 from lora_gen_jax.inference.continuous import decode, join
 from lora_gen_jax.inference.decode import generate
 from lora_gen_jax.inference.engine import Engine
@@ -33,9 +34,8 @@ def run(engine, works):
 def offline(model, adapter, work):
     """The same by merged weights, alone."""
     params = model.params
-    if work.gates_LE is not None:
-        gates = {"gates": jax.numpy.asarray(work.gates_LE)[:, None]}
-        own = adapter.replace(scanned=adapter.scanned | gates)
+    if work.gates is not None:
+        own = adapter.with_gates(jax.tree.map(lambda x: jax.numpy.asarray(x)[:, None], work.gates))
         if work.factors:
             own = RefinedPool.of(own, jax.tree.map(lambda x: jax.numpy.asarray(x)[:, None], work.factors))
         params = merge(params, own)
@@ -53,12 +53,12 @@ def offline(model, adapter, work):
 def make_works(config, adapter, count, **options):
     """Works of many lengths; every fourth is for the base model."""
     rng, prompts = np.random.default_rng(3), adapter.prompts
-    gates_LPE = np.asarray(adapter.scanned["gates"])
+    gates = [jax.tree.map(lambda x, p=p: np.asarray(x)[:, p], adapter.gates) for p in range(prompts)]
     return [
         GenerationRequest(
             ids=rng.integers(2, config.vocab_size, int(rng.integers(1, 16))).tolist(),
             max_new_tokens=int(rng.integers(1, 10)),
-            gates_LE=None if i % 4 == 3 else gates_LPE[:, i % prompts],
+            gates=None if i % 4 == 3 else gates[i % prompts],
             stop_ids=range(3, 67, 8),
             **{name: values[i % len(values)] for name, values in options.items()},
         )
@@ -137,7 +137,7 @@ def with_factors(config, works, ranks=(0, 2, 3)):
     rng, made = np.random.default_rng(5), []
     for i, work in enumerate(works):
         factors, rank = {}, ranks[i % len(ranks)]
-        if work.gates_LE is not None and rank:
+        if work.gates is not None and rank:
             for site, (inputs, outputs) in config.ffn_shapes.items():
                 a = rng.standard_normal((config.num_layers, inputs, rank), np.float32)
                 factors[site] = {"a": a, "b": rng.standard_normal((config.num_layers, rank, outputs), np.float32)}
@@ -171,7 +171,7 @@ def test_a_bad_query_among_many_is_named_before_anything_is_generated(llama):
     works = make_works(llama.decoder.config, adapter, 4)
     for bad, field, fact in (
         (dataclasses.replace(works[1], ids=[67]), "prompt", 67),
-        (dataclasses.replace(works[1], gates_LE=np.zeros((2, 3), np.float32)), "gates", "(2, 3)"),
+        (dataclasses.replace(works[1], gates=Gates.of_all(np.zeros((2, 3), np.float32))), "gates", "(2, 3)"),
     ):
         for how in ("mixed", "merged"):
             with raises(DataError, field, "request 2 of 4", fact):
@@ -214,7 +214,7 @@ def test_without_a_pool_the_base_model_is_served():
     engine = Engine(*model, None, rows=1, slots=SLOTS)
     assert_same(run(engine, [work]), [offline(model, None, work)])
     with raises(DataError, "gates", "(2, 4)"):
-        engine.check(dataclasses.replace(work, gates_LE=np.zeros((2, 4), np.float32)))
+        engine.check(dataclasses.replace(work, gates=Gates.of_all(np.zeros((2, 4), np.float32))))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_without_a_pool_the_base_model_is_served():
         ({"max_new_tokens": 0}, DataError, "max_new_tokens", "range", (0,)),
         ({"ids": (5,) * 20, "max_new_tokens": 9}, DataError, "max_new_tokens", "too long", (20, 9, 28)),
         ({"stop_ids": tuple(range(9))}, DataError, "stop_ids", None, (9,)),
-        ({"gates_LE": np.zeros((3, 4), np.float32)}, DataError, "gates", None, ("(3, 4)",)),
+        ({"gates": Gates.of_all(np.zeros((3, 4), np.float32))}, DataError, "gates", None, ("(3, 4)",)),
         ({"seed": -1}, DataError, "seed", None, (-1,)),
         ({"seed": 2**32}, DataError, "seed", None, (2**32,)),
         ({"temperature": float("nan")}, ConfigError, "temperature", None, ("nan",)),

@@ -40,7 +40,7 @@ def test_the_equation_by_hand():
     delta = generated.adapter.replace(scanned=layer).weight_delta("q")
     a, b = np.asarray(params["q_a"][1]), np.asarray(params["q_b"][1])
     np.testing.assert_allclose(delta, SETTINGS.alpha / SETTINGS.rank * a @ b, **SAME)
-    assert generated.gates_PLE is None
+    assert generated.gates is None
 
 
 def test_the_sites_are_the_configs_and_start_at_the_base():

@@ -56,7 +56,7 @@ def test_one_specialization_is_told_with_its_gates_and_its_prompt(client, servic
     told = client.get("/v1/specializations/red").json()
     assert told["prompt"] == PROMPTS["red"]
     gates = np.asarray(told["gate_weights"])
-    assert np.allclose(gates, service.entry("red").gates_LE, rtol=0, atol=1e-6)  # six decimals are told
+    assert np.allclose(gates, service.entry("red").gates.dense(), rtol=0, atol=1e-6)  # six decimals are told
     assert (np.count_nonzero(gates, axis=1) == told["gates"]).all()
 
 

@@ -86,8 +86,10 @@ def test_a_prompt_a_conversation_and_shots_become_specializations(counting, made
 
     talk(service, conversation)
     # Together with other prompts or alone: the same but for the rounding of float32, and no other prompt's.
-    far = min(np.max(np.abs(made[name].gates(4) - made["red"].gates(4))) for name in made if name != "red")
-    assert np.max(np.abs(service.entry("first").gates_LE - made["red"].gates(4))) < 0.01 * far
+    far = min(
+        np.max(np.abs(made[name].gates(4).dense() - made["red"].gates(4).dense())) for name in made if name != "red"
+    )
+    assert np.max(np.abs(service.entry("first").gates.dense() - made["red"].gates(4).dense())) < 0.01 * far
     assert counting.most == 1
 
 
@@ -180,7 +182,7 @@ def test_requests_with_the_same_system_message_specialize_once(counting):
     assert counting.read == ["say red"]
     assert len({answer.json()["model"] for answer in answers}) == 1
     entry = service.entry(answers[0].json()["model"])
-    assert all(work.gates_LE is entry.gates_LE for work in puppet.works)
+    assert all(work.gates is entry.gates for work in puppet.works)
     # The edge model reads the other messages alone.
     chat = service.encoder.chat
     assert [list(work.ids) for work in puppet.works] == [
@@ -220,7 +222,7 @@ def test_the_store_keeps_what_clients_make(counting, specializer, made, tmp_path
     assert [path.name for path in store.iterdir()] == ["kept"]
     (entry,) = read_entries([store], Served.of(specializer))
     assert (entry.name, entry.prompt_tokens) == ("kept", len(counting.ids(PROMPTS["red"])))
-    assert (entry.gates_LE == service.entry("kept").gates_LE).all()
+    assert (entry.gates.dense() == service.entry("kept").gates.dense()).all()
 
 
 def test_a_store_that_cannot_be_written_fails_the_request_alone(counting, tmp_path):

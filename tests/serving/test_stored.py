@@ -25,7 +25,7 @@ def test_directories_of_specializations_are_read(specializer, made, tmp_path):
     save_specialization(made["red"], tmp_path / "single")
     entries = read_entries([tmp_path / "single", tmp_path / "many"], served)
     assert sorted(entry.name for entry in entries) == ["cat", "red", "single", "two"]
-    assert {len(entry.gates_LE) for entry in entries} == {2}
+    assert {len(entry.gates.dense()) for entry in entries} == {2}
     with raises(CheckpointError, "name", tmp_path / "many" / "red", code="taken"):
         read_entries([tmp_path / "many", tmp_path / "many" / "red"], served)
 

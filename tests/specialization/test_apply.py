@@ -70,8 +70,8 @@ def test_refined_while_specializing_is_refined_afterwards(of_routing, routing, k
             "loss_after": 0,
         }
         assert one.refined["loss_after"] < one.refined["loss_before"]
-        atol = 3 * 1e-4 * 0.2 + (2 * np.abs(one.gates(4)).max() / 254 if routing == "linear" else 0)
-        np.testing.assert_allclose(later.gates(4), one.gates(4), atol=atol)
+        atol = 3 * 1e-4 * 0.2 + (2 * np.abs(one.gates(4).dense()).max() / 254 if routing == "linear" else 0)
+        np.testing.assert_allclose(later.gates(4).dense(), one.gates(4).dense(), atol=atol)
         assert {name: x.shape for name, x in later.tensors.items()} == {n: x.shape for n, x in one.tensors.items()}
         assert bool(one.factors) == (kind == "lora")
         save_specialization(one, tmp_path / str(number))
@@ -94,8 +94,8 @@ def test_prompts_of_a_batch_are_read_and_refined_as_alone(of_routing):
     assert seen[-1] == (6, 6)
     for prompt, one, twin in zip(PROMPTS, together[:3], together[3:], strict=True):
         (alone,) = specializer.specialize([prompt], refine=config)
-        np.testing.assert_allclose(alone.gates(4), one.gates(4), atol=2 * 1e-4 * 0.2)
-        np.testing.assert_allclose(twin.gates(4), one.gates(4), atol=2 * 1e-4 * 0.2)
+        np.testing.assert_allclose(alone.gates(4).dense(), one.gates(4).dense(), atol=2 * 1e-4 * 0.2)
+        np.testing.assert_allclose(twin.gates(4).dense(), one.gates(4).dense(), atol=2 * 1e-4 * 0.2)
         assert one.prompt == alone.prompt == prompt.text()
 
 
@@ -125,7 +125,7 @@ def test_prompts_without_examples_are_only_read(of_routing):
     made = specializer.specialize(["say red", PROMPTS[0], Prompt("say blue")], refine=RefineConfig(steps=2))
     assert [one.refined is None for one in made] == [True, False, True]
     (read,) = specializer.specialize(["say red"])
-    np.testing.assert_allclose(made[0].gates(4), read.gates(4), rtol=1e-5)
+    np.testing.assert_allclose(made[0].gates(4).dense(), read.gates(4).dense(), rtol=1e-5)
 
 
 def test_a_generators_config_says_how_its_specializations_learn(of_routing):
@@ -185,7 +185,7 @@ def test_logits_of_stored_gates_give_these_gates(of_routing, top_k):
     read, other = (rng.standard_normal((7, 4)).astype(np.float32) * 2 for _ in range(2))
 
     def gates(logits_LE):
-        return np.asarray(keep_top_k(np.exp(logits_LE) / np.exp(logits_LE).sum(1, keepdims=True), top_k))
+        return np.asarray(keep_top_k(np.exp(logits_LE) / np.exp(logits_LE).sum(1, keepdims=True), top_k).dense())
 
     np.testing.assert_allclose(logits_of(gates(read), read, settings), read, atol=1e-5)
     found = logits_of(gates(other), read, settings)

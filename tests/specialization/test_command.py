@@ -70,7 +70,7 @@ def test_a_specialization_is_refined_again_and_answers_as_its_examples_do(capsys
     assert gates.refined["kind"] == "gates"
     before = load_specialization(tmp_path / "warm")
     assert (gates.prompt, gates.fingerprints) == (before.prompt, before.fingerprints)
-    assert np.any(gates.gates(4) != before.gates(4))
+    assert np.any(gates.gates(4).dense() != before.gates(4).dense())
     readable = json.loads((tmp_path / "gates" / "specialization.json").read_text())
     assert readable["refined"] == gates.refined
 
@@ -109,7 +109,7 @@ def test_many_learn_together_and_those_without_examples_are_read(capsys, tmp_pat
     one = load_specialization(tmp_path / "one")
     assert one.prompt == made["learned"].prompt
     # Sums over rows of another shape: 1e-4 of a step of 0.2, three times.
-    np.testing.assert_allclose(one.gates(4), made["learned"].gates(4), atol=3 * 1e-4 * 0.2)
+    np.testing.assert_allclose(one.gates(4).dense(), made["learned"].gates(4).dense(), atol=3 * 1e-4 * 0.2)
     specialize(tmp_path / "plain", "--prompts", many, "--steps", 0)
     assert load_specialization(tmp_path / "plain" / "learned").refined is None
     rows[2]["examples"] = ROWS

@@ -13,7 +13,7 @@ from lora_gen_jax.adapters.refined import RefinedPool
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.generator.lora_gen import LoRAGen
-from lora_gen_jax.generator.router import keep_top_k
+from lora_gen_jax.generator.router import Gates, keep_top_k
 from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.generator.trained_module import Generated
 from lora_gen_jax.specialization import refine as module
@@ -61,9 +61,8 @@ def run(made, config, examples=EXAMPLES, **changes):
 
 def one_of(generated, p):
     """A single prompt's."""
-    return Generated(
-        generated.adapter.take(np.array([p])), generated.gates_PLE[p : p + 1], generated.logits_PLE[p : p + 1]
-    )
+    gates, logits_PLE = jax.tree.map(lambda x: x[p : p + 1], (generated.gates, generated.logits_PLE))
+    return Generated(generated.adapter.take(np.array([p])), gates, logits_PLE)
 
 
 def plain_loss(params, examples):
@@ -110,7 +109,7 @@ def test_losses_before_and_after_are_those_of_merged_weights(made, changes):
 def test_factors_stand_beside_a_generated_update_that_stays(made):
     _, generated = made()
     found = run(made, RefineConfig("lora", steps=3, rank=2, learning_rate=3e-2))
-    np.testing.assert_array_equal(found.gates_PLE, generated.gates_PLE)
+    np.testing.assert_array_equal(found.gates.dense(), generated.gates.dense())
     assert isinstance(found.adapter, RefinedPool)
     assert {site: pair["a"].shape for site, pair in found.factors.items()} == {
         site: (3, 3, EDGE.site_shape(site)[0], 2) for site in EDGE.ffn_sites
@@ -150,17 +149,17 @@ def test_gates_take_the_steps_of_a_plain_rendering(made, pull):
 
     def gates_of(logits_LE):
         soft_LE = jax.nn.softmax(jnp.asarray(logits_LE), axis=-1)
-        return soft_LE + jax.lax.stop_gradient(keep_top_k(soft_LE, settings.top_k) - soft_LE)
+        return soft_LE + jax.lax.stop_gradient(keep_top_k(soft_LE, settings.top_k).dense() - soft_LE)
 
     def loss(logits_LE):
-        scanned = single.scanned | {"gates": gates_of(logits_LE)[:, None]}
-        return plain_loss(merge(PARAMS, single.replace(scanned=scanned, top_k=settings.num_experts)), EXAMPLES[1])
+        own = single.with_gates(Gates.of_all(gates_of(logits_LE)[:, None]))
+        return plain_loss(merge(PARAMS, own), EXAMPLES[1])
 
     start = np.asarray(generated.logits_PLE[1])
     expected = plain_adam(loss, start, 3, 0.1, pull)
     gates = gates_of(expected)
-    np.testing.assert_allclose(found.gates_PLE[1], gates, atol=3 * 1e-4 * 0.1)
-    assert np.abs(found.gates_PLE[1] - generated.gates_PLE[1]).max() > 0.01
+    np.testing.assert_allclose(found.gates.dense()[1], gates, atol=3 * 1e-4 * 0.1)
+    assert np.abs(found.gates.dense()[1] - generated.gates.dense()[1]).max() > 0.01
 
 
 def test_factors_take_the_steps_of_a_plain_rendering(made):
@@ -194,7 +193,7 @@ def test_a_batch_of_prompts_is_each_of_them_alone(made, kind, stopping):
     for p in range(3):
         alone = refine(DECODER, PARAMS, one_of(generated, p), EXAMPLES[p : p + 1], settings, config)
         assert alone.steps_P[0] == together.steps_P[p]
-        np.testing.assert_allclose(alone.gates_PLE[0], together.gates_PLE[p], atol=atol)
+        np.testing.assert_allclose(alone.gates.dense()[0], together.gates.dense()[p], atol=atol)
         np.testing.assert_allclose(alone.after_P[0], together.after_P[p], rtol=1e-4)
         if kind == "lora":
             for site in EDGE.ffn_sites:
@@ -221,7 +220,7 @@ def test_all_experts_learn_by_the_gradient_of_the_softmax_over_all_of_them(made)
 
     def loss(gates_LPE):
         """Of gates that are any numbers, all experts computed."""
-        pool = generated.adapter.replace(scanned={**generated.adapter.scanned, "gates": gates_LPE}, top_k=4)
+        pool = generated.adapter.with_gates(Gates.of_all(gates_LPE))
         hidden, _ = DECODER.apply(
             {"params": PARAMS}, rows.tokens_BT, rows.positions_BT, segments_BT=rows.segments_BT, adapter=pool
         )
@@ -229,7 +228,7 @@ def test_all_experts_learn_by_the_gradient_of_the_softmax_over_all_of_them(made)
         loss_BS = module.slot_cross_entropy(DECODER, PARAMS, hidden, rows.target_BS) * rows.train_BS
         return jnp.sum(jnp.sum(loss_BS.reshape(3, -1), 1) / jnp.sum(rows.train_BS.reshape(3, -1), 1))
 
-    value, of_gates = jax.value_and_grad(loss)(jnp.asarray(generated.gates_PLE).transpose(1, 0, 2))
+    value, of_gates = jax.value_and_grad(loss)(generated.gates.dense().transpose(1, 0, 2))
     p = jax.nn.softmax(logits_LPE, axis=-1)
     expected = p * (of_gates - jnp.sum(p * of_gates, axis=-1, keepdims=True))
     fixed = generated.adapter, rows
@@ -239,17 +238,17 @@ def test_all_experts_learn_by_the_gradient_of_the_softmax_over_all_of_them(made)
     # Two programs in float32: sums of some hundred terms, each rounded at 6e-8.
     np.testing.assert_allclose(total, value, rtol=1e-5)
     np.testing.assert_allclose(found["gates"], expected, rtol=1e-3, atol=1e-4 * float(jnp.max(jnp.abs(expected))))
-    outside = np.asarray(generated.gates_PLE.transpose(1, 0, 2)) == 0
+    outside = np.asarray(generated.gates.dense().transpose(1, 0, 2)) == 0
     assert np.all(np.asarray(found["gates"])[outside] != 0)
 
 
 def test_an_expert_that_was_not_chosen_can_come_in(made):
     settings, generated = made()
     found = run(made, RefineConfig(steps=10, learning_rate=0.5))
-    was, is_now = np.asarray(generated.gates_PLE) > 0, found.gates_PLE > 0
+    was, is_now = np.asarray(generated.gates.dense()) > 0, found.gates.dense() > 0
     assert np.any(was != is_now)
     np.testing.assert_array_equal(is_now.sum(axis=2), settings.top_k)
-    np.testing.assert_allclose(found.gates_PLE.sum(axis=2), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(found.gates.dense().sum(axis=2), 1.0, rtol=1e-6)
 
 
 def test_the_step_that_counts_is_the_best_on_what_was_held_out(made):
@@ -275,7 +274,7 @@ def test_the_step_that_counts_is_the_best_on_what_was_held_out(made):
     assert found.steps_P.tolist() == [best]
     np.testing.assert_allclose(found.held_P, held[best], rtol=1e-4)
     whole = refine(DECODER, PARAMS, single, [examples], settings, RefineConfig(steps=best, **rate))
-    np.testing.assert_allclose(found.gates_PLE, whole.gates_PLE, atol=4 * 1e-4 * 0.4)
+    np.testing.assert_allclose(found.gates.dense(), whole.gates.dense(), atol=4 * 1e-4 * 0.4)
 
 
 def test_what_is_held_out_is_not_learned_from(made):
@@ -288,7 +287,7 @@ def test_what_is_held_out_is_not_learned_from(made):
     fixed = refine(
         DECODER, PARAMS, single, [learned], settings, RefineConfig(steps=int(found.steps_P[0]), learning_rate=0.05)
     )
-    np.testing.assert_allclose(found.gates_PLE, fixed.gates_PLE, atol=3 * 1e-4 * 0.05)
+    np.testing.assert_allclose(found.gates.dense(), fixed.gates.dense(), atol=3 * 1e-4 * 0.05)
     np.testing.assert_allclose(
         found.held_P, plain_loss(merge(PARAMS, found.adapter.select(0)), examples[4:5]), rtol=1e-5
     )
@@ -298,7 +297,7 @@ def test_steps_that_only_harm_are_not_taken(made):
     _, generated = made()
     found = run(made, RefineConfig(steps=3, learning_rate=1e3, stopping="folds"))
     np.testing.assert_array_equal(found.steps_P, 0)
-    np.testing.assert_allclose(found.gates_PLE, generated.gates_PLE, rtol=1e-6)
+    np.testing.assert_allclose(found.gates.dense(), generated.gates.dense(), rtol=1e-6)
     np.testing.assert_array_equal(found.after_P, found.before_P)
 
 
@@ -320,13 +319,13 @@ def test_a_single_example_has_nothing_to_hold_out(made):
     assert beside.steps_P[0] == 2
     assert beside.held_P is not None
     assert np.isnan(beside.held_P[0])
-    np.testing.assert_allclose(beside.gates_PLE[0], found.gates_PLE[0], atol=2 * 1e-4 * config.rate)
+    np.testing.assert_allclose(beside.gates.dense()[0], found.gates.dense()[0], atol=2 * 1e-4 * config.rate)
 
 
 def test_the_pull_holds_values_near_their_start(made):
     _, generated = made(routing="linear")
-    free, held = (run(made, RefineConfig(steps=6, pull=pull), routing="linear").gates_PLE for pull in (0.0, 5.0))
-    start = np.asarray(generated.gates_PLE)
+    free, held = (run(made, RefineConfig(steps=6, pull=pull), routing="linear").gates.weight for pull in (0.0, 5.0))
+    start = np.asarray(generated.gates.dense())
     # With pull · rate = 1 every step starts from the start: Adam's own is never longer than rate·√10 here.
     bound = 0.2 * 10**0.5 * SETTINGS.num_experts**-0.5
     assert np.abs(held - start).max() <= bound

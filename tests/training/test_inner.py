@@ -15,6 +15,7 @@ from lora_gen_jax.data.pipeline import Group, pack_groups
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.generator.lora_gen import LoRAGen
+from lora_gen_jax.generator.router import Gates
 from lora_gen_jax.generator.trained_module import Generated
 from lora_gen_jax.training.inner import refined
 from lora_gen_jax.training.optimizer import make_optimizer
@@ -92,10 +93,10 @@ def test_the_steps_are_those_of_the_equation(setting):
         return np.exp(z) / np.sum(np.exp(z))
 
     def loss(gates_PLE):
-        pool = read.adapter.with_gates(jnp.asarray(gates_PLE).transpose(1, 0, 2), SETTINGS.num_experts)
+        pool = read.adapter.with_gates(Gates.of_all(jnp.asarray(gates_PLE)).by_layer())
         return float(_shot_loss(frozen)(pool))
 
-    gates, p, layer, h = np.asarray(read.gates_PLE), 1, 0, 1e-5
+    gates, p, layer, h = np.asarray(read.gates.dense()), 1, 0, 1e-5
     expected = []
     for e in range(SETTINGS.num_experts):
         sides = []
@@ -119,8 +120,8 @@ def test_steps_lower_the_loss_on_the_shots_and_spare_prompts_without(setting):
     train = dataclasses.replace(TRAIN, inner_rate=0.1, inner_swapped=0.0)
     moved = refined(read, _shot_loss(frozen), SETTINGS, train, jax.random.key(0))
     assert _shot_loss(frozen)(moved.adapter) < _shot_loss(frozen)(read.adapter)
-    assert np.array_equal(moved.gates_PLE[3], read.gates_PLE[3])
-    assert not np.array_equal(moved.gates_PLE[0], read.gates_PLE[0])
+    assert np.array_equal(moved.gates.dense()[3], read.gates.dense()[3])
+    assert not np.array_equal(moved.gates.dense()[0], read.gates.dense()[0])
 
 
 def test_those_who_are_swapped_begin_with_the_next_prompts_logits(setting):
@@ -129,19 +130,20 @@ def test_those_who_are_swapped_begin_with_the_next_prompts_logits(setting):
     train = dataclasses.replace(TRAIN, inner_swapped=1.0)
     moved = refined(read, _shot_loss(frozen), SETTINGS, train, jax.random.key(0))
     np.testing.assert_allclose(
-        moved.gates_PLE[3], read.gates_PLE[2], rtol=SAME, atol=SAME
+        moved.gates.dense()[3], read.gates.dense()[2], rtol=SAME, atol=SAME
     )  # the one without shots stays there
     away = refined(read, _shot_loss(frozen), SETTINGS, train, jax.random.key(0), active=False)
-    np.testing.assert_allclose(away.gates_PLE, read.gates_PLE, rtol=SAME, atol=SAME)
+    np.testing.assert_allclose(away.gates.dense(), read.gates.dense(), rtol=SAME, atol=SAME)
 
 
 def test_gates_with_noise_stay_as_they_are_before_inner_steps_begin(setting):
     _, frozen, _ = setting
     noisy = _read(setting)
-    noisy = noisy.replace(gates_PLE=noisy.gates_PLE[:, :, ::-1])  # what its logits do not say
+    other = noisy.gates.replace(index=noisy.gates.index[:, :, ::-1])
+    noisy = noisy.replace(gates=other)  # what its logits do not say
     away = refined(noisy, _shot_loss(frozen), SETTINGS, TRAIN, jax.random.key(0), active=False)
-    assert np.array_equal(away.gates_PLE, noisy.gates_PLE)
-    assert np.array_equal(away.adapter.scanned["gates"], noisy.gates_PLE.transpose(1, 0, 2))
+    assert np.array_equal(away.gates.dense(), noisy.gates.dense())
+    assert np.array_equal(away.adapter.gates.dense(), noisy.gates.by_layer().dense())
 
 
 def test_the_pool_learns_at_the_refined_gates_and_the_router_from_its_own_prompts(setting):
@@ -169,8 +171,9 @@ def test_the_pool_learns_at_the_refined_gates_and_the_router_from_its_own_prompt
         weight, index = jax.lax.top_k(soft, SETTINGS.top_k)
         chosen = jnp.sum(jax.nn.one_hot(index, SETTINGS.num_experts), axis=-2)
         gates_PLE = soft * chosen / jnp.sum(weight, axis=-1, keepdims=True)
-        adapter = out.adapter.with_gates(gates_PLE.transpose(1, 0, 2))
-        auxiliary, _ = generator.auxiliary(Generated(adapter, gates_PLE), {}, BATCH)
+        gates = Gates.of_all(gates_PLE)
+        auxiliary, _ = generator.auxiliary(Generated(None, gates), {}, BATCH)
+        adapter = out.adapter.with_gates(gates.by_layer())
         return edge_loss(Decoder(EDGE), frozen["edge"], adapter, BATCH, {}) + auxiliary
 
     expected = jax.grad(at_the_moved_logits)(variables["params"])

@@ -243,7 +243,7 @@ def test_the_objective_adds_the_weighted_balance_loss(setting, gradient_fn, froz
     generator, _, variables = setting("shared")
     (total, (_, metrics)), _ = gradient_fn("shared")(variables["params"])
     generated, _ = generator.apply(variables, frozen["cloud"], BATCH.prompts, True, mutable=["batch_stats"])
-    cv = float(cv_squared(generated.gates_PLE))
+    cv = float(cv_squared(generated.gates.dense()))
     assert cv > 1e-3
     np.testing.assert_allclose(metrics["cv"], cv, **SAME)
     np.testing.assert_allclose(total, float(metrics["loss"]) + 0.3 * cv, **SAME)

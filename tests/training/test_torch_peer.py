@@ -118,7 +118,7 @@ def test_gates_and_loss_of_one_model_that_is_both(peer, setting):
     @jax.jit
     def ours(variables):
         made, _ = generator.apply(variables, pair.cloud.params, batch.prompts, True, mutable=["batch_stats"])
-        return made.gates_PLE, edge_loss(pair.edge.decoder, pair.edge.params, made.adapter, batch, {})
+        return made.gates.dense(), edge_loss(pair.edge.decoder, pair.edge.params, made.adapter, batch, {})
 
     gates_PLE, loss = ours(variables)
     trainer = peer.TorchTrainer(pair, config, variables["params"])
