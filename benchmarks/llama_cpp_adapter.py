@@ -23,7 +23,8 @@ from lora_gen_jax.adapters.specialization_fit import adapter_of
 from lora_gen_jax.config import ModelConfig
 from lora_gen_jax.decoder.pretrained import resolve
 from lora_gen_jax.export.command import Export, export_command
-from lora_gen_jax.inference.decode import generate
+from lora_gen_jax.inference.decode import GenerationSettings, generate
+from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.models import load_model
 from lora_gen_jax.specializer import read_specialization
 
@@ -89,7 +90,9 @@ def main() -> None:
             ids = model.encoder.text(text)
             hidden, _ = model.decoder.apply({"params": params}, jnp.asarray([ids], jnp.int32))
             ours: Any = model.decoder.apply({"params": params}, hidden, method="logits")
-            (answer,) = generate(model.decoder, params, [ids], max_new_tokens=args.new_tokens, stop_ids=[])
+            (answer,) = generate(
+                EdgeModel(model.decoder, params), [ids], GenerationSettings(max_new_tokens=args.new_tokens, stop_ids=[])
+            )
             logits_TV, tokens = read_by_llama_cpp(theirs, ids, args.new_tokens)
             without_TV, _ = read_by_llama_cpp(plain, ids, 0)
             same = next((i for i, pair in enumerate(zip(tokens, answer.ids, strict=True)) if pair[0] != pair[1]), None)

@@ -26,7 +26,7 @@ from lm_eval.tasks import TaskManager
 from lora_gen_jax.data.reasoning import REASONING_TASKS
 from lora_gen_jax.evaluation.lm_eval_documents import TASKS
 from lora_gen_jax.evaluation.lm_eval_model import LoraGenLM
-from lora_gen_jax.inference.decode import generate
+from lora_gen_jax.inference.decode import GenerationSettings, generate
 from lora_gen_jax.lab.costs.transformers_peer import torch_model
 
 # Differences of log-probability below which two options count as tied.
@@ -103,7 +103,7 @@ def text_parity(ours: LoraGenLM, hf: Any, contexts: list[str]) -> tuple[int, int
     model, tokenizer = ours.subject.model, ours.tokenizer
     ids = [ours.tok_encode(context) for context in contexts]
     ends = list(ours.subject.end_ids)
-    made = generate(model.decoder, model.params, ids, max_new_tokens=NEW_TOKENS, stop_ids=ends)
+    made = generate(model.plain, ids, GenerationSettings(max_new_tokens=NEW_TOKENS, stop_ids=ends))
     instance = lm_eval.api.instance.Instance
     asked = [instance("generate_until", {}, (c, {"until": [], "max_gen_toks": NEW_TOKENS}), 0) for c in contexts]
     texts = ours.generate_until(asked, disable_tqdm=True)

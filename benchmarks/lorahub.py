@@ -19,7 +19,6 @@ from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.evaluation.run import evaluated_tasks
 from lora_gen_jax.evaluation.task import System, evaluate_task, task_prompt
 from lora_gen_jax.methods.lorahub import compose, found_weights, shots_loss
-from lora_gen_jax.methods.method import Specialized
 from lora_gen_jax.models import load_pair
 from lora_gen_jax.training.checkpoint import check_method, load_checkpoint
 
@@ -49,7 +48,8 @@ def main() -> None:
 
         def accuracy(weights_N: np.ndarray, task=task) -> float:
             params = merge(pair.edge.params, compose(loaded.variables, np.float32(weights_N), scale))
-            return evaluate_task(pair.edge, task, System(lambda task: Specialized(params)), scored)["acc"]
+            system = System(lambda task: pair.edge.plain.replace(params=params))
+            return evaluate_task(pair.edge, task, system, scored)["acc"]
 
         alone = np.eye(count)
         losses, singles = np.array([loss_of(w) for w in alone]), np.array([accuracy(w) for w in alone])

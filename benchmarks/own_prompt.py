@@ -19,6 +19,7 @@ from lora_gen_jax import merge
 from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.prompts import evaluation_shots, system_prompt
 from lora_gen_jax.data.tasks import Task
+from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.inference.rows import Request
 from lora_gen_jax.inference.scoring import score
 from lora_gen_jax.models import Model
@@ -44,7 +45,7 @@ def nats(edge: Model, params: Any, task: Task, rows: int) -> float:
     for example in held_out[:rows]:
         query, response = edge.encoder.query(example, False)
         requests.append(Request(query, [response]))
-    scores = score(edge.decoder, params, requests, batch_tokens=BATCH_TOKENS)
+    scores = score(EdgeModel(edge.decoder, params), requests, batch_tokens=BATCH_TOKENS)
     tokens = sum(len(request.continuations[0]) for request in requests)
     return -sum(found.logprobs[0] for found in scores) / tokens
 

@@ -25,7 +25,7 @@ Answers = dict[tuple[str, str], Answer]  # by name and query
 
 def offline_answers(count: int) -> tuple[dict[str, str], Answers, float]:
     """(prompts by name, answers, seconds): what the server must answer."""
-    from lora_gen_jax import generate, merge
+    from lora_gen_jax import EdgeModel, GenerationSettings, generate, merge
     from lora_gen_jax.adapters.specialization_fit import adapter_of
     from lora_gen_jax.data.pocket.suite import GROUPS
     from lora_gen_jax.data.prompts import evaluation_shots, system_prompt
@@ -46,7 +46,9 @@ def offline_answers(count: int) -> tuple[dict[str, str], Answers, float]:
         params = merge(edge.params, adapter)
         for query in {example.query for example in task.test}:
             ids = edge.encoder.text(query)
-            (found,) = generate(edge.decoder, params, [ids], max_new_tokens=MAX_TOKENS, stop_ids=stop_ids)
+            (found,) = generate(
+                EdgeModel(edge.decoder, params), [ids], GenerationSettings(max_new_tokens=MAX_TOKENS, stop_ids=stop_ids)
+            )
             read, new = len(ids), len(found.ids)
             usage = {"prompt_tokens": read, "completion_tokens": new, "total_tokens": read + new}
             answers[name, query] = Answer(edge.encoder.decode(found.ids), found.finish, usage)

@@ -19,7 +19,8 @@ The pieces, each usable alone:
     specialize                      prompts -> adapters
     merge, unmerge                  adapters in and out of weights
     Prompt, RefineConfig            a prompt with examples, and how a specialization learns from them
-    generate, stream, score         inference with any weights
+    EdgeModel                       a model that answers: weights, and what a method adds to them
+    generate, stream, score         what it answers, and how likely it finds an answer
     METHODS                         what the paper compares with, by key (`lora_gen_jax.methods.registry`)
 """
 
@@ -37,10 +38,11 @@ if TYPE_CHECKING:
     from lora_gen_jax.errors import LoraGenError
     from lora_gen_jax.generator.cloud import CloudEncoder, PackedPrompts, pack_prompts
     from lora_gen_jax.generator.lora_gen import ExpertPool, LoRAGen
-    from lora_gen_jax.generator.router import BatchNorm, Router, cv_squared, keep_top_k
+    from lora_gen_jax.generator.router import BatchNorm, Gates, Router, cv_squared, keep_top_k
     from lora_gen_jax.generator.specialize import specialize
     from lora_gen_jax.generator.trained_module import Generated
-    from lora_gen_jax.inference.decode import Generation, generate, stream
+    from lora_gen_jax.inference.decode import Generation, GenerationSettings, generate, stream
+    from lora_gen_jax.inference.edge_model import EdgeModel
     from lora_gen_jax.inference.sampling import Sampling
     from lora_gen_jax.inference.scoring import Request, Score, score
     from lora_gen_jax.methods.registry import METHODS
@@ -55,11 +57,14 @@ __all__ = [
     "DataConfig",
     "Decoder",
     "DecoderConfig",
+    "EdgeModel",
     "EvalConfig",
     "ExpertPool",
     "GatedPool",
+    "Gates",
     "Generated",
     "Generation",
+    "GenerationSettings",
     "GeneratorConfig",
     "LoRA",
     "LoRAGen",
@@ -104,10 +109,11 @@ _NAMES_OF_MODULE = {
     "lora_gen_jax.errors": "LoraGenError",
     "lora_gen_jax.generator.cloud": "CloudEncoder PackedPrompts pack_prompts",
     "lora_gen_jax.generator.lora_gen": "ExpertPool LoRAGen",
-    "lora_gen_jax.generator.router": "BatchNorm Router cv_squared keep_top_k",
+    "lora_gen_jax.generator.router": "BatchNorm Gates Router cv_squared keep_top_k",
     "lora_gen_jax.generator.specialize": "specialize",
     "lora_gen_jax.generator.trained_module": "Generated",
-    "lora_gen_jax.inference.decode": "Generation generate stream",
+    "lora_gen_jax.inference.decode": "Generation GenerationSettings generate stream",
+    "lora_gen_jax.inference.edge_model": "EdgeModel",
     "lora_gen_jax.inference.sampling": "Sampling",
     "lora_gen_jax.inference.scoring": "Request Score score",
     "lora_gen_jax.methods.registry": "METHODS",

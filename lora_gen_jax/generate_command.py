@@ -106,7 +106,7 @@ def _answer_one(flags: Generate, directory: Path) -> None:
     from lora_gen_jax.adapters.specialization_fit import fitted_adapter
     from lora_gen_jax.data.text_stream import TextStream
     from lora_gen_jax.files import text_argument
-    from lora_gen_jax.inference.decode import stream
+    from lora_gen_jax.inference.decode import GenerationSettings, stream
     from lora_gen_jax.inference.sampling import Sampling
     from lora_gen_jax.models import end_ids, load_model
     from lora_gen_jax.sharding import evaluation_mesh
@@ -116,20 +116,14 @@ def _answer_one(flags: Generate, directory: Path) -> None:
     text = text_argument(flags.input, "--input")
     specialization, loaded, config = read_specialization(directory, flags.checkpoint, flags.edge, flags.trust_recorded)
     edge = load_model(config.edge, evaluation_mesh(config.mesh.fsdp))
-    params = edge.params
+    model = edge.plain
     if not flags.base:
         # The base is not needed any more.
         adapter = fitted_adapter(specialization, loaded.variables, config.generator)
-        params = merge_donated(params, adapter)
-    tokens = stream(
-        edge.decoder,
-        params,
-        [_ids(edge, text, flags.chat)],
-        max_new_tokens=flags.max_new_tokens,
-        stop_ids=end_ids(config.edge.source, edge),
-        sampling=Sampling(flags.temperature, flags.top_k, flags.top_p),
-        seed=flags.seed % 2**32,
-    )
+        model = model.replace(params=merge_donated(edge.params, adapter))
+    sampling, stop_ids = Sampling(flags.temperature, flags.top_k, flags.top_p), end_ids(config.edge.source, edge)
+    settings = GenerationSettings(flags.max_new_tokens, stop_ids, sampling, flags.seed % 2**32)
+    tokens = stream(model, [_ids(edge, text, flags.chat)], settings)
     shown = TextStream(edge.encoder)
     for (token,) in tokens:
         print(shown.push([] if token is None else [token]), end="", flush=True)
@@ -175,7 +169,8 @@ def _answer_requests(flags: Generate, path: Path) -> None:
     works = _works(flags, edge, config.edge.source, asked)
     began = time.monotonic()
     with bar("answering", len(works)) as progress:
-        answers = answer_all(edge.decoder, edge.params, pool, works, rows=flags.rows, how=flags.how, progress=progress)
+        model = edge.plain.replace(adapter=pool)
+        answers = answer_all(model, works, rows=flags.rows, how=flags.how, progress=progress)
     seconds = time.monotonic() - began
     lines = [
         _line({**row, "answer": edge.encoder.decode(answer.ids), "finish": answer.finish})

@@ -24,7 +24,7 @@ from lora_gen_jax.decoder.pretrained import (
 )
 from lora_gen_jax.errors import ConfigError, ModelError
 from lora_gen_jax.generator.cloud import pack_prompts
-from lora_gen_jax.inference.prefix import Prefix
+from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.processor import multiplies_bfloat16
 from lora_gen_jax.sharding import param_shardings
 from lora_gen_jax.untrusted import check_fields, check_tensors, flatten, read_object
@@ -44,20 +44,21 @@ class Model:
         params: its weights.
         encoder: its tokenizer.
         fingerprint: identifies the weights.
-        adapter: beside the weights, where a method cannot be merged; else None.
-        soft: keys and values of soft tokens that stand before everything it reads; else None.
     """
 
     decoder: Decoder
     params: Any
     encoder: Encoder
     fingerprint: str
-    adapter: Any = None
-    soft: Prefix | None = None
 
     @property
     def config(self) -> DecoderConfig:
         return self.decoder.config
+
+    @property
+    def plain(self) -> EdgeModel:
+        """The model as it is, to answer."""
+        return EdgeModel(self.decoder, self.params)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from lora_gen_jax.data.descriptions import DESCRIPTIONS
 from lora_gen_jax.data.tasks import Example
 from lora_gen_jax.decoder import pretrained
 from lora_gen_jax.errors import ModelError
+from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.inference.rows import Request
 from lora_gen_jax.inference.scoring import score
 from lora_gen_jax.specializer import Specializer
@@ -114,7 +115,7 @@ def test_a_tasks_own_prompt_makes_its_answers_likelier_than_none_and_than_anothe
     asked = [Request(*_ids(edge.encoder, query, answer)) for query, answer in ROWS[task]]
 
     def nats(params):
-        found = score(edge.decoder, params, asked, batch_tokens=1024)
+        found = score(EdgeModel(edge.decoder, params), asked, batch_tokens=1024)
         return -sum(one.logprobs[0] for one in found) / sum(len(row.continuations[0]) for row in asked)
 
     prompts = ["\n\n".join([DESCRIPTIONS[name][0], *SHOTS[name]]) for name in (task, other)]

@@ -15,8 +15,8 @@ from lora_gen_jax.data.prompts import prompt_text
 from lora_gen_jax.data.tasks import Example
 from lora_gen_jax.evaluation.request_runner import Runner
 from lora_gen_jax.evaluation.timing import best_of
-from lora_gen_jax.inference.decode import generate
-from lora_gen_jax.inference.prefix import taken_positions
+from lora_gen_jax.inference.decode import GenerationSettings, generate
+from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.models import Model
 
 # Answers that are timed, one at a time, and how often; the best time of each counts, then the median.
@@ -90,21 +90,12 @@ def stops(edge: Model, documents: Sequence[Example]) -> list[int]:
     return ids
 
 
-def answer_latency(model: Model, documents: Sequence[Example], contexts: list[list[int]]) -> float:
+def answer_latency(edge: Model, model: EdgeModel, documents: Sequence[Example], contexts: list[list[int]]) -> float:
     """Milliseconds from a document's context to its whole answer; nothing is shared with other documents."""
     times = []
     for document, context in zip(documents[:LATENCY_DOCUMENTS], contexts, strict=False):
-        room = model.config.max_positions - taken_positions(model.soft) - len(context)
-        limit = min(power_of_two(len(answer_ids(model, document)) + 2), room)
-        run = functools.partial(
-            generate,
-            model.decoder,
-            model.params,
-            [context],
-            max_new_tokens=limit,
-            stop_ids=stops(model, [document]),
-            adapter=model.adapter,
-            prefix=model.soft,
-        )
+        room = edge.config.max_positions - model.before - len(context)
+        limit = min(power_of_two(len(answer_ids(edge, document)) + 2), room)
+        run = functools.partial(generate, model, [context], GenerationSettings(limit, stops(edge, [document])))
         times.append(best_of(run, LATENCY_REPEATS)[1])
     return float(np.median(times) * 1000)

@@ -15,6 +15,7 @@ from lora_gen_jax.data.tasks import Example
 from lora_gen_jax.evaluation.means import standard_error
 from lora_gen_jax.evaluation.request_runner import Ids, Runner
 from lora_gen_jax.evaluation.timing import best_of
+from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.inference.rows import Request
 from lora_gen_jax.inference.scoring import score
 from lora_gen_jax.models import Model
@@ -57,7 +58,7 @@ def metrics(documents: Sequence[Example], logprobs: Sequence[Sequence[float]]) -
     return figures | {"stderr": standard_error(acc), "n": len(acc)}
 
 
-def latency(model: Model, pairs: Sequence[Sequence[tuple[Ids, Ids]]], settings: EvalConfig) -> float:
+def latency(model: EdgeModel, pairs: Sequence[Sequence[tuple[Ids, Ids]]], settings: EvalConfig) -> float:
     """Milliseconds to answer one document, its whole context read, nothing shared with other documents."""
     times = []
     for document in pairs[:LATENCY_DOCUMENTS]:
@@ -66,12 +67,9 @@ def latency(model: Model, pairs: Sequence[Sequence[tuple[Ids, Ids]]], settings: 
             by_context.setdefault(context, []).append(continuation)
         run = functools.partial(
             score,
-            model.decoder,
-            model.params,
+            model,
             [Request(*item) for item in by_context.items()],
             batch_tokens=settings.batch_tokens,
-            adapter=model.adapter,
-            prefix=model.soft,
         )
         times.append(best_of(run, LATENCY_REPEATS)[1])
     return round(statistics.median(times) * 1000, 2)

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.evaluation.subject import Subject
-from lora_gen_jax.inference.decode import stream
-from lora_gen_jax.inference.prefix import Prefix
+from lora_gen_jax.inference.decode import GenerationSettings, stream
+from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.inference.sampling import Sampling
 
 # New tokens between two looks at whether all texts hold a stop string.
@@ -83,9 +83,7 @@ def parse_wanted(arguments: dict[str, Any], default_tokens: int, end: str | None
     )
 
 
-def texts(
-    subject: Subject, prompts: Sequence[Sequence[int]], wanted: Wanted, prefix: Prefix | None, seed: int
-) -> list[str]:
+def texts(subject: Subject, model: EdgeModel, prompts: Sequence[Sequence[int]], wanted: Wanted, seed: int) -> list[str]:
     """One text per prompt, cut before the first stop string.
 
     Decoding ends when every row has an end token or a stop string, or has all its tokens.
@@ -95,19 +93,10 @@ def texts(
     """
     from lm_eval.models.utils import postprocess_generated_text
 
-    tokenizer, decoder = subject.model.encoder.tokenizer, subject.model.decoder
+    tokenizer = subject.edge.encoder.tokenizer
     sampling = Sampling(wanted.temperature, wanted.top_k, wanted.top_p)
-    steps = stream(
-        decoder,
-        subject.model.params,
-        prompts,
-        max_new_tokens=wanted.tokens,
-        stop_ids=[*subject.end_ids, *stop_tokens(tokenizer, wanted.until)],
-        sampling=sampling,
-        seed=seed,
-        adapter=subject.model.adapter,
-        prefix=prefix,
-    )
+    stop_ids = [*subject.end_ids, *stop_tokens(tokenizer, wanted.until)]
+    steps = stream(model, prompts, GenerationSettings(wanted.tokens, stop_ids, sampling, seed))
     rows: list[list[int]] = [[] for _ in prompts]
     going = set(range(len(prompts)))
     for step, tokens in enumerate(steps, start=1):

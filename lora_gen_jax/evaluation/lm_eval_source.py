@@ -15,7 +15,7 @@ from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.evaluation.subject import Subject, content_of, digest_of, identity_of
 from lora_gen_jax.evaluation.systems import description_of, identifier
 from lora_gen_jax.files import text_argument
-from lora_gen_jax.methods.method import Prompt, Specialized
+from lora_gen_jax.methods.method import Prompt
 from lora_gen_jax.methods.registry import trained_method
 from lora_gen_jax.models import Model, end_ids, load_model, load_pair, precision_of
 from lora_gen_jax.sharding import evaluation_mesh
@@ -153,9 +153,9 @@ def _with_specialization(settings: Settings) -> Subject:
     made = {"method": "specialization", **special.fingerprints, "gates": content_of(special.tensors)}
     made["prompt"] = digest_of(special.prompt)
     # The base is not needed any more.
-    params = merge_donated(edge.params, adapter)
+    answering = edge.plain.replace(params=merge_donated(edge.params, adapter))
     ends = end_ids(config.edge.source, edge)
-    return Subject(identity_of(edge, made), edge, lambda: Specialized(params), ends, _info(edge, made))
+    return Subject(identity_of(edge, made), edge, lambda: answering, ends, _info(edge, made))
 
 
 def _with_generator(settings: Settings) -> Subject:

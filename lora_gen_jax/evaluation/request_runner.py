@@ -15,8 +15,9 @@ from lora_gen_jax.evaluation.lm_eval_generation import Wanted, texts
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.request_plan import pieces, shared_prefixes
 from lora_gen_jax.evaluation.subject import Subject
-from lora_gen_jax.inference.decode import generate
-from lora_gen_jax.inference.prefix import Prefix, encode_prefix
+from lora_gen_jax.inference.decode import GenerationSettings, generate
+from lora_gen_jax.inference.edge_model import EdgeModel
+from lora_gen_jax.inference.prefix import encode_prefix
 from lora_gen_jax.inference.rows import Request
 from lora_gen_jax.inference.scoring import score
 
@@ -83,14 +84,10 @@ class Runner:
         if not missing:
             return
         start = bar.n
-        model = self.subject.model
         found = score(
-            model.decoder,
-            model.params,
+            begun.model(),
             [Request(context[len(begun.ids) :], left) for context, left in missing],
             batch_tokens=batch_tokens,
-            adapter=model.adapter,
-            prefix=begun.prefix(),
             progress=lambda done, _: bar.update(start + done - bar.n),
         )
         self.cache.add(
@@ -137,7 +134,7 @@ class Runner:
                     continue
                 seed = int(hashlib.sha256("".join(keys[row] for row in rows).encode()).hexdigest()[:7], 16)
                 rest = [ids[len(begun.ids) :] for ids, _ in rows]
-                made = texts(self.subject, rest, wanted, begun.prefix(), seed)
+                made = texts(self.subject, begun.model(), rest, wanted, seed)
                 self.cache.add({keys[row]: text for row, text in zip(rows, made, strict=True)})
                 bar.update(missing)
 
@@ -168,16 +165,7 @@ class Runner:
     ) -> list[list[int]]:
         # Smaller batches are filled up, so that few programs are compiled.
         rest = [ids[len(begun.ids) :] for ids in batch + [batch[0]] * (rows - len(batch))]
-        model, (limit, stop_ids) = self.subject.model, until
-        made = generate(
-            model.decoder,
-            model.params,
-            rest,
-            max_new_tokens=limit,
-            stop_ids=stop_ids,
-            adapter=model.adapter,
-            prefix=begun.prefix(),
-        )
+        made = generate(begun.model(), rest, GenerationSettings(*until))
         return [one.ids for one in made[: len(batch)]]
 
     def _groups(self, contexts: Sequence[Any]) -> Iterator[tuple[Ids, list[int]]]:
@@ -216,14 +204,14 @@ class _Reported:
 
 
 class _Begun:
-    """What a group's contexts begin with, and soft tokens where they stand before it; read when it is first needed."""
+    """The model behind what a group's contexts begin with, which is read when it is first needed."""
 
     def __init__(self, subject: Subject, ids: Ids):
-        self.subject, self.ids, self._made = subject, ids, None
+        self.subject, self.ids = subject, ids
+        self._made: EdgeModel | None = None
 
-    def prefix(self) -> Prefix | None:
-        """None where nothing is shared."""
-        model = self.subject.model
-        if self.ids and self._made is None:
-            self._made = encode_prefix(model.decoder, model.params, self.ids, model.adapter)
-        return self._made if self.ids else model.soft
+    def model(self) -> EdgeModel:
+        if self._made is None:
+            model = self.subject.model
+            self._made = model.replace(prefix=encode_prefix(model, self.ids)) if self.ids else model
+        return self._made

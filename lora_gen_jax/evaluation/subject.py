@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.inference.soft_prompt import soft_positions
-from lora_gen_jax.methods.method import Specialized
 from lora_gen_jax.models import Model, precision_of
 from lora_gen_jax.training.checkpoint import versions
 
@@ -35,7 +35,7 @@ class Subject:
 
     identity: str
     edge: Model
-    make: Callable[[], Specialized] | None = None
+    make: Callable[[], EdgeModel] | None = None
     end_ids: tuple[int, ...] = ()
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
     specialize: Callable[[str], "Subject"] | None = None
@@ -48,12 +48,9 @@ class Subject:
         return config.max_positions - soft_positions(config, self.soft_tokens)
 
     @cached_property
-    def model(self) -> Model:
+    def model(self) -> EdgeModel:
         """The model that answers."""
-        if self.make is None:
-            return self.edge
-        params, adapter, soft = self.make()
-        return dataclasses.replace(self.edge, params=params, adapter=adapter, soft=soft)
+        return self.edge.plain if self.make is None else self.make()
 
 
 def identity_of(edge: Model, made: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from lora_gen_jax.evaluation.controls import CONTROLS, check_controls, prompts_u
 from lora_gen_jax.evaluation.subject import content_of, digest_of, identity_of
 from lora_gen_jax.evaluation.task import System, task_prompt
 from lora_gen_jax.methods.lora_gen import reader
-from lora_gen_jax.methods.method import Method, Prompt, Specialized
+from lora_gen_jax.methods.method import Method, Prompt
 from lora_gen_jax.methods.registry import METHODS as COMPARED
 from lora_gen_jax.methods.registry import trained_method
 from lora_gen_jax.models import Pair, precision_of
@@ -115,7 +115,7 @@ def make_systems(
     for name in names:
         loaded = checkpoints.get(METHODS[name] or "")
         if name == "base":
-            systems[name] = System(lambda task: Specialized(pair.edge.params), False, base_identity(pair))
+            systems[name] = System(lambda task: pair.edge.plain, False, base_identity(pair))
         elif name in CONTROLS:
             prompts = prompts_under(name, tasks, config.eval, pair.cloud.encoder)
             systems[name] = system_of(config, pair, COMPARED["lora_gen"], loaded, prompts)

@@ -21,7 +21,8 @@ from lora_gen_jax.evaluation.means import standard_error
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.request_runner import Runner
 from lora_gen_jax.evaluation.subject import Subject
-from lora_gen_jax.methods.method import Prompt, Specialized
+from lora_gen_jax.inference.edge_model import EdgeModel
+from lora_gen_jax.methods.method import Prompt
 from lora_gen_jax.models import Model
 
 # Training rows beside the shots that a method may ask the prompted edge model.
@@ -44,7 +45,7 @@ class System:
         soft_tokens: that stand before every query.
     """
 
-    specialized_for: Callable[[Task], Specialized]
+    specialized_for: Callable[[Task], EdgeModel]
     reads_prompt: bool = False
     identity_for: Callable[[Task], str] | None = None
     depends_on_prompt: bool = False
@@ -126,7 +127,7 @@ def score_answers(edge: Model, runner: Runner, asked: Asked, settings: EvalConfi
         gold = [document.response for document in documents]
         result["rouge_l"] = statistics.fmean(map(answers.rouge_l, texts, gold))
     model = runner.subject.model
-    latency_ms = answers.answer_latency(model, documents, contexts) if settings.latency else None
+    latency_ms = answers.answer_latency(edge, model, documents, contexts) if settings.latency else None
     return result | figures(runner.subject, contexts, latency_ms)
 
 

@@ -58,7 +58,8 @@ class Gates(struct.PyTreeNode):
         """The weights of all experts, [..., E]; zero where one is not used."""
         if self.index is None:
             return self.weight
-        chosen = self.index[..., None] == np.arange(self.experts, dtype=self.index.dtype)
+        expert = np.arange(self.experts, dtype=self.index.dtype).reshape(*(1,) * self.index.ndim, -1)
+        chosen = self.index[..., None] == expert
         return (chosen.astype(self.weight.dtype) * self.weight[..., None]).sum(axis=-2)
 
 

@@ -17,9 +17,8 @@ from lora_gen_jax.adapters.gated_pool import GatedPool
 from lora_gen_jax.adapters.refined import RefinedPool
 from lora_gen_jax.decoder.attention import KVCache
 from lora_gen_jax.decoder.config import DecoderConfig
-from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.generator.router import Gates
-from lora_gen_jax.inference.forward import logits_at
+from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.inference.sampling import Sampling, sample
 
 STEPS = 4
@@ -115,19 +114,17 @@ def with_gates(pool: GatedPool | None, gates: Gates | None, factors: Any) -> Gat
     return gated if factors is None else RefinedPool.of(gated, factors)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def join(decoder: Decoder, params: Any, pool: Any, rows: Rows, joining: Joining) -> tuple[Rows, Drawn]:
-    """Reads prompts, draws their first tokens and puts all of it into the batch."""
-    j = joining
+@functools.partial(jax.jit, donate_argnums=1)
+def join(model: EdgeModel, rows: Rows, joining: Joining) -> tuple[Rows, Drawn]:
+    """Reads prompts, draws their first tokens and puts all of it into the batch; the model's adapter is the pool."""
+    j, decoder = joining, model.decoder
     R, T = j.tokens_RT.shape
     S = rows.cache.position_BS.shape[1]
     cache = KVCache.empty(decoder.config, R, T, decoder.dtype)
-    hidden_RTD, cache = decoder.apply(
-        {"params": params}, j.tokens_RT, j.positions_RT, adapter=with_gates(pool, j.gates, j.factors), cache=cache
-    )
-    assert isinstance(cache, KVCache)
+    model = model.replace(adapter=with_gates(model.adapter, j.gates, j.factors))
+    hidden_RTD, cache = model.read(j.tokens_RT, j.positions_RT, cache=cache)
     length_R = jnp.max(j.positions_RT, axis=1) + 1
-    logits_RV = logits_at(decoder, params, hidden_RTD[jnp.arange(R), jnp.maximum(length_R - 1, 0)])
+    logits_RV = model.logits(hidden_RTD[jnp.arange(R), jnp.maximum(length_R - 1, 0)])
     key_R = jax.vmap(jax.random.key)(j.seed_R)
     id_R, logprob_R = _draw(logits_RV, j.sampling, key_R, jnp.zeros(R, jnp.int32))
     finish_R = _finish(id_R, j.stop_RX, j.left_R)
@@ -163,13 +160,13 @@ def join(decoder: Decoder, params: Any, pool: Any, rows: Rows, joining: Joining)
     return state, Drawn(id_R[:, None], logprob_R[:, None], (finish_R != 1).astype(jnp.int32), finish_R)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def decode(decoder: Decoder, params: Any, pool: Any, rows: Rows, eager: jax.Array) -> tuple[Rows, Drawn]:
+@functools.partial(jax.jit, donate_argnums=1)
+def decode(model: EdgeModel, rows: Rows, eager: Any) -> tuple[Rows, Drawn]:
     """Decodes until there are `STEPS` new tokens a row, all rows have ended or, if `eager`, one has."""
     B, S = rows.cache.position_BS.shape
     nothing_B = jnp.zeros(B, jnp.int32)
     drawn = Drawn(jnp.zeros((B, STEPS), jnp.int32), jnp.zeros((B, STEPS), float), nothing_B, nothing_B)
-    adapter = with_gates(pool, rows.gates, rows.factors)
+    model = model.replace(adapter=with_gates(model.adapter, rows.gates, rows.factors))
 
     def unfinished(carry: tuple[jax.Array, Rows, Drawn]) -> jax.Array:
         step, rows, drawn = carry
@@ -178,11 +175,8 @@ def decode(decoder: Decoder, params: Any, pool: Any, rows: Rows, eager: jax.Arra
     def advance(carry: tuple[jax.Array, Rows, Drawn]) -> tuple[jax.Array, Rows, Drawn]:
         step, rows, drawn = carry
         busy_B = rows.position_B >= 0
-        hidden_B1D, cache = decoder.apply(
-            {"params": params}, rows.newest_B[:, None], rows.position_B[:, None], adapter=adapter, cache=rows.cache
-        )
-        assert isinstance(cache, KVCache)
-        logits_BV = logits_at(decoder, params, hidden_B1D[:, 0])
+        hidden_B1D, cache = model.read(rows.newest_B[:, None], rows.position_B[:, None], cache=rows.cache)
+        logits_BV = model.logits(hidden_B1D[:, 0])
         id_B, logprob_B = _draw(logits_BV, _of_busy(rows.sampling, busy_B), rows.key_B, rows.count_B)
         finish_B = jnp.where(busy_B, _finish(id_B, rows.stop_BX, rows.left_B), 0)
         goes_on_B = busy_B & (finish_B == 0)

@@ -24,7 +24,7 @@ from lora_gen_jax.decoder.attention import KVCache
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.generator.cloud import CLOUD_SITES
-from lora_gen_jax.inference.forward import logits_at
+from lora_gen_jax.inference.edge_model import logits_at
 from lora_gen_jax.inference.hlo import parse
 from lora_gen_jax.inference.matmuls import matmul_flops
 

@@ -1,10 +1,11 @@
 """Prompts to generated tokens: one prefill, then a loop that decodes a token per row and iteration.
 
-In: lists of prompt ids of any length, an optional adapter (rows may follow different prompts) and prefix.
+In: lists of prompt ids of any length, and an `EdgeModel` (the rows of its adapter may follow different prompts).
 Out: `Generation`s, or the same tokens as a stream. The loop's limit, the stop ids and the sampling settings are
 arrays and sizes are bucketed: a prefill is compiled per (rows, prompt bucket, slots), the loop per (rows, slots).
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
@@ -14,14 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from lora_gen_jax.adapters.protocol import Adapter
 from lora_gen_jax.buckets import bucket, check_tokens, pad_rows, power_of_two
 from lora_gen_jax.decoder.attention import KVCache
-from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import DataError
-from lora_gen_jax.inference.forward import forward_only, logits_at
-from lora_gen_jax.inference.mixed import per_row, require_single_prompt
-from lora_gen_jax.inference.prefix import Prefix, check_length, grow_cache, past_prefix, prefix_cache, taken_positions
+from lora_gen_jax.inference.edge_model import EdgeModel, per_row, require_single_prompt
+from lora_gen_jax.inference.prefix import check_length, grow_cache, past_prefix
 from lora_gen_jax.inference.sampling import Sampling, row_keys, sample
 from lora_gen_jax.placement import padded_rows, place_rows
 
@@ -40,21 +38,32 @@ class Generation(NamedTuple):
     logprobs: list[float]
 
 
-class Inputs(struct.PyTreeNode):
-    """What the compiled programs read: the weights, what modifies them, and the settings.
+@dataclasses.dataclass(frozen=True)
+class GenerationSettings:
+    """How answers are generated.
 
     Attributes:
-        params: of the decoder.
-        adapter: of one prompt, or of one per row; None for the base model.
-        prefix: keys and values that all rows begin with; None without.
+        max_new_tokens: at most this many new tokens a row.
+        stop_ids: ids that end a row.
+        sampling: how a token is drawn; greedy when left out.
+        seed: of the draws; row i draws the same whatever the other rows are.
+    """
+
+    max_new_tokens: int
+    stop_ids: Sequence[int] = ()
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    seed: int = 0
+
+
+class Drawing(struct.PyTreeNode):
+    """The settings as compiled programs read them.
+
+    Attributes:
         sampling: checked settings.
         stop_ids_X: padded with -1.
         key: of the whole call; each step and row derives its own.
     """
 
-    params: Any
-    adapter: Any
-    prefix: KVCache | None
     sampling: Sampling
     stop_ids_X: np.ndarray
     key: jax.Array
@@ -81,29 +90,13 @@ class DecodeState(struct.PyTreeNode):
     cache: KVCache
 
 
-def generate(
-    decoder: Decoder,
-    params: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    stop_ids: Sequence[int] = (),
-    sampling: Sampling | None = None,
-    seed: int = 0,
-    adapter: Adapter | None = None,
-    prefix: Prefix | None = None,
-) -> list[Generation]:
+def generate(model: EdgeModel, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> list[Generation]:
     """Generates for all prompts at once.
 
     Args:
-        decoder, params: the model.
+        model: whose adapter is of one prompt for all rows, or of several (`GatedPool`, `PromptLoRA`).
         prompts: token ids per row; rows of an adapter with P prompts are grouped by prompt.
-        max_new_tokens: at most this many new tokens a row.
-        stop_ids: ids that end a row.
-        sampling: greedy when left out.
-        seed: of the draws; row i draws the same whatever the other rows are.
-        adapter: of one prompt for all rows, or of several (`GatedPool`, `PromptLoRA`).
-        prefix: read before every prompt.
+        settings: how.
 
     Returns:
         one `Generation` per prompt, in order.
@@ -115,26 +108,13 @@ def generate(
     """
     if len(prompts) == 0:
         return []
-    _check(decoder, prompts, max_new_tokens, prefix)
-    adapter = per_row(adapter, len(prompts), padded_rows(len(prompts), params))
-    inputs = _inputs((params, adapter, prefix), stop_ids, sampling, seed)
-    state = _start(decoder, inputs, prompts, max_new_tokens, taken_positions(prefix))
-    later = _later(inputs)
-    state = jax.device_get(_decode(forward_only(decoder), later, state, np.int32(max_new_tokens)).replace(cache=None))
+    later, drawing, state = _start(model, prompts, settings)
+    state = jax.device_get(_decode(later, drawing, state, np.int32(settings.max_new_tokens)).replace(cache=None))
     return [_generation(state, row) for row in range(len(prompts))]
 
 
 def stream(
-    decoder: Decoder,
-    params: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    stop_ids: Sequence[int] = (),
-    sampling: Sampling | None = None,
-    seed: int = 0,
-    adapter: Adapter | None = None,
-    prefix: Prefix | None = None,
+    model: EdgeModel, prompts: Sequence[Sequence[int]], settings: GenerationSettings
 ) -> Iterator[list[int | None]]:
     """As `generate`, token by token, from the same programs.
 
@@ -147,16 +127,12 @@ def stream(
     """
     if len(prompts) == 0:
         return iter(())
-    _check(decoder, prompts, max_new_tokens, prefix)
-    adapter = per_row(adapter, len(prompts), padded_rows(len(prompts), params))
-    inputs = _inputs((params, adapter, prefix), stop_ids, sampling, seed)
-    state = _start(decoder, inputs, prompts, max_new_tokens, taken_positions(prefix))
-    later = _later(inputs)
+    later, drawing, state = _start(model, prompts, settings)
 
     def steps(state: DecodeState) -> Iterator[list[int | None]]:
-        for step in range(max_new_tokens):
+        for step in range(settings.max_new_tokens):
             if step:
-                state = _decode(forward_only(decoder), later, state, np.int32(step + 1))
+                state = _decode(later, drawing, state, np.int32(step + 1))
             # Indexed on the host: on the device every step would be a program of its own.
             tokens_BS, done_B = jax.device_get((state.tokens_BS, state.done_B))
             if done_B.all():
@@ -167,7 +143,7 @@ def stream(
     return steps(state)
 
 
-def _check(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, prefix: Prefix | None) -> None:
+def _check(model: EdgeModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     if max_new_tokens < 1:
         raise DataError(
             f"max_new_tokens={max_new_tokens} generates nothing",
@@ -175,7 +151,6 @@ def _check(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: i
             code="range",
             remedy="use at least 1",
         )
-    before = taken_positions(prefix)
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise DataError(
@@ -184,59 +159,42 @@ def _check(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: i
                 code="empty",
                 remedy="give it at least one token, the model's bos or eos for example",
             )
-        check_tokens(prompt, decoder.config.vocab_size, f"prompts.{i}")
+        check_tokens(prompt, model.decoder.config.vocab_size, f"prompts.{i}")
         check_length(
-            before + len(prompt) + max_new_tokens,
-            decoder.config,
+            model.before + len(prompt) + max_new_tokens,
+            model.decoder.config,
             f"shorten prompt {i} ({len(prompt)} tokens) or lower max_new_tokens ({max_new_tokens})",
         )
 
 
-def _inputs(
-    model: tuple[Any, Any, Prefix | None], stop_ids: Sequence[int], sampling: Sampling | None, seed: int
-) -> Inputs:
-    params, adapter, prefix = model
-    if prefix is not None:
-        require_single_prompt(adapter)
-    stop_ids_X = np.full(max(8, power_of_two(len(stop_ids))), -1, np.int32)
-    stop_ids_X[: len(stop_ids)] = stop_ids
-    settings = (sampling or Sampling()).checked()
-    return Inputs(params, adapter, prefix_cache(prefix), settings, stop_ids_X, jax.random.key(seed))
-
-
-def _later(inputs: Inputs) -> Inputs:
-    """What the tokens that are written read."""
-    return inputs if inputs.adapter is None else inputs.replace(adapter=inputs.adapter.elsewhere)
-
-
 def _start(
-    decoder: Decoder, inputs: Inputs, prompts: Sequence[Sequence[int]], max_new_tokens: int, before: int
-) -> DecodeState:
-    longest = bucket(max(map(len, prompts)))
-    tokens_BT, positions_BT = pad_rows(prompts, longest, padded_rows(len(prompts), inputs.params))
-    slots = bucket(longest + max_new_tokens)
-    batch = place_rows((tokens_BT, past_prefix(positions_BT, before)), inputs.params)
-    return _prefill(forward_only(decoder), slots, inputs, batch)
+    model: EdgeModel, prompts: Sequence[Sequence[int]], settings: GenerationSettings
+) -> tuple[EdgeModel, Drawing, DecodeState]:
+    """The model that reads what is written, how it draws, and the state after the first new token of each row."""
+    _check(model, prompts, settings.max_new_tokens)
+    if model.prefix is not None:
+        require_single_prompt(model.adapter)
+    rows, longest = padded_rows(len(prompts), model.params), bucket(max(map(len, prompts)))
+    model = model.replace(adapter=per_row(model.adapter, len(prompts), rows))
+    stop_ids_X = np.full(max(8, power_of_two(len(settings.stop_ids))), -1, np.int32)
+    stop_ids_X[: len(settings.stop_ids)] = settings.stop_ids
+    drawing = Drawing(settings.sampling.checked(), stop_ids_X, jax.random.key(settings.seed))
+    tokens_BT, positions_BT = pad_rows(prompts, longest, rows)
+    batch = place_rows((tokens_BT, past_prefix(positions_BT, model.before)), model.params)
+    slots = bucket(longest + settings.max_new_tokens)
+    return model.elsewhere.program, drawing, _prefill(slots, model.program, drawing, batch)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _prefill(decoder: Decoder, slots: int, inputs: Inputs, batch: tuple[Any, Any]) -> DecodeState:
+@functools.partial(jax.jit, static_argnums=0)
+def _prefill(slots: int, model: EdgeModel, drawing: Drawing, batch: tuple[Any, Any]) -> DecodeState:
     """Reads the prompts and draws the first token of each row."""
     tokens_BT, positions_BT = batch
     B, T = tokens_BT.shape
     # Slots for the new tokens come afterwards: here every query would look at them in vain.
-    cache = KVCache.empty(decoder.config, B, T, decoder.dtype)
-    hidden_BTD, cache = decoder.apply(
-        {"params": inputs.params},
-        tokens_BT,
-        positions_BT,
-        adapter=inputs.adapter,
-        cache=cache,
-        prefix=inputs.prefix,
-    )
-    assert isinstance(cache, KVCache)
+    cache = KVCache.empty(model.decoder.config, B, T, model.decoder.dtype)
+    hidden_BTD, cache = model.read(tokens_BT, positions_BT, cache=cache)
     last_B = jnp.argmax(positions_BT, axis=1)
-    logits_BV = logits_at(decoder, inputs.params, hidden_BTD[jnp.arange(B), last_B])
+    logits_BV = model.logits(hidden_BTD[jnp.arange(B), last_B])
     length_B = jnp.max(positions_BT, axis=1) + 1
     state = DecodeState(
         step=jnp.zeros((), jnp.int32),
@@ -247,11 +205,11 @@ def _prefill(decoder: Decoder, slots: int, inputs: Inputs, batch: tuple[Any, Any
         length_B=length_B,
         cache=grow_cache(cache, slots),
     )
-    return _append(state, logits_BV, inputs)
+    return _append(state, logits_BV, drawing)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(decoder: Decoder, inputs: Inputs, state: DecodeState, limit: jax.Array) -> DecodeState:
+@functools.partial(jax.jit, donate_argnums=2)
+def _decode(model: EdgeModel, drawing: Drawing, state: DecodeState, limit: Any) -> DecodeState:
     """Decodes until there are `limit` new tokens or all rows are done."""
 
     def unfinished(state: DecodeState) -> jax.Array:
@@ -260,25 +218,17 @@ def _decode(decoder: Decoder, inputs: Inputs, state: DecodeState, limit: jax.Arr
     def step(state: DecodeState) -> DecodeState:
         newest_B1 = jax.lax.dynamic_index_in_dim(state.tokens_BS, state.step - 1, axis=1)
         position_B = jnp.where(state.done_B, -1, state.length_B + state.step - 1)
-        hidden_B1D, cache = decoder.apply(
-            {"params": inputs.params},
-            newest_B1,
-            position_B[:, None],
-            adapter=inputs.adapter,
-            cache=state.cache,
-            prefix=inputs.prefix,
-        )
-        logits_BV = logits_at(decoder, inputs.params, hidden_B1D[:, 0])
-        return _append(state.replace(cache=cache), logits_BV, inputs)
+        hidden_B1D, cache = model.read(newest_B1, position_B[:, None], cache=state.cache)
+        return _append(state.replace(cache=cache), model.logits(hidden_B1D[:, 0]), drawing)
 
     return jax.lax.while_loop(unfinished, step, state)
 
 
-def _append(state: DecodeState, logits_BV: jax.Array, inputs: Inputs) -> DecodeState:
-    id_B = sample(logits_BV, inputs.sampling, row_keys(inputs.key, state.step, len(logits_BV)))
+def _append(state: DecodeState, logits_BV: jax.Array, drawing: Drawing) -> DecodeState:
+    id_B = sample(logits_BV, drawing.sampling, row_keys(drawing.key, state.step, len(logits_BV)))
     chosen_B = jnp.take_along_axis(logits_BV, id_B[:, None], axis=1)[:, 0]
     logprob_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=1)
-    done_B = state.done_B | jnp.any(id_B[:, None] == inputs.stop_ids_X[None], axis=1)
+    done_B = state.done_B | jnp.any(id_B[:, None] == drawing.stop_ids_X[None], axis=1)
     return state.replace(
         step=state.step + 1,
         done_B=done_B,

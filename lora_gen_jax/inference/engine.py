@@ -1,6 +1,6 @@
 """A batch whose rows come and go: sequences of any length, each with its own specialization, by one set of programs.
 
-In: `GenerationRequest`s (prompt ids, gates, how to draw), and a decoder with its expert pool. Out: `Progress` of each
+In: `GenerationRequest`s (prompt ids, gates, how to draw), and a model with its expert pool. Out: `Progress` of each
 row after every call. The weights stay as they are: each row's gates choose among the pool's experts beside them, so
 that a row follows another specialization by L·E numbers.
 """
@@ -14,20 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from lora_gen_jax.adapters.gated_pool import GatedPool
 from lora_gen_jax.buckets import pad_rows, power_of_two
-from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.inference.continuous import STOPS, Drawn, Joining, Rows, decode, empty_rows, join, release
 from lora_gen_jax.inference.decode import Generation
-from lora_gen_jax.inference.forward import forward_only
+from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.inference.sampling import Sampling
 from lora_gen_jax.inference.work import (
     FINISH,
     GenerationRequest,
     Progress,
     check_factors,
-    check_gates,
     check_work,
 )
 from lora_gen_jax.placement import check_room, mesh_context, mesh_of, padded_rows
@@ -44,8 +41,8 @@ class Engine:
     """A batch of B rows on the device; not safe to call from several threads at once.
 
     Args:
-        decoder, params: the model, unmerged.
-        pool: an adapter with the pool (`GatedPool`; its gates do not matter); None serves only the base model.
+        model: unmerged; its adapter has the pool (`GatedPool`; its gates do not matter), or is None, which serves only
+            the base model.
         rows: B, sequences at the same time; on a mesh, rounded up to what it can share evenly.
         slots: S; prompt and new tokens of a sequence are at most this many.
         rank: X, of the factors that a row has room for beside its gates; every row pays for them in every step.
@@ -54,7 +51,8 @@ class Engine:
         ConfigError: for no rows, more slots than the model has positions, or more of both than there is memory for.
     """
 
-    def __init__(self, decoder: Decoder, params: Any, pool: GatedPool | None, *, rows: int, slots: int, rank: int = 0):
+    def __init__(self, model: EdgeModel, *, rows: int, slots: int, rank: int = 0):
+        decoder, params, pool = model.decoder, model.params, model.adapter
         if rows < 1:
             raise ConfigError(f"rows is {rows}", field="rows", remedy="serve at least one sequence at a time")
         if not 2 <= slots <= decoder.config.max_positions:
@@ -64,10 +62,11 @@ class Engine:
                 field="context",
                 remedy=f"give 2 to {most}, which the edge model has positions for",
             )
-        self.decoder, self.params, self.slots = forward_only(decoder), params, slots
-        self.rows = padded_rows(rows, params) if mesh_of(params) else rows
-        # Of the pool's own gates one prompt's are kept: they say how many a layer has.
-        self.pool = None if pool is None else pool.take(np.array([0])).replace(dropout_rate=0.0)
+        self.slots, self.rows = slots, padded_rows(rows, params) if mesh_of(params) else rows
+        if pool is not None:
+            # Of the pool's own gates one prompt's are kept: they say how many a layer has.
+            pool = pool.take(np.array([0])).replace(dropout_rate=0.0)
+        self.model = model.replace(adapter=pool).program
         self.rank, shape = 0 if pool is None else rank, (self.rows, slots)
         # Before anything is made of these numbers: they come from flags.
         kept = jax.eval_shape(lambda: empty_rows(decoder.config, shape, decoder.dtype))
@@ -83,8 +82,7 @@ class Engine:
 
     def check(self, work: GenerationRequest) -> None:
         """Raises DataError or ConfigError for a work that cannot be done, as `check_work`."""
-        check_work(work, self.decoder, self.slots)
-        check_gates(work, self.decoder, self.pool)
+        check_work(work, self.model, self.slots)
         check_factors(work, self.rank)
 
     def admit(self, works: Sequence[GenerationRequest]) -> tuple[list[int], list[Progress]]:
@@ -112,8 +110,8 @@ class Engine:
         busy = sorted(set(range(self.rows)) - set(self.free))
         if not busy:
             return []
-        with mesh_context(self.params):
-            self.state, drawn = decode(self.decoder, self.params, self.pool, self.state, np.bool_(eager))
+        with mesh_context(self.model.params):
+            self.state, drawn = decode(self.model, self.state, np.bool_(eager))
         return self._progress(drawn, busy, busy)
 
     def run(self, works: Sequence[GenerationRequest], done: Callable[[int, Generation], None]) -> None:
@@ -170,14 +168,14 @@ class Engine:
                 self._join([], [], (count, length))
                 count *= _GROUPS
             length *= 2
-        with mesh_context(self.params):
-            self.state, _ = decode(self.decoder, self.params, self.pool, self.state, np.bool_(False))
+        with mesh_context(self.model.params):
+            self.state, _ = decode(self.model, self.state, np.bool_(False))
         self.state = release(self.state, np.int32(0))
 
     def _join(self, works: Sequence[GenerationRequest], rows: Sequence[int], shape: tuple[int, int]) -> Drawn:
         joining = self._joining(works, rows, shape)
-        with mesh_context(self.params):
-            self.state, drawn = join(self.decoder, self.params, self.pool, self.state, joining)
+        with mesh_context(self.model.params):
+            self.state, drawn = join(self.model, self.state, joining)
         return drawn
 
     def _next_group(self, lengths: Sequence[int]) -> tuple[int, int]:
@@ -195,7 +193,7 @@ class Engine:
 
     def _joining(self, works: Sequence[GenerationRequest], rows: Sequence[int], shape: tuple[int, int]) -> Joining:
         """Works as arrays of R rows and T tokens; without works, all of it is padding."""
-        count, padded, length = len(works), padded_rows(shape[0], self.params), shape[1]
+        count, padded, length = len(works), padded_rows(shape[0], self.model.params), shape[1]
         tokens_RT, positions_RT = pad_rows([work.ids for work in works], length, padded)
 
         def column(values: Sequence[Any], fill: Any, dtype: Any) -> np.ndarray:
@@ -222,9 +220,9 @@ class Engine:
 
     def _gates(self, rows: int, works: Sequence[GenerationRequest]) -> Any:
         """`Gates` [L, rows, K] of works, zeros elsewhere; None without a pool."""
-        if self.pool is None:
+        if self.model.adapter is None:
             return None
-        gates = jax.tree.map(lambda x: np.zeros((len(x), rows, x.shape[-1]), x.dtype), self.pool.gates)
+        gates = jax.tree.map(lambda x: np.zeros((len(x), rows, x.shape[-1]), x.dtype), self.model.adapter.gates)
         for i, work in enumerate(works):
             for into, own in zip(jax.tree.leaves(gates), jax.tree.leaves(work.gates), strict=work.gates is not None):
                 into[:, i, : own.shape[-1]] = own
@@ -232,10 +230,10 @@ class Engine:
 
     def _factors(self, rows: int, works: Sequence[GenerationRequest]) -> Any:
         """{site: {"a": [L, rows, inputs, X], "b": …}} of works, zeros elsewhere; None without a rank."""
-        if self.rank == 0 or self.pool is None:
+        if self.rank == 0:
             return None
-        layers, filled = self.decoder.config.num_layers, {}
-        for site, pair in self.pool.pool.items():
+        layers, filled = self.model.decoder.config.num_layers, {}
+        for site, pair in self.model.adapter.pool.items():
             a = np.zeros((layers, rows, pair["a"].shape[-2], self.rank), np.float32)
             b = np.zeros((layers, rows, self.rank, pair["b"].shape[-1]), np.float32)
             for i, work in enumerate(works):
@@ -246,7 +244,7 @@ class Engine:
 
     def _placed(self, state: Rows) -> Rows:
         """Rows split over the mesh of the weights, where there is one."""
-        if (mesh := mesh_of(self.params)) is None:
+        if (mesh := mesh_of(self.model.params)) is None:
             # Copies: donating must not free an array that two fields share.
             return jax.tree.map(jnp.copy, state)
         by_layer, by_row, all_of_it = (NamedSharding(mesh, spec(*axes)) for axes in ((None, "batch"), ("batch",), ()))

@@ -6,7 +6,7 @@ row with its own gates. Merged: one specialization after another, merged into th
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from lora_gen_jax.adapters.gated_pool import GatedPool
 from lora_gen_jax.adapters.merge import merge, merge_over
 from lora_gen_jax.buckets import bucket
-from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import LoraGenError
 from lora_gen_jax.inference.continuous import with_gates
 from lora_gen_jax.inference.decode import Generation
+from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.inference.engine import Engine
-from lora_gen_jax.inference.work import GenerationRequest, check_gates, check_work, factor_rank
+from lora_gen_jax.inference.work import GenerationRequest, check_work, factor_rank
 
 How = Literal["auto", "mixed", "merged"]
 FULL_BATCH = 32
@@ -27,9 +27,7 @@ FULL_BATCH = 32
 
 
 def answer_all(
-    decoder: Decoder,
-    params: Any,
-    pool: GatedPool | None,
+    model: EdgeModel,
     works: Sequence[GenerationRequest],
     *,
     rows: int = 32,
@@ -39,8 +37,8 @@ def answer_all(
     """Answers all works.
 
     Args:
-        decoder, params: the base model, which stays valid.
-        pool: an adapter with the pool; its gates do not matter. None where all works are for the base model.
+        model: the base model, whose weights stay valid. Its adapter has the pool, whose gates do not matter; None where
+            all works are for the base model.
         works: each with the gates of its specialization, or None for the base model.
         rows: sequences at the same time.
         how: "mixed" or "merged"; "auto" takes the one that is likely to be faster (`mixed_is_better`).
@@ -54,11 +52,11 @@ def answer_all(
     """
     if not works:
         return []
-    slots = min(bucket(max(len(work.ids) + work.max_new_tokens for work in works)), decoder.config.max_positions)
+    longest = max(len(work.ids) + work.max_new_tokens for work in works)
+    slots = min(bucket(longest), model.decoder.config.max_positions)
     for i, work in enumerate(works):
         try:
-            check_work(work, decoder, slots)
-            check_gates(work, decoder, pool)
+            check_work(work, model, slots)
         except LoraGenError as error:
             raise error.within(f"request {i + 1} of {len(works)}") from error
     groups = by_specialization(works)
@@ -66,7 +64,8 @@ def answer_all(
     # Free rows are computed, too: merged, no more are needed than the largest group has.
     most = len(works) if mixed else max(map(len, groups))
     rank = max(factor_rank(work.factors) for work in works)
-    engine = Engine(decoder, params, pool if mixed else None, rows=min(rows, most), slots=slots, rank=rank)
+    unmerged = model if mixed else model.replace(adapter=None)
+    engine = Engine(unmerged, rows=min(rows, most), slots=slots, rank=rank)
     found: dict[int, Generation] = {}
 
     def note(i: int, generation: Generation) -> None:
@@ -77,7 +76,7 @@ def answer_all(
     if mixed:
         engine.run(works, note)
     else:
-        _merged(engine, pool, [[(i, works[i]) for i in group] for group in groups], note)
+        _merged(engine, model.adapter, [[(i, works[i]) for i in group] for group in groups], note)
     return [found[i] for i in range(len(works))]
 
 
@@ -88,18 +87,19 @@ def _merged(
     note: Callable[..., None],
 ) -> None:
     """One specialization after another in the engine's weights; `note` is told each work's number and what it gave."""
-    base, held = engine.params, None
+    base, held = engine.model.params, None
     for group in groups:
         gates = group[0][1].gates
         if gates is None:
-            engine.params = base
+            params = base
         else:
             assert pool is not None
             factors = jax.tree.map(lambda x: jnp.asarray(x)[:, None], group[0][1].factors)
             gates = jax.tree.map(lambda x: jnp.asarray(x)[:, None], gates)
             adapter = with_gates(pool, gates, factors or None)
             assert adapter is not None
-            engine.params = held = merge(base, adapter) if held is None else merge_over(held, base, adapter)
+            params = held = merge(base, adapter) if held is None else merge_over(held, base, adapter)
+        engine.model = engine.model.replace(params=params)
         numbers = [i for i, _ in group]
         # The rows have nothing beside the weights.
         plain = [dataclasses.replace(work, gates=None, factors={}) for _, work in group]

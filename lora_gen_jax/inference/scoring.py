@@ -1,26 +1,20 @@
 """Log-likelihoods of continuations, as lm-eval's multiple-choice tasks want them.
 
-In: requests (a context and its continuations), an optional adapter and prefix. Out: a `Score` per request, in
+In: an `EdgeModel` and requests (a context and its continuations). Out: a `Score` per request, in
 order. A context is read once for all its continuations, a prefix once for all requests, and logits are computed
 only where they predict a continuation's token, a chunk of positions at a time.
 """
 
-import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_gen_jax.adapters.protocol import Adapter
-from lora_gen_jax.decoder.attention import KVCache
-from lora_gen_jax.decoder.model import Decoder
-from lora_gen_jax.inference.forward import forward_only, logits_at
-from lora_gen_jax.inference.mixed import require_single_prompt
-from lora_gen_jax.inference.prefix import Prefix, prefix_cache, taken_positions
+from lora_gen_jax.inference.edge_model import EdgeModel, require_single_prompt
 from lora_gen_jax.inference.rows import (
     Request,
     Row,
@@ -52,13 +46,10 @@ class Score(NamedTuple):
 
 
 def score(
-    decoder: Decoder,
-    params: Any,
+    model: EdgeModel,
     requests: Sequence[Request],
     *,
     batch_tokens: int,
-    adapter: Adapter | None = None,
-    prefix: Prefix | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Score]:
     """Scores all continuations of all requests.
@@ -66,12 +57,11 @@ def score(
     Requests that are too long for the model lose context from the left, as in lm-eval; how many is logged.
 
     Args:
-        decoder, params: the model.
+        model: whose adapter is of a single prompt. Its prefix is read before every context, which leaves it out. A
+            request too long for the model loses the prefix's ids first; of a soft prompt, which has none, nothing is
+            cut.
         requests: `Request`s, or pairs (context ids, continuations).
         batch_tokens: about how many tokens, padding included, are read at a time; a longer row is a batch of its own.
-        adapter: of a single prompt, for all requests.
-        prefix: read before every context, which leaves it out. A request too long for the model loses the
-            prefix's ids first; of a soft prompt, which has none, nothing is cut.
         progress: called after each batch with the number of continuations scored so far and their total.
 
     Returns:
@@ -81,14 +71,13 @@ def score(
         DataError: for an empty context, an empty or too long continuation, a token id that the model lacks, or an
             adapter of several prompts.
     """
-    require_single_prompt(adapter)
+    require_single_prompt(model.adapter)
     requests = [Request(*request) for request in requests]
-    following, cut = _plan(decoder, requests, prefix, batch_tokens)
+    following, cut = _plan(model, requests, batch_tokens)
     logprobs = [[0.0] * len(request.continuations) for request in requests]
     greedy = [[False] * len(request.continuations) for request in requests]
     done, total = 0, sum(map(len, logprobs))
-    model = (forward_only(decoder), params, adapter)
-    runs = (_run(model, following, prefix, batch_tokens), _run(model, cut, None, batch_tokens))
+    runs = (_run(model, following, batch_tokens), _run(model.replace(prefix=None), cut, batch_tokens))
     for rows, logprob_M, greedy_M in itertools.chain(*runs):
         at = 0
         for row in rows:
@@ -102,13 +91,11 @@ def score(
     return [Score(tuple(sums), tuple(flags)) for sums, flags in zip(logprobs, greedy, strict=True)]
 
 
-def _plan(
-    decoder: Decoder, requests: Sequence[Request], prefix: Prefix | None, batch_tokens: int
-) -> tuple[list[Row], list[Row]]:
+def _plan(model: EdgeModel, requests: Sequence[Request], batch_tokens: int) -> tuple[list[Row], list[Row]]:
     """Rows that follow the prefix, and rows that had to cut it."""
-    before, limit = taken_positions(prefix), decoder.config.max_positions
+    before, limit, prefix = model.before, model.decoder.config.max_positions, model.prefix
     soft = prefix is not None and not prefix.ids
-    check_requests(requests, decoder.config.vocab_size, limit - (before if soft else 0))
+    check_requests(requests, model.decoder.config.vocab_size, limit - (before if soft else 0))
     following, cut, truncated = [], [], 0
     for i, request in enumerate(requests):
         longest = max(map(len, request.continuations), default=1)
@@ -127,20 +114,19 @@ def _plan(
 
 
 def _run(
-    model: tuple[Decoder, Any, Any], rows: Sequence[Row], prefix: Prefix | None, batch_tokens: int
+    model: EdgeModel, rows: Sequence[Row], batch_tokens: int
 ) -> Iterator[tuple[list[Row], np.ndarray, np.ndarray]]:
     """Batches of rows with log-probability and greediness of each predicted token, in the rows' order.
 
     The next batch is dispatched before the results of the last are waited for.
     """
-    decoder, params, adapter = model
-    cache, offset = prefix_cache(prefix), taken_positions(prefix)
+    program, params, offset = model.program, model.params, model.before
     waiting: list[tuple[list[Row], tuple[jax.Array, jax.Array]]] = []
     for batch in batches(rows, batch_tokens):
         packed = pack(batch, offset, padded_rows(len(batch), params))
         tokens, positions, segments = place_rows((packed.tokens_BT, packed.positions_BT, packed.segments_BT), params)
         packed = packed.replace(tokens_BT=tokens, positions_BT=positions, segments_BT=segments)
-        waiting.append((batch, _score_batch(decoder, params, adapter, packed, cache)))
+        waiting.append((batch, _score_batch(program, packed)))
         if len(waiting) > 1:
             yield _fetch(waiting.pop(0))
     for item in waiting:
@@ -153,30 +139,21 @@ def _fetch(item: tuple[list[Row], tuple[jax.Array, jax.Array]]) -> tuple[list[Ro
     return rows, logprob_M, greedy_M
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _score_batch(
-    decoder: Decoder, params: Any, adapter: Any, batch: RowBatch, prefix: KVCache | None
-) -> tuple[jax.Array, jax.Array]:
+@jax.jit
+def _score_batch(model: EdgeModel, batch: RowBatch) -> tuple[jax.Array, jax.Array]:
     """Log-probability and greediness [M] of the predicted tokens."""
     B, T = batch.tokens_BT.shape
-    hidden_BTD, _ = decoder.apply(
-        {"params": params},
-        batch.tokens_BT,
-        batch.positions_BT,
-        segments_BT=batch.segments_BT,
-        adapter=adapter,
-        prefix=prefix,
-    )
+    hidden_BTD, _ = model.read(batch.tokens_BT, batch.positions_BT, segments_BT=batch.segments_BT)
     hidden_XD = hidden_BTD.reshape(B * T, -1)
     M = batch.source_M.shape[0]
-    chunk = min(M, max(1, LOGITS_IN_MEMORY // decoder.config.vocab_size))
+    chunk = min(M, max(1, LOGITS_IN_MEMORY // model.decoder.config.vocab_size))
 
     def score_chunk(i: jax.Array, results: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         # The last chunk may start early, so as to end at M: what it computes again comes out the same.
         start = (i * chunk,)
         source_C = jax.lax.dynamic_slice(batch.source_M, start, (chunk,))
         target_C = jax.lax.dynamic_slice(batch.target_M, start, (chunk,))
-        logits_CV = logits_at(decoder, params, hidden_XD[source_C])
+        logits_CV = model.logits(hidden_XD[source_C])
         chosen_C = jnp.take_along_axis(logits_CV, target_C[:, None], axis=1)[:, 0]
         logprob_C = chosen_C - jax.nn.logsumexp(logits_CV, axis=1)
         new = (logprob_C, jnp.argmax(logits_CV, axis=1) == target_C)

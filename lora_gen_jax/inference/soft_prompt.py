@@ -15,16 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_gen_jax.adapters.protocol import Adapter
 from lora_gen_jax.buckets import bucket, check_tokens
 from lora_gen_jax.decoder.attention import KVCache
 from lora_gen_jax.decoder.config import DecoderConfig
-from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.generator.cloud import PackedPrompts
-from lora_gen_jax.inference.forward import forward_only
-from lora_gen_jax.inference.mixed import require_single_prompt
-from lora_gen_jax.inference.prefix import Prefix
+from lora_gen_jax.inference.edge_model import EdgeModel, Prefix, require_single_prompt
 from lora_gen_jax.placement import mesh_context
 
 
@@ -68,19 +64,18 @@ def _compress(module: Any, variables: Any, params: Any, edge_1X: jax.Array) -> j
     return module.apply(variables, params, prompts).soft_PND[0]
 
 
-def encode_soft(decoder: Decoder, params: Any, soft_ND: jax.Array, adapter: Adapter | None = None) -> Prefix:
+def encode_soft(model: EdgeModel, soft_ND: jax.Array) -> Prefix:
     """Reads soft tokens, each after those before it.
 
     Args:
-        decoder, params: the model.
+        model: that the rest will be read with.
         soft_ND: the soft tokens, at least one; they enter as they are, without the scale of token embeddings.
-        adapter: of a single prompt, the one that the rest will be read with.
 
     Raises:
         DataError: when there is no soft token or more than the model has positions, when they are of another width than
             the model's, or when the adapter holds several prompts.
     """
-    (N, D), c = soft_ND.shape, decoder.config
+    (N, D), c = soft_ND.shape, model.decoder.config
     if D != c.width:
         raise DataError(
             f"soft tokens of width {D} do not fit a model of width {c.width}",
@@ -97,29 +92,20 @@ def encode_soft(decoder: Decoder, params: Any, soft_ND: jax.Array, adapter: Adap
             code="too long",
             remedy="use fewer",
         )
-    require_single_prompt(adapter)
+    require_single_prompt(model.adapter)
     padded_1SD = jnp.pad(soft_ND, ((0, bucket(N) - N), (0, 0)))[None]
     positions_1S = np.arange(padded_1SD.shape[1], dtype=np.int32)[None]
     positions_1S = np.where(positions_1S < N, positions_1S, np.int32(-1))
-    with mesh_context(params):
-        cache = _encode(forward_only(decoder), params, padded_1SD, positions_1S, adapter)
+    with mesh_context(model.params):
+        cache = _encode(model.program, padded_1SD, positions_1S)
     if not soft_positions(c, N):
         # Among themselves they were in order; to all that follows they are there from its first position on.
         cache = cache.replace(position_BS=jnp.minimum(cache.position_BS, 0))
     return Prefix(cache=cache, length=N, positions=soft_positions(c, N))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(decoder: Decoder, params: Any, soft_1SD: jax.Array, positions_1S: jax.Array, adapter: Any) -> KVCache:
-    cache = KVCache.empty(decoder.config, 1, soft_1SD.shape[1], decoder.dtype)
-    _, cache = decoder.apply(
-        {"params": params},
-        soft_1SD.astype(decoder.dtype),
-        positions_1S,
-        adapter=adapter,
-        cache=cache,
-        learned_BT=jnp.full_like(positions_1S, -1),
-        method="encode",
-    )
-    assert isinstance(cache, KVCache)
-    return cache
+@jax.jit
+def _encode(model: EdgeModel, soft_1SD: jax.Array, positions_1S: jax.Array) -> KVCache:
+    cache = KVCache.empty(model.decoder.config, 1, soft_1SD.shape[1], model.decoder.dtype)
+    soft_1SD, unlearned_1S = soft_1SD.astype(model.decoder.dtype), jnp.full_like(positions_1S, -1)
+    return model.read(soft_1SD, positions_1S, cache=cache, learned_BT=unlearned_1S, method="encode")[1]

@@ -7,15 +7,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-import jax
 import numpy as np
 
-from lora_gen_jax.adapters.gated_pool import GatedPool
 from lora_gen_jax.buckets import check_tokens
-from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.generator.router import Gates
 from lora_gen_jax.inference.continuous import STOPS
+from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.inference.sampling import Sampling
 
 Factors = Mapping[str, Mapping[str, np.ndarray]]
@@ -67,11 +65,12 @@ class Progress(NamedTuple):
     finish: Finish | None
 
 
-def check_work(work: GenerationRequest, decoder: Decoder, slots: int) -> None:
-    """Whether a work can be done with so many slots.
+def check_work(work: GenerationRequest, model: EdgeModel, slots: int) -> None:
+    """Whether a work can be done with so many slots, by a model whose adapter is the pool.
 
     Raises:
-        DataError: for an empty prompt, an id that the model lacks, or one too long for the slots.
+        DataError: for an empty prompt, an id that the model lacks, one too long for the slots, or gates of another
+            pool.
         ConfigError: for a sampling setting outside its range.
     """
     if len(work.ids) == 0:
@@ -91,33 +90,23 @@ def check_work(work: GenerationRequest, decoder: Decoder, slots: int) -> None:
             code="too long",
             remedy="shorten the prompt, or ask for fewer new tokens",
         )
-    check_tokens(work.ids, decoder.config.vocab_size, "prompt")
+    check_tokens(work.ids, model.decoder.config.vocab_size, "prompt")
     if len(work.stop_ids) > STOPS:
         raise DataError(f"{len(work.stop_ids)} stop ids were given, there is room for {STOPS}", field="stop_ids")
     if not 0 <= work.seed < 2**32:
         raise DataError(f"seed={work.seed} must be 0 to 2^32 - 1", field="seed")
     Sampling(work.temperature, work.top_k, work.top_p).check()
+    if work.gates is not None:
+        _check_gates(work.gates, model)
 
 
-def expert_count(pool: GatedPool | None) -> int:
-    """E; 0 without a pool."""
-    return 0 if pool is None else jax.tree.leaves(pool.pool)[0].shape[-3]
-
-
-def check_gates(work: GenerationRequest, decoder: Decoder, pool: GatedPool | None) -> None:
-    """Raises DataError for gates of another shape than the pool takes, [L, E], or of more experts at a time."""
-    shape = (decoder.config.num_layers, expert_count(pool))
-    if work.gates is None:
-        return
-    if work.gates.shape != shape:
-        raise DataError(
-            f"gates have the shape {work.gates.shape}, the pool takes {shape} (layers, experts)", field="gates"
-        )
-    assert pool is not None
-    if work.gates.active > pool.gates.active or (work.gates.index is None) != (pool.gates.index is None):
-        raise DataError(
-            f"a layer has {work.gates.active} gates, the pool's generator makes {pool.gates.active}", field="gates"
-        )
+def _check_gates(gates: Gates, model: EdgeModel) -> None:
+    own = None if model.adapter is None else model.adapter.gates
+    shape = (model.decoder.config.num_layers, 0 if own is None else own.experts)
+    if own is None or gates.shape != shape:
+        raise DataError(f"gates have the shape {gates.shape}, the pool takes {shape} (layers, experts)", field="gates")
+    if gates.active > own.active or (gates.index is None) != (own.index is None):
+        raise DataError(f"a layer has {gates.active} gates, the pool's generator makes {own.active}", field="gates")
 
 
 def factor_rank(factors: Factors) -> int:

@@ -25,9 +25,10 @@ from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.generator.cloud import PackedPrompts
 from lora_gen_jax.generator.trained_module import Generated, TrainedModule
+from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.inference.soft_prompt import compress, encode_soft, soft_positions
 from lora_gen_jax.methods.lora import lora_sites
-from lora_gen_jax.methods.method import Method, Prompt, Specialize, Specialized, Traits, fixed
+from lora_gen_jax.methods.method import Method, Prompt, Specialize, Traits, fixed
 from lora_gen_jax.methods.segments import Segment, join, longest_segment, random_shares, segment_lengths, take_segment
 from lora_gen_jax.models import Pair
 from lora_gen_jax.sharding import constrain
@@ -218,12 +219,12 @@ def specialize(config: Config, pair: Pair, loaded: "Loaded | None") -> Specializ
     assert loaded is not None, "an AutoCompressor is trained"
     module, edge, plain = build(loaded.config, pair), pair.edge, fixed(build)(config, pair, loaded)
 
-    def specialized(prompt: Prompt | None) -> Specialized:
+    def specialized(prompt: Prompt | None) -> EdgeModel:
         merged = plain(None)
         if prompt is None:
             return merged
         soft_ND = compress(module, loaded.variables, edge.params, edge.encoder.prompt(prompt.text))
-        return merged._replace(prefix=encode_soft(edge.decoder, merged.params, soft_ND))
+        return merged.replace(prefix=encode_soft(merged, soft_ND))
 
     return specialized
 

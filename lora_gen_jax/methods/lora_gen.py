@@ -7,7 +7,8 @@ from lora_gen_jax.config import Config
 from lora_gen_jax.generator.lora_gen import LoRAGen
 from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.generator.trained_module import Generated
-from lora_gen_jax.methods.method import Method, Prompt, Specialize, Specialized, Traits, merge_if_possible
+from lora_gen_jax.inference.edge_model import EdgeModel
+from lora_gen_jax.methods.method import Method, Prompt, Specialize, Traits, merge_if_possible
 from lora_gen_jax.models import Pair, check_variables
 
 if TYPE_CHECKING:
@@ -50,10 +51,10 @@ def specializer(config: Config, pair: Pair, loaded: "Loaded | None") -> Speciali
     assert loaded is not None
     read = reader(config, pair, loaded)
 
-    def specialized(prompt: Prompt | None) -> Specialized:
+    def specialized(prompt: Prompt | None) -> EdgeModel:
         if prompt is None:
-            return Specialized(pair.edge.params)
-        return merge_if_possible(pair.edge.params, read(prompt.text).adapter.select(0))
+            return pair.edge.plain
+        return merge_if_possible(pair.edge.plain, read(prompt.text).adapter.select(0))
 
     return specialized
 

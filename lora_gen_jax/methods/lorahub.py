@@ -29,9 +29,10 @@ from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.generator.cloud import PackedPrompts
 from lora_gen_jax.generator.trained_module import Generated, TrainedModule
+from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.methods.hub_search import Found, check_budget, require_nevergrad, search
 from lora_gen_jax.methods.lora import SITES, lora_macs, lora_sites
-from lora_gen_jax.methods.method import Method, Prompt, Specialize, Specialized, Traits, merge_if_possible
+from lora_gen_jax.methods.method import Method, Prompt, Specialize, Traits, merge_if_possible
 from lora_gen_jax.models import Model, Pair
 from lora_gen_jax.placement import mesh_context, mesh_of, padded_rows, place_rows
 from lora_gen_jax.training.step import edge_loss
@@ -242,9 +243,9 @@ def specialize(config: Config, pair: Pair, loaded: "Loaded | None") -> Specializ
     assert loaded is not None, "modules are trained"
     find, scale = found_weights(config.hub, pair, loaded), loaded.config.generator.alpha / loaded.config.generator.rank
 
-    def specialized(prompt: Prompt | None) -> Specialized:
+    def specialized(prompt: Prompt | None) -> EdgeModel:
         adapter = compose(loaded.variables, np.float32(find(prompt).weights_N), scale)
-        return merge_if_possible(pair.edge.params, adapter)
+        return merge_if_possible(pair.edge.plain, adapter)
 
     return specialized
 

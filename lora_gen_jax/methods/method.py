@@ -1,7 +1,7 @@
 """What a method is to the rest of the program: how it is trained, and what answers a task's queries.
 
 In: a config, a pair of models and, for methods that learn, a checkpoint. Out: the module to train, and a function from
-a task's prompt to a `Specialized` model. Each method's file ends with its `Method`; `registry.py` lists them.
+a task's prompt to the `EdgeModel` that answers. Each method's file ends with its `Method`; `registry.py` lists them.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from lora_gen_jax.config import Config
 from lora_gen_jax.data.tasks import Example, Task
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.generator.trained_module import TrainedModule
-from lora_gen_jax.inference.prefix import Prefix
+from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.models import Pair, check_variables
 
 if TYPE_CHECKING:
@@ -56,22 +56,8 @@ class Prompt(NamedTuple):
     queries: tuple[Example, ...] = ()
 
 
-class Specialized(NamedTuple):
-    """What answers a task's queries: the edge model's weights, and an adapter and a prefix where a method needs them.
-
-    Attributes:
-        params: weights, with everything merged that can be.
-        adapter: of a method that cannot be merged.
-        prefix: keys and values of soft tokens that stand before every query.
-    """
-
-    params: Any
-    adapter: Any = None
-    prefix: Prefix | None = None
-
-
-Specialize = Callable[[Prompt | None], Specialized]
-"""From a task's prompt, None where it has none."""
+Specialize = Callable[[Prompt | None], EdgeModel]
+"""From a task's prompt, None where it has none, to what answers its queries."""
 Build = Callable[[Config, Pair], TrainedModule]
 """From the config of a run and its models to the module that is trained."""
 
@@ -88,7 +74,7 @@ class Method:
         specialize: makes the function from prompts to models; it may be slow, what it gives is called once a task.
         edge_reads_prompt: the edge model reads the prompt before every query.
         may_read_prompt: it may do so, in training and when it is scored, where `data.edge_reads_prompt` says so.
-        depends_on_prompt: `Specialized` differs from prompt to prompt.
+        depends_on_prompt: what answers differs from prompt to prompt.
         needs_shots: a prompt's text is not enough for it.
         settings: what of the evaluation's settings `specialize` depends on, as JSON holds it.
         checkpoint: the method whose trained weights it starts from, where they are not its own.
@@ -120,7 +106,7 @@ class Method:
 
 def base(config: Config, pair: Pair, loaded: "Loaded | None" = None) -> Specialize:
     """The edge model as it is."""
-    return lambda prompt: Specialized(pair.edge.params)
+    return lambda prompt: pair.edge.plain
 
 
 def fixed(build: Build) -> Callable[[Config, Pair, "Loaded | None"], Specialize]:
@@ -130,19 +116,19 @@ def fixed(build: Build) -> Callable[[Config, Pair, "Loaded | None"], Specialize]
         assert loaded is not None
 
         @functools.cache
-        def made() -> Specialized:
+        def made() -> EdgeModel:
             module: Any = build(loaded.config, pair)
             check_variables(loaded, module, pair, reads=False)
             adapter = module.apply(loaded.variables, None, None).adapter
-            return merge_if_possible(pair.edge.params, jax.device_put(adapter))
+            return merge_if_possible(pair.edge.plain, jax.device_put(adapter))
 
         return lambda prompt: made()
 
     return specialize
 
 
-def merge_if_possible(params: Any, adapter: Any) -> Specialized:
-    """The weights with the adapter merged, where it is a change of weights, else with the adapter beside them."""
+def merge_if_possible(model: EdgeModel, adapter: Any) -> EdgeModel:
+    """The model with the adapter merged, where it is a change of weights, else with the adapter beside them."""
     if hasattr(adapter, "weight_delta"):
-        return Specialized(merge(params, adapter))
-    return Specialized(params, adapter)
+        return model.replace(params=merge(model.params, adapter))
+    return model.replace(adapter=adapter)

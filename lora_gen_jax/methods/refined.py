@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 
 from lora_gen_jax.adapters.gated_pool import GatedPool
-from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.config import Config, EvalConfig
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.generator.router import Gates
 from lora_gen_jax.generator.trained_module import Generated
+from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.methods.lora_gen import reader
 from lora_gen_jax.methods.lorahub import shots_of
-from lora_gen_jax.methods.method import Method, Prompt, Specialize, Specialized, Traits
+from lora_gen_jax.methods.method import Method, Prompt, Specialize, Traits, merge_if_possible
 from lora_gen_jax.models import Pair
 from lora_gen_jax.specialization.refine import refine
 from lora_gen_jax.specialization.settings import RefineConfig
@@ -65,11 +65,11 @@ def method(key: str, title: str, steps: Callable[[EvalConfig], RefineConfig], ch
         edge, trained = pair.edge, config if loaded is None else loaded.config
         start = starting(key, config, pair, loaded)
 
-        def specialized(prompt: Prompt | None) -> Specialized:
+        def specialized(prompt: Prompt | None) -> EdgeModel:
             shots = shots_of(edge, prompt)
             made = start("" if prompt is None else prompt.text)
             found = refine(edge.decoder, edge.params, made, [shots], trained.generator, steps(config.eval))
-            return Specialized(merge(edge.params, found.adapter.select(0)))
+            return merge_if_possible(edge.plain, found.adapter.select(0))
 
         return specialized
 

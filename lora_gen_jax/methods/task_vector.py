@@ -6,7 +6,6 @@ that layer is the vector at the last token of every query. The tokens before it 
 (Hendel et al. 2023, arXiv:2310.15916, who call the states of other queries' answers so.)
 """
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -19,9 +18,9 @@ from lora_gen_jax.data.edge_prompt import shared_row
 from lora_gen_jax.decoder.layers import POOLED, RECORDS, records_of
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import DataError
-from lora_gen_jax.inference.forward import forward_only
-from lora_gen_jax.inference.prefix import encode_prefix, past_prefix, prefix_cache, taken_positions
-from lora_gen_jax.methods.method import Method, Prompt, Specialize, Specialized, Traits
+from lora_gen_jax.inference.edge_model import EdgeModel
+from lora_gen_jax.inference.prefix import encode_prefix, past_prefix
+from lora_gen_jax.methods.method import Method, Prompt, Specialize, Traits
 from lora_gen_jax.models import Model, Pair
 from lora_gen_jax.placement import padded_rows, place_rows
 
@@ -70,36 +69,36 @@ def task_vector(edge: Model, prompt: Prompt, depth: float) -> TaskVector:
         )
     # Every row keeps a token of its own.
     shared, pairs = shared_row(edge.encoder.query(one, False, prompt.text) for one in prompt.queries)
-    prefix = encode_prefix(edge.decoder, edge.params, shared) if shared else None
+    model = edge.plain.replace(prefix=encode_prefix(edge.plain, shared) if shared else None)
     rest = [query for query, _ in pairs]
     tokens_BT, positions_BT = pad_rows(rest, bucket(max(map(len, rest))), padded_rows(len(rest), edge.params))
-    batch = place_rows((tokens_BT, past_prefix(positions_BT, taken_positions(prefix))), edge.params)
-    states_LBD = _last_states(forward_only(edge.decoder), edge.params, batch, prefix_cache(prefix))
+    batch = place_rows((tokens_BT, past_prefix(positions_BT, model.before)), edge.params)
+    states_LBD = _last_states(model.program, batch)
     L = edge.config.num_layers
     vector_LD = jnp.mean(states_LBD[:, : len(rest)], axis=1)
     return TaskVector({"vector": vector_LD, "here": jnp.arange(1, L + 1) == max(round(depth * L), 1)})
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _last_states(decoder: Decoder, params: Any, batch: tuple[Any, Any], prefix: Any) -> jax.Array:
+@jax.jit
+def _last_states(model: EdgeModel, batch: tuple[Any, Any]) -> jax.Array:
     """What every layer gives at each row's last token, [L, B, D] in fp32."""
     tokens_BT, positions_BT = batch
     pool_BMT = jax.nn.one_hot(jnp.argmax(positions_BT, axis=1), tokens_BT.shape[1])[:, None]
+    prefix = None if model.prefix is None else model.prefix.cache
 
     def states(module: Decoder) -> Any:
         return module.encode(module.embed(tokens_BT), positions_BT, prefix=prefix, pool_BMT=pool_BMT)
 
-    _, recorded = decoder.apply({"params": params}, method=states, mutable=[RECORDS])
+    _, recorded = model.decoder.apply({"params": model.params}, method=states, mutable=[RECORDS])
     return records_of(recorded)[POOLED][:, :, 0]
 
 
 def specialize(config: Config, pair: Pair, loaded: "Loaded | None") -> Specialize:
     """The edge model with the prompt's vector; without a prompt the base."""
 
-    def specialized(prompt: Prompt | None) -> Specialized:
-        if prompt is None:
-            return Specialized(pair.edge.params)
-        return Specialized(pair.edge.params, task_vector(pair.edge, prompt, config.eval.vector_layer))
+    def specialized(prompt: Prompt | None) -> EdgeModel:
+        adapter = None if prompt is None else task_vector(pair.edge, prompt, config.eval.vector_layer)
+        return pair.edge.plain.replace(adapter=adapter)
 
     return specialized
 

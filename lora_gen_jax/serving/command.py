@@ -235,5 +235,5 @@ def make_scheduler(
 
     edge = specializer.pair.edge
     slots = min(edge.config.max_positions, _MOST_CONTEXT) if context is None else context
-    engine = Engine(edge.decoder, edge.params, specializer.pool(), rows=rows, slots=slots, rank=rank)
+    engine = Engine(edge.plain.replace(adapter=specializer.pool()), rows=rows, slots=slots, rank=rank)
     return Scheduler(engine, queue)

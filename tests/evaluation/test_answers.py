@@ -19,7 +19,6 @@ from lora_gen_jax.evaluation.request_runner import Runner
 from lora_gen_jax.evaluation.subject import Subject
 from lora_gen_jax.evaluation.task import System, evaluate_task, exact_match
 from lora_gen_jax.inference.decode import Generation
-from lora_gen_jax.methods.method import Specialized
 from lora_gen_jax.models import Pair, load_model
 
 SETTINGS = EvalConfig(shots=5)
@@ -66,7 +65,7 @@ def test_many_documents_are_answered_in_batches_and_in_order(edge, monkeypatch):
     documents = [Example(thing, f"{thing}:", f" {thing}") for thing in things]
     batches = []
 
-    def echo(decoder, params, rows, **settings):
+    def echo(model, rows, settings):
         batches.append(len(rows))
         return [Generation(edge.encoder.text(" " + edge.encoder.decode(row)[:-1]), "stop", []) for row in rows]
 
@@ -103,7 +102,7 @@ def test_long_answers_are_scored_by_rouge_l_beside_exact_match(edge):
     task = find("pocket/sound/quotes")[0]
     documents = [Example(e.id, e.query, f"{e.response} {'as everyone knows ' * 3}") for e in task.test[:3]]
     long = dataclasses.replace(task, test=documents)
-    system = System(lambda task: Specialized(edge.params), reads_prompt=True)
+    system = System(lambda task: edge.plain, reads_prompt=True)
     settings = dataclasses.replace(SETTINGS, latency=False)
     got = evaluate_task(edge, long, system, settings)
     assert got["acc"] == 0.0
@@ -124,7 +123,7 @@ def test_the_line_break_ends_only_answers_that_have_none(edge):
 def test_the_figures_of_a_task(edge):
     task = find("pocket/capital/brackets-dot")[0]
     base, icl = (
-        evaluate_task(edge, task, System(lambda task: Specialized(edge.params), reads_prompt=reads), SETTINGS)
+        evaluate_task(edge, task, System(lambda task: edge.plain, reads_prompt=reads), SETTINGS)
         for reads in (False, True)
     )
     assert base["acc"] == 0.0
@@ -151,7 +150,7 @@ def test_standard_error_by_hand():
 def test_chats_are_refused(edge, options):
     task = Task("talk", ("be kind",), (), [Example("a", "hello", " a", options, 0)], chat=True, source="x")
     with raises(DataError, "talk", "task talk"):
-        evaluate_task(edge, task, System(lambda task: Specialized(edge.params)), SETTINGS)
+        evaluate_task(edge, task, System(lambda task: edge.plain), SETTINGS)
 
 
 def test_a_document_that_leaves_just_enough_room_is_timed_too(edge):
@@ -160,7 +159,7 @@ def test_a_document_that_leaves_just_enough_room_is_timed_too(edge):
     (context,) = answers.contexts(edge, [document], "", ())
     room = edge.config.max_positions - answers.answer_limit(edge, [document])
     context = (context * 9)[:room]
-    assert answers.answer_latency(edge, [document], [context]) > 0
+    assert answers.answer_latency(edge, edge.plain, [document], [context]) > 0
 
 
 @pytest.mark.parametrize("reads", [False, True])
@@ -170,7 +169,7 @@ def test_documents_and_prompts_that_do_not_fit_are_named_before_anything_is_scor
     task = Task(
         "mine", ("Say sea.",), shots, (Example("short", "moon", " sea"), *(() if reads else (long,))), source="mine"
     )
-    systems = {"icl" if reads else "base": System(lambda task: Specialized(edge.params), reads)}
+    systems = {"icl" if reads else "base": System(lambda task: edge.plain, reads)}
     pair = Pair(edge, edge)
     name, method = ("short", "icl") if reads else ("long", "base")
     with raises(DataError, name, "task mine", f"document {name}", f"method {method}", "edge tokens"):

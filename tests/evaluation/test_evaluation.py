@@ -22,7 +22,6 @@ from lora_gen_jax.evaluation.systems import make_systems
 from lora_gen_jax.evaluation.task import System, evaluate_task, task_prompt
 from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.methods import lora_gen
-from lora_gen_jax.methods.method import Specialized
 from lora_gen_jax.methods.registry import make_generator
 from lora_gen_jax.models import load_pair
 from lora_gen_jax.sharding import make_mesh
@@ -96,7 +95,7 @@ def specialized_system(config, pair, task):
 
 def test_figures_are_those_of_plain_forward_passes(pair):
     edge, task = pair.edge, make_task(DOCUMENTS)
-    got = evaluate_task(edge, task, System(lambda task: Specialized(edge.params)), QUICK)
+    got = evaluate_task(edge, task, System(lambda task: edge.plain), QUICK)
     acc, norm, stderr = plain_figures(edge, edge.params, DOCUMENTS)
     assert (got["acc"], got["acc_norm"], got["n"]) == (acc, norm, 4)
     assert got["stderr"] == pytest.approx(stderr)
@@ -107,13 +106,13 @@ def test_figures_are_those_of_plain_forward_passes(pair):
 
 def test_in_context_learning_reads_description_and_shots_before_every_query(pair):
     edge, task = pair.edge, make_task(DOCUMENTS)
-    got = evaluate_task(edge, task, System(lambda task: Specialized(edge.params), reads_prompt=True), QUICK)
+    got = evaluate_task(edge, task, System(lambda task: edge.plain, reads_prompt=True), QUICK)
     prefix = task_prompt(task, QUICK).text + "\n\n"
     assert prefix.startswith("say one\n\nwhat is ")
     assert prefix.count("what is") == 2
     acc, norm, _ = plain_figures(edge, edge.params, DOCUMENTS, prefix)
     assert (got["acc"], got["acc_norm"]) == (acc, norm)
-    base = evaluate_task(edge, task, System(lambda task: Specialized(edge.params)), QUICK)
+    base = evaluate_task(edge, task, System(lambda task: edge.plain), QUICK)
     assert got["context_tokens"] == pytest.approx(base["context_tokens"] + len(edge.encoder.text(prefix)), abs=0.11)
 
 
@@ -123,7 +122,7 @@ def test_options_in_the_context_are_scored_by_what_follows_them(pair):
         Example("w1", "one star", " was big", (" was big",) * 2, 1, ("one dog", "one star"), (7, 8)),
     ]
     edge = pair.edge
-    got = evaluate_task(edge, make_task(documents), System(lambda task: Specialized(edge.params)), QUICK)
+    got = evaluate_task(edge, make_task(documents), System(lambda task: edge.plain), QUICK)
     acc, _, stderr = plain_figures(edge, edge.params, documents)
     assert got["acc"] == acc
     assert got["stderr"] == pytest.approx(stderr)
@@ -133,7 +132,7 @@ def test_options_in_the_context_are_scored_by_what_follows_them(pair):
 def test_without_shots_and_description_in_context_learning_is_the_base(pair):
     edge, task, settings = pair.edge, make_task(DOCUMENTS, ""), dataclasses.replace(QUICK, shots=0)
     assert task_prompt(task, settings) is None
-    plain = System(lambda task: Specialized(edge.params))
+    plain = System(lambda task: edge.plain)
     systems = (plain, dataclasses.replace(plain, reads_prompt=True))
     base, icl = (evaluate_task(edge, task, system, settings) for system in systems)
     for name in ("acc", "acc_norm", "stderr", "n", "context_tokens"):

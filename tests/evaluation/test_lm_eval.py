@@ -41,7 +41,7 @@ def ours(directory):
 def test_loglikelihoods_are_those_of_lm_evals_own_backend(hf, ours, monkeypatch):
     prefixes = []
     real = request_runner.encode_prefix
-    monkeypatch.setattr(request_runner, "encode_prefix", lambda *a: prefixes.append(len(a[2])) or real(*a))
+    monkeypatch.setattr(request_runner, "encode_prefix", lambda *a: prefixes.append(len(a[1])) or real(*a))
     pairs = loglikelihood_arguments()
     # Greedy continuations, so that both answers occur.
     pairs += [

@@ -15,6 +15,7 @@ from lora_gen_jax.evaluation.lm_eval_command import lm_eval_main, with_defaults
 from lora_gen_jax.evaluation.lm_eval_model import LoraGenLM
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.generator.specialize import specialize
+from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.inference.rows import Request
 from lora_gen_jax.inference.scoring import score
 from lora_gen_jax.methods.registry import make_generator
@@ -103,7 +104,7 @@ def by_hand(config, prompt, requests, edge_ids):
     merged = merge(pair.edge.params, made.adapter.select(0))
     pairs = [Request(*edge_ids(*request.args)) for request in requests]
     pairs = [Request(context, [continuation]) for context, continuation in pairs]
-    found = score(pair.edge.decoder, merged, pairs, batch_tokens=64)
+    found = score(EdgeModel(pair.edge.decoder, merged), pairs, batch_tokens=64)
     return [(one.logprobs[0], one.is_greedy[0]) for one in found]
 
 

@@ -13,6 +13,7 @@ from lora_gen_jax.adapters.gated_pool import GatedPool
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.generator.router import Gates
+from lora_gen_jax.inference.edge_model import EdgeModel, Prefix
 
 LLAMA = DecoderConfig(
     family="llama",
@@ -64,6 +65,10 @@ class Model(NamedTuple):
 
     decoder: Decoder
     params: Any
+
+    def edge(self, adapter: Any = None, prefix: Prefix | None = None) -> EdgeModel:
+        """As what answers, with these beside it."""
+        return EdgeModel(self.decoder, self.params, adapter, prefix)
 
     def logits(self, ids: list[int], adapter: Any = None) -> np.ndarray:
         """Logits [T, V] of one sequence by one uncached forward pass; padded, so that few shapes are compiled."""

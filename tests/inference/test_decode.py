@@ -12,7 +12,8 @@ from inference_models import CONFIGS, make_gates, make_model
 from lora_gen_jax.decoder.attention import KVCache
 from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.inference import decode
-from lora_gen_jax.inference.decode import generate, stream
+from lora_gen_jax.inference.decode import GenerationSettings, generate, stream
+from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.inference.prefix import encode_prefix
 from lora_gen_jax.inference.sampling import Sampling
 
@@ -56,7 +57,9 @@ def test_cached_decoding_equals_the_full_forward_pass(model, side):
 
 def test_greedy_generation_equals_the_plain_loop(model):
     # 20 new tokens reach past Gemma 2's window of 4 and past the prompts' bucket of 16.
-    for prompt, got in zip(PROMPTS, generate(*model, PROMPTS, max_new_tokens=20), strict=True):
+    for prompt, got in zip(
+        PROMPTS, generate(model.edge(), PROMPTS, GenerationSettings(max_new_tokens=20)), strict=True
+    ):
         ids, logprobs = plain_greedy(model, prompt, 20)
         assert got.ids == ids
         assert got.finish == "length"
@@ -68,7 +71,7 @@ def test_each_row_follows_its_own_prompts_gates(family):
     model = make_model(CONFIGS[family])
     adapter = make_gates(model.decoder.config, prompts=3)
     rows = [p for p in PROMPTS for _ in range(2)]
-    together = generate(*model, rows, max_new_tokens=8, adapter=adapter)
+    together = generate(model.edge(adapter), rows, GenerationSettings(max_new_tokens=8))
     for i, prompt in enumerate(PROMPTS):
         ids, _ = plain_greedy(model, prompt, 8, adapter.select(i))
         assert together[2 * i].ids == together[2 * i + 1].ids == ids
@@ -78,23 +81,25 @@ def test_each_row_follows_its_own_prompts_gates(family):
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, 20, 0.95)])
 def test_a_row_does_not_depend_on_the_batch(llama, sampling):
     options = {"max_new_tokens": 10, "sampling": sampling, "seed": 3}
-    alone = generate(*llama, PROMPTS[:1], **options)[0]
-    assert generate(*llama, PROMPTS, **options)[0].ids == alone.ids
-    assert generate(*llama, [PROMPTS[0], list(range(40))], **options)[0].ids == alone.ids
+    alone = generate(llama.edge(), PROMPTS[:1], GenerationSettings(**options))[0]
+    assert generate(llama.edge(), PROMPTS, GenerationSettings(**options))[0].ids == alone.ids
+    assert generate(llama.edge(), [PROMPTS[0], list(range(40))], GenerationSettings(**options))[0].ids == alone.ids
 
 
 def test_seeds_differ_and_repeat(llama):
     def draw(seed):
-        return generate(*llama, PROMPTS, max_new_tokens=12, sampling=Sampling(1.0), seed=seed)
+        return generate(llama.edge(), PROMPTS, GenerationSettings(max_new_tokens=12, sampling=Sampling(1.0), seed=seed))
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
 
 
 def test_stop_ids_end_a_row_and_are_left_out(llama):
-    free = generate(*llama, PROMPTS, max_new_tokens=12)
+    free = generate(llama.edge(), PROMPTS, GenerationSettings(max_new_tokens=12))
     stop = free[0].ids[5]
-    for row, got in zip(free, generate(*llama, PROMPTS, max_new_tokens=12, stop_ids=[66, stop]), strict=True):
+    for row, got in zip(
+        free, generate(llama.edge(), PROMPTS, GenerationSettings(max_new_tokens=12, stop_ids=[66, stop])), strict=True
+    ):
         hits = [i for i, token in enumerate(row.ids) if token in (66, stop)]
         assert got.ids == row.ids[: hits[0]] if hits else row.ids
         assert got.finish == ("stop" if hits else "length")
@@ -102,19 +107,19 @@ def test_stop_ids_end_a_row_and_are_left_out(llama):
 
 
 def test_a_stop_id_drawn_first_gives_no_ids(llama):
-    first = generate(*llama, PROMPTS[:1], max_new_tokens=1)[0]
+    first = generate(llama.edge(), PROMPTS[:1], GenerationSettings(max_new_tokens=1))[0]
     assert first.finish == "length"
-    got = generate(*llama, PROMPTS[:1], max_new_tokens=5, stop_ids=first.ids)[0]
+    got = generate(llama.edge(), PROMPTS[:1], GenerationSettings(max_new_tokens=5, stop_ids=first.ids))[0]
     assert (got.ids, got.finish) == ([], "stop")
-    assert list(stream(*llama, PROMPTS[:1], max_new_tokens=5, stop_ids=first.ids)) == []
+    assert list(stream(llama.edge(), PROMPTS[:1], GenerationSettings(max_new_tokens=5, stop_ids=first.ids))) == []
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9)])
 def test_the_stream_gives_the_same_tokens(llama, sampling):
-    free = generate(*llama, PROMPTS, max_new_tokens=12, sampling=sampling)
+    free = generate(llama.edge(), PROMPTS, GenerationSettings(max_new_tokens=12, sampling=sampling))
     options = {"max_new_tokens": 12, "sampling": sampling, "stop_ids": [free[0].ids[4], free[1].ids[6]]}
-    want = generate(*llama, PROMPTS, **options)
-    steps = list(stream(*llama, PROMPTS, **options))
+    want = generate(llama.edge(), PROMPTS, GenerationSettings(**options))
+    steps = list(stream(llama.edge(), PROMPTS, GenerationSettings(**options)))
     for row, generation in enumerate(want):
         assert [step[row] for step in steps if step[row] is not None] == generation.ids
     assert len(steps) == max(len(generation.ids) for generation in want)
@@ -125,9 +130,9 @@ def test_a_prefix_is_read_once_and_changes_nothing(family):
     model = make_model(CONFIGS[family])
     adapter = make_gates(model.decoder.config, prompts=1)
     shots = [7, 7, 12, 50, 31, 2, 18, 40, 3]
-    prefix = encode_prefix(*model, shots, adapter)
-    got = generate(*model, PROMPTS, max_new_tokens=10, adapter=adapter, prefix=prefix)
-    want = generate(*model, [shots + p for p in PROMPTS], max_new_tokens=10, adapter=adapter)
+    prefix = encode_prefix(model.edge(adapter), shots)
+    got = generate(model.edge(adapter, prefix), PROMPTS, GenerationSettings(max_new_tokens=10))
+    want = generate(model.edge(adapter), [shots + p for p in PROMPTS], GenerationSettings(max_new_tokens=10))
     assert [g.ids for g in got] == [w.ids for w in want]
 
 
@@ -136,76 +141,82 @@ def test_one_compilation_per_bucket(llama):
         return decode._prefill._cache_size(), decode._decode._cache_size()
 
     jax.clear_caches()
-    generate(*llama, [[1, 2, 3]] * 3, max_new_tokens=5)
+    generate(llama.edge(), [[1, 2, 3]] * 3, GenerationSettings(max_new_tokens=5))
     assert programs() == (1, 1)
     # Within the buckets: 4 rows, 16 prompt tokens, 32 slots. Settings, stop ids and seeds change nothing either.
-    generate(*llama, [[4] * 16] * 4, max_new_tokens=16, stop_ids=[1, 2, 3], sampling=Sampling(1.0, 2, 0.5), seed=9)
-    list(stream(*llama, [[4] * 7] * 4, max_new_tokens=9))
+    generate(
+        llama.edge(),
+        [[4] * 16] * 4,
+        GenerationSettings(max_new_tokens=16, stop_ids=[1, 2, 3], sampling=Sampling(1.0, 2, 0.5), seed=9),
+    )
+    list(stream(llama.edge(), [[4] * 7] * 4, GenerationSettings(max_new_tokens=9)))
     assert programs() == (1, 1)
     # A longer prompt is a new prefill, more rows are new programs.
-    generate(*llama, [[4] * 17] * 4, max_new_tokens=5)
+    generate(llama.edge(), [[4] * 17] * 4, GenerationSettings(max_new_tokens=5))
     assert programs() == (2, 2)
-    generate(*llama, [[4] * 3] * 5, max_new_tokens=5)
+    generate(llama.edge(), [[4] * 3] * 5, GenerationSettings(max_new_tokens=5))
     assert programs() == (3, 3)
     # Any mixture of prompts over four rows is one program.
     for prompts in (2, 4):
-        generate(*llama, [[4] * 3] * 4, max_new_tokens=5, adapter=make_gates(llama.decoder.config, prompts))
+        generate(
+            llama.edge(make_gates(llama.decoder.config, prompts)), [[4] * 3] * 4, GenerationSettings(max_new_tokens=5)
+        )
     assert programs() == (4, 4)
 
 
 def test_the_cache_is_updated_in_place(llama):
-    prompts = [[1, 2, 3]]
-    inputs = decode._inputs((llama.params, None, None), (), None, 0)
-    state = decode._start(llama.decoder, inputs, prompts, 8, 0)
-    after = decode._decode(llama.decoder, inputs, state, np.int32(4))
+    later, drawing, state = decode._start(llama.edge(), [[1, 2, 3]], GenerationSettings(8))
+    after = decode._decode(later, drawing, state, np.int32(4))
     assert state.cache.k_LBSGH.is_deleted()
     assert int(after.step) == 4
 
 
 def test_rematerialization_and_unrolling_change_nothing(llama):
     trained = llama.decoder.clone(remat="full", unroll=2)
-    found = generate(trained, llama.params, PROMPTS, max_new_tokens=4)
-    for got, want in zip(found, generate(*llama, PROMPTS, max_new_tokens=4), strict=True):
+    found = generate(EdgeModel(trained, llama.params), PROMPTS, GenerationSettings(max_new_tokens=4))
+    for got, want in zip(found, generate(llama.edge(), PROMPTS, GenerationSettings(max_new_tokens=4)), strict=True):
         assert (got.ids, got.finish) == (want.ids, want.finish)
         np.testing.assert_allclose(got.logprobs, want.logprobs, **SAME)
 
 
 def test_no_prompts_give_nothing(llama):
-    assert generate(*llama, [], max_new_tokens=4) == []
-    assert list(stream(*llama, [], max_new_tokens=4)) == []
+    assert generate(llama.edge(), [], GenerationSettings(max_new_tokens=4)) == []
+    assert list(stream(llama.edge(), [], GenerationSettings(max_new_tokens=4))) == []
 
 
 @pytest.mark.parametrize("array", [np.array, jnp.array])
 def test_arrays_are_prompts_too(llama, array):
     prompts = [[5, 6, 7], [8, 9, 10]]
-    want = generate(*llama, prompts, max_new_tokens=4)
-    assert generate(*llama, array(prompts), max_new_tokens=4) == want
-    assert generate(*llama, [array(prompt) for prompt in prompts], max_new_tokens=4) == want
+    want = generate(llama.edge(), prompts, GenerationSettings(max_new_tokens=4))
+    assert generate(llama.edge(), array(prompts), GenerationSettings(max_new_tokens=4)) == want
+    assert generate(llama.edge(), [array(prompt) for prompt in prompts], GenerationSettings(max_new_tokens=4)) == want
 
 
 @pytest.mark.parametrize("function", [generate, stream])
 def test_errors_name_the_remedy(llama, function):
     with raises(DataError, "prompts.1", "prompt 1", code="empty"):
-        function(*llama, [[1], []], max_new_tokens=4)
+        function(llama.edge(), [[1], []], GenerationSettings(max_new_tokens=4))
     with raises(DataError, "tokens", 65, 64, "prompt 0"):
-        function(*llama, [[1] * 60], max_new_tokens=5)
+        function(llama.edge(), [[1] * 60], GenerationSettings(max_new_tokens=5))
     with raises(DataError, "prompts.0", 67, "0 to 66", code="unknown id"):
-        function(*llama, [[1, 67]], max_new_tokens=4)
+        function(llama.edge(), [[1, 67]], GenerationSettings(max_new_tokens=4))
     with raises(DataError, "max_new_tokens", 0, code="range"):
-        function(*llama, [[1]], max_new_tokens=0)
+        function(llama.edge(), [[1]], GenerationSettings(max_new_tokens=0))
     with raises(ConfigError, "top_p", 2.0):
-        function(*llama, [[1]], max_new_tokens=1, sampling=Sampling(1.0, 0, 2.0))
+        function(llama.edge(), [[1]], GenerationSettings(max_new_tokens=1, sampling=Sampling(1.0, 0, 2.0)))
     with raises(DataError, "rows", "3 rows", "2 prompts"):
-        function(*llama, [[1]] * 3, max_new_tokens=1, adapter=make_gates(llama.decoder.config, 2))
+        function(llama.edge(make_gates(llama.decoder.config, 2)), [[1]] * 3, GenerationSettings(max_new_tokens=1))
 
 
 def test_a_prompt_may_fill_the_model(llama):
     prompt = list(range(60))
-    got = generate(*llama, [prompt], max_new_tokens=4)[0]
+    got = generate(llama.edge(), [prompt], GenerationSettings(max_new_tokens=4))[0]
     assert got.ids == plain_greedy(llama, prompt, 4)[0]
 
 
 def test_learned_positions_reach_the_end_of_their_table():
     opt = make_model(dataclasses.replace(CONFIGS["opt"], max_positions=20))
     prompt = list(range(15))
-    assert generate(*opt, [prompt], max_new_tokens=5)[0].ids == plain_greedy(opt, prompt, 5)[0]
+    assert (
+        generate(opt.edge(), [prompt], GenerationSettings(max_new_tokens=5))[0].ids == plain_greedy(opt, prompt, 5)[0]
+    )

@@ -13,7 +13,8 @@ from lora_gen_jax.adapters.refined import RefinedPool
 from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.generator.router import Gates
 from lora_gen_jax.inference.continuous import decode, join
-from lora_gen_jax.inference.decode import generate
+from lora_gen_jax.inference.decode import GenerationSettings, generate
+from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.inference.engine import Engine
 from lora_gen_jax.inference.mixture import answer_all, mixed_is_better
 from lora_gen_jax.inference.sampling import Sampling
@@ -40,13 +41,14 @@ def offline(model, adapter, work):
             own = RefinedPool.of(own, jax.tree.map(lambda x: jax.numpy.asarray(x)[:, None], work.factors))
         params = merge(params, own)
     return generate(
-        model.decoder,
-        params,
+        EdgeModel(model.decoder, params),
         [work.ids],
-        max_new_tokens=work.max_new_tokens,
-        stop_ids=work.stop_ids,
-        sampling=Sampling(work.temperature, work.top_k, work.top_p),
-        seed=work.seed,
+        GenerationSettings(
+            max_new_tokens=work.max_new_tokens,
+            stop_ids=work.stop_ids,
+            sampling=Sampling(work.temperature, work.top_k, work.top_p),
+            seed=work.seed,
+        ),
     )[0]
 
 
@@ -78,7 +80,7 @@ def test_rows_answer_as_their_merged_models_do(family):
     model = make_model(CONFIGS[family])
     adapter = make_gates(model.decoder.config, prompts=5)
     works = make_works(model.decoder.config, adapter, 48)
-    found = run(Engine(*model, adapter, rows=3, slots=SLOTS), works)
+    found = run(Engine(model.edge(adapter), rows=3, slots=SLOTS), works)
     assert_same(found, [offline(model, adapter, work) for work in works])
     assert len({tuple(got.ids) for got in found}) > 20
     # The clock went round.
@@ -97,14 +99,16 @@ def test_pools_of_every_kind_are_served(llama, variant):
         )
         adapter = dataclasses.replace(adapter, scanned=adapter.scanned | {"pool": pool}, shared=None)
     works = make_works(llama.decoder.config, adapter, 6)
-    assert_same(run(Engine(*llama, adapter, rows=3, slots=SLOTS), works), [offline(llama, adapter, w) for w in works])
+    assert_same(
+        run(Engine(llama.edge(adapter), rows=3, slots=SLOTS), works), [offline(llama, adapter, w) for w in works]
+    )
 
 
 def test_draws_are_those_of_generate_whatever_the_neighbours_draw(llama):
     adapter = make_gates(llama.decoder.config, prompts=5)
     options = {"temperature": (0.0, 1.0, 0.8), "top_k": (0, 20), "top_p": (1.0, 0.9), "seed": (0, 5, 2**32 - 1)}
     works = make_works(llama.decoder.config, adapter, 12, **options)
-    found = run(Engine(*llama, adapter, rows=3, slots=SLOTS), works)
+    found = run(Engine(llama.edge(adapter), rows=3, slots=SLOTS), works)
     assert_same(found, [offline(llama, adapter, work) for work in works])
     assert {got.finish for got in found} == {"stop", "length"}
 
@@ -112,7 +116,7 @@ def test_draws_are_those_of_generate_whatever_the_neighbours_draw(llama):
 def test_a_cancelled_row_is_free_and_leaves_nothing_behind(llama):
     adapter = make_gates(llama.decoder.config, prompts=5)
     works = make_works(llama.decoder.config, adapter, 12)
-    engine = Engine(*llama, adapter, rows=3, slots=SLOTS)
+    engine = Engine(llama.edge(adapter), rows=3, slots=SLOTS)
     rows, _ = engine.admit([dataclasses.replace(work, max_new_tokens=9, stop_ids=()) for work in works[:3]])
     engine.step()
     for row in rows:
@@ -126,7 +130,7 @@ def test_many_queries_are_answered_alike_mixed_and_merged(llama, how):
     adapter = make_gates(llama.decoder.config, prompts=5)
     works, seen = make_works(llama.decoder.config, adapter, 12), []
     before = jax.tree.map(lambda x: np.array(x, copy=True), llama.params)
-    found = answer_all(*llama, adapter, works, rows=3, how=how, progress=lambda *done: seen.append(done))
+    found = answer_all(llama.edge(adapter), works, rows=3, how=how, progress=lambda *done: seen.append(done))
     assert_same(found, [offline(llama, adapter, work) for work in works])
     assert seen == [(i + 1, 12) for i in range(12)]
     jax.tree.map(np.testing.assert_array_equal, llama.params, before)
@@ -149,13 +153,13 @@ def test_rows_with_factors_beside_their_gates_answer_as_their_merged_models_do(l
     """Rows that had some leave nothing to those that come after them."""
     adapter = make_gates(llama.decoder.config, prompts=5)
     works = with_factors(llama.decoder.config, make_works(llama.decoder.config, adapter, 16))
-    engine = Engine(*llama, adapter, rows=3, slots=SLOTS, rank=4)
+    engine = Engine(llama.edge(adapter), rows=3, slots=SLOTS, rank=4)
     expected = [offline(llama, adapter, work) for work in works]
     assert_same(run(engine, works), expected)
     plain = [dataclasses.replace(work, factors={}) for work in works]
     assert_same(run(engine, plain), [offline(llama, adapter, work) for work in plain])
     for how in ("mixed", "merged"):
-        assert_same(answer_all(*llama, adapter, works, rows=3, how=how), expected)
+        assert_same(answer_all(llama.edge(adapter), works, rows=3, how=how), expected)
 
 
 def test_factors_that_a_row_has_no_room_for_are_refused(llama):
@@ -163,7 +167,7 @@ def test_factors_that_a_row_has_no_room_for_are_refused(llama):
     (work,) = with_factors(llama.decoder.config, make_works(llama.decoder.config, adapter, 1), ranks=(3,))
     for room in (2, 0):
         with raises(DataError, "factors", "rank 3", f"rank {room}"):
-            Engine(*llama, adapter, rows=3, slots=SLOTS, rank=room).check(work)
+            Engine(llama.edge(adapter), rows=3, slots=SLOTS, rank=room).check(work)
 
 
 def test_a_bad_query_among_many_is_named_before_anything_is_generated(llama):
@@ -175,7 +179,7 @@ def test_a_bad_query_among_many_is_named_before_anything_is_generated(llama):
     ):
         for how in ("mixed", "merged"):
             with raises(DataError, field, "request 2 of 4", fact):
-                answer_all(*llama, adapter, [works[0], bad, *works[2:]], how=how, progress=pytest.fail)
+                answer_all(llama.edge(adapter), [works[0], bad, *works[2:]], how=how, progress=pytest.fail)
 
 
 def test_merging_is_for_one_specialization_or_full_batches():
@@ -185,7 +189,7 @@ def test_merging_is_for_one_specialization_or_full_batches():
 
 def test_once_warm_nothing_is_compiled(llama):
     adapter = make_gates(llama.decoder.config, prompts=5)
-    engine = Engine(*llama, adapter, rows=4, slots=SLOTS)
+    engine = Engine(llama.edge(adapter), rows=4, slots=SLOTS)
     engine.warm_up()
     assert engine.busy == 0
     programs = decode._cache_size(), join._cache_size()
@@ -202,7 +206,7 @@ def test_rows_are_split_over_a_mesh(llama):
     spread = llama._replace(params=jax.device_put(llama.params, shardings["params"]))
     adapter = make_gates(llama.decoder.config, prompts=5)
     works = make_works(llama.decoder.config, adapter, 8)
-    engine = Engine(*spread, adapter, rows=3, slots=SLOTS)
+    engine = Engine(spread.edge(adapter), rows=3, slots=SLOTS)
     assert engine.rows == 4
     assert_same(run(engine, works), [offline(llama, adapter, work) for work in works])
     assert not engine.state.cache.k_LBSGH.sharding.is_fully_replicated
@@ -211,7 +215,7 @@ def test_rows_are_split_over_a_mesh(llama):
 def test_without_a_pool_the_base_model_is_served():
     model = make_model(CONFIGS["llama"])
     work = GenerationRequest([5, 6, 7], 6)
-    engine = Engine(*model, None, rows=1, slots=SLOTS)
+    engine = Engine(model.edge(), rows=1, slots=SLOTS)
     assert_same(run(engine, [work]), [offline(model, None, work)])
     with raises(DataError, "gates", "(2, 4)"):
         engine.check(dataclasses.replace(work, gates=Gates.of_all(np.zeros((2, 4), np.float32))))
@@ -233,7 +237,7 @@ def test_without_a_pool_the_base_model_is_served():
     ],
 )
 def test_a_work_that_cannot_be_done_is_refused(llama, change, error, field, code, facts):
-    engine = Engine(*llama, make_gates(llama.decoder.config, 1), rows=1, slots=SLOTS)
+    engine = Engine(llama.edge(make_gates(llama.decoder.config, 1)), rows=1, slots=SLOTS)
     with raises(error, field, *facts, code=code):
         engine.check(dataclasses.replace(GenerationRequest((5, 6), 4), **change))
 
@@ -243,10 +247,10 @@ def test_a_work_that_cannot_be_done_is_refused(llama, change, error, field, code
 )
 def test_a_batch_that_the_model_cannot_hold_is_refused(llama, rows, slots, field, facts):
     with raises(ConfigError, field, *facts):
-        Engine(*llama, None, rows=rows, slots=slots)
+        Engine(llama.edge(), rows=rows, slots=slots)
 
 
 def test_rows_that_no_memory_holds_are_refused_before_any_is_made():
     model = make_model(CONFIGS["llama"])
     with raises(ConfigError, "rows", 10**9, SLOTS, code="memory"):
-        Engine(model.decoder, model.params, None, rows=10**9, slots=SLOTS)
+        Engine(model.plain, rows=10**9, slots=SLOTS)

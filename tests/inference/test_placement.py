@@ -7,7 +7,8 @@ from helpers import SAME, raises
 from inference_models import make_gates
 
 from lora_gen_jax.errors import ConfigError
-from lora_gen_jax.inference.decode import generate
+from lora_gen_jax.inference.decode import GenerationSettings, generate
+from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.inference.prefix import encode_prefix
 from lora_gen_jax.inference.rows import Request
 from lora_gen_jax.inference.scoring import score
@@ -29,8 +30,8 @@ def placed(request, llama):
 
 def test_texts_are_those_of_one_device(llama, placed):
     for adapter in (None, make_gates(llama.decoder.config, 5)):
-        want = generate(*llama, PROMPTS, max_new_tokens=6, adapter=adapter)
-        got = generate(llama.decoder, placed, PROMPTS, max_new_tokens=6, adapter=adapter)
+        want = generate(llama.edge(adapter), PROMPTS, GenerationSettings(max_new_tokens=6))
+        got = generate(EdgeModel(llama.decoder, placed, adapter=adapter), PROMPTS, GenerationSettings(max_new_tokens=6))
         assert [one.ids for one in got] == [one.ids for one in want]
         for a, b in zip(got, want, strict=True):
             np.testing.assert_allclose(a.logprobs, b.logprobs, **SAME)
@@ -39,8 +40,8 @@ def test_texts_are_those_of_one_device(llama, placed):
 @pytest.mark.parametrize("ids", [None, [5, 6, 7, 8]])
 def test_scores_are_those_of_one_device(llama, placed, ids):
     def scores(params):
-        prefix = None if ids is None else encode_prefix(llama.decoder, params, ids)
-        return score(llama.decoder, params, REQUESTS, batch_tokens=64, prefix=prefix)
+        prefix = None if ids is None else encode_prefix(EdgeModel(llama.decoder, params), ids)
+        return score(EdgeModel(llama.decoder, params, prefix=prefix), REQUESTS, batch_tokens=64)
 
     for a, b in zip(scores(placed), scores(llama.params), strict=True):
         np.testing.assert_allclose(a.logprobs, b.logprobs, **SAME)
@@ -60,4 +61,8 @@ def test_a_mesh_with_other_axes_is_named(llama):
     mesh = jax.make_mesh((4,), ("batch",), devices=jax.devices()[:4])
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     with raises(ConfigError, "mesh", "axes batch", "data, fsdp, model", "lora_gen_jax.sharding.make_mesh"):
-        generate(llama.decoder, jax.device_put(llama.params, everywhere), PROMPTS, max_new_tokens=2)
+        generate(
+            EdgeModel(llama.decoder, jax.device_put(llama.params, everywhere)),
+            PROMPTS,
+            GenerationSettings(max_new_tokens=2),
+        )

@@ -13,7 +13,8 @@ from inference_models import CONFIGS, make_gates, make_model
 from lora_gen_jax.decoder.attention import KVCache
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.inference import scoring
-from lora_gen_jax.inference.prefix import Prefix, encode_prefix
+from lora_gen_jax.inference.edge_model import Prefix
+from lora_gen_jax.inference.prefix import encode_prefix
 from lora_gen_jax.inference.rows import Request, batches, pack, split_rows
 from lora_gen_jax.inference.scoring import score
 
@@ -42,13 +43,13 @@ def assert_scores(scores, model, requests, adapter=None, before=()):
 
 
 def test_one_row_per_request_equals_each_continuation_alone(model):
-    assert_scores(score(*model, REQUESTS, batch_tokens=128), model, REQUESTS)
+    assert_scores(score(model.edge(), REQUESTS, batch_tokens=128), model, REQUESTS)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 16, 48, 1024])
 def test_batching_changes_nothing(llama, batch_tokens):
     # One token at a time: every continuation goes alone.
-    assert_scores(score(*llama, REQUESTS, batch_tokens=batch_tokens), llama, REQUESTS)
+    assert_scores(score(llama.edge(), REQUESTS, batch_tokens=batch_tokens), llama, REQUESTS)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
@@ -56,11 +57,11 @@ def test_a_prefix_is_read_once_and_changes_nothing(family):
     model = make_model(CONFIGS[family])
     adapter = make_gates(model.decoder.config, prompts=1)
     shots = [7, 7, 12, 50, 31, 2, 18, 40, 3, 5, 5, 61, 20, 21, 22, 23, 24]
-    prefix = encode_prefix(*model, shots, adapter)
-    got = score(*model, REQUESTS, batch_tokens=64, adapter=adapter, prefix=prefix)
+    prefix = encode_prefix(model.edge(adapter), shots)
+    got = score(model.edge(adapter, prefix), REQUESTS, batch_tokens=64)
     assert_scores(got, model, REQUESTS, adapter, before=shots)
     whole = [Request(shots + list(r.context), r.continuations) for r in REQUESTS]
-    for a, b in zip(got, score(*model, whole, batch_tokens=64, adapter=adapter), strict=True):
+    for a, b in zip(got, score(model.edge(adapter), whole, batch_tokens=64), strict=True):
         np.testing.assert_allclose(a.logprobs, b.logprobs, **SAME)
 
 
@@ -72,16 +73,16 @@ def test_greedy_continuations_are_recognized(llama):
     right = greedy[4:]
     wrong_last = [*right[:3], (right[3] + 1) % 67]
     wrong_first = [(right[0] + 1) % 67, *right[1:]]
-    got = score(*llama, [Request(context, [right, wrong_last, wrong_first, right[:1]])], batch_tokens=64)[0]
+    got = score(llama.edge(), [Request(context, [right, wrong_last, wrong_first, right[:1]])], batch_tokens=64)[0]
     assert got.is_greedy == (True, False, False, True)
 
 
 def test_logits_are_computed_in_chunks(llama, monkeypatch):
-    whole = score(*llama, REQUESTS, batch_tokens=64)
+    whole = score(llama.edge(), REQUESTS, batch_tokens=64)
     # Chunks of 7 positions, which divide no bucket.
     monkeypatch.setattr(scoring, "LOGITS_IN_MEMORY", 7 * 67 + 3)
     jax.clear_caches()
-    chunked = score(*llama, REQUESTS, batch_tokens=64)
+    chunked = score(llama.edge(), REQUESTS, batch_tokens=64)
     jax.clear_caches()
     for a, b in zip(whole, chunked, strict=True):
         np.testing.assert_allclose(a.logprobs, b.logprobs, **SAME)
@@ -90,7 +91,7 @@ def test_logits_are_computed_in_chunks(llama, monkeypatch):
 
 def test_more_single_tokens_than_positions(llama):
     requests = [Request([3, 4], [[i] for i in range(40)])]
-    assert_scores(score(*llama, requests, batch_tokens=16), llama, requests)
+    assert_scores(score(llama.edge(), requests, batch_tokens=16), llama, requests)
 
 
 def test_a_long_request_loses_context_from_the_left(caplog):
@@ -99,7 +100,7 @@ def test_a_long_request_loses_context_from_the_left(caplog):
     context = rng.integers(0, 67, 20).tolist()
     requests = [Request(context, [[1, 2, 3], [4]]), Request([5, 6], [[7, 8]]), Request([9], [list(range(12))])]
     with caplog.at_level(logging.WARNING):
-        got = score(*model, requests, batch_tokens=64)
+        got = score(model.edge(), requests, batch_tokens=64)
     assert "1 of 3 requests exceed the model's 12 positions" in caplog.text
     # lm-eval keeps the last 12 + 1 tokens of context and continuation together and reads all but the last.
     np.testing.assert_allclose(got[0].logprobs[0], plain_score(model, context[-10:], [1, 2, 3])[0], **SAME)
@@ -107,7 +108,8 @@ def test_a_long_request_loses_context_from_the_left(caplog):
     assert_scores(got[1:], model, requests[1:])
     # With a prefix, the prefix goes first.
     split = [Request(context[15:], [[1, 2, 3], [4]]), requests[1]]
-    again = score(*model, split, batch_tokens=64, prefix=encode_prefix(*model, context[:5]))
+    prefix = encode_prefix(model.edge(), context[:5])
+    again = score(model.edge(prefix=prefix), split, batch_tokens=64)
     np.testing.assert_allclose(
         again[0].logprobs[0], plain_score(model, (context[:5] + context[15:])[-10:], [1, 2, 3])[0], **SAME
     )
@@ -129,7 +131,7 @@ def test_nothing_of_a_soft_prompt_is_cut():
         method="encode",
     )
     logprobs = jax.nn.log_softmax(decoder.apply({"params": params}, hidden, method="logits")[0, 9:], axis=-1)
-    got = score(*model, [Request(context, [continuation])], batch_tokens=64, prefix=Prefix(cache, length=4))
+    got = score(model.edge(prefix=Prefix(cache, length=4)), [Request(context, [continuation])], batch_tokens=64)
     np.testing.assert_allclose(got[0].logprobs[0], logprobs[np.arange(3), continuation].sum(), **SAME)
 
 
@@ -141,17 +143,17 @@ def test_one_compilation_per_bucket(llama):
         lengths = rng.integers(low, high, count)
         return [Request(rng.integers(0, 67, n).tolist(), [[1, 2], [3]]) for n in lengths]
 
-    score(*llama, requests(16, 3, 15), batch_tokens=64)
+    score(llama.edge(), requests(16, 3, 15), batch_tokens=64)
     assert scoring._score_batch._cache_size() == 1
-    score(*llama, requests(40, 1, 15), batch_tokens=64)
+    score(llama.edge(), requests(40, 1, 15), batch_tokens=64)
     assert scoring._score_batch._cache_size() == 1
-    score(*llama, requests(4, 17, 30), batch_tokens=64)
+    score(llama.edge(), requests(4, 17, 30), batch_tokens=64)
     assert scoring._score_batch._cache_size() == 2
 
 
 def test_progress_counts_continuations(llama):
     seen = []
-    score(*llama, REQUESTS, batch_tokens=32, progress=lambda done, total: seen.append((done, total)))
+    score(llama.edge(), REQUESTS, batch_tokens=32, progress=lambda *done: seen.append(done))
     assert seen[-1] == (9, 9)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
@@ -175,7 +177,7 @@ def test_batches_hold_what_fits():
 
 def test_errors_name_the_request(llama):
     def run(request, **options):
-        score(*llama, [REQUESTS[0], request], batch_tokens=64, **options)
+        score(llama.edge(**options), [REQUESTS[0], request], batch_tokens=64)
 
     with raises(DataError, "requests.1.context", "request 1", code="empty"):
         run(([], [[1]]))
@@ -193,13 +195,13 @@ def test_errors_name_the_request(llama):
 
 def test_prefix_errors(llama):
     with raises(DataError, "prefix", code="empty"):
-        encode_prefix(*llama, [])
+        encode_prefix(llama.edge(), [])
     with raises(DataError, "prefix", 64, code="too long"):
-        encode_prefix(*llama, [1] * 64)
+        encode_prefix(llama.edge(), [1] * 64)
     with raises(DataError, "prefix", 99, code="unknown id"):
-        encode_prefix(*llama, [99])
+        encode_prefix(llama.edge(), [99])
 
 
 def test_no_requests_and_no_continuations(llama):
-    assert score(*llama, [], batch_tokens=64) == []
-    assert score(*llama, [Request([1], [])], batch_tokens=64)[0].logprobs == ()
+    assert score(llama.edge(), [], batch_tokens=64) == []
+    assert score(llama.edge(), [Request([1], [])], batch_tokens=64)[0].logprobs == ()

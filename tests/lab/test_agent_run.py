@@ -15,13 +15,13 @@ from lora_gen_jax.evaluation import answers, request_runner
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.task import System
 from lora_gen_jax.inference.decode import Generation
+from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.lab.agent import command as agent_command
 from lora_gen_jax.lab.agent import outputs as agent_scoring
 from lora_gen_jax.lab.agent import run as agent_run
 from lora_gen_jax.lab.agent.command import AgentFlags, agent_main, divided, scored_tasks, with_training_rows
 from lora_gen_jax.lab.agent.outputs import Method, Writer, as_read, blank_line, context_ids
 from lora_gen_jax.lab.agent.table import AGENT_ROWS
-from lora_gen_jax.methods.method import Specialized
 from lora_gen_jax.models import load_model
 from lora_gen_jax.training.loop import train
 from lora_gen_jax.training.prepare import prepare_directory
@@ -264,8 +264,8 @@ def test_outputs_come_in_order_whatever_the_batches_are(edge, monkeypatch):
     tasks = list(load_tasks(("pocket_agent_unseen",)).values())[:3]
     asked = []
 
-    def echo(decoder, params, contexts, **settings):
-        asked.append((params["name"], len(contexts)))
+    def echo(model, contexts, settings):
+        asked.append((model.params, len(contexts)))
         return [Generation(list(context), "stop", []) for context in contexts]
 
     monkeypatch.setattr(request_runner, "generate", echo)
@@ -273,8 +273,11 @@ def test_outputs_come_in_order_whatever_the_batches_are(edge, monkeypatch):
     monkeypatch.setattr(request_runner, "encode_prefix", None)
     for shared, reads in ((True, True), (False, False)):
         asked.clear()
-        named = lambda task, shared=shared: Specialized({"name": "all" if shared else task.name})  # noqa: E731
-        made, done = System(named, reads, lambda task, named=named: named(task).params["name"]), []
+
+        def named(task, shared=shared):
+            return EdgeModel(edge.decoder, "all" if shared else task.name)
+
+        made, done = System(named, reads, lambda task, named=named: named(task).params), []
         written = Writer(edge, 40, RequestCache(None, "")).write(Method(made, shared), tasks, done.append)
         assert {name for name, _ in asked} == ({"all"} if shared else {task.name for task in tasks})
         # Requests of a bucket go together, in rows of a power of two.

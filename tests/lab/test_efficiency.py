@@ -13,7 +13,7 @@ from lora_gen_jax.config import ModelConfig
 from lora_gen_jax.config_file import flags_and_config, read_config
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.inference.cost import Counted, linear_macs
-from lora_gen_jax.inference.decode import generate
+from lora_gen_jax.inference.decode import GenerationSettings, generate
 from lora_gen_jax.inference.prefix import encode_prefix
 from lora_gen_jax.lab.costs import command as efficiency_command
 from lora_gen_jax.lab.costs import training as efficiency_training
@@ -325,14 +325,9 @@ def test_torch_model_behind_a_kept_prefix(config_file: Path):
     hf = transformers_peer.torch_model(str(source), model)
     (ids,) = token_rows([20], 72)
     prefix = transformers_peer.TorchPrefix(hf, ids[:12])
-    expected = generate(model.decoder, model.params, [ids], max_new_tokens=6)[0].ids
-    ours = generate(
-        model.decoder,
-        model.params,
-        [ids[12:]],
-        max_new_tokens=6,
-        prefix=encode_prefix(model.decoder, model.params, ids[:12]),
-    )
+    expected = generate(model.plain, [ids], GenerationSettings(max_new_tokens=6))[0].ids
+    kept = model.plain.replace(prefix=encode_prefix(model.plain, ids[:12]))
+    ours = generate(kept, [ids[12:]], GenerationSettings(max_new_tokens=6))
     assert ours[0].ids == expected
     assert transformers_peer.torch_answer(hf, [ids], 6).ids == [expected]
     # Each copy is as good as the first, and serves several rows.

@@ -18,7 +18,8 @@ from lora_gen_jax.decoder.flash import BLOCK
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.generator.cloud import PackedPrompts
-from lora_gen_jax.inference.decode import generate
+from lora_gen_jax.inference.decode import GenerationSettings, generate
+from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.inference.rows import Request
 from lora_gen_jax.inference.scoring import score
 from lora_gen_jax.inference.soft_prompt import compress, encode_soft
@@ -313,11 +314,11 @@ def test_a_query_behind_the_prefix_of_soft_tokens_equals_one_forward_pass():
     module, base = AutoCompressor(OPT, SETTINGS, COMPRESSOR), random_params(OPT, 4)
     rendering = rendering_of(module, base, variables_of(module, base)["params"])
     soft_ND = jnp.asarray(np.random.default_rng(0).standard_normal((7, OPT.width)))
-    prefix = encode_soft(rendering.decoder, base, soft_ND, rendering.adapter)
+    prefix = encode_soft(EdgeModel(rendering.decoder, base, adapter=rendering.adapter), soft_ND)
     assert (prefix.length, prefix.positions, prefix.ids) == (7, 0, ())
     assert prefix.cache.position_BS.shape == (1, 16)
     requests = [Request([3, 9, 11], [[4, 8], [5]])]
-    got = score(rendering.decoder, base, requests, batch_tokens=64, adapter=rendering.adapter, prefix=prefix)
+    got = score(EdgeModel(rendering.decoder, base, adapter=rendering.adapter, prefix=prefix), requests, batch_tokens=64)
     answer = jax.jit(lambda: [[rendering.answer(soft_ND, q, r) for r in responses] for q, responses in requests])
     for want, scored in zip(answer(), got, strict=True):
         np.testing.assert_allclose(scored.logprobs, [-x.sum() for x in want], **SAME)
@@ -329,14 +330,18 @@ def test_what_is_generated_behind_soft_tokens_is_what_one_forward_pass_says():
     module, base = AutoCompressor(config, SETTINGS, COMPRESSOR), random_params(config, 4)
     rendering = rendering_of(module, base, variables_of(module, base)["params"], merged=True)
     soft_ND = jnp.asarray(np.random.default_rng(0).standard_normal((30, config.width)))
-    prefix, query = encode_soft(rendering.decoder, rendering.base, soft_ND), [3, 9, 11]
-    (made,) = generate(rendering.decoder, rendering.base, [query], max_new_tokens=13, prefix=prefix)
+    prefix, query = encode_soft(EdgeModel(rendering.decoder, rendering.base), soft_ND), [3, 9, 11]
+    (made,) = generate(
+        EdgeModel(rendering.decoder, rendering.base, prefix=prefix), [query], GenerationSettings(max_new_tokens=13)
+    )
     read = jax.jit(lambda: rendering.answer(soft_ND, query, made.ids))()
     np.testing.assert_allclose(made.logprobs, -read, **SAME)
     # Of the greedy tokens none is less likely than another of the vocabulary would be on average.
     assert float(jnp.max(read)) < np.log(config.vocab_size)
     with raises(DataError, "tokens", 17, 16):
-        generate(rendering.decoder, rendering.base, [query], max_new_tokens=14, prefix=prefix)
+        generate(
+            EdgeModel(rendering.decoder, rendering.base, prefix=prefix), [query], GenerationSettings(max_new_tokens=14)
+        )
 
 
 def test_learned_positions_are_those_of_a_segments_own_tokens_in_training_too():
@@ -385,7 +390,7 @@ def test_errors_of_soft_tokens(llama):
     decoder = Decoder(LLAMA)
     for shape, code in (((0, 16), "empty"), ((64, 16), "too long"), ((3, 20), "width")):
         with raises(DataError, "soft_ND", code=code):
-            encode_soft(decoder, base, jnp.zeros(shape))
+            encode_soft(EdgeModel(decoder, base), jnp.zeros(shape))
 
 
 def test_compress_pads_to_few_lengths_and_says_what_it_cannot_read(llama, monkeypatch):
@@ -454,5 +459,5 @@ def test_specialized_is_the_merged_edge_behind_the_soft_tokens(llama):
         return [rendering.answer(x, [3, 9, 11], [4, 8]).sum() for x in (soft_ND, soft_ND[:0])]
 
     for found, want in zip((special, plain), answers(), strict=True):
-        got = score(Decoder(LLAMA), found.params, [Request([3, 9, 11], [[4, 8]])], batch_tokens=64, prefix=found.prefix)
+        got = score(found, [Request([3, 9, 11], [[4, 8]])], batch_tokens=64)
         np.testing.assert_allclose(got[0].logprobs, [-want], **SAME)

@@ -12,11 +12,11 @@ from lora_gen_jax.data.pocket.suite import find
 from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.evaluation.systems import make_systems
 from lora_gen_jax.evaluation.task import FURTHER_QUERIES, System, evaluate_task, task_prompt
-from lora_gen_jax.inference.decode import generate
+from lora_gen_jax.inference.decode import GenerationSettings, generate
 from lora_gen_jax.inference.prefix import encode_prefix
 from lora_gen_jax.inference.rows import Request
 from lora_gen_jax.inference.scoring import score
-from lora_gen_jax.methods.method import Prompt, Specialized
+from lora_gen_jax.methods.method import Prompt
 from lora_gen_jax.methods.task_vector import METHOD, task_vector
 from lora_gen_jax.models import Pair, load_model
 
@@ -77,18 +77,18 @@ def test_a_query_with_its_own_state_stays_as_it_is(edge, prompt):
 
 def test_generation_scoring_and_read_ahead_tokens_agree(edge, prompt):
     """Generation puts it before decoding begins, scoring in one pass where options follow the same context."""
-    vector, model = task_vector(edge, prompt, 0.5), (edge.decoder, edge.params)
+    model = edge.plain.replace(adapter=task_vector(edge, prompt, 0.5))
     queries = [edge.encoder.text(row.query) for row in prompt.queries[:3]]
-    made = generate(*model, queries, max_new_tokens=5, adapter=vector)
+    made = generate(model, queries, GenerationSettings(max_new_tokens=5))
     requests = [Request(query, [one.ids, one.ids[:2]]) for query, one in zip(queries, made, strict=True)]
-    whole = score(*model, requests, batch_tokens=64, adapter=vector)
+    whole = score(model, requests, batch_tokens=64)
     for one, scored in zip(made, whole, strict=True):
         assert scored.is_greedy == (True, True)
         np.testing.assert_allclose(scored.logprobs, (sum(one.logprobs), sum(one.logprobs[:2])), **SAME)
     ahead = [edge.encoder.line_break, *queries[0]]
-    prefix = encode_prefix(*model, ahead[:-1], vector)
-    parts = (score(*model, [Request(ahead, [made[0].ids])], batch_tokens=64, adapter=vector),)
-    parts += (score(*model, [Request(ahead[-1:], [made[0].ids])], batch_tokens=64, adapter=vector, prefix=prefix),)
+    prefix = encode_prefix(model, ahead[:-1])
+    parts = (score(model, [Request(ahead, [made[0].ids])], batch_tokens=64),)
+    parts += (score(model.replace(prefix=prefix), [Request(ahead[-1:], [made[0].ids])], batch_tokens=64),)
     np.testing.assert_allclose(parts[0][0].logprobs, parts[1][0].logprobs, **SAME)
 
 
@@ -98,13 +98,13 @@ def test_it_is_a_method_of_an_evaluation(edge):
     systems = [make_systems(Config(eval=s), ["task_vector"], pair, {}, [task])["task_vector"] for s in (SETTINGS, last)]
     assert len({system.identity_for(task) for system in systems if system.identity_for}) == 2
     assert all(system.prompted for system in systems)
-    base = System(lambda task: Specialized(edge.params))
+    base = System(lambda task: edge.plain)
     got, plain = (evaluate_task(edge, task, system, last) for system in (systems[1], base))
     assert got["context_tokens"] == plain["context_tokens"]
     # All answers begin alike, so the mean state of the last layer says how: with the quote that the prompt asks for.
-    params, adapter, _ = systems[1].specialized_for(task)
+    model = systems[1].specialized_for(task)
     queries = [edge.encoder.text(document.query) for document in task.test]
-    made, base = (generate(edge.decoder, params, queries, max_new_tokens=1, adapter=a) for a in (adapter, None))
+    made, base = (generate(one, queries, GenerationSettings(max_new_tokens=1)) for one in (model, edge.plain))
     assert {edge.encoder.decode(one.ids).strip() for one in made} == {'"'}
     assert '"' not in {edge.encoder.decode(one.ids).strip() for one in base}
 

@@ -11,7 +11,8 @@ from serving_tools import KEY, MAX_NEW_TOKENS, PROMPTS, TEMPLATE, Puppet, servin
 from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.adapters.specialization_fit import adapter_of
 from lora_gen_jax.generator.cloud import pack_prompts
-from lora_gen_jax.inference.decode import generate
+from lora_gen_jax.inference.decode import GenerationSettings, generate
+from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.methods.registry import make_generator
 from lora_gen_jax.models import load_pair
 from lora_gen_jax.serving.command import make_scheduler
@@ -75,7 +76,11 @@ def offline(specializer, made):
             merged[name] = edge.params if adapter is None else merge(edge.params, adapter)
         ids = edge.encoder.text(prompt) if isinstance(prompt, str) else prompt
         stop = [edge.encoder.end]
-        (found,) = generate(edge.decoder, merged[name], [ids], max_new_tokens=length, stop_ids=stop, **settings)
+        (found,) = generate(
+            EdgeModel(edge.decoder, merged[name]),
+            [ids],
+            GenerationSettings(max_new_tokens=length, stop_ids=stop, **settings),
+        )
         return found
 
     return say

@@ -178,7 +178,7 @@ def test_what_is_unfinished_when_the_time_is_over_is_cancelled():
 
 def test_works_of_a_real_engine_are_checked_before_they_are_accepted(specializer):
     edge = specializer.pair.edge
-    scheduler = Scheduler(Engine(edge.decoder, edge.params, None, rows=1, slots=16), queue_limit=2)
+    scheduler = Scheduler(Engine(edge.plain, rows=1, slots=16), queue_limit=2)
     with raises(DataError, "max_new_tokens", 16, code="too long"):
         scheduler.submit(GenerationRequest([5] * 10, 7), Listener())
     with raises(DataError, "gates", "(2, 4)"):

@@ -6,7 +6,8 @@ from helpers import unsaid
 from serving_tools import serving
 
 from lora_gen_jax.adapters.merge import merge
-from lora_gen_jax.inference.decode import generate
+from lora_gen_jax.inference.decode import GenerationSettings, generate
+from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.serving.command import make_scheduler
 from lora_gen_jax.serving.registry import Registry, Served
 from lora_gen_jax.serving.service import Service
@@ -38,7 +39,9 @@ def expected(specializer, prompt, config, text, length=6):
     edge = specializer.pair.edge
     params = merge(edge.params, specializer.adapter(made))
     (found,) = generate(
-        edge.decoder, params, [edge.encoder.text(text)], max_new_tokens=length, stop_ids=[edge.encoder.end]
+        EdgeModel(edge.decoder, params),
+        [edge.encoder.text(text)],
+        GenerationSettings(max_new_tokens=length, stop_ids=[edge.encoder.end]),
     )
     return made, edge.encoder.decode(found.ids)
 
@@ -135,7 +138,9 @@ def test_a_conversation_is_learned_from_only_where_it_asks_for_it(wide, roomy, s
     edge = specializer.pair.edge
     ids = edge.encoder.chat([{"role": "user", "content": "the star is"}])
     params = merge(edge.params, specializer.adapter(made))
-    (found,) = generate(edge.decoder, params, [ids], max_new_tokens=5, stop_ids=[edge.encoder.end])
+    (found,) = generate(
+        EdgeModel(edge.decoder, params), [ids], GenerationSettings(max_new_tokens=5, stop_ids=[edge.encoder.end])
+    )
     assert learned["choices"][0]["message"]["content"] == edge.encoder.decode(found.ids)
     # Without a turn that is answered there is nothing to learn from: the plain specialization.
     assert chat(wide, messages=[TURNS[0], TURNS[3]], turns_as_examples=True).json()["model"] == plain["model"]

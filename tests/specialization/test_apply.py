@@ -13,6 +13,7 @@ from lora_gen_jax.data.prompts import evaluation_shots
 from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.generator.cloud import pack_prompts
 from lora_gen_jax.generator.router import keep_top_k
+from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.inference.scoring import Request, score
 from lora_gen_jax.methods.registry import make_generator
 from lora_gen_jax.models import load_pair
@@ -208,7 +209,9 @@ def held_out_loss(specializer, specialization, task):
     edge = specializer.pair.edge
     params = merge(edge.params, specializer.adapter(specialization))
     pairs = [edge.encoder.query(example, False) for example in task.test[:12]]
-    found = score(edge.decoder, params, [Request(query, [answer]) for query, answer in pairs], batch_tokens=1024)
+    found = score(
+        EdgeModel(edge.decoder, params), [Request(query, [answer]) for query, answer in pairs], batch_tokens=1024
+    )
     return -sum(one.logprobs[0] for one in found) / sum(len(answer) for _, answer in pairs)
 
 

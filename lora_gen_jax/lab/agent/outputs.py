@@ -167,5 +167,5 @@ def latency(edge: Model, method: Method, tasks: Sequence[Task]) -> float:
     for task in tasks[:LATENCY_TASKS]:
         contexts = [context_ids(edge, task, d, method.system.reads_prompt) for d in task.test]
         model = Subject("", edge, lambda task=task: method.system.specialized_for(task)).model
-        times.append(answers.answer_latency(model, task.test, contexts))
+        times.append(answers.answer_latency(edge, model, task.test, contexts))
     return statistics.fmean(times)

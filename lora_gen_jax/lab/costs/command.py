@@ -158,7 +158,7 @@ def measured(setup: Setup, flags: EfficiencyFlags, batch_sizes: list[int]) -> di
     efficiency.say("making the methods ready")
     ready, left_out = made_ready(setup)
     systems: dict[str, efficiency.System] = {
-        name: efficiency.OurSystem(edge.decoder, one, work.new_tokens) for name, one in ready.items()
+        name: efficiency.OurSystem(one, work.new_tokens) for name, one in ready.items()
     }
     peers, skipped = make_peers(setup, flags)
     times = efficiency.measure({**systems, **peers}, batch_sizes, flags.repeats)
@@ -166,13 +166,13 @@ def measured(setup: Setup, flags: EfficiencyFlags, batch_sizes: list[int]) -> di
     # Merged methods that read as much run the same programs.
     costs: dict[Any, dict[str, Any]] = {}
     for name, one in ready.items():
-        program = (len(one.ids), one.kept, None if one.adapter is None else name)
+        program = (len(one.ids), one.kept, None if one.model.adapter is None else name)
         if program not in costs:
             efficiency.say(f"memory and multiply-adds of {name}")
-            costs[program] = efficiency.answer_cost(edge.decoder, one, work.new_tokens)
+            costs[program] = efficiency.answer_cost(one, work.new_tokens)
         methods[name] = {"context_tokens": len(one.ids), "kept_tokens": one.kept, "ids": times[name].ids}
         methods[name] |= efficiency.figures(times[name], work.new_tokens) | costs[program]
-    kept = ready["icl_kept_prefix"].prefix
+    kept = ready["icl_kept_prefix"].model.prefix
     assert kept is not None
     return {
         "config": to_json(setup.config),

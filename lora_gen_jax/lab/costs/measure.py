@@ -14,10 +14,9 @@ from typing import Any, Protocol
 import jax
 
 from lora_gen_jax.adapters.merge import merge
-from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.evaluation.timing import timed
 from lora_gen_jax.inference import cost, decode
-from lora_gen_jax.inference.forward import forward_only
+from lora_gen_jax.inference.edge_model import forward_only
 from lora_gen_jax.lab.costs.methods import Ready, Setup
 from lora_gen_jax.lab.costs.transformers_peer import TorchAnswer, TorchPrefix, torch_answer
 
@@ -44,26 +43,22 @@ class System(Protocol):
 class OurSystem:
     """A method of this project."""
 
-    def __init__(self, decoder: Decoder, ready: Ready, new_tokens: int):
-        self.decoder, self.ready, self.new_tokens = decoder, ready, new_tokens
+    def __init__(self, ready: Ready, new_tokens: int):
+        self.ready, self.new_tokens = ready, new_tokens
 
     def once(self) -> dict[str, float]:
         return {} if self.ready.once is None else self.ready.once()
 
     def answer(self) -> tuple[float, float, list[int]]:
         # Two runs: the whole answer is one program without a stop, in which no token can be timed.
-        r = self.ready
-        first = timed(lambda: next(decode.stream(self.decoder, r.params, [r.ids], **self._arguments)))[1]
-        made, total = timed(lambda: decode.generate(self.decoder, r.params, [r.ids], **self._arguments))
+        r, settings = self.ready, decode.GenerationSettings(self.new_tokens)
+        first = timed(lambda: next(decode.stream(r.model, [r.ids], settings)))[1]
+        made, total = timed(lambda: decode.generate(r.model, [r.ids], settings))
         return first, total, made[0].ids
 
     def batch(self, rows: int) -> float:
-        r = self.ready
-        return timed(lambda: decode.generate(self.decoder, r.params, [r.ids] * rows, **self._arguments))[1]
-
-    @property
-    def _arguments(self) -> dict[str, Any]:
-        return {"max_new_tokens": self.new_tokens, "adapter": self.ready.adapter, "prefix": self.ready.prefix}
+        r, settings = self.ready, decode.GenerationSettings(self.new_tokens)
+        return timed(lambda: decode.generate(r.model, [r.ids] * rows, settings))[1]
 
 
 class TorchSystem:
@@ -184,10 +179,12 @@ def peak_bytes(compiled: Any) -> int | None:
     return m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
 
 
-def answer_cost(decoder: Decoder, ready: Ready, new_tokens: int) -> dict[str, Any]:
+def answer_cost(ready: Ready, new_tokens: int) -> dict[str, Any]:
     """Memory of an answer's programs, and its multiply-adds by formula and by the compiler."""
-    model, sizes = forward_only(decoder), cost.Sizes(len(ready.ids), ready.kept, new_tokens, adapter=ready.adapter_macs)
-    peaks = [peak_bytes(cost.lower_pass(model, ready.params, ready.adapter, one).compile()) for one in sizes.executed]
+    decoder, params, adapter = ready.model.decoder, ready.model.params, ready.model.adapter
+    sizes = cost.Sizes(len(ready.ids), ready.kept, new_tokens, adapter=ready.adapter_macs)
+    program = forward_only(decoder)
+    peaks = [peak_bytes(cost.lower_pass(program, params, adapter, one).compile()) for one in sizes.executed]
     needed = cost.answer_macs(decoder.config, sizes)
     result: dict[str, Any] = {
         "peak_bytes": None if None in peaks else max(peak for peak in peaks if peak is not None),
@@ -195,7 +192,7 @@ def answer_cost(decoder: Decoder, ready: Ready, new_tokens: int) -> dict[str, An
     }
     for name, one in zip(("executed_prefill", "executed_token"), sizes.executed, strict=True):
         formula = cost.pass_macs(decoder.config, one).total
-        result["macs"][name] = compared(formula, cost.count_pass(decoder, ready.params, ready.adapter, one))
+        result["macs"][name] = compared(formula, cost.count_pass(decoder, params, adapter, one))
     return result
 
 

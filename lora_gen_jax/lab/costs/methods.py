@@ -20,7 +20,8 @@ from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.evaluation.timing import timed
 from lora_gen_jax.generator.cloud import PackedPrompts, pack_prompts
 from lora_gen_jax.generator.specialize import specialize
-from lora_gen_jax.inference.prefix import Prefix, encode_prefix
+from lora_gen_jax.inference.edge_model import EdgeModel, Prefix
+from lora_gen_jax.inference.prefix import encode_prefix
 from lora_gen_jax.inference.soft_prompt import compress, encode_soft
 from lora_gen_jax.methods.hub_search import search
 from lora_gen_jax.methods.lorahub import compose, loss_by_weights
@@ -124,34 +125,30 @@ class Ready:
 
     Attributes:
         ids: what the edge model reads for the query.
-        params: its weights.
-        adapter: of a method that cannot be merged; None otherwise.
-        adapter_macs: what it adds for one token, over all layers.
-        prefix: read before the ids, kept.
+        model: that answers.
+        adapter_macs: what its adapter adds for one token, over all layers.
         once: does again what is done once a task, and gives the seconds of each stage; None where nothing is.
     """
 
     ids: list[int]
-    params: Any
-    adapter: Any = None
+    model: EdgeModel
     adapter_macs: int = 0
-    prefix: Prefix | None = None
     once: Callable[[], dict[str, float]] | None = None
 
     @property
     def kept(self) -> int:
         """Tokens of the prefix."""
-        return 0 if self.prefix is None else self.prefix.length
+        return 0 if self.model.prefix is None else self.model.prefix.length
 
 
 def base(setup: Setup) -> Ready:
     """The query alone."""
-    return Ready(setup.work.query, setup.pair.edge.params)
+    return Ready(setup.work.query, setup.pair.edge.plain)
 
 
 def icl(setup: Setup) -> Ready:
     """The instruction is read before every query."""
-    return Ready(setup.work.whole, setup.pair.edge.params)
+    return Ready(setup.work.whole, setup.pair.edge.plain)
 
 
 def icl_kept_prefix(setup: Setup) -> Ready:
@@ -159,11 +156,10 @@ def icl_kept_prefix(setup: Setup) -> Ready:
     edge, work = setup.pair.edge, setup.work
 
     def read() -> Prefix:
-        return encode_prefix(edge.decoder, edge.params, work.whole[: work.kept])
+        return encode_prefix(edge.plain, work.whole[: work.kept])
 
-    return Ready(
-        work.whole[work.kept :], edge.params, prefix=read(), once=lambda: {"prefix": timed(lambda: read().cache)[1]}
-    )
+    model = edge.plain.replace(prefix=read())
+    return Ready(work.whole[work.kept :], model, once=lambda: {"prefix": timed(lambda: read().cache)[1]})
 
 
 def untrained(config: Config, pair: Pair) -> tuple[Any, Any]:
@@ -181,10 +177,10 @@ def fixed(key: str, setup: Setup) -> Ready:
     """
     config = dataclasses.replace(setup.config, method=key)
     module, variables = untrained(config, setup.pair)
-    params, adapter, _ = merge_if_possible(setup.pair.edge.params, module.apply(variables, None, None).adapter)
+    model = merge_if_possible(setup.pair.edge.plain, module.apply(variables, None, None).adapter)
     macs = COMPARED[key].token_macs
-    beside = 0 if adapter is None or macs is None else macs(setup.pair.edge.config, config)
-    return Ready(setup.work.whole if config.data.edge_reads_prompt else setup.work.query, params, adapter, beside)
+    beside = 0 if model.adapter is None or macs is None else macs(setup.pair.edge.config, config)
+    return Ready(setup.work.whole if config.data.edge_reads_prompt else setup.work.query, model, beside)
 
 
 def autocompressor(setup: Setup) -> Ready:
@@ -199,13 +195,14 @@ def autocompressor(setup: Setup) -> Ready:
         config = dataclasses.replace(config, method="autocompressor", compressor=compressor)
     module, variables = untrained(config, setup.pair)
     edge, prompt = setup.pair.edge, setup.work.whole[: setup.work.kept]
-    params = merge(edge.params, module.apply(variables, None, None).adapter)
+    model = merge_if_possible(edge.plain, module.apply(variables, None, None).adapter)
 
     def read() -> Prefix:
         soft_ND = compress(module, variables, edge.params, prompt)
-        return encode_soft(edge.decoder, params, soft_ND)
+        return encode_soft(model, soft_ND)
 
-    return Ready(setup.work.query, params, prefix=read(), once=lambda: {"compress": timed(lambda: read().cache)[1]})
+    answering = model.replace(prefix=read())
+    return Ready(setup.work.query, answering, once=lambda: {"compress": timed(lambda: read().cache)[1]})
 
 
 def lorahub(setup: Setup) -> Ready:
@@ -225,7 +222,7 @@ def lorahub(setup: Setup) -> Ready:
         _, merging = timed(lambda: merge(edge.params, compose(variables, weights_N, scale)))
         return {"search": searching, "merge": merging}
 
-    merged = merge(edge.params, compose(variables, np.zeros(config.hub.modules, np.float32), scale))
+    merged = merge_if_possible(edge.plain, compose(variables, np.zeros(config.hub.modules, np.float32), scale))
     return Ready(work.query, merged, once=once)
 
 
@@ -238,7 +235,7 @@ def lora_gen(setup: Setup) -> Ready:
         _, merging = timed(lambda: merge(params, adapter))
         return {"cloud": reading, "merge": merging}
 
-    return Ready(setup.work.query, merge(params, setup.specialize()), once=once)
+    return Ready(setup.work.query, merge_if_possible(setup.pair.edge.plain, setup.specialize()), once=once)
 
 
 METHODS: dict[str, Callable[[Setup], Ready]] = {

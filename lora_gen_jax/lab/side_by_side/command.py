@@ -235,4 +235,5 @@ class Sides:
 
         edge = self.pair.edge
         stop = end_ids(self.loaded.config.edge.source, edge)
-        return getattr(decode, how)(edge.decoder, params, [ids], max_new_tokens=self.max_new_tokens, stop_ids=stop)
+        settings = decode.GenerationSettings(self.max_new_tokens, stop)
+        return getattr(decode, how)(edge.plain.replace(params=params), [ids], settings)

@@ -147,7 +147,7 @@ def answers(config: Config, pair: Pair, works: Mapping[int, Workload], configs: 
         efficiency.say(f"making {row} ready")
         ready[row] = METHODS[one.method](with_config(setup, one))
     new = works[most].new_tokens
-    systems = {row: efficiency.OurSystem(pair.edge.decoder, one, new) for row, one in ready.items()}
+    systems = {row: efficiency.OurSystem(one, new) for row, one in ready.items()}
     times = efficiency.measure(systems, (1,), REPEATS)
     work = works[most]
     return {
@@ -159,9 +159,7 @@ def answers(config: Config, pair: Pair, works: Mapping[int, Workload], configs: 
             "new_tokens": new,
         },
         "answers": {
-            row: sizes_of(one)
-            | efficiency.figures(times[row], new)
-            | efficiency.answer_cost(pair.edge.decoder, one, new)
+            row: sizes_of(one) | efficiency.figures(times[row], new) | efficiency.answer_cost(one, new)
             for row, one in ready.items()
         },
         "specializing": efficiency.specializing_cost(setup),
@@ -179,9 +177,9 @@ def sizes_of(ready: Ready) -> dict[str, int]:
     That is an adapter's parameters, and the keys and values of soft tokens, which are learned. Those of a prompt's own
     tokens save time alone and are not counted.
     """
-    beside = sum(x.size for x in jax.tree.leaves(ready.adapter))
-    if ready.prefix is not None and not ready.prefix.ids:
-        cache = ready.prefix.cache
+    beside = sum(x.size for x in jax.tree.leaves(ready.model.adapter))
+    if (prefix := ready.model.prefix) is not None and not prefix.ids:
+        cache = prefix.cache
         used = np.count_nonzero(np.asarray(cache.position_BS) >= 0)
         beside += int(used) * sum(x.size // x.shape[2] for x in (cache.k_LBSGH, cache.v_LBSGH))
     return {"context_tokens": len(ready.ids), "kept_tokens": ready.kept, "numbers_beside": beside}

@@ -27,7 +27,7 @@ from lora_gen_jax.decoder.pretrained import load_config, resolve
 from lora_gen_jax.decoder.pretrained.shapes import KNOWN_SHAPES
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.generator.cloud import PackedPrompts
-from lora_gen_jax.inference.forward import forward_only, logits_at
+from lora_gen_jax.inference.edge_model import forward_only, logits_at
 from lora_gen_jax.methods.registry import make_generator
 from lora_gen_jax.models import Model, Pair, init_params, make_decoder, share_weights
 from lora_gen_jax.sharding import make_mesh, param_shardings, spec
