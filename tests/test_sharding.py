@@ -107,7 +107,7 @@ def test_a_decoder_on_a_mesh_gives_what_it_gives_on_one_device(sizes):
 
 def test_specializing_on_a_mesh_gives_the_gates_of_one_device():
     frozen, prompts = random_params(CLOUD), [[5, 6, 7, 8], [9, 3], [4] * 9]
-    generator = LoRAGen(CLOUD, EDGE, SETTINGS)
+    generator = LoRAGen(Decoder(CLOUD), EDGE, SETTINGS)
     variables = generator_variables(generator, frozen, prompts_of([4], 1, 16))
     want = specialize(generator, variables, frozen, prompts)
     mesh = make_mesh(1, 4, 1)

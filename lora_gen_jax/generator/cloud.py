@@ -5,7 +5,7 @@ states at those slots. With `pooled_layers`, the prompt's mean states after thos
 causal pass; no logits are ever computed.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -14,11 +14,13 @@ import numpy as np
 from flax import struct
 
 from lora_gen_jax.adapters.lora import LoRA, trained_factors
-from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.layers import POOLED, RECORDS, records_of
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.sharding import constrain
+
+if TYPE_CHECKING:
+    from lora_gen_jax.config import GeneratorConfig
 
 CLOUD_SITES = ("q", "v")
 
@@ -86,22 +88,16 @@ class CloudEncoder(nn.Module):
     """Meta embeddings and the LoRA on the cloud's q and v; the cloud's own weights come in frozen.
 
     Attributes:
-        config: of the cloud model.
+        decoder: the cloud model.
         num_meta: L, the edge model's layers.
-        settings: `lora_gen_jax.config.GeneratorConfig`.
-        dtype, remat, unroll, attention, operands: of the cloud's forward pass, as in `Decoder`.
+        settings: of the generator.
         meta_start: the token whose embedding meta embeddings start around; None for small noise only.
     """
 
-    config: DecoderConfig
+    decoder: Decoder
     num_meta: int
-    settings: Any
-    dtype: jax.typing.DTypeLike = float
-    remat: str = "none"
-    unroll: int = 1
-    attention: str = "auto"
+    settings: "GeneratorConfig"
     meta_start: int | None = None
-    operands: jax.typing.DTypeLike | None = None
 
     @nn.compact
     def __call__(self, frozen: Any, prompts: PackedPrompts, train: bool = False) -> jax.Array:
@@ -113,7 +109,9 @@ class CloudEncoder(nn.Module):
             ConfigError: when the prompts were packed with another number of meta tokens, or a pooled layer does not
                 exist.
         """
-        c, s = self.config, self.settings
+        # Not a part of this module: its weights come in.
+        decoder, s = self.decoder.clone(parent=None, name=None), self.settings
+        c = decoder.config
         if (packed := prompts.slots_BML.shape[2]) != self.num_meta:
             raise ConfigError(
                 f"the prompts were packed with {packed} meta tokens each, the edge model has {self.num_meta} layers",
@@ -129,11 +127,10 @@ class CloudEncoder(nn.Module):
             return noise + frozen["embed"]["embedding"][self.meta_start].astype(noise.dtype)[None]
 
         meta_LC = self.param("meta_embedding", start, (count, c.width))
-        decoder = Decoder(c, self.dtype, self.remat, self.unroll, self.attention, self.operands, parent=None)
         x_BTC: Any = decoder.apply({"params": frozen}, prompts.tokens_BT, method="embed")
         # The learned embeddings are of the size of the model's own inputs, whatever those are scaled by.
         scale = jnp.asarray(c.embedding_scale, float)
-        own_BTC = (meta_LC * scale)[jnp.maximum(prompts.meta_BT, 0) % count].astype(self.dtype)
+        own_BTC = (meta_LC * scale)[jnp.maximum(prompts.meta_BT, 0) % count].astype(decoder.dtype)
         x_BTC = jnp.where((prompts.meta_BT >= 0)[..., None], own_BTC, x_BTC)
         rngs = {"dropout": self.make_rng("dropout")} if train and s.dropout > 0 else {}
         (hidden_BTC, _), collections = decoder.apply(
@@ -176,7 +173,7 @@ class CloudEncoder(nn.Module):
         s = self.settings
         if s.cloud_rank == 0:
             return None
-        factors = trained_factors(self, self.config, CLOUD_SITES, s.cloud_rank)
+        factors = trained_factors(self, self.decoder.config, CLOUD_SITES, s.cloud_rank)
         return LoRA(scanned=factors, scale=s.cloud_alpha / s.cloud_rank, dropout_rate=s.dropout)
 
 

@@ -6,7 +6,7 @@ the factors are generated directly, the gates [P, L, K] it was made from.
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -14,9 +14,13 @@ import jax
 from lora_gen_jax.adapters.gated_pool import GatedPool
 from lora_gen_jax.adapters.lora import PromptLoRA, factor_a_init
 from lora_gen_jax.decoder.config import DecoderConfig
+from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.generator.cloud import CloudEncoder, PackedPrompts
 from lora_gen_jax.generator.router import Gates, Router, cv_squared, gate_entropy
 from lora_gen_jax.generator.trained_module import Generated, TrainedModule
+
+if TYPE_CHECKING:
+    from lora_gen_jax.config import GeneratorConfig
 
 
 class ExpertPool(nn.Module):
@@ -82,21 +86,16 @@ class LoRAGen(TrainedModule):
     ``mutable=["batch_stats"]`` and the rngs "dropout" and "gumbel".
 
     Attributes:
-        cloud, edge: of the two models.
-        settings: `lora_gen_jax.config.GeneratorConfig`.
-        dtype, remat, unroll, attention, operands: of the cloud's forward pass, as in `Decoder`.
+        decoder: the cloud model.
+        edge: of the edge model.
+        settings: of the generator.
         meta_start: as `CloudEncoder.meta_start`.
     """
 
-    cloud: DecoderConfig
+    decoder: Decoder
     edge: DecoderConfig
-    settings: Any
-    dtype: jax.typing.DTypeLike = float
-    remat: str = "none"
-    unroll: int = 1
-    attention: str = "auto"
+    settings: "GeneratorConfig"
     meta_start: int | None = None
-    operands: jax.typing.DTypeLike | None = None
 
     reader = "cloud"
 
@@ -110,7 +109,7 @@ class LoRAGen(TrainedModule):
         router = Router(
             num_experts=s.num_experts,
             top_k=s.top_k,
-            width=s.router_width or self.cloud.width,
+            width=s.router_width or self.decoder.config.width,
             routing=s.routing,
             temperature=s.gumbel_temperature,
             batch_norm=s.batch_norm,
@@ -131,18 +130,7 @@ class LoRAGen(TrainedModule):
 
     def encoder(self, **place: Any) -> CloudEncoder:
         """The cloud side, as a part of this module (``name=``) or by itself (``parent=None``)."""
-        return CloudEncoder(
-            self.cloud,
-            self.edge.num_layers,
-            self.settings,
-            self.dtype,
-            self.remat,
-            self.unroll,
-            self.attention,
-            self.meta_start,
-            self.operands,
-            **place,
-        )
+        return CloudEncoder(self.decoder, self.edge.num_layers, self.settings, self.meta_start, **place)
 
     def auxiliary(self, generated: Generated, records: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
         """α_cv·CV² of the experts' use; nothing without gates."""
@@ -156,8 +144,8 @@ class LoRAGen(TrainedModule):
         return self.settings.cv_coefficient * cv, metrics
 
 
-def gated_adapter(gates: Gates, pool: Any, settings: Any) -> GatedPool:
-    """The adapter of P prompts from their gates [P, L, K], a pool and a `GeneratorConfig`."""
+def gated_adapter(gates: Gates, pool: Any, settings: "GeneratorConfig") -> GatedPool:
+    """The adapter of P prompts from their gates [P, L, K] and a pool."""
     per_layer = settings.pool == "per_layer"
     scanned = {"gates": gates.by_layer()}
     return GatedPool(

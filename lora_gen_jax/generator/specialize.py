@@ -52,7 +52,8 @@ def specialize(
     if len(prompts) == 0:
         raise DataError("there is no prompt to specialize for", field="prompts", remedy="give at least one")
     layers = generator.edge.num_layers
-    room = generator.cloud.max_positions - layers
+    cloud = generator.decoder.config
+    room = cloud.max_positions - layers
     limit = room if limit is None else min(limit, room)
     for i, prompt in enumerate(prompts):
         if len(prompt) > limit:
@@ -62,7 +63,7 @@ def specialize(
                 code="too long",
                 remedy="shorten it, or give fewer shots",
             )
-        check_tokens(prompt, generator.cloud.vocab_size, f"prompts.{i}")
+        check_tokens(prompt, cloud.vocab_size, f"prompts.{i}")
     rows, length = padded_rows(len(prompts), frozen_cloud), bucket(max(map(len, prompts)) + layers)
     # Rows that only fill the bucket repeat the first prompt and are cut off again.
     padded = [list(p) for p in prompts] + [list(prompts[0])] * (rows - len(prompts))

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_gen_jax.adapters.lora import LoRA, trained_factors
-from lora_gen_jax.config import Config
+from lora_gen_jax.config import CompressorConfig, Config, GeneratorConfig
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.flash import BLOCK
 from lora_gen_jax.decoder.model import Decoder
@@ -44,24 +44,22 @@ class AutoCompressor(TrainedModule):
     """The LoRA and the summary tokens' embeddings; called as `LoRAGen` is, with the edge model's frozen weights.
 
     Attributes:
-        edge: of the model that compresses and answers.
-        settings: `lora_gen_jax.config.GeneratorConfig`: rank, alpha, dropout and lora_sites.
-        compressor: `lora_gen_jax.config.CompressorConfig`.
+        decoder: the model that compresses and answers.
+        settings: rank, alpha, dropout and lora_sites.
+        compressor: of the config.
         end_id: token whose embedding the summary tokens start from; small random ones without it.
-        dtype, remat, unroll, attention, operands: of the edge's pass over the prompts, as in `Decoder`.
     """
 
-    edge: DecoderConfig
-    settings: Any
-    compressor: Any
+    decoder: Decoder
+    settings: GeneratorConfig
+    compressor: CompressorConfig
     end_id: int | None = None
-    dtype: jax.typing.DTypeLike = float
-    remat: str = "none"
-    unroll: int = 1
-    attention: str = "auto"
-    operands: jax.typing.DTypeLike | None = None
 
     reader = "edge"
+
+    @property
+    def edge(self) -> DecoderConfig:
+        return self.decoder.config
 
     @nn.compact
     def __call__(self, frozen: Any, prompts: PackedPrompts | None, train: bool = False) -> Generated:
@@ -120,8 +118,10 @@ class AutoCompressor(TrainedModule):
 
     def _slots(self, tokens: int, soft: int, train: bool) -> int:
         slots = longest_segment(tokens, self.compressor.segments - 1, even=not train)
+        if self.decoder.attention != "splash":
+            return slots
         # The TPU's flash kernel wants whole blocks.
-        return slots + (-(soft + slots + self.compressor.summary_tokens) % BLOCK if self.attention == "splash" else 0)
+        return slots + -(soft + slots + self.compressor.summary_tokens) % BLOCK
 
     def _detached(self, soft_PND: jax.Array, segment: int) -> jax.Array:
         """The soft tokens as segment number 0, 1, … reads them: without a gradient where it begins a substep."""
@@ -154,7 +154,7 @@ class AutoCompressor(TrainedModule):
         return mean_cross_entropy(self._decoder(), frozen, hidden_PSD, next_PS, weight_PS)
 
     def _decoder(self) -> Decoder:
-        return Decoder(self.edge, self.dtype, self.remat, self.unroll, self.attention, self.operands, parent=None)
+        return self.decoder.clone(parent=None, name=None)
 
     def _summary(self, frozen: Any) -> jax.Array:
         def init(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -183,17 +183,7 @@ def build(config: Config, pair: Pair) -> AutoCompressor:
     """
     edge, encoder = pair.edge.decoder, pair.edge.encoder
     end = None if encoder is None else encoder.end
-    module = AutoCompressor(
-        edge.config,
-        config.generator,
-        config.compressor,
-        end,
-        edge.dtype,
-        edge.remat,
-        edge.unroll,
-        edge.attention,
-        edge.operands,
-    )
+    module = AutoCompressor(edge, config.generator, config.compressor, end)
     soft = soft_tokens(config)
     needed = {
         "data.edge_prompt_length": module.positions(config.data.edge_prompt_length, train=True),

@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 
 from lora_gen_jax.adapters.lora import LoRA, trained_factors
-from lora_gen_jax.config import Config
+from lora_gen_jax.config import Config, GeneratorConfig
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.generator.cloud import PackedPrompts
 from lora_gen_jax.generator.trained_module import Generated, TrainedModule
@@ -24,11 +24,11 @@ class MultiTaskLoRA(TrainedModule):
 
     Attributes:
         edge: of the model that carries the LoRA.
-        settings: `lora_gen_jax.config.GeneratorConfig`: rank, alpha, dropout and lora_sites.
+        settings: rank, alpha, dropout and lora_sites.
     """
 
     edge: DecoderConfig
-    settings: Any
+    settings: GeneratorConfig
 
     @nn.compact
     def __call__(self, frozen: Any, prompts: PackedPrompts | None, train: bool = False) -> Generated:
@@ -38,13 +38,13 @@ class MultiTaskLoRA(TrainedModule):
         return Generated(LoRA(factors, s.alpha / s.rank, s.dropout))
 
 
-def lora_sites(edge: DecoderConfig, settings: Any, own: tuple[str, ...]) -> tuple[str, ...]:
+def lora_sites(edge: DecoderConfig, settings: GeneratorConfig, own: tuple[str, ...]) -> tuple[str, ...]:
     """The linear layers that carry a LoRA: those that the settings name, else the method's own; the model has them."""
     sites = own if settings.lora_sites is None else settings.lora_sites
     return tuple(site for site in sites if site != "gate" or edge.gated_ffn)
 
 
-def lora_macs(edge: DecoderConfig, settings: Any) -> int:
+def lora_macs(edge: DecoderConfig, settings: GeneratorConfig) -> int:
     """Multiply-adds of the side path for one token, over all layers."""
     sites = lora_sites(edge, settings, SITES)
     return edge.num_layers * settings.rank * sum(sum(edge.site_shape(site)) for site in sites)

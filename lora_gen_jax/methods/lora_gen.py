@@ -17,18 +17,8 @@ if TYPE_CHECKING:
 
 def build(config: Config, pair: Pair) -> LoRAGen:
     """The generator of a config."""
-    cloud, newline = pair.cloud.decoder, config.generator.meta_init == "newline"
-    return LoRAGen(
-        cloud.config,
-        pair.edge.config,
-        config.generator,
-        dtype=cloud.dtype,
-        remat=cloud.remat,
-        unroll=cloud.unroll,
-        attention=cloud.attention,
-        operands=cloud.operands,
-        meta_start=pair.cloud.encoder.line_break if newline else None,
-    )
+    start = pair.cloud.encoder.line_break if config.generator.meta_init == "newline" else None
+    return LoRAGen(pair.cloud.decoder, pair.edge.config, config.generator, start)
 
 
 def reader(config: Config, pair: Pair, loaded: "Loaded") -> Callable[[str], Generated]:

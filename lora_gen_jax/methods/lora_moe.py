@@ -17,7 +17,7 @@ from flax import struct
 
 from lora_gen_jax.adapters.lora import dropout, factor_a_init
 from lora_gen_jax.adapters.protocol import AdapterBase
-from lora_gen_jax.config import Config
+from lora_gen_jax.config import Config, GeneratorConfig
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.product import kept, product
 from lora_gen_jax.errors import DataError
@@ -111,12 +111,12 @@ class LoRAMoE(TrainedModule):
 
     Attributes:
         edge: of the model that carries the experts.
-        settings: `lora_gen_jax.config.GeneratorConfig`: num_experts, rank, alpha, dropout and balance_coefficient.
+        settings: num_experts, rank, alpha, dropout and balance_coefficient.
         margin: δ of the balance loss.
     """
 
     edge: DecoderConfig
-    settings: Any
+    settings: GeneratorConfig
     margin: float = 0.1
 
     @nn.compact

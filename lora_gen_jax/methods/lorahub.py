@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_gen_jax.adapters.lora import LoRA, PromptLoRA, factor_a_init
 from lora_gen_jax.buckets import bucket
-from lora_gen_jax.config import Config, DataConfig, HubConfig
+from lora_gen_jax.config import Config, DataConfig, GeneratorConfig, HubConfig
 from lora_gen_jax.data.groups import Group
 from lora_gen_jax.data.pipeline import Batch, pack_groups
 from lora_gen_jax.data.tasks import Task, stable_hash
@@ -50,12 +50,12 @@ class LoRAModules(TrainedModule):
 
     Attributes:
         edge: of the model that carries the LoRAs.
-        settings: `lora_gen_jax.config.GeneratorConfig`: rank, alpha, dropout and lora_sites.
+        settings: rank, alpha, dropout and lora_sites.
         modules: N; task number n trains module n.
     """
 
     edge: DecoderConfig
-    settings: Any
+    settings: GeneratorConfig
     modules: int
 
     @nn.compact

@@ -140,12 +140,12 @@ class MixLoRA(TrainedModule):
 
     Attributes:
         edge: of the model that carries the experts.
-        settings: `lora_gen_jax.config.GeneratorConfig`: num_experts, top_k, rank, alpha, dropout, lora_sites and
+        settings: num_experts, top_k, rank, alpha, dropout, lora_sites and
             balance_coefficient.
     """
 
     edge: DecoderConfig
-    settings: Any
+    settings: GeneratorConfig
 
     @nn.compact
     def __call__(self, frozen: Any, prompts: PackedPrompts | None, train: bool = False) -> Generated:

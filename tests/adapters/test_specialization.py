@@ -25,6 +25,7 @@ from lora_gen_jax.adapters.specialization import (
 )
 from lora_gen_jax.adapters.specialization_check import LARGEST
 from lora_gen_jax.adapters.specialization_fit import adapter_of, pool_fingerprint
+from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import CheckpointError, OutputError
 from lora_gen_jax.generator.lora_gen import LoRAGen
 from lora_gen_jax.generator.router import Gates, keep_top_k
@@ -175,7 +176,7 @@ def made():
     def get(name):
         if name not in cache:
             settings = dataclasses.replace(SETTINGS, **variants[name])
-            generator = LoRAGen(CLOUD, EDGE, settings)
+            generator = LoRAGen(Decoder(CLOUD), EDGE, settings)
             variables = generator_variables(generator, frozen, prompts_of([4], 1, 16))
             prompts = token_rows([7], CLOUD.vocab_size)
             cache[name] = settings, variables, specialize(generator, variables, frozen, prompts)

@@ -12,6 +12,7 @@ from lora_gen_jax.adapters.specialization import Specialization, save_specializa
 from lora_gen_jax.adapters.specialization_fit import pool_fingerprint
 from lora_gen_jax.config import Config, GeneratorConfig, ModelConfig
 from lora_gen_jax.decoder.config import DecoderConfig
+from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.decoder.pretrained import fingerprint, load_config
 from lora_gen_jax.generator.lora_gen import LoRAGen
 from lora_gen_jax.training.checkpoint import Loaded
@@ -42,7 +43,7 @@ class Case:
 def specialized(config: DecoderConfig, settings: GeneratorConfig, fingerprints: dict[str, str]) -> Any:
     """(specialization, variables) with random gates over a random pool, or with random factors; B away from zero."""
     rng, layers, rank = np.random.default_rng(7), config.num_layers, settings.rank
-    generator = LoRAGen(CLOUD, config, settings)
+    generator = LoRAGen(Decoder(CLOUD), config, settings)
     variables = generator_variables(generator, random_params(CLOUD), prompts_of([4], 1, 16, layers))
     if settings.generator == "direct":
         tensors = {}

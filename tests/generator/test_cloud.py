@@ -41,7 +41,7 @@ def generators(frozen):
 
     def get(name):
         if name not in made:
-            module = LoRAGen(CLOUD, EDGE, GENERATORS[name])
+            module = LoRAGen(Decoder(CLOUD), EDGE, GENERATORS[name])
             made[name] = module, generator_variables(module, frozen, prompts_of([4], 1, 16))
         return made[name]
 
@@ -51,14 +51,14 @@ def generators(frozen):
 @pytest.fixture(scope="module")
 def encoder(frozen):
     """A cloud encoder whose LoRA does something, and its variables."""
-    module = CloudEncoder(CLOUD, L, SETTINGS)
+    module = CloudEncoder(Decoder(CLOUD), L, SETTINGS)
     return module, generator_variables(module, frozen, prompts_of([4], 1, 16))
 
 
 def test_meta_embeddings_start_around_the_embedding_of_a_token(frozen):
     prompts = prompts_of([4], 1, 16)
-    started = CloudEncoder(CLOUD, L, SETTINGS, meta_start=7).init(jax.random.key(0), frozen, prompts)
-    noise = CloudEncoder(CLOUD, L, SETTINGS).init(jax.random.key(0), frozen, prompts)
+    started = CloudEncoder(Decoder(CLOUD), L, SETTINGS, meta_start=7).init(jax.random.key(0), frozen, prompts)
+    noise = CloudEncoder(Decoder(CLOUD), L, SETTINGS).init(jax.random.key(0), frozen, prompts)
     gap = started["params"]["meta_embedding"] - noise["params"]["meta_embedding"]
     np.testing.assert_allclose(gap, np.tile(frozen["embed"]["embedding"][7], (L, 1)), **SAME)
     assert np.std(noise["params"]["meta_embedding"]) == pytest.approx(0.02, rel=0.3)
@@ -106,7 +106,7 @@ def test_padding_of_a_row_changes_nothing(encoder, frozen):
 
 @pytest.mark.parametrize("config", [dataclasses.replace(CLOUD, embedding_scale=4.0)])
 def test_meta_embeddings_are_scaled_as_the_models_own_are(config, frozen):
-    module = CloudEncoder(config, L, dataclasses.replace(SETTINGS, cloud_rank=0))
+    module = CloudEncoder(Decoder(config), L, dataclasses.replace(SETTINGS, cloud_rank=0))
     packed = prompts_of([4], 1, 16)
     variables = module.init(jax.random.key(0), frozen, packed)
     assert set(variables["params"]) == {"meta_embedding"}
@@ -120,11 +120,11 @@ def test_meta_embeddings_are_scaled_as_the_models_own_are(config, frozen):
 
 
 def test_a_shared_meta_token_is_one_embedding_at_every_slot(frozen):
-    module = CloudEncoder(CLOUD, L, dataclasses.replace(SETTINGS, shared_meta_token=True))
+    module = CloudEncoder(Decoder(CLOUD), L, dataclasses.replace(SETTINGS, shared_meta_token=True))
     variables = module.init(jax.random.key(0), frozen, prompts_of([4], 1, 16))
     assert variables["params"]["meta_embedding"].shape == (1, CLOUD.width)
     repeated = {**variables["params"], "meta_embedding": jnp.repeat(variables["params"]["meta_embedding"], L, axis=0)}
-    plain = CloudEncoder(CLOUD, L, SETTINGS)
+    plain = CloudEncoder(Decoder(CLOUD), L, SETTINGS)
     packed = prompts_of([4, 6], 1, 24)
     one, other = module.apply(variables, frozen, packed), plain.apply({"params": repeated}, frozen, packed)
     np.testing.assert_allclose(one, other, **SAME)
@@ -174,7 +174,7 @@ def test_specializing_several_prompts_at_once_gives_each_its_own_adapter(name, f
 
 def test_specializing_has_no_dropout_and_is_deterministic(frozen, generators):
     generator, variables = generators("shared")
-    dropping = LoRAGen(CLOUD, EDGE, dataclasses.replace(SETTINGS, dropout=0.5))
+    dropping = LoRAGen(Decoder(CLOUD), EDGE, dataclasses.replace(SETTINGS, dropout=0.5))
     prompts = token_rows([6], CLOUD.vocab_size)
     first, second = (specialize(dropping, variables, frozen, prompts) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)

@@ -40,7 +40,7 @@ def test_pooled_states_are_the_prompts_mean_after_the_named_layers(frozen):
     """Against a decoder of one layer, and of all, whose last norm is undone by having none of its scale."""
     prompts = prompts_of([5, 3, 6, 2], 2, 16)
     settings = dataclasses.replace(SETTINGS, router_input="both", pooled_layers=(1,), cloud_rank=0)
-    encoder = CloudEncoder(CLOUD, L, settings)
+    encoder = CloudEncoder(Decoder(CLOUD), L, settings)
     variables = encoder.init(jax.random.key(0), frozen, prompts)
     states_PLX = np.asarray(encoder.apply(variables, frozen, prompts))
     assert states_PLX.shape == (4, L, 2 * CLOUD.width)
@@ -71,10 +71,10 @@ def test_pooled_states_are_the_prompts_mean_after_the_named_layers(frozen):
 
 def test_meta_tokens_and_pooled_states_are_the_same_together_and_alone(frozen):
     prompts = prompts_of([5, 3], 1, 24)
-    variables = CloudEncoder(CLOUD, L, SETTINGS).init(jax.random.key(0), frozen, prompts)
+    variables = CloudEncoder(Decoder(CLOUD), L, SETTINGS).init(jax.random.key(0), frozen, prompts)
 
     def states(**settings):
-        encoder = CloudEncoder(CLOUD, L, dataclasses.replace(SETTINGS, **settings))
+        encoder = CloudEncoder(Decoder(CLOUD), L, dataclasses.replace(SETTINGS, **settings))
         return np.asarray(encoder.apply(variables, frozen, prompts))
 
     both = states(router_input="both", pooled_layers=(2, 1))
@@ -87,14 +87,16 @@ def test_meta_tokens_and_pooled_states_are_the_same_together_and_alone(frozen):
 def test_a_pooled_layer_that_does_not_exist_is_an_error(frozen):
     prompts = prompts_of([5], 1, 16)
     for layer in (0, CLOUD.num_layers + 1):
-        encoder = CloudEncoder(CLOUD, L, dataclasses.replace(SETTINGS, router_input="both", pooled_layers=(layer,)))
+        encoder = CloudEncoder(
+            Decoder(CLOUD), L, dataclasses.replace(SETTINGS, router_input="both", pooled_layers=(layer,))
+        )
         with pytest.raises(ConfigError):
             encoder.init(jax.random.key(0), frozen, prompts)
 
 
 @pytest.mark.parametrize("train_reader", [True, False])
 def test_what_is_not_trained_gets_no_gradient(frozen, train_reader):
-    module = LoRAGen(CLOUD, EDGE, dataclasses.replace(READING, train_reader=train_reader))
+    module = LoRAGen(Decoder(CLOUD), EDGE, dataclasses.replace(READING, train_reader=train_reader))
     prompts = prompts_of([5, 4, 6], 1, 40)
     variables = generator_variables(module, frozen, prompts)
 

@@ -87,7 +87,7 @@ def test_an_adapter_that_is_not_merged():
 @pytest.mark.parametrize("changes", [{}, {"generator": "direct"}, {"mix": "factors"}, {"routing": "gumbel"}])
 def test_specializing_and_merging(changes: dict[str, str]):
     settings = dataclasses.replace(SETTINGS, **changes)
-    generator = LoRAGen(CLOUD, EDGE, settings, unroll=CLOUD.num_layers)
+    generator = LoRAGen(Decoder(CLOUD, unroll=CLOUD.num_layers), EDGE, settings)
     frozen, prompts = random_params(CLOUD), prompts_of([9], 1, 16)
     variables = generator_variables(generator, frozen, prompts)
     reading = cost.count(jax.jit(generator.apply).lower(variables, frozen, prompts))

@@ -127,12 +127,12 @@ def cuts_of(module, edge_PX, key):
 
 @pytest.fixture(scope="module")
 def llama():
-    module, base = AutoCompressor(LLAMA, SETTINGS, COMPRESSOR), random_params(LLAMA, 4)
+    module, base = AutoCompressor(Decoder(LLAMA), SETTINGS, COMPRESSOR), random_params(LLAMA, 4)
     return module, base, variables_of(module, base)
 
 
 def test_a_batch_equals_each_prompt_alone_segment_by_segment():
-    module, base = AutoCompressor(OPT, SETTINGS, COMPRESSOR), random_params(OPT, 4)
+    module, base = AutoCompressor(Decoder(OPT), SETTINGS, COMPRESSOR), random_params(OPT, 4)
     variables = variables_of(module, base)
     got = jax.jit(module.apply)(variables, base, prompts_of(PROMPTS[:2]))
     assert got.losses is None
@@ -143,7 +143,7 @@ def test_a_batch_equals_each_prompt_alone_segment_by_segment():
 
 def test_training_reads_random_segments_and_weighs_every_token_alike(llama):
     _, base, variables = llama
-    module = AutoCompressor(LLAMA, SETTINGS, dataclasses.replace(COMPRESSOR, segments=3))
+    module = AutoCompressor(Decoder(LLAMA), SETTINGS, dataclasses.replace(COMPRESSOR, segments=3))
     got = jax.jit(module.apply, static_argnums=3)(variables, base, prompts_of(PROMPTS), True, rngs={"dropout": KEY})
     cuts = cuts_of(module, prompts_of(PROMPTS).edge_PX, KEY).tolist()
     assert len(set(cuts[0])) > 1, "an even cut would not show a mix-up of segments"
@@ -233,7 +233,7 @@ def test_the_objective_and_its_gradient_within_substeps(llama, slow_gradients, s
     """Segments 1 and 2 are constants for 3 and the queries with substeps of 2; in one substep of 4 all are linked."""
     base, variables = llama[1:]
     compressor = dataclasses.replace(COMPRESSOR, substep=substep)
-    module = AutoCompressor(LLAMA, SETTINGS, compressor, remat=remat)
+    module = AutoCompressor(Decoder(LLAMA, remat=remat), SETTINGS, compressor)
     loss_fn = objective(module, Decoder(LLAMA), Config(generator=SETTINGS, data=DATA, compressor=compressor))
     gradient_fn = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     (loss, (_, metrics)), got = gradient_fn(variables["params"], {}, {"edge": base}, BATCH, KEY)
@@ -251,7 +251,7 @@ def test_the_objective_and_its_gradient_within_substeps(llama, slow_gradients, s
 
 def test_queries_that_begin_a_substep_read_constants(llama):
     _, base, variables = llama
-    module = AutoCompressor(LLAMA, SETTINGS, dataclasses.replace(SHORT, substep=1))
+    module = AutoCompressor(Decoder(LLAMA), SETTINGS, dataclasses.replace(SHORT, substep=1))
 
     def total(params):
         soft_PND: Any = module.apply({"params": params}, base, BATCH.prompts).soft_PND
@@ -264,7 +264,10 @@ def test_queries_that_begin_a_substep_read_constants(llama):
 
 def test_dropout_needs_training_and_follows_its_key(llama):
     # One segment: the cut is the same whatever the key.
-    module, (_, base, variables) = AutoCompressor(LLAMA, dataclasses.replace(SETTINGS, dropout=0.5), SHORT), llama
+    module, (_, base, variables) = (
+        AutoCompressor(Decoder(LLAMA), dataclasses.replace(SETTINGS, dropout=0.5), SHORT),
+        llama,
+    )
     read = jax.jit(lambda key: module.apply(variables, base, BATCH.prompts, True, rngs={"dropout": key}).soft_PND)
     first, second = read(KEY), read(jax.random.key(4))
     np.testing.assert_array_equal(read(KEY), first)
@@ -275,7 +278,7 @@ def test_dropout_needs_training_and_follows_its_key(llama):
 
 def test_summary_tokens_start_from_the_end_token(llama):
     _, base, _ = llama
-    module = AutoCompressor(LLAMA, helpers.SETTINGS, COMPRESSOR, end_id=2)
+    module = AutoCompressor(Decoder(LLAMA), helpers.SETTINGS, COMPRESSOR, end_id=2)
     params = jax.jit(module.init)(KEY, base, None)["params"]
     np.testing.assert_array_equal(params["summary_embedding"], np.tile(base["embed"]["embedding"][2], (3, 1)))
     names = [f"{site}_{x}" for site in "koqv" for x in "ab"]
@@ -290,7 +293,7 @@ def test_summary_tokens_start_from_the_end_token(llama):
 def test_shapes_alone_are_enough_and_the_compute_type_is_kept():
     """bfloat16 weights, dropout and the flash kernel's whole blocks, traced with its gradient and never run."""
     config = Config(generator=dataclasses.replace(SETTINGS, dropout=0.1), data=DATA, compressor=COMPRESSOR)
-    module = AutoCompressor(LLAMA, config.generator, COMPRESSOR, 2, jnp.bfloat16, "dots")
+    module = AutoCompressor(Decoder(LLAMA, jnp.bfloat16, "dots"), config.generator, COMPRESSOR, 2)
     base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), random_params(LLAMA))
     params = jax.eval_shape(module.init, KEY, base, BATCH.prompts)["params"]
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
@@ -299,7 +302,7 @@ def test_shapes_alone_are_enough_and_the_compute_type_is_kept():
     assert gradient == params
     soft = jax.eval_shape(lambda p, b: module.apply({"params": p}, b, BATCH.prompts).soft_PND, params, base)
     assert (soft.shape, soft.dtype) == ((1, 9, LLAMA.width), jnp.float32)
-    flash = module.clone(attention="splash")
+    flash = module.clone(decoder=module.decoder.clone(attention="splash"))
     assert all((3 * i + flash._slots(300, 3 * i, True) + 3) % BLOCK == 0 for i in range(3))
 
 
@@ -311,7 +314,7 @@ def test_without_prompts_it_is_the_lora_and_without_edge_prompts_an_error(llama)
 
 
 def test_a_query_behind_the_prefix_of_soft_tokens_equals_one_forward_pass():
-    module, base = AutoCompressor(OPT, SETTINGS, COMPRESSOR), random_params(OPT, 4)
+    module, base = AutoCompressor(Decoder(OPT), SETTINGS, COMPRESSOR), random_params(OPT, 4)
     rendering = rendering_of(module, base, variables_of(module, base)["params"])
     soft_ND = jnp.asarray(np.random.default_rng(0).standard_normal((7, OPT.width)))
     prefix = encode_soft(EdgeModel(rendering.decoder, base, adapter=rendering.adapter), soft_ND)
@@ -327,7 +330,7 @@ def test_a_query_behind_the_prefix_of_soft_tokens_equals_one_forward_pass():
 def test_what_is_generated_behind_soft_tokens_is_what_one_forward_pass_says():
     """Greedily, by the slow rendering; the model's positions are counted from the query on."""
     config = dataclasses.replace(OPT, max_positions=16)
-    module, base = AutoCompressor(config, SETTINGS, COMPRESSOR), random_params(config, 4)
+    module, base = AutoCompressor(Decoder(config), SETTINGS, COMPRESSOR), random_params(config, 4)
     rendering = rendering_of(module, base, variables_of(module, base)["params"], merged=True)
     soft_ND = jnp.asarray(np.random.default_rng(0).standard_normal((30, config.width)))
     prefix, query = encode_soft(EdgeModel(rendering.decoder, rendering.base), soft_ND), [3, 9, 11]
@@ -346,7 +349,7 @@ def test_what_is_generated_behind_soft_tokens_is_what_one_forward_pass_says():
 
 def test_learned_positions_are_those_of_a_segments_own_tokens_in_training_too():
     """The whole objective on OPT, queries that share a row included, by the slow rendering."""
-    module, base = AutoCompressor(OPT, SETTINGS, SHORT), random_params(OPT, 4)
+    module, base = AutoCompressor(Decoder(OPT), SETTINGS, SHORT), random_params(OPT, 4)
     variables = variables_of(module, base)
     queries = [([3, 9, 11], [4, 8]), ([7, 5], [6])]
     batch = pack_groups([dataclasses.replace(GROUP, queries=queries)], DATA, OPT.num_layers)
@@ -394,7 +397,7 @@ def test_errors_of_soft_tokens(llama):
 
 
 def test_compress_pads_to_few_lengths_and_says_what_it_cannot_read(llama, monkeypatch):
-    module, (_, base, variables) = AutoCompressor(LLAMA, SETTINGS, SHORT), llama
+    module, (_, base, variables) = AutoCompressor(Decoder(LLAMA), SETTINGS, SHORT), llama
     traced = []
     count = AutoCompressor.lengths
     monkeypatch.setattr(

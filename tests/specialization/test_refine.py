@@ -45,7 +45,7 @@ def made():
         key = tuple(sorted(changes.items()))
         if key not in cache:
             settings = dataclasses.replace(SETTINGS, **changes)
-            generator = LoRAGen(CLOUD, EDGE, settings)
+            generator = LoRAGen(Decoder(CLOUD), EDGE, settings)
             variables = generator_variables(generator, frozen, prompts_of([4], 1, 16))
             prompts = token_rows([7, 5, 9], CLOUD.vocab_size)
             cache[key] = settings, specialize(generator, variables, frozen, prompts)

@@ -54,7 +54,7 @@ BATCH = pack_groups(GROUPS, DATA, EDGE.num_layers)
 def setting():
     """(generator, frozen weights, variables with B away from zero)."""
     frozen = {"cloud": random_params(CLOUD, seed=2), "edge": random_params(EDGE, seed=3)}
-    generator = LoRAGen(CLOUD, EDGE, SETTINGS)
+    generator = LoRAGen(Decoder(CLOUD), EDGE, SETTINGS)
     return generator, frozen, generator_variables(generator, frozen["cloud"], BATCH.prompts)
 
 

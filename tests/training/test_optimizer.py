@@ -44,7 +44,7 @@ def test_a_warmup_that_does_not_fit_is_half_of_the_run(warmup, steps, fits):
 
 @pytest.mark.parametrize("variant", [{}, {"pool": "per_layer"}, {"generator": "direct"}])
 def test_weight_decay_applies_to_matrices_that_are_no_embeddings(variant):
-    generator = LoRAGen(CLOUD, EDGE, dataclasses.replace(SETTINGS, **variant))
+    generator = LoRAGen(Decoder(CLOUD), EDGE, dataclasses.replace(SETTINGS, **variant))
 
     def init():
         frozen = jax.tree.map(jnp.zeros_like, init_params(Decoder(CLOUD)))

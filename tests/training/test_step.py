@@ -67,7 +67,7 @@ def setting(frozen):
     def get(name):
         if name not in made:
             config = Config(generator=VARIANTS[name], data=DATA, train=TrainConfig(steps=10, warmup_steps=1))
-            generator = LoRAGen(CLOUD, EDGE, config.generator)
+            generator = LoRAGen(Decoder(CLOUD), EDGE, config.generator)
             made[name] = generator, config, generator_variables(generator, frozen["cloud"], BATCH.prompts)
         return made[name]
 
@@ -266,7 +266,7 @@ def test_a_step_updates_state_and_statistics_and_no_frozen_weight(setting, froze
 def test_every_step_draws_its_own_dropout(setting, frozen):
     _, config, variables = setting("shared")
     config = dataclasses.replace(config, generator=dataclasses.replace(config.generator, dropout=0.5))
-    generator, optimizer = LoRAGen(CLOUD, EDGE, config.generator), make_optimizer(config.train)
+    generator, optimizer = LoRAGen(Decoder(CLOUD), EDGE, config.generator), make_optimizer(config.train)
     step = make_train_step(generator, Decoder(EDGE), optimizer, config)
 
     def loss(number):

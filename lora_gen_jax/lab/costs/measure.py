@@ -200,7 +200,8 @@ def specializing_cost(setup: Setup) -> dict[str, Any]:
     """Memory and multiply-adds of the cloud's pass and of merging."""
     pair, config = setup.pair, setup.generator.settings
     packed, edge = setup.packed_prompt(), pair.edge.config
-    unrolled = setup.generator.clone(unroll=pair.cloud.config.num_layers, remat="none")
+    cloud = pair.cloud.decoder.clone(unroll=pair.cloud.config.num_layers, remat="none")
+    unrolled = setup.generator.clone(decoder=cloud)
 
     def lower(generator: Any) -> Any:
         return jax.jit(generator.apply).lower(setup.variables, pair.cloud.params, packed)
