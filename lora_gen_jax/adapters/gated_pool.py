@@ -8,11 +8,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
-from lora_gen_jax.adapters.lora import dropout, group_rows, require_prompt, require_single
-from lora_gen_jax.adapters.protocol import AdapterBase
+from lora_gen_jax.adapters.lora import dropout, group_rows, require_single
+from lora_gen_jax.adapters.protocol import PerPrompt
 from lora_gen_jax.decoder.product import kept, product
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.generator.router import Gates
@@ -21,7 +20,7 @@ FEW_TOKENS = 32
 """Below this many tokens a prompt, copying its experts together costs more than computing all (SmolLM2, two cores)."""
 
 
-class GatedPool(AdapterBase):
+class GatedPool(PerPrompt):
     """Gates over a pool of LoRA experts; rows of the batch are grouped by prompt.
 
     Attributes:
@@ -143,14 +142,6 @@ class GatedPool(AdapterBase):
     def take(self, index: Any) -> "GatedPool":
         """The adapter of the prompts that `index` (integers) names, in that order."""
         return self.with_gates(jax.tree.map(lambda x: x[:, index], self.gates))
-
-    def select(self, prompt: int) -> "GatedPool":
-        """The adapter of one prompt.
-
-        Raises:
-            ConfigError: when there is no such prompt.
-        """
-        return self.take(np.array([require_prompt(prompt, self.prompts)]))
 
 
 def computed_experts(experts: int, top_k: int) -> int:

@@ -10,10 +10,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
-from lora_gen_jax.adapters.protocol import AdapterBase
+from lora_gen_jax.adapters.protocol import AdapterBase, PerPrompt
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.product import kept, product
 from lora_gen_jax.errors import ConfigError
@@ -103,7 +102,7 @@ class LoRA(AdapterBase):
         return self.scale * jnp.matmul(a, b, precision="highest")
 
 
-class PromptLoRA(AdapterBase):
+class PromptLoRA(PerPrompt):
     """Other factors for every prompt: what direct generation emits.
 
     Rows of the batch are grouped by prompt: row i belongs to prompt i // (B / P).
@@ -147,14 +146,6 @@ class PromptLoRA(AdapterBase):
         """The adapter of the prompts that `index` (integers) names, in that order."""
         return self.replace(scanned=jax.tree.map(lambda x: x[:, index], self.scanned))
 
-    def select(self, prompt: int) -> "PromptLoRA":
-        """The adapter of one prompt.
-
-        Raises:
-            ConfigError: when there is no such prompt.
-        """
-        return self.take(np.array([require_prompt(prompt, self.prompts)]))
-
 
 def group_rows(x_BTD: jax.Array, prompts: int) -> jax.Array:
     """Rows of one prompt side by side: [B, T, D] -> [P, (B/P)·T, D].
@@ -179,16 +170,3 @@ def require_single(prompts: int) -> None:
             field="adapter",
             remedy="select one first",
         )
-
-
-def require_prompt(prompt: int, prompts: int) -> int:
-    """`prompt` itself, when the adapter has it (JAX would silently give none, or the last).
-
-    Raises:
-        ConfigError: when it has not.
-    """
-    if not 0 <= prompt < prompts:
-        raise ConfigError(
-            f"prompt {prompt} is not among the adapter's {prompts}", field="prompt", remedy=f"use 0 to {prompts - 1}"
-        )
-    return prompt

@@ -9,10 +9,9 @@ one, `merge_donated` gives the base's memory to the result.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 
 from lora_gen_jax.adapters.protocol import SITES, Mergeable
@@ -26,21 +25,8 @@ def changed_sites(params: Any, adapter: Mergeable) -> list[str]:
     """The linear layers that the adapter changes.
 
     Raises:
-        ConfigError: when it has another number of layers, or other shapes, than the weights, or changes none of them,
-            or `params` are no parameters of a `Decoder`.
+        ConfigError: when it has another number of layers, or other shapes, than the weights, or changes none of them.
     """
-    if not isinstance(params, Mapping) or "layers" not in params:
-        raise ConfigError(
-            "these are not the parameters of a decoder, which have an entry layers",
-            field="params.layers",
-            remedy='pass a model\'s params, of Flax variables those under "params"',
-        )
-    if any(map(_is_boxed, jax.tree.leaves(params, is_leaf=_is_boxed))):
-        raise ConfigError(
-            "the parameters are boxed with the names of their axes",
-            field="params",
-            remedy="pass flax.linen.unbox(params)",
-        )
     leaves, structure = jax.tree.flatten(adapter)
     deltas = _deltas(structure, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves))
     sites = [site for site in deltas if site in params["layers"][GROUP_OF_SITE[site]]]
@@ -57,10 +43,6 @@ def changed_sites(params: Any, adapter: Mergeable) -> list[str]:
             f"the adapter changes none of the linear layers {', '.join(SITES)} of these weights", field="adapter"
         )
     return sites
-
-
-def _is_boxed(x: Any) -> bool:
-    return isinstance(x, nn.meta.AxisMetadata)
 
 
 @functools.lru_cache(maxsize=64)
@@ -140,11 +122,7 @@ def merge(params: Any, adapter: Mergeable) -> Any:
 
 
 def merge_donated(params: Any, adapter: Mergeable) -> Any:
-    """As `merge`, in the memory of `params`, whose changed weights are invalid afterwards.
-
-    Raises:
-        ConfigError: when the adapter holds several prompts.
-    """
+    """As `merge`, in the memory of `params`, whose changed weights are invalid afterwards."""
     return _merged(_donating, params, adapter, 1.0)
 
 

@@ -11,7 +11,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, Self
 
 import jax
+import numpy as np
 from flax import struct
+
+from lora_gen_jax.errors import ConfigError
 
 SITES = ("q", "k", "v", "o", "gate", "up", "down")
 FFN_INPUT = "ffn"
@@ -138,17 +141,31 @@ class AdapterBase(struct.PyTreeNode):
         return None
 
 
-class PerPrompt(Adapter, Protocol):
+class PerPrompt(AdapterBase):
     """An adapter that tells prompts apart; rows of a batch are grouped by prompt."""
 
     @property
     def prompts(self) -> int:
         """P."""
-        ...
+        raise NotImplementedError
 
     def take(self, index: Any) -> Self:
         """The adapter of the prompts that `index` (integers) names, in that order."""
-        ...
+        raise NotImplementedError
+
+    def select(self, prompt: int) -> Self:
+        """The adapter of one prompt.
+
+        Raises:
+            ConfigError: when there is no such prompt (JAX would silently give none, or the last).
+        """
+        if not 0 <= prompt < self.prompts:
+            raise ConfigError(
+                f"prompt {prompt} is not among the adapter's {self.prompts}",
+                field="prompt",
+                remedy=f"use 0 to {self.prompts - 1}",
+            )
+        return self.take(np.array([prompt]))
 
 
 class Mergeable(Adapter, Protocol):

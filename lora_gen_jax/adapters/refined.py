@@ -6,15 +6,14 @@ In: a `GatedPool` of P prompts and factors a [L, P, inputs, X], b [L, P, X, outp
 from typing import Any
 
 import jax
-import numpy as np
 
 from lora_gen_jax.adapters.gated_pool import GatedPool
-from lora_gen_jax.adapters.lora import PromptLoRA, require_prompt
-from lora_gen_jax.adapters.protocol import AdapterBase
+from lora_gen_jax.adapters.lora import PromptLoRA
+from lora_gen_jax.adapters.protocol import PerPrompt
 from lora_gen_jax.generator.router import Gates
 
 
-class RefinedPool(AdapterBase):
+class RefinedPool(PerPrompt):
     """ΔW of the gates plus A·B; rows of the batch are grouped by prompt.
 
     Attributes:
@@ -63,14 +62,6 @@ class RefinedPool(AdapterBase):
     def take(self, index: Any) -> "RefinedPool":
         """The adapter of the prompts that `index` (integers) names, in that order."""
         return RefinedPool.of(self.generated.take(index), self.factors.take(index).scanned)
-
-    def select(self, prompt: int) -> "RefinedPool":
-        """The adapter of one prompt.
-
-        Raises:
-            ConfigError: when there is no such prompt.
-        """
-        return self.take(np.array([require_prompt(prompt, self.prompts)]))
 
 
 def _sum(x: jax.Array | None, y: jax.Array | None) -> jax.Array | None:

@@ -12,7 +12,7 @@ from lora_gen_jax.errors import DataError
 from lora_gen_jax.evaluation import answers
 from lora_gen_jax.evaluation.systems import METHODS
 from lora_gen_jax.evaluation.task import System, asked_of, scored_documents, task_prompt
-from lora_gen_jax.inference.soft_prompt import soft_positions
+from lora_gen_jax.inference.prefix import soft_positions
 from lora_gen_jax.models import Model, Pair
 
 

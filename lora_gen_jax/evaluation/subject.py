@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from lora_gen_jax.inference.edge_model import EdgeModel
-from lora_gen_jax.inference.soft_prompt import soft_positions
+from lora_gen_jax.inference.prefix import soft_positions
 from lora_gen_jax.models import Model, precision_of
 from lora_gen_jax.training.checkpoint import versions
 

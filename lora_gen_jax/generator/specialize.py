@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from lora_gen_jax.buckets import bucket, check_tokens
-from lora_gen_jax.errors import ConfigError, DataError
+from lora_gen_jax.errors import DataError
 from lora_gen_jax.generator.cloud import pack_prompts
 from lora_gen_jax.generator.lora_gen import Generated, LoRAGen
 from lora_gen_jax.placement import mesh_context, padded_rows, place_rows
@@ -40,15 +40,8 @@ def specialize(
         an adapter of P prompts; ``adapter.select(p)`` is one prompt's, ready for `merge`.
 
     Raises:
-        ConfigError: for the module of another method than LoRA-Gen.
         DataError: for no prompt, an empty one, one longer than the limit, or a token id that the cloud model lacks.
     """
-    if not isinstance(generator, LoRAGen):
-        raise ConfigError(
-            f"{type(generator).__name__} is not a generator of LoRA-Gen",
-            field="generator",
-            remedy="load a checkpoint of method lora_gen",
-        )
     if len(prompts) == 0:
         raise DataError("there is no prompt to specialize for", field="prompts", remedy="give at least one")
     layers = generator.edge.num_layers

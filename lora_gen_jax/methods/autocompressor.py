@@ -26,7 +26,7 @@ from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.generator.cloud import PackedPrompts
 from lora_gen_jax.generator.trained_module import Generated, TrainedModule
 from lora_gen_jax.inference.edge_model import EdgeModel
-from lora_gen_jax.inference.soft_prompt import compress, encode_soft, soft_positions
+from lora_gen_jax.inference.prefix import compress, encode_soft, soft_positions
 from lora_gen_jax.methods.lora import lora_sites
 from lora_gen_jax.methods.method import Method, Prompt, Specialize, Traits, fixed
 from lora_gen_jax.methods.segments import Segment, join, longest_segment, random_shares, segment_lengths, take_segment

@@ -91,7 +91,7 @@ def hidden_states(
     """The edge's final hidden states [P, T, D] at the batch's tokens, and {site: [L, P, T, X]} of records.
 
     Soft tokens stand before a row, as a segment 0 that all its queries see. Where positions are learned they get none,
-    and queries are numbered as if they were not there (`inference/soft_prompt.py`).
+    and queries are numbered as if they were not there (`inference/prefix.py`).
     """
     variables, soft_PND = {"params": frozen_edge}, generated.soft_PND
     positions_PT, segments_PT, before, learned_PT = batch.positions_PT, batch.segments_PT, 0, None

@@ -399,13 +399,3 @@ def test_gates_of_another_number_of_experts_are_refused(experts):
     adapter = gated_pool(EDGE).select(0)
     with raises(ConfigError, "gates", experts, E):
         merge(random_params(EDGE), adapter.with_gates(adapter.gates.replace(experts=experts)))
-
-
-def test_what_are_no_parameters_of_a_decoder_is_refused():
-    adapter, params = gated_pool(EDGE).select(0), random_params(EDGE)
-    with raises(ConfigError, "params.layers", "params"):
-        merge({"params": params}, adapter)
-    boxed = Decoder(EDGE).init(jax.random.key(0), np.zeros((1, 1), np.int32), np.zeros((1, 1), np.int32))["params"]
-    with raises(ConfigError, "params", "flax.linen.unbox(params)"):
-        merge(boxed, adapter)
-    assert set(merge(nn.unbox(boxed), adapter)) == set(params)

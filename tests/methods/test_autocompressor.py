@@ -20,9 +20,9 @@ from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.generator.cloud import PackedPrompts
 from lora_gen_jax.inference.decode import GenerationSettings, generate
 from lora_gen_jax.inference.edge_model import EdgeModel
+from lora_gen_jax.inference.prefix import compress, encode_soft
 from lora_gen_jax.inference.rows import Request
 from lora_gen_jax.inference.scoring import score
-from lora_gen_jax.inference.soft_prompt import compress, encode_soft
 from lora_gen_jax.methods.autocompressor import AutoCompressor, build, specialize
 from lora_gen_jax.methods.method import Prompt
 from lora_gen_jax.methods.segments import LARGEST, SMALLEST, longest_segment, segment_lengths, take_segment

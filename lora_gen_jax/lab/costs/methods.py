@@ -21,8 +21,7 @@ from lora_gen_jax.evaluation.timing import timed
 from lora_gen_jax.generator.cloud import PackedPrompts, pack_prompts
 from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.inference.edge_model import EdgeModel, Prefix
-from lora_gen_jax.inference.prefix import encode_prefix
-from lora_gen_jax.inference.soft_prompt import compress, encode_soft
+from lora_gen_jax.inference.prefix import compress, encode_prefix, encode_soft
 from lora_gen_jax.methods.hub_search import search
 from lora_gen_jax.methods.lorahub import compose, loss_by_weights
 from lora_gen_jax.methods.method import merge_if_possible
