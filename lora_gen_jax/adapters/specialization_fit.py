@@ -155,9 +155,6 @@ def adapter_of(
         specialization: gates or factors.
         variables, settings: of the generator.
         layers: as of `Fit.of`.
-
-    Raises:
-        CheckpointError: as `Fit.check`.
     """
     Fit.of(variables, settings, layers).check(specialization)
     return fitted_adapter(specialization, variables, settings)

@@ -245,11 +245,7 @@ class Router(nn.Module):
     variance: Variance = "unbiased"
 
     def __call__(self, meta_BLC: jax.Array, train: bool = False) -> Gates:
-        """[B, L, C] -> gates [B, L, K] in fp32. With `train`, Gumbel routing needs the rng "gumbel", dropout "dropout".
-
-        Raises:
-            ConfigError: for attributes out of range.
-        """
+        """[B, L, C] -> gates [B, L, K]. With `train`, Gumbel routing needs the rng "gumbel", dropout "dropout"."""
         return self.gates(self.logits(meta_BLC, train), train)
 
     @nn.compact

@@ -201,11 +201,7 @@ def build(config: Config, pair: Pair) -> AutoCompressor:
 
 
 def specialize(config: Config, pair: Pair, loaded: "Loaded | None") -> Specialize:
-    """From a prompt to the edge model with the LoRA merged and the prompt's soft tokens; without one, only the LoRA.
-
-    Raises:
-        DataError: as `compress` and `encode_soft`, when called with a prompt.
-    """
+    """From a prompt to the edge model with the LoRA merged and the prompt's soft tokens; without one, only the LoRA."""
     assert loaded is not None, "an AutoCompressor is trained"
     module, edge, plain = build(loaded.config, pair), pair.edge, fixed(build)(config, pair, loaded)
 

@@ -188,22 +188,14 @@ def loss_by_weights(edge: Model, modules: Any, scale: float) -> Callable[[Pairs]
 
 
 def shots_loss(edge: Model, loaded: "Loaded") -> Callable[[Prompt | None], Callable[[np.ndarray], float]]:
-    """From a task's prompt to a function from weights to the loss of its shots, in nats a token of the answers.
-
-    Raises:
-        DataError: as `shots_of`, when called with a prompt.
-    """
+    """From a task's prompt to a function from weights to the loss of its shots, in nats a token of the answers."""
     scale = loaded.config.generator.alpha / loaded.config.generator.rank
     of_pairs = loss_by_weights(edge, loaded.variables["params"], scale)
     return lambda prompt: of_pairs(shots_of(edge, prompt))
 
 
 def found_weights(hub: HubConfig, pair: Pair, loaded: "Loaded") -> Callable[[Prompt | None], Found]:
-    """From a task's prompt to the weights that the search finds for it, with the budget, bound and penalty of `hub`.
-
-    Raises:
-        ConfigError, DataError: as `search` and `shots_of`, when called with a prompt.
-    """
+    """From a task's prompt to the weights that the search finds for it, with the budget, bound and penalty of `hub`."""
     losses = shots_loss(pair.edge, loaded)
 
     def find(prompt: Prompt | None) -> Found:
@@ -215,31 +207,19 @@ def found_weights(hub: HubConfig, pair: Pair, loaded: "Loaded") -> Callable[[Pro
 
 
 def check(config: Config) -> None:
-    """What the search after training needs.
-
-    Raises:
-        ConfigError: as `check_budget` and `require_nevergrad`.
-    """
+    """What the search after training needs."""
     check_budget(config.hub, config.hub.modules)
     require_nevergrad()
 
 
 def build(config: Config, pair: Pair) -> LoRAModules:
-    """The modules of a config.
-
-    Raises:
-        ConfigError: as `check`.
-    """
+    """The modules of a config."""
     check(config)
     return LoRAModules(pair.edge.config, config.generator, config.hub.modules)
 
 
 def specialize(config: Config, pair: Pair, loaded: "Loaded | None") -> Specialize:
-    """From a prompt to the edge model with the LoRA merged that a search over its shots composes.
-
-    Raises:
-        ConfigError, DataError: as `found_weights`, when called with a prompt.
-    """
+    """From a prompt to the edge model with the LoRA merged that a search over its shots composes."""
     assert loaded is not None, "modules are trained"
     find, scale = found_weights(config.hub, pair, loaded), loaded.config.generator.alpha / loaded.config.generator.rank
 

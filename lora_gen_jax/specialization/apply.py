@@ -95,9 +95,6 @@ def refine_all(
         before: as many as there are.
         config: what is trained, and how far.
         progress: called with the number of prompts done and their total, after every batch.
-
-    Raises:
-        ConfigError, DataError: as `check_refinable`.
     """
     check_refinable(edge, settings, [one.pairs for one in before])
     made: dict[int, Specialization] = {}

@@ -91,10 +91,6 @@ def _example(number: int, example: tuple[str, str] | Example) -> Example:
 
 
 def pairs_of(encoder: Encoder, examples: Sequence[Example], chat: bool) -> list[ExampleIds]:
-    """Token ids as in training: an answer ends with the end token.
-
-    Raises:
-        DataError, ModelError: as `Encoder.query`.
-    """
+    """Token ids as in training: an answer ends with the end token."""
     end = [] if encoder.end is None else [encoder.end]
     return [(query, [*answer, *end]) for query, answer in (encoder.query(example, chat) for example in examples)]
