@@ -160,7 +160,9 @@ def _answer_requests(flags: Generate, path: Path) -> None:
             remedy="answer each with --input, or export it",
         )
     edge = load_model(config.edge, evaluation_mesh(config.mesh.fsdp))
-    adapter = fitted_adapter(first, loaded.variables, config.generator)
+    # Rows have room for as many gates as the pool's own.
+    most = max(found.values(), key=lambda one: one.active)
+    adapter = fitted_adapter(most, loaded.variables, config.generator)
     pool = adapter.generated if isinstance(adapter, RefinedPool) else adapter
     updates = {place: (one.gates(config.generator.num_experts), one.factors) for place, one in found.items()}
     asked: list[tuple[str, tuple[Gates, Factors] | None]] = [

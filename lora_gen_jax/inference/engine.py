@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 
 from lora_gen_jax.buckets import pad_rows, power_of_two
 from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.generator.router import Gates
 from lora_gen_jax.inference.continuous import STOPS, Drawn, Joining, Rows, decode, empty_rows, join, release
 from lora_gen_jax.inference.decode import Generation
 from lora_gen_jax.inference.edge_model import EdgeModel
@@ -224,8 +225,12 @@ class Engine:
             return None
         gates = jax.tree.map(lambda x: np.zeros((len(x), rows, x.shape[-1]), x.dtype), self.model.adapter.gates)
         for i, work in enumerate(works):
-            for into, own in zip(jax.tree.leaves(gates), jax.tree.leaves(work.gates), strict=work.gates is not None):
-                into[:, i, : own.shape[-1]] = own
+            if (own := work.gates) is None:
+                continue
+            if gates.index is None:
+                own = Gates.of_all(own.dense())
+            for into, values in zip(jax.tree.leaves(gates), jax.tree.leaves(own), strict=True):
+                into[:, i, : values.shape[-1]] = values
         return gates
 
     def _factors(self, rows: int, works: Sequence[GenerationRequest]) -> Any:

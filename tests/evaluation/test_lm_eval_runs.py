@@ -167,7 +167,7 @@ def test_an_evaluation_by_the_command_line_writes_its_results(directory, tmp_pat
     assert "exact_match,none" in results["results"]["tiny_text"]
     model = LoraGenLM(model=str(directory), dtype="float32")
     assert results["config"]["model"] == "lora_gen"
-    assert results["config"]["lora_gen"]["edge"] == model.subject.model.fingerprint
+    assert results["config"]["lora_gen"]["edge"] == model.subject.edge.fingerprint
     assert len((tmp_path / "cache" / f"requests-{model.subject.identity}.jsonl").read_text().splitlines()) == 6 * 3 + 6
 
 
