@@ -8,6 +8,7 @@ import pytest
 from helpers import raises
 
 from lora_gen_jax.errors import DataError
+from lora_gen_jax.generator.router import Gates
 from lora_gen_jax.inference.engine import Engine
 from lora_gen_jax.inference.work import GenerationRequest, Progress
 from lora_gen_jax.serving.scheduler import Closing, Failed, QueueFull, Scheduler
@@ -182,5 +183,5 @@ def test_works_of_a_real_engine_are_checked_before_they_are_accepted(specializer
     with raises(DataError, "max_new_tokens", 16, code="too long"):
         scheduler.submit(GenerationRequest([5] * 10, 7), Listener())
     with raises(DataError, "gates", "(2, 4)"):
-        scheduler.submit(GenerationRequest([5], 2, np.zeros((2, 4), np.float32)), Listener())
+        scheduler.submit(GenerationRequest([5], 2, Gates.of_all(np.zeros((2, 4), np.float32))), Listener())
     assert scheduler.close(20)
