@@ -253,4 +253,4 @@ def test_a_batch_that_the_model_cannot_hold_is_refused(llama, rows, slots, field
 def test_rows_that_no_memory_holds_are_refused_before_any_is_made():
     model = make_model(CONFIGS["llama"])
     with raises(ConfigError, "rows", 10**9, SLOTS, code="memory"):
-        Engine(model.plain, rows=10**9, slots=SLOTS)
+        Engine(model.edge(), rows=10**9, slots=SLOTS)
