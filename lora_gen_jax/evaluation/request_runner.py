@@ -134,7 +134,7 @@ class Runner:
                     continue
                 seed = int(hashlib.sha256("".join(keys[row] for row in rows).encode()).hexdigest()[:7], 16)
                 rest = [ids[len(begun.ids) :] for ids, _ in rows]
-                made = texts(self.subject, begun.model(), rest, wanted, seed)
+                made = texts(self.subject, rest, wanted, begun.model(), seed)
                 self.cache.add({keys[row]: text for row, text in zip(rows, made, strict=True)})
                 bar.update(missing)
 
