@@ -83,7 +83,7 @@ def parse_wanted(arguments: dict[str, Any], default_tokens: int, end: str | None
     )
 
 
-def texts(subject: Subject, model: EdgeModel, prompts: Sequence[Sequence[int]], wanted: Wanted, seed: int) -> list[str]:
+def texts(subject: Subject, prompts: Sequence[Sequence[int]], wanted: Wanted, model: EdgeModel, seed: int) -> list[str]:
     """One text per prompt, cut before the first stop string.
 
     Decoding ends when every row has an end token or a stop string, or has all its tokens.

@@ -302,7 +302,7 @@ def counted(monkeypatch, name, most=None):
     def call(*args, **kwargs):
         if len(calls) == most:
             raise KeyboardInterrupt
-        calls.append(args[2])
+        calls.append(args[1])
         return real(*args, **kwargs)
 
     monkeypatch.setattr(request_runner, name, call)
