@@ -40,6 +40,13 @@ def float32():
         yield
 
 
+@pytest.fixture
+def float64():
+    """For a comparison of two programs in a file that computes in float32."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 # Files whose tests start training jobs or train for long. Begun last, one of them would run while the other process of
 # the tests has nothing left to do.
 LONG = (

@@ -151,6 +151,20 @@ def logits(decoder: Decoder, params: Any, tokens_BT: Any, positions_BT: Any = No
     return decoder.apply({"params": params}, hidden, method="logits")
 
 
+def exact_logits(decoder: Decoder, params: Any, tokens_BT: Any) -> tuple[np.ndarray, float]:
+    """Logits in float64, and how far another library's in float32 may be from them.
+
+    That is four times as far as ours in float32 are. Who sums in another order rounds as often, so that the largest of
+    thousands of errors is of the same size; a mistake changes logits by hundreds of times as much.
+    """
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        exact = np.asarray(logits(decoder, jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params), tokens_BT))
+    assert exact.dtype == np.float64
+    rounding = float(np.abs(np.asarray(logits(decoder, params, tokens_BT)) - exact).max())
+    assert 0 < rounding < 1e-4 * np.abs(exact).max()
+    return exact, 4 * rounding
+
+
 def padded(rows: list[list[int]], length: int, side: str = "right") -> tuple[np.ndarray, np.ndarray]:
     """(tokens, positions), each [B, T]; padding at position -1."""
     tokens = np.zeros((len(rows), length), np.int32)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import raises
+from helpers import exact_logits, raises
 
 from lora_gen_jax.decoder import pretrained
 from lora_gen_jax.decoder.pretrained import sources, wheel
@@ -282,12 +282,10 @@ def test_smollm2_decoder_equals_transformers(smollm2, in_transformers):
 
     params, model, prompt = in_transformers
     decoder = Decoder(pretrained.load_config(smollm2))
-    hidden, _ = decoder.apply({"params": params}, jnp.array([prompt]))
-    actual = np.asarray(decoder.apply({"params": params}, hidden, method="logits"))
+    exact, rounding = exact_logits(decoder, params, np.array([prompt], np.int32))
     with torch.no_grad():
-        wanted = model(torch.tensor([prompt])).logits.numpy()
-    np.testing.assert_allclose(actual, wanted, rtol=1e-3, atol=2e-3)
-    np.testing.assert_array_equal(actual.argmax(-1), wanted.argmax(-1))
+        found = model(torch.tensor([prompt])).logits.numpy()
+    np.testing.assert_allclose(found, exact, rtol=0, atol=rounding)
 
 
 @pytest.mark.network
