@@ -1,5 +1,7 @@
 """Strictness for every test: dtype and rank promotion are errors, warnings are errors, several CPU devices."""
 
+import gc
+
 import before_jax  # before JAX starts
 import jax
 import pytest
@@ -58,6 +60,13 @@ LONG = (
     "test_efficiency",
     "test_compile",
 )
+
+
+def pytest_collection_finish():
+    """What was imported stays: the collector need not look through it each time that compiling made many objects."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
 
 
 def pytest_collection_modifyitems(items):
