@@ -36,15 +36,11 @@ CONTROLS = {
 def check_controls(names: Sequence[str], tasks: Sequence[Task]) -> None:
     """Raises ConfigError for a control that the tasks have nothing for."""
     if "shuffled" in names and len(tasks) < 2:
-        raise ConfigError(
-            "method shuffled takes the prompt of another task", field="eval.tasks", remedy="score at least two tasks"
-        )
+        remedy = "score at least two tasks"
+        raise ConfigError("method shuffled takes the prompt of another task", field="eval.tasks", remedy=remedy)
     if "paraphrase" in names and all(len(task.descriptions) < 2 for task in tasks):
-        raise ConfigError(
-            "method paraphrase takes a task's second description, and no task has two",
-            field="eval.methods",
-            remedy="leave it out",
-        )
+        problem = "method paraphrase takes a task's second description, and no task has two"
+        raise ConfigError(problem, field="eval.methods", remedy="leave it out")
 
 
 def prompts_under(

@@ -36,15 +36,11 @@ def check_harness(methods: Sequence[str], names: Sequence[str]) -> None:
         return
     for method in methods:
         if method in CONTROLS:
-            raise ConfigError(
-                f"method {method} gives each task another prompt, which lm_eval/ tasks cannot have",
-                field="eval.methods",
-            )
+            problem = f"method {method} gives each task another prompt, which lm_eval/ tasks cannot have"
+            raise ConfigError(problem, field="eval.methods")
         if method in METHODS and METHODS[method].needs_shots:
-            raise ConfigError(
-                f"method {method} needs a task's shots apart, which lm_eval/ tasks give as text alone",
-                field="eval.methods",
-            )
+            problem = f"method {method} needs a task's shots apart, which lm_eval/ tasks give as text alone"
+            raise ConfigError(problem, field="eval.methods")
     _manager(names, {})
 
 
@@ -53,9 +49,8 @@ def _manager(names: Sequence[str], metadata: dict[str, Any]) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            "lm-eval is not installed", field="lm-eval", remedy="pip install 'lora_gen_jax[eval]'"
-        ) from error
+        remedy = "pip install 'lora_gen_jax[eval]'"
+        raise ConfigError("lm-eval is not installed", field="lm-eval", remedy=remedy) from error
     from lora_gen_jax.evaluation.lm_eval_documents import TASKS
 
     wanted = {name.removeprefix(PREFIX) for name in names}
@@ -63,9 +58,8 @@ def _manager(names: Sequence[str], metadata: dict[str, Any]) -> Any:
         manager = TaskManager(include_path=str(TASKS), include_defaults=all_of_them, metadata=dict(metadata))
         if not (missing := wanted - set(manager.all_tasks)):
             return manager
-    raise ConfigError(
-        f"lm-eval knows no task {min(missing)!r}; `lora-gen lm_eval ls tasks` lists them", field="eval.tasks"
-    )
+    problem = f"lm-eval knows no task {min(missing)!r}; `lora-gen lm_eval ls tasks` lists them"
+    raise ConfigError(problem, field="eval.tasks")
 
 
 def harness_scores(
@@ -122,11 +116,7 @@ def seen_of(name: str) -> bool | None:
 
 
 def result_of(task: str, metrics: dict[str, Any], higher_is_better: dict[str, Any]) -> dict[str, Any]:
-    """A task's entry in results.json, from lm-eval's metrics (``acc,none`` is figure and filter; the first one counts).
-
-    Raises:
-        DataError: where none of them is a share that is better when higher.
-    """
+    """A task's entry in results.json, from lm-eval's metrics: of ``acc,none`` and others the first counts."""
     figures: dict[str, Any] = {}
     for key, value in metrics.items():
         name, comma, _ = key.partition(",")
@@ -135,11 +125,9 @@ def result_of(task: str, metrics: dict[str, Any], higher_is_better: dict[str, An
     shares = [name for name, value in figures.items() if higher_is_better.get(name) and 0 <= value <= 1]
     main = next((name for name in (*MAIN_METRICS, *shares) if name in shares), None)
     if main is None:
-        raise DataError(
-            f"lm_eval/{task} has no figure between 0 and 1 that is better when higher ({', '.join(figures)})",
-            field="eval.tasks",
-            remedy="take it out of the tasks, and run it with `lora-gen lm_eval`",
-        )
+        problem = f"lm_eval/{task} has no figure between 0 and 1 that is better when higher ({', '.join(figures)})"
+        remedy = "take it out of the tasks, and run it with `lora-gen lm_eval`"
+        raise DataError(problem, field="eval.tasks", remedy=remedy)
     return {
         "acc": figures[main],
         "acc_norm": figures.get("acc_norm", figures[main]),

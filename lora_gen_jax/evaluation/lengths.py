@@ -37,11 +37,7 @@ def check_lengths(pair: Pair, systems: Mapping[str, System], tasks: Sequence[Tas
 
 
 def check_answers(edge: Model, task: Task, named: tuple[str, System], settings: EvalConfig) -> None:
-    """Every context of a task without options leaves a system room for the longest answer.
-
-    Raises:
-        DataError: naming the document.
-    """
+    """Every context of a task without options leaves a system room for the longest answer."""
     name, system = named
     documents, description, shots = asked_of(task, system, settings)
     soft = soft_positions(edge.config, system.soft_tokens)

@@ -33,9 +33,8 @@ def lm_eval_main(arguments: list[str]) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "lm_eval":
             raise
-        raise ConfigError(
-            "lm-eval is not installed", field="lm-eval", remedy="pip install 'lora_gen_jax[eval]'"
-        ) from error
+        remedy = "pip install 'lora_gen_jax[eval]'"
+        raise ConfigError("lm-eval is not installed", field="lm-eval", remedy=remedy) from error
     # lm-eval looks for no entry points: the model is known by name once this module is imported.
     import lora_gen_jax.evaluation.lm_eval_model  # noqa: F401
     from lora_gen_jax.evaluation.lm_eval_documents import TASKS
@@ -57,9 +56,6 @@ def with_defaults(arguments: list[str], tasks: str) -> list[str]:
     Args:
         arguments: the user's; data flags become metadata of the tasks.
         tasks: directory of this project's task definitions, unless the user names one.
-
-    Raises:
-        ConfigError: for a data flag without a value.
     """
     if not arguments:
         return arguments

@@ -63,17 +63,11 @@ def parse_wanted(arguments: dict[str, Any], default_tokens: int, end: str | None
     top_k, top_p = given.pop("top_k", None) or 0, given.pop("top_p", None) or 1.0
     unknown = {name: value for name, value in given.items() if value is not None and NEUTRAL.get(name) != value}
     if unknown:
-        raise ConfigError(
-            f"generation arguments {unknown} are not supported",
-            field="generation_kwargs",
-            remedy="override them with --gen_kwargs",
-        )
+        remedy = "override them with --gen_kwargs"
+        raise ConfigError(f"generation arguments {unknown} are not supported", field="generation_kwargs", remedy=remedy)
     if do_sample and temperature == 0.0:
-        raise ConfigError(
-            "do_sample=true needs a temperature above 0",
-            field="temperature",
-            remedy="set it with --gen_kwargs, or do_sample=false",
-        )
+        remedy = "set it with --gen_kwargs, or do_sample=false"
+        raise ConfigError("do_sample=true needs a temperature above 0", field="temperature", remedy=remedy)
     if tokens < 1:
         raise ConfigError(f"max_gen_toks={tokens} generates nothing", field="max_gen_toks", remedy="use at least 1")
     return (

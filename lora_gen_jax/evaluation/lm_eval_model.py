@@ -77,11 +77,8 @@ class LoraGenLM(TemplateLM):
         self.unprompted = frozenset[str]()
         self.tokenizer: Any = self.subject.edge.encoder.tokenizer
         if (self.settings.max_length or 0) > (most := self.subject.edge.config.max_positions):
-            raise ConfigError(
-                f"max_length={self.settings.max_length} exceeds the model's {most} positions",
-                field="max_length",
-                remedy="lower it",
-            )
+            problem = f"max_length={self.settings.max_length} exceeds the model's {most} positions"
+            raise ConfigError(problem, field="max_length", remedy="lower it")
         self.runner = self._runner(self.subject)
 
     def _runner(self, subject: Subject) -> Runner:
@@ -112,17 +109,12 @@ class LoraGenLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What an empty context is read as: the begin token, or the end token where there is none.
-
-        Raises:
-            ModelError: when the tokenizer has neither.
-        """
+        """What an empty context is read as: the begin token, or the end token where there is none."""
         for found in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if found is not None:
                 return found
-        raise ModelError(
-            "the tokenizer has no begin and no end token: nothing can stand for an empty context", field="tokenizer"
-        )
+        problem = "the tokenizer has no begin and no end token: nothing can stand for an empty context"
+        raise ModelError(problem, field="tokenizer")
 
     @property
     def tokenizer_name(self) -> str:
@@ -146,18 +138,11 @@ class LoraGenLM(TemplateLM):
             ConfigError: where prompts are to come from the tasks, which cannot be told in a conversation.
         """
         if self.subject.specialize is not None:
-            raise ConfigError(
-                "prompt_from_task=true cannot cut conversations",
-                field="prompt_from_task",
-                code="chat",
-                remedy="leave --apply_chat_template out",
-            )
+            problem = "prompt_from_task=true cannot cut conversations"
+            raise ConfigError(problem, field="prompt_from_task", code="chat", remedy="leave --apply_chat_template out")
         if not self.tokenizer.chat_template:
-            raise ModelError(
-                "the model's tokenizer has no chat template",
-                field="chat_template",
-                remedy="leave --apply_chat_template out",
-            )
+            remedy = "leave --apply_chat_template out"
+            raise ModelError("the model's tokenizer has no chat template", field="chat_template", remedy=remedy)
         options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
         try:
             return self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options)
@@ -171,11 +156,7 @@ class LoraGenLM(TemplateLM):
         return self._by_prompt(requests, "loglikelihood", disable_tqdm)
 
     def _by_prompt(self, requests: Sequence[Any], kind: str, disable_tqdm: bool) -> list[Any]:
-        """Answers requests of one kind; where prompts come from the tasks, by the model specialized for each.
-
-        Raises:
-            DataError: for a task whose contexts show no prompt.
-        """
+        """Answers requests of one kind; where prompts come from the tasks, by the model specialized for each."""
         if self.subject.specialize is None:
             answer = super().loglikelihood if kind == "loglikelihood" else self._generate
             return answer(requests, disable_tqdm)  # pyright: ignore
@@ -209,18 +190,10 @@ class LoraGenLM(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows that predict every token once; `Instance.args` is (text,).
-
-        Raises:
-            ConfigError: where prompts are to come from the tasks: whole texts have none.
-        """
+        """Log-likelihood of whole texts, in windows that predict every token once; `Instance.args` is (text,)."""
         if self.subject.specialize is not None:
-            raise ConfigError(
-                "prompt_from_task=true needs tasks with contexts; whole texts have none",
-                field="prompt_from_task",
-                code="whole texts",
-                remedy="give prompt=TEXT",
-            )
+            problem = "prompt_from_task=true needs tasks with contexts; whole texts have none"
+            raise ConfigError(problem, field="prompt_from_task", code="whole texts", remedy="give prompt=TEXT")
         windows = []
         for (text,) in (request.args for request in requests):
             ids = self.tok_encode(text)
@@ -240,34 +213,18 @@ class LoraGenLM(TemplateLM):
         return self.runner.logprobs(pairs, disable_tqdm)
 
     def _fitted(self, context: list[int], continuation: list[int]) -> tuple[Ids, Ids]:
-        """A pair that the model can read: the context keeps its last tokens.
-
-        Raises:
-            DataError: when either is empty, or the continuation alone is too long.
-        """
+        """A pair that the model can read: the context keeps its last tokens."""
         if not context or not continuation:
             which = "continuation" if context else "context"
-            raise DataError(
-                f"a request's {which} has no tokens",
-                field=which,
-                code="empty",
-                remedy="change the task's texts, or the space between them",
-            )
+            remedy = "change the task's texts, or the space between them"
+            raise DataError(f"a request's {which} has no tokens", field=which, code="empty", remedy=remedy)
         if len(continuation) > self.max_length:
-            raise DataError(
-                f"a continuation has {len(continuation)} tokens, the model reads {self.max_length}",
-                field="continuation",
-                code="too long",
-            )
+            problem = f"a continuation has {len(continuation)} tokens, the model reads {self.max_length}"
+            raise DataError(problem, field="continuation", code="too long")
         return tuple(context[-(self.max_length + 1 - len(continuation)) :]), tuple(continuation)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Texts up to a stop string; `Instance.args` is (context, generation arguments).
-
-        Raises:
-            ConfigError: for generation arguments that this model does not have.
-            DataError: when the new tokens leave no room for a context.
-        """
+        """Texts up to a stop string; `Instance.args` is (context, generation arguments)."""
         return self._by_prompt(requests, "generate_until", disable_tqdm)
 
     def _generate(self, requests: Sequence[Any], disable_tqdm: bool) -> list[str]:
@@ -283,10 +240,7 @@ class LoraGenLM(TemplateLM):
         """A context's last tokens, as many as leave room for the new ones."""
         room = self.max_length - wanted.tokens
         if room < 1:
-            raise DataError(
-                f"{wanted.tokens} new tokens leave no room for a context in the model's {self.max_length}",
-                field="max_gen_toks",
-                remedy="lower max_gen_toks with --gen_kwargs",
-            )
+            problem = f"{wanted.tokens} new tokens leave no room for a context in the model's {self.max_length}"
+            raise DataError(problem, field="max_gen_toks", remedy="lower max_gen_toks with --gen_kwargs")
         ids = self.tok_encode(context)[-room:]
         return tuple(ids) if ids else (self.prefix_token_id,)

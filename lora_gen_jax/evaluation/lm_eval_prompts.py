@@ -78,11 +78,8 @@ class FixedShots(ContextSampler):
             rest = sorted(set(range(len(pool))) - set(order))
             shots += [pool[i] for i in Random(self.seed).sample(rest, len(rest)) if pool[i] != eval_doc]
         if len(shots) < n:
-            raise DataError(
-                f"a task has {len(pool)} documents for shots, too few for {n}",
-                field="--num_fewshot",
-                remedy="lower --num_fewshot",
-            )
+            problem = f"a task has {len(pool)} documents for shots, too few for {n}"
+            raise DataError(problem, field="--num_fewshot", remedy="lower --num_fewshot")
         return shots[:n]
 
 

@@ -101,24 +101,16 @@ def parse_settings(arguments: dict[str, Any]) -> Settings:
     values: dict[str, Any] = {name: str(value) if name in texts else value for name, value in given.items()}
     settings = Settings(**values)
     if not isinstance(settings.prompt_from_task, bool):
-        raise ConfigError(
-            f"prompt_from_task={settings.prompt_from_task} must be true or false", field="prompt_from_task", code="type"
-        )
+        problem = f"prompt_from_task={settings.prompt_from_task} must be true or false"
+        raise ConfigError(problem, field="prompt_from_task", code="type")
     sources = ("specialization", "prompt", "prompt_from_task")
     named = [name for name in sources if getattr(settings, name)]
     if len(named) > 1:
-        raise ConfigError(
-            f"{named[0]} and {named[1]} both say what the model is specialized for",
-            field=named[1],
-            code="conflict",
-            remedy="leave one out",
-        )
+        problem = f"{named[0]} and {named[1]} both say what the model is specialized for"
+        raise ConfigError(problem, field=named[1], code="conflict", remedy="leave one out")
     if not (settings.model or settings.checkpoint or named):
-        raise ConfigError(
-            "there is no model",
-            field="model",
-            remedy="give --model_args model=DIR, and checkpoint= and prompt= to specialize it",
-        )
+        remedy = "give --model_args model=DIR, and checkpoint= and prompt= to specialize it"
+        raise ConfigError("there is no model", field="model", remedy=remedy)
     return settings
 
 
@@ -164,20 +156,12 @@ def _with_generator(settings: Settings) -> Subject:
     prompted = settings.prompt is not None or settings.prompt_from_task
     method = trained_method(config.method)
     if method.needs_shots:
-        raise ConfigError(
-            f"checkpoint {loaded.path} was trained with method {config.method}, which needs a task's shots apart",
-            field="checkpoint",
-            code="method",
-            remedy="score it with eval.py",
-        )
+        problem = f"checkpoint {loaded.path} was trained with method {config.method}, which needs a task's shots apart"
+        raise ConfigError(problem, field="checkpoint", code="method", remedy="score it with eval.py")
     if prompted != method.depends_on_prompt:
         remedy = "leave the prompt out" if prompted else "give prompt=TEXT, prompt=@FILE or prompt_from_task=true"
-        raise ConfigError(
-            f"checkpoint {loaded.path} was trained with method {config.method}",
-            field="prompt",
-            code="method",
-            remedy=remedy,
-        )
+        problem = f"checkpoint {loaded.path} was trained with method {config.method}"
+        raise ConfigError(problem, field="prompt", code="method", remedy=remedy)
     text = text_argument(settings.prompt, "prompt") if settings.prompt is not None else None
     pair = load_pair(config, evaluation_mesh(config.mesh.fsdp))
     check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")

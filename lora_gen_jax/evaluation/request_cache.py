@@ -41,12 +41,8 @@ class RequestCache:
                 with self.path.open("ab") as file:
                     file.write(b"\n")
         except OSError as error:
-            raise OutputError(
-                f"the file of finished requests {self.path} cannot be used: {error.strerror}",
-                field="cache",
-                code="unwritable",
-                remedy=remedy,
-            ) from error
+            problem = f"the file of finished requests {self.path} cannot be used: {error.strerror}"
+            raise OutputError(problem, field="cache", code="unwritable", remedy=remedy) from error
         self._read(text.splitlines())
 
     def _read(self, lines: list[bytes]) -> None:
@@ -90,9 +86,5 @@ class RequestCache:
             with self.path.open("ab") as file:
                 file.write(lines.encode())
         except OSError as error:
-            raise OutputError(
-                f"finished requests cannot be written to {self.path}: {error.strerror}",
-                field="cache",
-                code="unwritable",
-                remedy=self.remedy,
-            ) from error
+            problem = f"finished requests cannot be written to {self.path}: {error.strerror}"
+            raise OutputError(problem, field="cache", code="unwritable", remedy=self.remedy) from error

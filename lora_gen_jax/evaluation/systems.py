@@ -41,20 +41,16 @@ def check_methods(names: Sequence[str], field: str) -> None:
         raise ConfigError(f"{field} is empty", field=field, code="empty", remedy=f"name some of {', '.join(METHODS)}")
     for name in names:
         if name not in METHODS:
-            raise ConfigError(
-                f"{field} has {name!r}; the methods are {', '.join(METHODS)}", field=field, code="unknown"
-            )
+            problem = f"{field} has {name!r}; the methods are {', '.join(METHODS)}"
+            raise ConfigError(problem, field=field, code="unknown")
 
 
 def check_shots(names: Sequence[str], shots: Sequence[int]) -> None:
     """Raises ConfigError for no shots, where a method makes nothing of a prompt without them."""
     needing = [name for name in names if name in COMPARED and COMPARED[name].needs_shots]
     if needing and min(shots) < 1:
-        raise ConfigError(
-            f"method {needing[0]} learns from a task's shots",
-            field="eval.shots",
-            remedy="set eval.shots to 1 or more",
-        )
+        remedy = "set eval.shots to 1 or more"
+        raise ConfigError(f"method {needing[0]} learns from a task's shots", field="eval.shots", remedy=remedy)
 
 
 def load_checkpoints(config: Config, names: Sequence[str], named: Path | None) -> dict[str, Loaded]:
@@ -84,11 +80,8 @@ def beside(place: str | Path, method: str) -> Loaded:
     """
     directory = location(place) / method
     if not directory.is_dir():
-        raise CheckpointError(
-            f"{place} has no run of method {method}",
-            field="compare",
-            remedy=f"name {method} in the config's compare and train, or leave it out of the methods",
-        )
+        remedy = f"name {method} in the config's compare and train, or leave it out of the methods"
+        raise CheckpointError(f"{place} has no run of method {method}", field="compare", remedy=remedy)
     return load_checkpoint(directory)
 
 

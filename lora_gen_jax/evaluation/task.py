@@ -148,12 +148,8 @@ def scored_documents(task: Task, settings: EvalConfig) -> list[Example]:
     """
     documents = list(task.test[: settings.limit])
     if not documents:
-        raise DataError(
-            f"task {task.name} has no {settings.split} documents",
-            field="eval.split",
-            code="empty",
-            remedy=f"give it a {settings.split} split",
-        )
+        problem = f"task {task.name} has no {settings.split} documents"
+        raise DataError(problem, field="eval.split", code="empty", remedy=f"give it a {settings.split} split")
     for document in documents:
         if bool(document.options) != bool(documents[0].options):
             raise DataError(
@@ -162,11 +158,8 @@ def scored_documents(task: Task, settings: EvalConfig) -> list[Example]:
                 remedy="give all documents options to choose from, or none",
             )
     if task.chat:
-        raise DataError(
-            f"task {task.name}: chats cannot be scored",
-            field=task.name,
-            remedy='give "system" and "input" instead of "messages"',
-        )
+        remedy = 'give "system" and "input" instead of "messages"'
+        raise DataError(f"task {task.name}: chats cannot be scored", field=task.name, remedy=remedy)
     return documents
 
 

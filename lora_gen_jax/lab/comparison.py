@@ -97,17 +97,11 @@ def check_comparison(config: Config) -> None:
     """
     check_methods(config.compare, "compare")
     if not config.eval.latency:
-        raise ConfigError(
-            "eval.latency is off, but compare draws accuracy against latency",
-            field="eval.latency",
-            remedy="leave it on",
-        )
+        problem = "eval.latency is off, but compare draws accuracy against latency"
+        raise ConfigError(problem, field="eval.latency", remedy="leave it on")
     if any(name.startswith(PREFIX) for name in config.eval.tasks):
-        raise ConfigError(
-            f"compare cannot score {PREFIX} tasks after training",
-            field="eval.tasks",
-            remedy="take them out of eval.tasks, use eval.py",
-        )
+        remedy = "take them out of eval.tasks, use eval.py"
+        raise ConfigError(f"compare cannot score {PREFIX} tasks after training", field="eval.tasks", remedy=remedy)
     check_controls(config.compare, evaluated_tasks(config))
     check_shots(config.compare, [config.eval.shots])
     for method in trained(config):

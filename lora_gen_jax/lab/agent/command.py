@@ -69,11 +69,8 @@ def agent_main(arguments: list[str]) -> None:
         shared = ("bfcl", "checkpoint", "limit", "out")
         fields = [field for field in dataclasses.fields(flags) if field.name not in shared]
         if given := [field.name for field in fields if getattr(flags, field.name) != field.default]:
-            raise ConfigError(
-                f"--{given[0].replace('_', '-')} is not used with --bfcl",
-                field=f"--{given[0].replace('_', '-')}",
-                remedy="leave one of them out",
-            )
+            problem = f"--{given[0].replace('_', '-')} is not used with --bfcl"
+            raise ConfigError(problem, field=f"--{given[0].replace('_', '-')}", remedy="leave one of them out")
         score_function_calls(config, flags.bfcl, flags.checkpoint, flags.limit, flags.out)
         return
     tasks = scored_tasks(config, flags, seen)
@@ -107,11 +104,8 @@ def scored_tasks(config: Config, flags: AgentFlags, rows_are_seen: bool) -> list
         DataError: for rows that are malformed, and unknown tasks.
     """
     if rows_are_seen and not flags.rows:
-        raise ConfigError(
-            "--seen-rows without a file says that the tools of --rows are seen",
-            field="--seen-rows",
-            remedy="give --rows FILE",
-        )
+        problem = "--seen-rows without a file says that the tools of --rows are seen"
+        raise ConfigError(problem, field="--seen-rows", remedy="give --rows FILE")
     if flags.rows or flags.seen_rows:
         tasks = load_gpt4tools(flags.rows, seen=rows_are_seen) if flags.rows else []
         tasks += load_gpt4tools(flags.seen_rows, seen=True) if flags.seen_rows else []
@@ -120,19 +114,12 @@ def scored_tasks(config: Config, flags: AgentFlags, rows_are_seen: bool) -> list
     tasks = [dataclasses.replace(task, test=tuple(task.test[: flags.limit])) for task in tasks if task.test]
     for task in tasks:
         if not task.descriptions or not task.descriptions[0].strip():
-            raise ConfigError(
-                f"eval.tasks has {task.name}, which has no tools",
-                field="eval.tasks",
-                code="no tools",
-                remedy="name pocket_agent, pocket_agent_unseen",
-            )
+            problem = f"eval.tasks has {task.name}, which has no tools"
+            remedy = "name pocket_agent, pocket_agent_unseen"
+            raise ConfigError(problem, field="eval.tasks", code="no tools", remedy=remedy)
     if not tasks:
-        raise ConfigError(
-            "eval.tasks names no agent task",
-            field="eval.tasks",
-            code="none",
-            remedy="name pocket_agent and pocket_agent_unseen, or give --rows",
-        )
+        remedy = "name pocket_agent and pocket_agent_unseen, or give --rows"
+        raise ConfigError("eval.tasks names no agent task", field="eval.tasks", code="none", remedy=remedy)
     return tasks
 
 
@@ -156,11 +143,7 @@ def with_training_rows(config: Config, flags: AgentFlags) -> Config:
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(path)
     except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror}",
-            field="--workdir",
-            code="unwritable",
-            remedy="choose another --workdir",
-        ) from error
+        problem = f"{path} cannot be written: {error.strerror}"
+        raise OutputError(problem, field="--workdir", code="unwritable", remedy="choose another --workdir") from error
     data = dataclasses.replace(config.data, tasks=(), source_weights=(), files=(path,))
     return dataclasses.replace(config, data=data)

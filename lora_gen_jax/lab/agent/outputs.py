@@ -86,19 +86,15 @@ def check_lengths(pair: Pair, tasks: Sequence[Task], limit: int, prompt_limit: i
     most = pair.edge.config.max_positions - limit
     for task in tasks:
         if (length := len(pair.cloud.encoder.prompt(task.descriptions[0]))) > room:
-            raise DataError(
-                f"task {task.name}: its tools are {length} cloud tokens, {room} fit",
-                field="eval.prompt_limit",
-                remedy="raise eval.prompt_limit, or take a cloud model with more positions",
-            )
+            problem = f"task {task.name}: its tools are {length} cloud tokens, {room} fit"
+            remedy = "raise eval.prompt_limit, or take a cloud model with more positions"
+            raise DataError(problem, field="eval.prompt_limit", remedy=remedy)
         for document in task.test:
             if (length := len(context_ids(pair.edge, task, document, reads_prompt))) > most:
                 what = "with its tools it" if reads_prompt else "it"
-                raise DataError(
-                    f"{document.id}: {what} is {length} edge tokens, {most} fit beside {limit} of output",
-                    field=document.id,
-                    remedy="take an edge model with more positions, or methods that do not read the tools",
-                )
+                problem = f"{document.id}: {what} is {length} edge tokens, {most} fit beside {limit} of output"
+                remedy = "take an edge model with more positions, or methods that do not read the tools"
+                raise DataError(problem, field=document.id, remedy=remedy)
 
 
 class Writer:

@@ -141,11 +141,7 @@ def variants(config: Config, pair: Pair, methods: Sequence[str]) -> dict[str, Co
 
 
 def train_missing(name: str, config: Config) -> None:
-    """Trains, or goes on training, unless the directory holds the last step of the same config.
-
-    Raises:
-        LoraGenError: as `train`.
-    """
+    """Trains, or goes on training, unless the directory holds the last step of the same config."""
     known = with_steps(config)
     if complete(location(config.saved) / "checkpoints" / str(known.train.steps)):
         prepare_directory(known)
@@ -155,27 +151,17 @@ def train_missing(name: str, config: Config) -> None:
 
 
 def untrained_generator(pair: Pair, named: Path | None) -> Loaded:
-    """A generator that never saw tools.
-
-    Raises:
-        CheckpointError: when it is of other models, or of another method.
-    """
+    """A generator that never saw tools."""
     loaded = load_checkpoint(named or SHIPPED["quickstart"])
     if named is None and loaded.fingerprints != pair.fingerprints:
-        raise CheckpointError(
-            "no generator that never saw tools is shipped for these models",
-            field="--untrained-checkpoint",
-            remedy="name one with --untrained-checkpoint, or leave lora_gen_untrained out of --methods",
-        )
+        problem = "no generator that never saw tools is shipped for these models"
+        remedy = "name one with --untrained-checkpoint, or leave lora_gen_untrained out of --methods"
+        raise CheckpointError(problem, field="--untrained-checkpoint", remedy=remedy)
     return generator_for(pair, loaded)
 
 
 def generator_for(pair: Pair, loaded: Loaded) -> Loaded:
-    """The checkpoint, when it is a generator for these models.
-
-    Raises:
-        CheckpointError: when it is of other models, or of another method.
-    """
+    """The checkpoint, when it is a generator for these models."""
     check_method(loaded, "lora_gen")
     check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")
     return loaded

@@ -73,11 +73,8 @@ def sizes_of(text: str) -> list[int]:
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise ConfigError(
-            f"--batch-sizes is {text!r}",
-            field="--batch-sizes",
-            remedy="give positive numbers separated by commas, as 1,8",
-        )
+        remedy = "give positive numbers separated by commas, as 1,8"
+        raise ConfigError(f"--batch-sizes is {text!r}", field="--batch-sizes", remedy=remedy)
     return [int(part) for part in parts]
 
 
@@ -93,11 +90,9 @@ def run(config: Config, flags: EfficiencyFlags, out: Path) -> dict[str, Any]:
     if flags.repeats < 1:
         raise ConfigError(f"--repeats is {flags.repeats}", field="--repeats", remedy="use at least 1")
     if (flags.prompt is None) != (flags.input is None):
-        raise ConfigError(
-            "--prompt and --input belong together",
-            field="--input" if flags.input is None else "--prompt",
-            remedy="give both, or neither for random tokens",
-        )
+        problem = "--prompt and --input belong together"
+        remedy = "give both, or neither for random tokens"
+        raise ConfigError(problem, field="--input" if flags.input is None else "--prompt", remedy=remedy)
     pair = load_pair(config)
     work = make_workload(pair, flags)
     setup, generator = make_setup(config, pair, work, flags.checkpoint)
@@ -112,11 +107,8 @@ def run(config: Config, flags: EfficiencyFlags, out: Path) -> dict[str, Any]:
         write_json(temporary / "efficiency.json", results)
     print_report(results)
     if wrong := disagreements(results):
-        raise ConfigError(
-            f"formula and compiler disagree about multiply-adds: {'; '.join(wrong)}",
-            field="edge.source",
-            remedy="Report this model",
-        )
+        problem = f"formula and compiler disagree about multiply-adds: {'; '.join(wrong)}"
+        raise ConfigError(problem, field="edge.source", remedy="Report this model")
     return results
 
 
@@ -193,11 +185,7 @@ def measured(setup: Setup, flags: EfficiencyFlags, batch_sizes: list[int]) -> di
 
 
 def made_ready(setup: Setup) -> tuple[dict[str, Ready], dict[str, str]]:
-    """Every method ready to answer, and those that are left out with the reason.
-
-    Raises:
-        ConfigError: for one of `NEEDED` that cannot be made.
-    """
+    """Every method ready to answer, and those that are left out with the reason."""
     ready: dict[str, Ready] = {}
     left_out: dict[str, str] = {}
     for name, make in METHODS.items():

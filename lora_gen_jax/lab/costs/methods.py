@@ -79,20 +79,16 @@ def checked(work: Workload, pair: Pair) -> Workload:
         ConfigError: naming the flag, when something is empty or does not fit a model's positions.
     """
     if min(len(work.cloud_prompt), len(work.query), work.kept) < 1 or work.new_tokens < 2:
-        raise ConfigError(
-            "--instruction-tokens and --input-tokens must be at least 1, --new-tokens at least 2",
-            field="--new-tokens" if work.new_tokens < 2 else "--instruction-tokens",
-        )
+        problem = "--instruction-tokens and --input-tokens must be at least 1, --new-tokens at least 2"
+        raise ConfigError(problem, field="--new-tokens" if work.new_tokens < 2 else "--instruction-tokens")
     for tokens, model, what in (
         (len(work.whole) + work.new_tokens, pair.edge.config, "instruction, input and --new-tokens"),
         (len(work.cloud_prompt) + pair.edge.config.num_layers, pair.cloud.config, "the instruction with meta tokens"),
     ):
         if tokens > model.max_positions:
-            raise ConfigError(
-                f"{what} are {tokens} tokens, but the model has {model.max_positions} positions",
-                field="--instruction-tokens",
-                remedy="lower --instruction-tokens (a shorter --prompt), --input-tokens or --new-tokens",
-            )
+            problem = f"{what} are {tokens} tokens, but the model has {model.max_positions} positions"
+            remedy = "lower --instruction-tokens (a shorter --prompt), --input-tokens or --new-tokens"
+            raise ConfigError(problem, field="--instruction-tokens", remedy=remedy)
     return work
 
 

@@ -65,12 +65,8 @@ def write_report(directories: Sequence[Path], out: Path | None = None, tasks: Se
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(
-            f"output {out} cannot be written: {error.strerror}",
-            field="--out",
-            code="unwritable",
-            remedy="choose another --out",
-        ) from error
+        problem = f"output {out} cannot be written: {error.strerror}"
+        raise OutputError(problem, field="--out", code="unwritable", remedy="choose another --out") from error
     write_text(out / PAGE, page(found, out, tasks, directories) + "\n")
     return out / PAGE
 
@@ -80,11 +76,8 @@ def _check_tasks(tasks: Sequence[str], results: Sequence[dict]) -> None:
     from lora_gen_jax.lab.report.accuracy import MOST_TASKS
 
     if len(tasks) > MOST_TASKS:
-        raise DataError(
-            f"--tasks names {len(tasks)} tasks; at most {MOST_TASKS} are drawn one by one",
-            field="--tasks",
-            code="too many",
-        )
+        problem = f"--tasks names {len(tasks)} tasks; at most {MOST_TASKS} are drawn one by one"
+        raise DataError(problem, field="--tasks", code="too many")
     methods = [method for values in results for method in (values.get("methods") or {}).values()]
     known = {name for method in methods if isinstance(method, dict) for name in method.get("tasks", ())}
     for name in tasks:

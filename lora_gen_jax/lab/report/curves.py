@@ -86,11 +86,9 @@ def break_even_of(file: File) -> tuple[list[float], dict[str, list[float]]] | No
     lines = {method: [scale * t for t in found] for method, found in times.items() if _numbers(found)}
     for method, found in lines.items():
         if len(found) != len(queries):
-            raise DataError(
-                f"{file.path} has {len(queries)} numbers of queries and {len(found)} times of {method}",
-                field=f"{file.path.name}:break_even.{method}",
-                remedy="write it again with `lora-gen efficiency`, or remove it",
-            )
+            problem = f"{file.path} has {len(queries)} numbers of queries and {len(found)} times of {method}"
+            remedy = "write it again with `lora-gen efficiency`, or remove it"
+            raise DataError(problem, field=f"{file.path.name}:break_even.{method}", remedy=remedy)
     return ([float(q) for q in queries], lines) if len(queries) > 1 and lines else None
 
 

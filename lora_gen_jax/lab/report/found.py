@@ -81,29 +81,18 @@ def find(directories: Sequence[Path]) -> Found:
         DataError: for no directory, one that does not exist, a damaged file, or when there is nothing to report.
     """
     if not directories:
-        raise DataError(
-            "name at least one directory: a run's work directory, or what eval.py wrote",
-            field="directories",
-            code="none",
-        )
+        problem = "name at least one directory: a run's work directory, or what eval.py wrote"
+        raise DataError(problem, field="directories", code="none")
     for directory in directories:
         if not directory.is_dir():
-            raise DataError(
-                f"{directory} is not a directory",
-                field="directories",
-                code="no directory",
-                remedy="name a run's work directory, or what eval.py wrote",
-            )
+            remedy = "name a run's work directory, or what eval.py wrote"
+            raise DataError(f"{directory} is not a directory", field="directories", code="no directory", remedy=remedy)
     places = {place.resolve(): place for directory in directories for place in (directory, *_inside(directory))}
     paths = [place / name for place in places.values() for name in SOURCES if (place / name).is_file()]
     if not paths:
         names = ", ".join(map(str, directories))
-        raise DataError(
-            f"{names}: holds none of {', '.join(SOURCES)}",
-            field="directories",
-            code="empty",
-            remedy="name a work directory or an eval output",
-        )
+        problem = f"{names}: holds none of {', '.join(SOURCES)}"
+        raise DataError(problem, field="directories", code="empty", remedy="name a work directory or an eval output")
     labels = _labels([path.parent for path in paths], {directory.resolve() for directory in directories})
     found = Found()
     for path in paths:
@@ -142,20 +131,15 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path} cannot be read as JSON ({error})", field=path.name, code="json", remedy=again
-        ) from error
+        problem = f"{path} cannot be read as JSON ({error})"
+        raise DataError(problem, field=path.name, code="json", remedy=again) from error
     if not isinstance(values, dict):
         raise DataError(f"{path} does not hold a JSON object", field=path.name, code="type", remedy=again)
     return values
 
 
 def read_curves(path: Path) -> dict[str, Curve]:
-    """The curves of a metrics.jsonl; values that are no finite number and lines cut short by a kill are left out.
-
-    Raises:
-        DataError: when the file cannot be read.
-    """
+    """The curves of a metrics.jsonl; values that are no finite number and lines cut short by a kill are left out."""
     curves: dict[str, dict[int, float]] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

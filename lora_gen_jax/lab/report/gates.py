@@ -31,11 +31,8 @@ def gates_of(file: File) -> dict[str, np.ndarray]:
     """
     tasks = file.values.get("tasks")
     if not isinstance(tasks, dict) or not tasks:
-        raise DataError(
-            f'{file.path} has no "tasks"',
-            field=f"{file.path.name}:tasks",
-            remedy="write it again with eval.py, or remove it",
-        )
+        remedy = "write it again with eval.py, or remove it"
+        raise DataError(f'{file.path} has no "tasks"', field=f"{file.path.name}:tasks", remedy=remedy)
     gates: dict[str, np.ndarray] = {}
     for name, rows in tasks.items():
         try:

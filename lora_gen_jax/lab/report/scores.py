@@ -82,12 +82,9 @@ def gather(files: Sequence[File]) -> list[Scores]:
             key = (tuple(sorted(names)), *kept)
             _add(made, key, file, names, by_shots)
         except (StopIteration, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(
-                f"{file.path} has not the layout of results.json ({error!r})",
-                field=file.path.name,
-                code="layout",
-                remedy="write it again with eval.py, or remove it",
-            ) from error
+            problem = f"{file.path} has not the layout of results.json ({error!r})"
+            remedy = "write it again with eval.py, or remove it"
+            raise DataError(problem, field=file.path.name, code="layout", remedy=remedy) from error
     return list(made.values())
 
 

@@ -93,12 +93,8 @@ def comparison(found: Found, out: Path, tasks: Sequence[str]) -> Parts:
         try:
             parts.append(sheet(tables.comparison_sheet(file.values)))
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-            raise DataError(
-                f"{file.path} has not the layout of report.json ({error!r})",
-                field=file.path.name,
-                code="layout",
-                remedy="remove it",
-            ) from error
+            problem = f"{file.path} has not the layout of report.json ({error!r})"
+            raise DataError(problem, field=file.path.name, code="layout", remedy="remove it") from error
         parts.append(note(f"From {source_of([file])}."))
     return parts
 

@@ -64,12 +64,8 @@ def save(figure: Any, path: Path) -> Path:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror}",
-            field="--out",
-            code="unwritable",
-            remedy="choose another --out",
-        ) from error
+        problem = f"{path} cannot be written: {error.strerror}"
+        raise OutputError(problem, field="--out", code="unwritable", remedy="choose another --out") from error
     return path
 
 

@@ -98,9 +98,8 @@ def side_by_side_command(flags: SideBySide) -> None:
     given = given_case(flags)
     loaded = load_checkpoint(flags.checkpoint or DEFAULT)
     if loaded.config.method != "lora_gen":
-        raise CheckpointError(
-            f"{loaded.path} was trained with method {loaded.config.method}, not lora_gen", field="method"
-        )
+        problem = f"{loaded.path} was trained with method {loaded.config.method}, not lora_gen"
+        raise CheckpointError(problem, field="method")
     cases = built_in_cases(loaded.config) if given is None else [given]
     sides = Sides(loaded, flags.max_new_tokens, flags.chat)
     compared = []
@@ -114,31 +113,19 @@ def side_by_side_command(flags: SideBySide) -> None:
 
 
 def given_case(flags: SideBySide) -> Case | None:
-    """The case of --prompt and --input; None for the built-in ones.
-
-    Raises:
-        DataError: for one without the other, an empty text, or no room for an answer.
-        OutputError: when --json cannot be written.
-    """
+    """The case of --prompt and --input; None for the built-in ones."""
     from lora_gen_jax.files import text_argument
 
     if flags.max_new_tokens < 1:
         raise DataError(f"--max-new-tokens is {flags.max_new_tokens}; at least 1", field="--max-new-tokens")
     if flags.json is not None and (flags.json.is_dir() or not flags.json.absolute().parent.is_dir()):
-        raise OutputError(
-            f"--json {flags.json} cannot be written",
-            field="--json",
-            code="unwritable",
-            remedy="name a file in a directory that exists",
-        )
+        remedy = "name a file in a directory that exists"
+        raise OutputError(f"--json {flags.json} cannot be written", field="--json", code="unwritable", remedy=remedy)
     if flags.prompt is None and flags.input is None:
         return None
     if flags.prompt is None or flags.input is None:
-        raise DataError(
-            "give both --prompt and --input, or neither for the built-in cases",
-            field="--input" if flags.input is None else "--prompt",
-            code="missing",
-        )
+        problem = "give both --prompt and --input, or neither for the built-in cases"
+        raise DataError(problem, field="--input" if flags.input is None else "--prompt", code="missing")
     return Case("prompt", text_argument(flags.prompt, "--prompt"), text_argument(flags.input, "--input"))
 
 
@@ -201,11 +188,9 @@ class Sides:
         try:
             return encoder.chat([{"role": "system", "content": case.prompt}, user]), encoder.chat([user])
         except jinja2.TemplateError as error:
-            raise DataError(
-                f"the edge model's chat template cannot say this ({error})",
-                field="--chat",
-                remedy="leave --chat out, for models that know no system turn",
-            ) from error
+            problem = f"the edge model's chat template cannot say this ({error})"
+            remedy = "leave --chat out, for models that know no system turn"
+            raise DataError(problem, field="--chat", remedy=remedy) from error
 
     def answers(self, sides: Sequence[tuple[Any, list[int]]]) -> list[Side]:
         """Answers of several (weights, context); they take turns, so that a slow moment of the machine hits all."""

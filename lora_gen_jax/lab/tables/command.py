@@ -94,17 +94,10 @@ def parsed(arguments: Sequence[str]) -> tuple[TableFlags, list[str]]:
 
 
 def tables_from_args(flags: TableFlags, rest: Sequence[str]) -> Tables:
-    """The file's tables, with the flags' values.
-
-    Raises:
-        ConfigError: where no file is named, as `read_tables`, and for flags that cannot work.
-    """
+    """The file's tables, with the flags' values."""
     if not rest or rest[0].startswith("-"):
-        raise ConfigError(
-            f"name a config file first: {PROGRAM} configs/tables/pocket.py [--any.field VALUE …]",
-            field="config",
-            code="none",
-        )
+        problem = f"name a config file first: {PROGRAM} configs/tables/pocket.py [--any.field VALUE …]"
+        raise ConfigError(problem, field="config", code="none")
     tables = read_tables(Path(rest[0]))
     own, agent = divided(rest[1:])
     changes: dict[str, Any] = {"base": overridden(tables.base, f"{PROGRAM} {rest[0]}", own)}
@@ -148,19 +141,12 @@ def split(text: str | None) -> list[str]:
 
 
 def do_job(jobs: Sequence[Job], name: str) -> None:
-    """Does one job in this process.
-
-    Raises:
-        ConfigError: for an unknown one. And as `run.do`.
-    """
+    """Does one job in this process."""
     found = [job for job in jobs if job.name == name]
     if not found:
         near = difflib.get_close_matches(name, [job.name for job in jobs], n=1)
-        raise ConfigError(
-            f"--job has {name!r}, which is not a RUN/SEED",
-            field="--job",
-            remedy=f"did you mean {near[0]}?" if near else None,
-        )
+        remedy = f"did you mean {near[0]}?" if near else None
+        raise ConfigError(f"--job has {name!r}, which is not a RUN/SEED", field="--job", remedy=remedy)
     end_with_parent()
     do(found[0])
 

@@ -97,10 +97,8 @@ def make_jobs(tables: Tables) -> list[Job]:
         ConfigError: as `config_of`, and for numbers of seeds or shots that cannot work.
     """
     if not tables.seeds or not tables.shots or min(tables.shots) < 0:
-        raise ConfigError(
-            f"seeds are {tables.seeds} and shots {tables.shots}: give one of each or more, shots >= 0",
-            field="shots" if tables.seeds else "seeds",
-        )
+        problem = f"seeds are {tables.seeds} and shots {tables.shots}: give one of each or more, shots >= 0"
+        raise ConfigError(problem, field="shots" if tables.seeds else "seeds")
     jobs = []
     for run in tables.names:
         shots = tuple(sorted(set(tables.shots))) if run in (UNTRAINED, GENERATOR) else (max(tables.shots),)
@@ -192,9 +190,9 @@ def _refuse(job: Job, lines: Sequence[str]) -> None:
     if lines:
         raise CheckpointError(
             f"{job.config.directory} holds a run with another config",
+            remedy="choose another --workdir, or undo:\n  " + "\n  ".join(lines),
             field="--workdir",
             code="another config",
-            remedy="choose another --workdir, or undo:\n  " + "\n  ".join(lines),
         )
 
 
@@ -206,11 +204,7 @@ def write_result(job: Job, values: dict[str, Any]) -> None:
 
 
 def content_digest(path: Path, nested: bool = False) -> str:
-    """16 hex digits of what a JSONL file holds, or all of them in a directory; nested, all files below it.
-
-    Raises:
-        DataError: when it cannot be read.
-    """
+    """16 hex digits of what a JSONL file holds, or all of them in a directory; nested, all files below it."""
     try:
         inside = path.rglob("*") if nested else path.glob("*.json*")
         wanted = (p for p in inside if p.is_file() and (nested or p.suffix in (".jsonl", ".json")))
@@ -218,9 +212,8 @@ def content_digest(path: Path, nested: bool = False) -> str:
         known = [(file.name, _digest(file, file.stat().st_mtime_ns, file.stat().st_size)) for file in files]
     except OSError as error:
         field = "data.dir" if nested else "data.files"
-        raise DataError(
-            f"{error.filename} cannot be read: {error.strerror} ({field})", field=field, code="unreadable"
-        ) from error
+        problem = f"{error.filename} cannot be read: {error.strerror} ({field})"
+        raise DataError(problem, field=field, code="unreadable") from error
     return known[0][1] if known and not path.is_dir() else hashlib.sha256(repr(known).encode()).hexdigest()[:16]
 
 

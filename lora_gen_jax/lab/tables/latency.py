@@ -109,11 +109,7 @@ def same(old: Any, new: Mapping[str, Any]) -> bool:
 
 
 def workloads(config: Config, pair: Pair, shots: Sequence[int]) -> dict[int, Workload]:
-    """The same task and query by number of shots.
-
-    Raises:
-        ConfigError: when they do not fit a model.
-    """
+    """The same task and query by number of shots."""
     tasks, most = evaluated_tasks(config), max(shots)
     lengths = {task.name: len(pair.edge.encoder.text(prompt_of(task, config, most))) for task in tasks}
     mean = statistics.fmean(lengths.values())

@@ -84,10 +84,8 @@ def changed(config: Any, change: Change, run: str) -> Any:
     known, values = {field.name for field in dataclasses.fields(config)}, {}
     for field, value in change.items():
         if field not in known:
-            raise ConfigError(
-                f"run {run} changes {field!r}, which is not a field of {type(config).__name__}",
-                field=f"runs.{run}.{field}",
-            )
+            problem = f"run {run} changes {field!r}, which is not a field of {type(config).__name__}"
+            raise ConfigError(problem, field=f"runs.{run}.{field}")
         nested = isinstance(value, Mapping)
         values[field] = changed(getattr(config, field), value, run) if nested else value
     return dataclasses.replace(config, **values)
@@ -154,9 +152,6 @@ def paper_tables(path: Path, edge_positions: int, compressor: bool = False) -> T
             queries are those of all runs.
         edge_positions: of the edge model.
         compressor: with AutoCompressors, which the paper compares on OPT only.
-
-    Raises:
-        ConfigError: as `read_config`.
     """
     # The tables' own file gives the name, and so the work directory.
     base = dataclasses.replace(read_config(path), name="", compare=())
