@@ -73,8 +73,8 @@ def harness_scores(
     """
     from lm_eval.evaluator import simple_evaluate
 
+    from lora_gen_jax.evaluation.lm_eval_documents import use_fixed_shots
     from lora_gen_jax.evaluation.lm_eval_model import LoraGenLM
-    from lora_gen_jax.evaluation.lm_eval_prompts import use_fixed_shots
 
     use_fixed_shots()
     manager = _manager(names, _metadata(config))
@@ -140,11 +140,12 @@ def result_of(task: str, metrics: dict[str, Any], higher_is_better: dict[str, An
 def _subject(method: str, config: Config, pair: Pair, checkpoints: dict[str, Loaded]) -> Subject:
     ends, edge = end_ids(config.edge.source, pair.edge), pair.edge
     base = Subject(identity_of(edge, {"method": "base"}), edge, None, ends)
-    if method == "icl":
-        return base
-    if method == "base":
+    one = METHODS.get(method)
+    if one is None:  # the edge model as it is, which reads no prompt
         return dataclasses.replace(base, specialize=lambda prompt: base)
-    loaded, one = checkpoints[method], METHODS[method]
+    if one.edge_reads_prompt:
+        return base
+    loaded = checkpoints[method]
     identify, make = identifier(config, pair, loaded), one.specialize(config, pair, loaded)
     if not one.depends_on_prompt:
         same = Subject(identify(None), edge, lambda: make(None), ends)

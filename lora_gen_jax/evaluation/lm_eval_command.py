@@ -37,8 +37,7 @@ def lm_eval_main(arguments: list[str]) -> None:
         raise ConfigError("lm-eval is not installed", field="lm-eval", remedy=remedy) from error
     # lm-eval looks for no entry points: the model is known by name once this module is imported.
     import lora_gen_jax.evaluation.lm_eval_model  # noqa: F401
-    from lora_gen_jax.evaluation.lm_eval_documents import TASKS
-    from lora_gen_jax.evaluation.lm_eval_prompts import use_fixed_shots
+    from lora_gen_jax.evaluation.lm_eval_documents import TASKS, use_fixed_shots
 
     if FIXED_SHOTS in arguments:
         use_fixed_shots()

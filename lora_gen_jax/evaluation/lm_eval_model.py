@@ -19,8 +19,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lora_gen_jax.errors import ConfigError, DataError, ModelError
+from lora_gen_jax.evaluation.lm_eval_documents import split_contexts, use_fixed_shots
 from lora_gen_jax.evaluation.lm_eval_generation import Wanted, parse_wanted
-from lora_gen_jax.evaluation.lm_eval_prompts import split_contexts, use_fixed_shots
 from lora_gen_jax.evaluation.lm_eval_source import Settings, load_subject, parse_settings
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.request_runner import Ids, Runner

@@ -26,13 +26,12 @@ from lora_gen_jax.data.pocket import suite
 from lora_gen_jax.data.reasoning import REASONING_TASKS
 from lora_gen_jax.data.tasks import Task
 from lora_gen_jax.evaluation import harness
-from lora_gen_jax.evaluation.lengths import check_lengths
 from lora_gen_jax.evaluation.means import scores, summary
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.result_table import print_table
 from lora_gen_jax.evaluation.subject import content_of, digest_of
 from lora_gen_jax.evaluation.systems import check_methods, check_shots, gates_of, load_checkpoints, make_systems
-from lora_gen_jax.evaluation.task import System, evaluate_task, scored_documents
+from lora_gen_jax.evaluation.task import System, check_lengths, evaluate_task, scored_documents
 from lora_gen_jax.files import check_output, complete_directory, write_json, writing
 from lora_gen_jax.models import Pair, load_pair
 from lora_gen_jax.sharding import evaluation_mesh

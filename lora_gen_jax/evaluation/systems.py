@@ -140,6 +140,7 @@ def system_of(
         lambda task: identify(prompt_of(task) if asks else None),
         asks,
         0 if trained is None else method.soft_tokens(trained),
+        method.traits.transfers,
     )
 
 

@@ -7,7 +7,7 @@ for in-context learning. Documents with options are scored by log-likelihood, ot
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -22,8 +22,9 @@ from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.request_runner import Runner
 from lora_gen_jax.evaluation.subject import Subject
 from lora_gen_jax.inference.edge_model import EdgeModel
+from lora_gen_jax.inference.soft_prompt import soft_positions
 from lora_gen_jax.methods.method import Prompt
-from lora_gen_jax.models import Model
+from lora_gen_jax.models import Model, Pair
 
 # Training rows beside the shots that a method may ask the prompted edge model.
 FURTHER_QUERIES = 8
@@ -43,6 +44,7 @@ class System:
             where results are not kept.
         depends_on_prompt: what answers differs from prompt to prompt.
         soft_tokens: that stand before every query.
+        cloud_reads: the cloud model reads the prompt.
     """
 
     specialized_for: Callable[[Task], EdgeModel]
@@ -50,6 +52,7 @@ class System:
     identity_for: Callable[[Task], str] | None = None
     depends_on_prompt: bool = False
     soft_tokens: int = 0
+    cloud_reads: bool = False
 
     @property
     def prompted(self) -> bool:
@@ -177,3 +180,41 @@ def task_prompt(task: Task, settings: EvalConfig) -> Prompt | None:
     if not (description.strip() or shots):
         return None
     return Prompt(system_prompt(description, shots), shots, task.chat, queries)
+
+
+def check_lengths(pair: Pair, systems: Mapping[str, System], tasks: Sequence[Task], settings: EvalConfig) -> None:
+    """All that is scored fits its model: prompts for the cloud, and free-form documents with their answers.
+
+    Documents with options are cut from the left where they are too long, as in lm-eval.
+
+    Raises:
+        DataError: naming the task or the document, and how many tokens fit.
+    """
+    room = pair.prompt_room(settings.prompt_limit)
+    for task in tasks:
+        prompt = task_prompt(task, settings) if any(system.cloud_reads for system in systems.values()) else None
+        if prompt is not None and (length := len(pair.cloud.encoder.prompt(prompt.text))) > room:
+            raise DataError(
+                f"task {task.name}: its prompt with {len(prompt.shots)} shots is {length} cloud tokens, {room} fit",
+                field="eval.prompt_limit",
+                remedy="lower eval.shots, raise eval.prompt_limit, or take a cloud model with more positions",
+            )
+        if not scored_documents(task, settings)[0].options:
+            for name, system in systems.items():
+                check_answers(pair.edge, task, (name, system), settings)
+
+
+def check_answers(edge: Model, task: Task, named: tuple[str, System], settings: EvalConfig) -> None:
+    """Every context of a task without options leaves a system room for the longest answer."""
+    name, system = named
+    documents, description, shots = asked_of(task, system, settings)
+    soft = soft_positions(edge.config, system.soft_tokens)
+    room = edge.config.max_positions - soft - answers.answer_limit(edge, documents)
+    for document, context in zip(documents, answers.contexts(edge, documents, description, shots), strict=True):
+        if len(context) > room:
+            raise DataError(
+                f"task {task.name}, document {document.id}: for method {name} it is {len(context)} edge tokens,"
+                f" {room} fit beside the longest answer",
+                field=document.id,
+                remedy="shorten it, lower eval.shots, or take a model with more positions",
+            )

@@ -13,11 +13,10 @@ from lora_gen_jax.data.prompts import evaluation_shots
 from lora_gen_jax.data.tasks import Example, Task
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.evaluation import answers, request_runner
-from lora_gen_jax.evaluation.lengths import check_lengths
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.request_runner import Runner
 from lora_gen_jax.evaluation.subject import Subject
-from lora_gen_jax.evaluation.task import System, evaluate_task, exact_match
+from lora_gen_jax.evaluation.task import System, check_lengths, evaluate_task, exact_match
 from lora_gen_jax.inference.decode import Generation
 from lora_gen_jax.models import Pair, load_model
 
@@ -175,4 +174,5 @@ def test_documents_and_prompts_that_do_not_fit_are_named_before_anything_is_scor
     with raises(DataError, name, "task mine", f"document {name}", f"method {method}", "edge tokens"):
         check_lengths(pair, systems, [task], EvalConfig(shots=30))
     with raises(DataError, "eval.prompt_limit", "task mine", "30 shots", "cloud tokens", 64):
-        check_lengths(pair, {"lora_gen": systems.popitem()[1]}, [task], EvalConfig(shots=30, prompt_limit=64))
+        read = {"lora_gen": dataclasses.replace(systems.popitem()[1], cloud_reads=True)}
+        check_lengths(pair, read, [task], EvalConfig(shots=30, prompt_limit=64))

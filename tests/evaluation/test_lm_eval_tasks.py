@@ -15,8 +15,7 @@ from lora_gen_jax.data.prompts import evaluation_shots, few_shot_context
 from lora_gen_jax.data.reasoning import REASONING_TASKS
 from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.evaluation.harness import result_of, seen_of
-from lora_gen_jax.evaluation.lm_eval_documents import TASKS, documents
-from lora_gen_jax.evaluation.lm_eval_prompts import FixedShots, split_contexts, use_fixed_shots
+from lora_gen_jax.evaluation.lm_eval_documents import TASKS, FixedShots, documents, split_contexts, use_fixed_shots
 
 REAL = os.environ.get("LORA_GEN_DATA")
 

@@ -20,7 +20,7 @@ from lora_gen_jax.lab.agent import command as agent_command
 from lora_gen_jax.lab.agent import outputs as agent_scoring
 from lora_gen_jax.lab.agent import run as agent_run
 from lora_gen_jax.lab.agent.command import AgentFlags, agent_main, divided, scored_tasks, with_training_rows
-from lora_gen_jax.lab.agent.outputs import Method, Writer, as_read, blank_line, context_ids
+from lora_gen_jax.lab.agent.outputs import Writer, as_read, blank_line, context_ids
 from lora_gen_jax.lab.agent.table import AGENT_ROWS
 from lora_gen_jax.models import load_model
 from lora_gen_jax.training.loop import train
@@ -277,8 +277,8 @@ def test_outputs_come_in_order_whatever_the_batches_are(edge, monkeypatch):
         def named(task, shared=shared):
             return EdgeModel(edge.decoder, "all" if shared else task.name)
 
-        made, done = System(named, reads, lambda task, named=named: named(task).params), []
-        written = Writer(edge, 40, RequestCache(None, "")).write(Method(made, shared), tasks, done.append)
+        made, done = System(named, reads, lambda task, named=named: named(task).params, not shared), []
+        written = Writer(edge, 40, RequestCache(None, "")).write(made, tasks, done.append)
         assert {name for name, _ in asked} == ({"all"} if shared else {task.name for task in tasks})
         # Requests of a bucket go together, in rows of a power of two.
         assert {rows for _, rows in asked} <= {4, 8, 16, 32}

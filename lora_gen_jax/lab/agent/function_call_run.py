@@ -23,7 +23,7 @@ from lora_gen_jax.evaluation.sheet import to_screen
 from lora_gen_jax.files import check_output
 from lora_gen_jax.lab.agent.function_calls import CallScore, parse_calls, score_calls, summarize_calls
 from lora_gen_jax.lab.agent.outputs import Writer, Written, check_lengths, context_ids, output_limit
-from lora_gen_jax.lab.agent.run import agent_journal, make_method, write_report
+from lora_gen_jax.lab.agent.run import agent_journal, make_system, write_report
 from lora_gen_jax.lab.agent.table import call_sheet
 from lora_gen_jax.lab.comparison import say
 from lora_gen_jax.models import Pair, load_pair
@@ -67,13 +67,13 @@ def score_function_calls(
     report |= {"checkpoint": describe(loaded), "skipped": skipped, "methods": {}, "outputs": {}}
     tokens, journal = output_limit(pair.edge, [row.task for row in fitting]), agent_journal(config)
     for name in TITLES:
-        method = make_method(config, pair, name, None if name == "base_with_tools" else loaded)
+        system = make_system(config, pair, name, None if name == "base_with_tools" else loaded)
         writer = Writer(pair.edge, tokens, journal)
         console = Console(file=sys.stderr)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             line = bar.add_task(name, total=len(fitting))
             tasks = [row.task for row in fitting]
-            written = writer.write(method, tasks, lambda done, bar=bar, line=line: bar.advance(line, done))
+            written = writer.write(system, tasks, lambda done, bar=bar, line=line: bar.advance(line, done))
         scored = [scored_row(row, one) for row, one in zip(fitting, written, strict=True)]
         report["outputs"][name], report["methods"][name] = scored, by_category(pair, fitting, written, scored)
         say(f"{TITLES[name]}: {len(scored)} rows")

@@ -1,6 +1,6 @@
 """Outputs of a method on agent prompts, written greedily and kept, so that a run that is stopped goes on.
 
-In: an edge model, a `Method`, tasks whose description is the tools' part of a prompt. Out: every row's output, what
+In: an edge model, a `System`, tasks whose description is the tools' part of a prompt. Out: every row's output, what
 the edge read for it, and the time that an answer takes.
 """
 
@@ -27,19 +27,6 @@ SPARE_TOKENS = 8
 LATENCY_TASKS = 4
 """Tasks of a group whose first answers are timed."""
 _OBSERVATION = re.compile(r"^[ \t]*Observation:", re.MULTILINE)
-
-
-@dataclass(frozen=True)
-class Method:
-    """What is scored.
-
-    Attributes:
-        system: weights for a task, and whether the edge reads the tools.
-        shared: the weights are the same for all tasks, so that rows of different tasks are written together.
-    """
-
-    system: System
-    shared: bool
 
 
 @dataclass(frozen=True)
@@ -109,16 +96,16 @@ class Writer:
     def __init__(self, edge: Model, limit: int, journal: RequestCache):
         self.edge, self.limit, self.journal = edge, limit, journal
 
-    def write(self, method: Method, tasks: Sequence[Task], progress: Callable[[int], None]) -> list[Written]:
+    def write(self, system: System, tasks: Sequence[Task], progress: Callable[[int], None]) -> list[Written]:
         """An output for every test document, in order; `progress` is told how many rows each step has finished."""
-        reads = method.system.reads_prompt
+        reads = system.reads_prompt
         asked = [(task, d, context_ids(self.edge, task, d, reads)) for task in tasks for d in task.test]
         # Rows of different tasks are written together where the weights are the same.
         by_task = itertools.groupby(asked, key=lambda row: id(row[0]))
-        groups = [asked] if method.shared else [list(rows) for _, rows in by_task]
+        groups = [asked] if not system.depends_on_prompt else [list(rows) for _, rows in by_task]
         written: list[Written] = []
         for group in groups:
-            texts = self._texts(method.system, group[0][0], [tuple(ids) for _, _, ids in group], progress)
+            texts = self._texts(system, group[0][0], [tuple(ids) for _, _, ids in group], progress)
             written += [Written(t, d, len(ids), text) for (t, d, ids), text in zip(group, texts, strict=True)]
         return written
 
@@ -157,11 +144,11 @@ def blank_line(tasks: Sequence[Task]) -> str | None:
     return None if any("\n\n" in d.response.strip() for task in tasks for d in task.test) else "\n\n"
 
 
-def latency(edge: Model, method: Method, tasks: Sequence[Task]) -> float:
+def latency(edge: Model, system: System, tasks: Sequence[Task]) -> float:
     """Milliseconds from a context to its whole output, one at a time: the mean over the first tasks."""
     times = []
     for task in tasks[:LATENCY_TASKS]:
-        contexts = [context_ids(edge, task, d, method.system.reads_prompt) for d in task.test]
-        model = Subject("", edge, lambda task=task: method.system.specialized_for(task)).model
+        contexts = [context_ids(edge, task, d, system.reads_prompt) for d in task.test]
+        model = Subject("", edge, lambda task=task: system.specialized_for(task)).model
         times.append(answers.answer_latency(edge, model, task.test, contexts))
     return statistics.fmean(times)

@@ -26,10 +26,10 @@ from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.run import describe, machine
 from lora_gen_jax.evaluation.sheet import to_screen
 from lora_gen_jax.evaluation.systems import system_of
+from lora_gen_jax.evaluation.task import System
 from lora_gen_jax.files import check_output, complete_directory, write_json
 from lora_gen_jax.lab.agent import scores as agent
 from lora_gen_jax.lab.agent.outputs import (
-    Method,
     Writer,
     Written,
     as_read,
@@ -100,8 +100,8 @@ def score_agents(
     began = time.monotonic()
     journal = agent_journal(config)
     for name in methods:
-        method, writer = make_method(config, pair, name, loaded.get(name)), Writer(pair.edge, limit, journal)
-        made = score_method(writer, name, method, tasks, config.eval.latency)
+        system, writer = make_system(config, pair, name, loaded.get(name)), Writer(pair.edge, limit, journal)
+        made = score_system(writer, name, system, tasks, config.eval.latency)
         report["methods"][name], report["outputs"][name] = made
     say(f"scored {len(methods)} methods on {sum(len(t.test) for t in tasks)} rows in {time.monotonic() - began:.0f} s")
     add_compression(report["methods"], pair, tasks)
@@ -167,12 +167,11 @@ def generator_for(pair: Pair, loaded: Loaded) -> Loaded:
     return loaded
 
 
-def make_method(config: Config, pair: Pair, name: str, loaded: Loaded | None) -> Method:
-    """The method of a row, with the tools as the whole prompt."""
+def make_system(config: Config, pair: Pair, name: str, loaded: Loaded | None) -> System:
+    """What a row scores, with the tools as the whole prompt."""
     alone = dataclasses.replace(config, eval=dataclasses.replace(config.eval, shots=0))
     method = COMPARED["icl" if loaded is None else loaded.config.method]
-    system = dataclasses.replace(system_of(alone, pair, method, loaded), reads_prompt=AGENT_ROWS[name].reads_prompt)
-    return Method(system, shared=not method.depends_on_prompt)
+    return dataclasses.replace(system_of(alone, pair, method, loaded), reads_prompt=AGENT_ROWS[name].reads_prompt)
 
 
 def agent_journal(config: Config) -> RequestCache:
@@ -185,8 +184,8 @@ def agent_journal(config: Config) -> RequestCache:
     return RequestCache(directory, "agent", "give another --workdir")
 
 
-def score_method(
-    writer: Writer, name: str, method: Method, tasks: Sequence[Task], timed: bool = True
+def score_system(
+    writer: Writer, name: str, system: System, tasks: Sequence[Task], timed: bool = True
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metrics and outputs of one method, each {"seen" | "unseen": …}; no latency unless `timed`."""
     console, metrics, outputs, end = Console(file=sys.stderr), {}, {}, blank_line(tasks)
@@ -197,12 +196,12 @@ def score_method(
         total = sum(len(task.test) for task in chosen)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             line = bar.add_task(f"{name} {title}", total=total)
-            rows = writer.write(method, chosen, lambda done, bar=bar, line=line: bar.advance(line, done))
+            rows = writer.write(system, chosen, lambda done, bar=bar, line=line: bar.advance(line, done))
         outputs[title] = [score_row(row, end) for row in rows]
         scores = [agent.AgentScore(**row["score"]) for row in outputs[title]]
         context = sum(row.context_tokens for row in rows) / len(rows)
         metrics[title] = agent.summarize(scores) | {"context_tokens": round(context, 1)}
-        metrics[title]["latency_ms"] = round(latency(writer.edge, method, chosen), 2) if timed else None
+        metrics[title]["latency_ms"] = round(latency(writer.edge, system, chosen), 2) if timed else None
         say(f"{AGENT_ROWS[name].title}, {title} tools: SR {100 * metrics[title]['sr']:.1f} %")
     return metrics, outputs
 
