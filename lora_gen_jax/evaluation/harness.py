@@ -29,8 +29,7 @@ MAIN_METRICS = ("acc", "exact_match")
 def check_harness(methods: Sequence[str], names: Sequence[str]) -> None:
     """What can be told before anything is loaded.
 
-    Raises:
-        ConfigError: when lm-eval is not installed or lacks a task, or for a method that cannot run its tasks.
+    Raises ConfigError when lm-eval is not installed or lacks a task, or for a method that cannot run its tasks.
     """
     if not names:
         return
@@ -67,9 +66,8 @@ def harness_scores(
 ) -> dict[str, dict[str, dict]]:
     """{method: {task: result}}; finished requests are kept in `journal`.
 
-    Raises:
-        DataError: for a task whose prompt cannot be told from its queries, or one without a figure between 0 and 1
-            that is better when higher.
+    Raises DataError for a task whose prompt cannot be told from its queries, or one without a figure between 0 and 1
+    that is better when higher.
     """
     from lm_eval.evaluator import simple_evaluate
 

@@ -24,9 +24,7 @@ def lm_eval_main(arguments: list[str]) -> None:
     on or all as ``lora_gen_reasoning``, whose files ``--data.dir DIR`` names. With ``--fixed_shots``, or where the
     model reads prompts from the tasks, the documents of a task are all shown the same shots.
 
-    Raises:
-        ConfigError: when lm-eval is not installed, or an argument of the model cannot work.
-        LoraGenError: as loading and scoring do.
+    Raises ConfigError when lm-eval is not installed, or an argument of the model cannot work.
     """
     try:
         from lm_eval.__main__ import cli_evaluate

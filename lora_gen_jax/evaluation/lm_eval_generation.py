@@ -81,9 +81,6 @@ def texts(subject: Subject, prompts: Sequence[Sequence[int]], wanted: Wanted, mo
     """One text per prompt, cut before the first stop string.
 
     Decoding ends when every row has an end token or a stop string, or has all its tokens.
-
-    Raises:
-        DataError: as `stream`.
     """
     from lm_eval.models.utils import postprocess_generated_text
 

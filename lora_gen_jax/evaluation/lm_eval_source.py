@@ -78,8 +78,7 @@ class Settings:
 def parse_settings(arguments: dict[str, Any]) -> Settings:
     """Checks lm-eval's arguments.
 
-    Raises:
-        ConfigError: for an unknown argument, a value that cannot work, or two that exclude each other.
+    Raises ConfigError for an unknown argument, a value that cannot work, or two that exclude each other.
     """
     names = [field.name for field in dataclasses.fields(Settings)]
     given = {name: value for name, value in arguments.items() if value is not None}

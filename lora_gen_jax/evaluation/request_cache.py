@@ -73,8 +73,7 @@ class RequestCache:
     def add(self, results: dict[str, Any]) -> None:
         """Keeps results, by key.
 
-        Raises:
-            OutputError: when the file cannot be written.
+        Raises OutputError when the file cannot be written.
         """
         self.results |= results
         if self.path is None:

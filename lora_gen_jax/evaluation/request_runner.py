@@ -50,11 +50,7 @@ class Runner:
         return self.cache.key(self.subject.identity, *content)
 
     def logprobs(self, pairs: Sequence[tuple[Ids, Ids]], quiet: bool = False) -> list[tuple[float, bool]]:
-        """(log-likelihood, is greedy) of every (context, continuation); equal pairs are scored once.
-
-        Raises:
-            DataError, OutputError: as `score` and `RequestCache.add`.
-        """
+        """(log-likelihood, is greedy) of every (context, continuation); equal pairs are scored once."""
         keys = {pair: self.key("loglikelihood", *pair) for pair in dict.fromkeys(pairs)}
         by_context: dict[Ids, list[Ids]] = {}
         for context, continuation in keys:
@@ -102,9 +98,6 @@ class Runner:
         """A text for every (context, how to generate).
 
         A prompt that is repeated gives the same text again, unless it samples: then each draws its own.
-
-        Raises:
-            DataError, OutputError: as `stream` and `RequestCache.add`.
         """
         by_wanted: dict[Wanted, dict[tuple[Ids, int], str]] = {}
         keys = []
@@ -139,11 +132,7 @@ class Runner:
                 bar.update(missing)
 
     def tokens(self, contexts: Sequence[Ids], limit: int, stop_ids: Sequence[int]) -> list[list[int]]:
-        """At most `limit` greedy new ids for every context, without the id that stopped it.
-
-        Raises:
-            DataError, OutputError: as `generate` and `RequestCache.add`.
-        """
+        """At most `limit` greedy new ids for every context, without the id that stopped it."""
         keys = {ids: self.key("tokens", ids, limit, sorted(stop_ids)) for ids in contexts}
         asked = list(keys)
         with self._bar(list(keys.values()), False, "answers") as bar:

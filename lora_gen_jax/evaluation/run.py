@@ -143,8 +143,7 @@ def evaluated_tasks(config: Config) -> list[Task]:
 
     With `eval.split` "validation" those documents are the validation rows, in the place of the test rows.
 
-    Raises:
-        DataError: for an unknown task or one that cannot be scored.
+    Raises DataError for an unknown task or one that cannot be scored.
     """
     names, d = config.eval.tasks or tuple(REASONING_TASKS), config.data
     names = [name for name in names if not name.startswith(harness.PREFIX)]
@@ -164,8 +163,7 @@ def score_systems(
 ) -> dict[str, Any]:
     """Results of every system on every task, as results.json holds them; finished requests are kept in `journal`.
 
-    Raises:
-        DataError: as `check_lengths`, before anything is scored.
+    Raises DataError as `check_lengths`, before anything is scored.
     """
     results: dict[str, Any] = {
         "config": to_json(config),

@@ -59,8 +59,7 @@ def load_checkpoints(config: Config, names: Sequence[str], named: Path | None) -
     That of the config's own method is found as `find_checkpoint` does; another method's is looked for in the directory
     of its name inside the work directory, where a comparison puts it.
 
-    Raises:
-        CheckpointError: when one is missing, or holds another method.
+    Raises CheckpointError when one is missing, or holds another method.
     """
     found = {}
     for method in dict.fromkeys(METHODS[name] for name in names):
@@ -75,8 +74,7 @@ def load_checkpoints(config: Config, names: Sequence[str], named: Path | None) -
 def beside(place: str | Path, method: str) -> Loaded:
     """The checkpoint of a method that a run was compared with.
 
-    Raises:
-        CheckpointError: when there is none.
+    Raises CheckpointError when there is none.
     """
     directory = location(place) / method
     if not directory.is_dir():

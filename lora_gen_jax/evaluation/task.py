@@ -75,9 +75,6 @@ def evaluate_task(
         task, system, settings: these.
         journal: where finished requests and tasks are kept, for an evaluation that goes on where it was stopped.
         progress: called with the number of finished requests and their total.
-
-    Raises:
-        DataError: as `scored_documents`.
     """
     documents, description, shots = asked_of(task, system, settings)
     keeps = journal is not None and system.identity_for is not None
@@ -97,11 +94,7 @@ def evaluate_task(
 
 
 def asked_of(task: Task, system: System, settings: EvalConfig) -> Asked:
-    """What the edge model of a system reads: the documents, and a prompt where it reads one.
-
-    Raises:
-        DataError: as `scored_documents`.
-    """
+    """What the edge model of a system reads: the documents, and a prompt where it reads one."""
     documents = scored_documents(task, settings)
     if not system.reads_prompt:
         return documents, "", ()
@@ -146,8 +139,7 @@ def figures(subject: Subject, contexts: Sequence[Sequence[int]], latency_ms: flo
 def scored_documents(task: Task, settings: EvalConfig) -> list[Example]:
     """The test documents that are scored.
 
-    Raises:
-        DataError: when there are none, when some have options and some have none, or when the task is a chat.
+    Raises DataError when there are none, when some have options and some have none, or when the task is a chat.
     """
     documents = list(task.test[: settings.limit])
     if not documents:
@@ -187,8 +179,7 @@ def check_lengths(pair: Pair, systems: Mapping[str, System], tasks: Sequence[Tas
 
     Documents with options are cut from the left where they are too long, as in lm-eval.
 
-    Raises:
-        DataError: naming the task or the document, and how many tokens fit.
+    Raises DataError naming the task or the document, and how many tokens fit.
     """
     room = pair.prompt_room(settings.prompt_limit)
     for task in tasks:

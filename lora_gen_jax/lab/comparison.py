@@ -51,8 +51,7 @@ SHOWN_TASKS = 6
 def compare(config: Config) -> dict[str, Any]:
     """Scores `config.compare` and writes the report; returns what report.json holds.
 
-    Raises:
-        LoraGenError: for tasks that cannot be scored, or as training.
+    Raises LoraGenError for tasks that cannot be scored, or as training.
     """
     tasks = evaluated_tasks(config)
     for method in dict.fromkeys(METHODS[m] for m in config.compare):
@@ -92,8 +91,7 @@ def variant(config: Config, method: str) -> Config:
 def check_comparison(config: Config) -> None:
     """What a comparison needs, before hours of training.
 
-    Raises:
-        LoraGenError: for an unknown method or task, or a task that cannot be scored.
+    Raises LoraGenError for an unknown method or task, or a task that cannot be scored.
     """
     check_methods(config.compare, "compare")
     if not config.eval.latency:

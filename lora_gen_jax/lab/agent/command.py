@@ -52,8 +52,7 @@ class AgentFlags:
 def agent_main(arguments: list[str]) -> None:
     """``agent CONFIG.py [--rows FILE …] [--seen-rows [FILE …]] [--train-rows FILE …] [--limit N] [--out DIR]``.
 
-    Raises:
-        LoraGenError: for flags or rows that cannot be used, before anything is trained; and as training.
+    Raises LoraGenError for flags or rows that cannot be used, before anything is trained; and as training.
     """
     own, rest, seen = divided(arguments)
     options = (tyro.conf.FlagConversionOff,)
@@ -97,12 +96,7 @@ def divided(arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
 
 
 def scored_tasks(config: Config, flags: AgentFlags, rows_are_seen: bool) -> list[Task]:
-    """What is scored: the user's rows, else the tasks of eval.tasks.
-
-    Raises:
-        ConfigError: for --seen-rows without any file, or where there is nothing to score.
-        DataError: for rows that are malformed, and unknown tasks.
-    """
+    """What is scored: the user's rows, else the tasks of eval.tasks."""
     if rows_are_seen and not flags.rows:
         problem = "--seen-rows without a file says that the tools of --rows are seen"
         raise ConfigError(problem, field="--seen-rows", remedy="give --rows FILE")
@@ -124,12 +118,7 @@ def scored_tasks(config: Config, flags: AgentFlags, rows_are_seen: bool) -> list
 
 
 def with_training_rows(config: Config, flags: AgentFlags) -> Config:
-    """The config that trains on the user's rows, else on generated ones; they are written to the work directory.
-
-    Raises:
-        DataError: for rows that are malformed, or more rows than a tool set has different requests for.
-        OutputError: when the work directory cannot be written.
-    """
+    """The config that trains on the user's rows, else on generated ones; they are written to the work directory."""
     given = ("lora_gen",) if flags.checkpoint else ()
     if not any(name in flags.methods and name not in given for name in TRAINED):
         return config

@@ -85,11 +85,7 @@ def score_function_calls(
 
 
 def find_generator(config: Config, named: Path | None) -> Loaded:
-    """The generator that is named, else that of the agent run, else the config's own.
-
-    Raises:
-        CheckpointError: when there is none, or it is of another method.
-    """
+    """The generator that is named, else that of the agent run, else the config's own."""
     trained = location(config.inside("lora_gen").saved)
     loaded = load_checkpoint(trained) if named is None and trained.is_dir() else find_checkpoint(config, named)
     check_method(loaded, "lora_gen")
@@ -97,11 +93,7 @@ def find_generator(config: Config, named: Path | None) -> Loaded:
 
 
 def divide(pair: Pair, rows: Sequence[FunctionRow], prompt_limit: int) -> tuple[list[FunctionRow], dict[str, int]]:
-    """(rows that fit both models, how many of each file do not).
-
-    Raises:
-        DataError: where none fits: what is wrong with the first.
-    """
+    """(rows that fit both models, how many of each file do not)."""
     fitting = [row for row in rows if not too_long(pair, row, output_limit(pair.edge, [row.task]), prompt_limit)]
     if fitting:
         # The longest output of all rows is the limit of each.

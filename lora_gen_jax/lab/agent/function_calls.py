@@ -91,11 +91,7 @@ def right_arguments(call: FunctionCall, wanted: Mapping[str, list[Any]]) -> bool
 
 
 def summarize_calls(scores: Sequence[CallScore]) -> dict[str, float]:
-    """Means over rows: names, arguments and exact; the standard error of exact, and n.
-
-    Raises:
-        DataError: where there are no scores.
-    """
+    """Means over rows: names, arguments and exact; the standard error of exact, and n."""
     if not scores:
         raise DataError("there are no function calls to summarize", field="scores", remedy="score at least one row")
     exact = [score.exact for score in scores]

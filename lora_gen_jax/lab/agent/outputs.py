@@ -65,9 +65,6 @@ def check_lengths(pair: Pair, tasks: Sequence[Task], limit: int, prompt_limit: i
         limit: most tokens of an output.
         prompt_limit: most tokens of a prompt for the cloud model.
         reads_prompt: some method's edge model reads the tools.
-
-    Raises:
-        DataError: naming the document and how many tokens fit.
     """
     room = pair.prompt_room(prompt_limit)
     most = pair.edge.config.max_positions - limit

@@ -114,9 +114,6 @@ def variants(config: Config, pair: Pair, methods: Sequence[str]) -> dict[str, Co
     """A config for every method that is trained.
 
     With the tools in the edge's context a row has room for them beside the same queries.
-
-    Raises:
-        ConfigError: when the tools and a query do not fit the edge model.
     """
     made = {}
     for name in TRAINED:
@@ -175,11 +172,7 @@ def make_system(config: Config, pair: Pair, name: str, loaded: Loaded | None) ->
 
 
 def agent_journal(config: Config) -> RequestCache:
-    """Outputs that were written in a work directory, by what was asked; of several processes the first keeps them.
-
-    Raises:
-        OutputError: when the directory cannot be written.
-    """
+    """Outputs that were written in a work directory, by what was asked; of several processes the first keeps them."""
     directory = config.directory / "agent_requests" if jax.process_index() == 0 else None
     return RequestCache(directory, "agent", "give another --workdir")
 

@@ -97,8 +97,7 @@ def parse(text: str) -> list[Call]:
 def compare(predicted_text: str, gold_text: str) -> AgentScore:
     """Scores an output against the gold one, by the rules at the head of this file.
 
-    Raises:
-        DataError: where the gold output neither calls a tool after a "Yes" nor says "No" with an `AI:` line.
+    Raises DataError where the gold output neither calls a tool after a "Yes" nor says "No" with an `AI:` line.
     """
     predicted, gold = parse(predicted_text), parse(gold_text)
     calls = [step for step in gold if step.action is not None]
@@ -117,9 +116,6 @@ def summarize(scores: Sequence[AgentScore]) -> dict[str, float]:
     """Means over rows: sr_t, sr_act, sr_args, sr, iou, and average, the mean of these five; stderr of sr, and n.
 
     The standard error is lm-eval's: that of the sample, and 0 for a single row.
-
-    Raises:
-        DataError: where there are no scores.
     """
     if not scores:
         raise DataError("there are no agent rows to summarize", field="scores", remedy="score at least one")

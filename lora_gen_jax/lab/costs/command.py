@@ -66,11 +66,7 @@ class EfficiencyFlags:
 
 
 def sizes_of(text: str) -> list[int]:
-    """Batch sizes from a flag.
-
-    Raises:
-        ConfigError: when one is no positive number.
-    """
+    """Batch sizes from a flag."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts or not all(part.isdigit() and int(part) > 0 for part in parts):
         remedy = "give positive numbers separated by commas, as 1,8"
@@ -121,11 +117,7 @@ def make_workload(pair: Pair, flags: EfficiencyFlags) -> Workload:
 
 
 def make_setup(config: Config, pair: Pair, work: Workload, named: Path | None) -> tuple[Setup, str]:
-    """The generator, and where it is from; one with untrained weights where none was trained, which costs the same.
-
-    Raises:
-        CheckpointError: when the checkpoint that was named is missing, or of another method or other models.
-    """
+    """The generator, and where it is from; one with untrained weights where none was trained, which costs the same."""
     config = dataclasses.replace(config, method="lora_gen")
     try:
         loaded = find_checkpoint(config, named)

@@ -73,11 +73,7 @@ def workload_of_texts(pair: Pair, prompt: str, query: str, new_tokens: int) -> W
 
 
 def checked(work: Workload, pair: Pair) -> Workload:
-    """The workload itself.
-
-    Raises:
-        ConfigError: naming the flag, when something is empty or does not fit a model's positions.
-    """
+    """The workload itself."""
     if min(len(work.cloud_prompt), len(work.query), work.kept) < 1 or work.new_tokens < 2:
         problem = "--instruction-tokens and --input-tokens must be at least 1, --new-tokens at least 2"
         raise ConfigError(problem, field="--new-tokens" if work.new_tokens < 2 else "--instruction-tokens")

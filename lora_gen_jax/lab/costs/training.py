@@ -54,11 +54,7 @@ CASES = {
 
 
 def training_costs(config: Config, pair: Pair, instruction: int, query: int, repeats: int) -> dict[str, Any]:
-    """Seconds, bytes and MACs of a step, by name of case; the cases take turns.
-
-    Raises:
-        ConfigError: when instruction and input do not fit the edge's positions, which "lora" needs.
-    """
+    """Seconds, bytes and MACs of a step, by name of case; the cases take turns."""
     if query < ANSWER_SHARE or instruction + query > pair.edge.config.max_positions:
         raise ConfigError(
             f"a training step on {instruction} + {query} tokens is not possible: the input needs {ANSWER_SHARE}"

@@ -35,10 +35,6 @@ def torch_model(source: str | Source, model: Model) -> Any:
 
     Returns:
         a `transformers.PreTrainedModel`, in `eval` mode, on the CPU.
-
-    Raises:
-        ConfigError: when torch is not installed.
-        ModelError: when the weights do not fit the class that transformers builds.
     """
     if (reason := torch_missing()) is not None:
         raise ConfigError(reason, field="torch")

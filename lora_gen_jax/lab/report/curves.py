@@ -69,9 +69,6 @@ def break_even_of(file: File) -> tuple[list[float], dict[str, list[float]]] | No
     """Numbers of queries, and each method's time in all in seconds; None where the file has none.
 
     Read from {"curve": {"queries", "ms": {method: times}}}, or from {"break_even": {"queries", method: seconds}}.
-
-    Raises:
-        DataError: when a method has another number of times than there are numbers of queries.
     """
     curve, plain = file.values.get("curve"), file.values.get("break_even")
     queries: Any

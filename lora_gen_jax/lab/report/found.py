@@ -75,11 +75,7 @@ class Found:
 
 
 def find(directories: Sequence[Path]) -> Found:
-    """Reads what the directories hold.
-
-    Raises:
-        DataError: for no directory, one that does not exist, a damaged file, or when there is nothing to report.
-    """
+    """Reads what the directories hold."""
     if not directories:
         problem = "name at least one directory: a run's work directory, or what eval.py wrote"
         raise DataError(problem, field="directories", code="none")
@@ -122,11 +118,7 @@ def _labels(directories: list[Path], named: set[Path]) -> dict[Path, str]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        DataError: when it cannot be read, or holds something else.
-    """
+    """A JSON file that holds an object."""
     again = f"write it again with {SOURCES[path.name][1]}, or remove it"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

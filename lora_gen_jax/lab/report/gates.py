@@ -24,11 +24,7 @@ Gates = Mapping[str, np.ndarray]
 
 
 def gates_of(file: File) -> dict[str, np.ndarray]:
-    """The gates [L, E] of every task in a gates.json.
-
-    Raises:
-        DataError: when the file has another layout, or a gate is no number in [0, 1].
-    """
+    """The gates [L, E] of every task in a gates.json."""
     tasks = file.values.get("tasks")
     if not isinstance(tasks, dict) or not tasks:
         remedy = "write it again with eval.py, or remove it"

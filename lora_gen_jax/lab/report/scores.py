@@ -64,11 +64,7 @@ def prompted(method: str, result: Mapping[str, Any]) -> bool:
 
 
 def gather(files: Sequence[File]) -> list[Scores]:
-    """One `Scores` for files that go together.
-
-    Raises:
-        DataError: when a file has not the layout of results.json.
-    """
+    """One `Scores` for files that go together."""
     made: dict[Any, Scores] = {}
     for file in files:
         try:

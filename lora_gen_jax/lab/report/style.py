@@ -53,11 +53,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save(figure: Any, path: Path) -> Path:
-    """Replaces the PNG.
-
-    Raises:
-        OutputError: when it cannot be written.
-    """
+    """Replaces the PNG."""
     temporary = path.with_name(f".{path.name}.tmp.png")
     try:
         figure.savefig(temporary, dpi=DPI)

@@ -58,11 +58,7 @@ def task_sheet(scores: Scores) -> Sheet:
 
 
 def comparison_sheet(report: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Sheet:
-    """A report.json.
-
-    Raises:
-        KeyError: when it has another layout.
-    """
+    """A report.json."""
     groups = list(report)
     if not all(report.values()):
         raise KeyError("a group has no methods")

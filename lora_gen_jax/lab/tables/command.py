@@ -125,11 +125,7 @@ def divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """Numbers between commas.
-
-    Raises:
-        ConfigError: for anything else.
-    """
+    """Numbers between commas."""
     parts = split(text)
     if not parts or not all(part.isdecimal() for part in parts):
         raise ConfigError(f"--seeds is {text!r}", field="--seeds", remedy="give numbers separated by commas, as 0,1,2")

@@ -68,11 +68,7 @@ class Job:
         return {name: settings[name] for name in ("edge", "eval")} if self.run == UNTRAINED else settings
 
     def inputs(self) -> dict[str, Any]:
-        """What the result depends on besides the config: the content of the user's files, or the rows that are made.
-
-        Raises:
-            DataError: for a file that cannot be read.
-        """
+        """What the result depends on besides the config: the content of the user's files, or the rows that are made."""
         if self.run == AGENT:
             return {"agent_rows": self.agent_rows}
         data, scored = self.config.data, self.config.eval.tasks or REASONING_TASKS
@@ -93,8 +89,7 @@ class Job:
 def make_jobs(tables: Tables) -> list[Job]:
     """All jobs of the tables, checked.
 
-    Raises:
-        ConfigError: as `config_of`, and for numbers of seeds or shots that cannot work.
+    Raises ConfigError as `config_of`, and for numbers of seeds or shots that cannot work.
     """
     if not tables.seeds or not tables.shots or min(tables.shots) < 0:
         problem = f"seeds are {tables.seeds} and shots {tables.shots}: give one of each or more, shots >= 0"
@@ -108,11 +103,7 @@ def make_jobs(tables: Tables) -> list[Job]:
 
 
 def chosen(tables: Tables, jobs: Sequence[Job], only: Sequence[str]) -> list[Job]:
-    """The jobs of these runs; all where none is named.
-
-    Raises:
-        ConfigError: for an unknown run.
-    """
+    """The jobs of these runs; all where none is named."""
     for name in only:
         if name not in tables.names:
             near = difflib.get_close_matches(name, tables.names, n=1)
@@ -124,8 +115,7 @@ def chosen(tables: Tables, jobs: Sequence[Job], only: Sequence[str]) -> list[Job
 def missing(jobs: Sequence[Job]) -> list[Job]:
     """The jobs without a complete result.
 
-    Raises:
-        CheckpointError: where a run was finished, or begun, with other settings, which it names.
+    Raises CheckpointError where a run was finished, or begun, with other settings, which it names.
     """
     left = []
     for job in jobs:
@@ -140,9 +130,6 @@ def missing(jobs: Sequence[Job]) -> list[Job]:
 
 def outdated(jobs: Sequence[Job]) -> list[Job]:
     """The jobs with a result that cannot be used: half of it is there, or it was scored in another way than is asked.
-
-    Raises:
-        CheckpointError: as `finished`.
     """
     return [job for job in jobs if finished(job) is None and job.result.exists()]
 
@@ -153,8 +140,7 @@ def finished(job: Job) -> dict[str, Any] | None:
     None where there is none, where a kill left half of one, and where it has to be scored again: with other settings
     under eval, or, where nothing is trained, on other data.
 
-    Raises:
-        CheckpointError: when it was trained with other settings.
+    Raises CheckpointError when it was trained with other settings.
     """
     result = _read(job.result)
     if result is None or not isinstance(result.get("settings"), dict):

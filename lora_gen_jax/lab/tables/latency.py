@@ -35,13 +35,7 @@ UNTRAINED_ROWS = ("base", "icl", "icl_kept_prefix")
 
 
 def measure_costs(tables: Tables, rows: Sequence[str]) -> dict[str, Any]:
-    """Costs of the untrained rows and of `rows`, which are runs of the tables.
-
-    Raises:
-        ConfigError: when the work does not fit a model.
-        OutputError: when the file cannot be written.
-        jax.errors.JaxRuntimeError: when the memory does not suffice, for example.
-    """
+    """Costs of the untrained rows and of `rows`, which are runs of the tables."""
     found = kept_costs(tables, rows)
     if "training" in found:
         return found

@@ -36,9 +36,6 @@ def write_tables(tables: Tables, jobs: Sequence[Job], out: Path | None) -> bool:
         tables: these.
         jobs: all of them; those that are not finished leave dashes.
         out: directory to write, complete or not at all; the work directory when None.
-
-    Raises:
-        LoraGenError: for results of other settings, or a directory that cannot be written.
     """
     results = gather(jobs)
     if not results["facts"]:
@@ -106,9 +103,6 @@ def gather(jobs: Sequence[Job]) -> dict[str, Any]:
     {"settings": {run: config}, "runs": {row: {seed: {shots: scores}}}, "seen": {task: whether}, "facts": {run: {seed:
     `FACTS`}}, "agent": {seed: {method: {group: metrics}}}, "machines": [{"machine", "runs"}], "versions":
     [{"versions", "runs"}], "seeds", "shots"}. Seeds and numbers of shots are texts, as in JSON.
-
-    Raises:
-        CheckpointError: as `finished`.
     """
     found: dict[str, Any] = {"settings": {}, "runs": {}, "seen": {}, "facts": {}, "agent": {}}
     found |= {"machines": [], "versions": [], "shots": str(max((max(job.shots) for job in jobs), default=0))}

@@ -49,8 +49,7 @@ class TablesStopped(Stopped):
 def run_jobs(jobs: Sequence[Job], command: Callable[[Job], Sequence[str]]) -> list[Job]:
     """Runs all jobs and returns those that failed.
 
-    Raises:
-        TablesStopped: after a signal, when the running job has ended.
+    Raises TablesStopped after a signal, when the running job has ended.
     """
     failed = []
     for number, job in enumerate(jobs, 1):
@@ -110,11 +109,7 @@ def say(text: str) -> None:
 
 
 def do(job: Job) -> None:
-    """Does what is left of a job in this process.
-
-    Raises:
-        LoraGenError, Stopped: as training and scoring.
-    """
+    """Does what is left of a job in this process."""
     began, inputs = time.monotonic(), job.inputs()
     values = {"inputs": inputs, **(agents(job) if job.run == AGENT else trained_and_scored(job))}
     values |= {"machine": machine(), "versions": versions(), "seconds": round(time.monotonic() - began, 1)}

@@ -68,8 +68,7 @@ def is_method_row(run: str, method: str) -> bool:
 def read_tables(path: Path) -> Tables:
     """Runs a config file's ``get_tables()``; configs without a name take the file's.
 
-    Raises:
-        ConfigError: when the file is missing, fails, or has no ``get_tables()`` that returns `Tables`.
+    Raises ConfigError when the file is missing, fails, or has no ``get_tables()`` that returns `Tables`.
     """
     tables = made_by(path, "get_tables", Tables)
     base = dataclasses.replace(tables.base, name=tables.base.name or f"tables_{path.stem}")
@@ -94,8 +93,7 @@ def changed(config: Any, change: Change, run: str) -> Any:
 def config_of(tables: Tables, run: str, seed: int) -> Config:
     """The config of one run with one seed, in its own directory; a seed's methods are scored with the same shots.
 
-    Raises:
-        ConfigError: naming the run, when the change or the result cannot work.
+    Raises ConfigError naming the run, when the change or the result cannot work.
     """
     base = tables.agent if run == AGENT else tables.base
     assert base is not None
