@@ -22,7 +22,7 @@ from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.request_runner import Runner
 from lora_gen_jax.evaluation.subject import Subject
 from lora_gen_jax.inference.edge_model import EdgeModel
-from lora_gen_jax.inference.soft_prompt import soft_positions
+from lora_gen_jax.inference.prefix import soft_positions
 from lora_gen_jax.methods.method import Prompt
 from lora_gen_jax.models import Model, Pair
 

@@ -19,7 +19,7 @@ from lora_gen_jax.generator.cloud import pack_prompts
 from lora_gen_jax.lab.costs import measure as efficiency
 from lora_gen_jax.lab.costs import transformers_peer
 from lora_gen_jax.lab.costs.methods import (
-    METHODS,
+    ANSWERING,
     Ready,
     Setup,
     Workload,
@@ -141,11 +141,8 @@ def measured(setup: Setup, flags: EfficiencyFlags, batch_sizes: list[int]) -> di
     edge = pair.edge
     efficiency.say("making the methods ready")
     ready, left_out = made_ready(setup)
-    systems: dict[str, efficiency.System] = {
-        name: efficiency.OurSystem(one, work.new_tokens) for name, one in ready.items()
-    }
     peers, skipped = make_peers(setup, flags)
-    times = efficiency.measure({**systems, **peers}, batch_sizes, flags.repeats)
+    times = efficiency.measure({**ready, **peers}, batch_sizes, flags.repeats)
     methods: dict[str, Any] = {}
     # Merged methods that read as much run the same programs.
     costs: dict[Any, dict[str, Any]] = {}
@@ -153,7 +150,7 @@ def measured(setup: Setup, flags: EfficiencyFlags, batch_sizes: list[int]) -> di
         program = (len(one.ids), one.kept, None if one.model.adapter is None else name)
         if program not in costs:
             efficiency.say(f"memory and multiply-adds of {name}")
-            costs[program] = efficiency.answer_cost(one, work.new_tokens)
+            costs[program] = efficiency.answer_cost(one)
         methods[name] = {"context_tokens": len(one.ids), "kept_tokens": one.kept, "ids": times[name].ids}
         methods[name] |= efficiency.figures(times[name], work.new_tokens) | costs[program]
     kept = ready["icl_kept_prefix"].model.prefix
@@ -180,7 +177,7 @@ def made_ready(setup: Setup) -> tuple[dict[str, Ready], dict[str, str]]:
     """Every method ready to answer, and those that are left out with the reason."""
     ready: dict[str, Ready] = {}
     left_out: dict[str, str] = {}
-    for name, make in METHODS.items():
+    for name, make in ANSWERING.items():
         try:
             ready[name] = make(setup)
         except ConfigError as error:
@@ -190,14 +187,14 @@ def made_ready(setup: Setup) -> tuple[dict[str, Ready], dict[str, str]]:
     return ready, left_out
 
 
-def make_peers(setup: Setup, flags: EfficiencyFlags) -> tuple[dict[str, efficiency.TorchSystem], str | None]:
+def make_peers(setup: Setup, flags: EfficiencyFlags) -> tuple[dict[str, transformers_peer.TorchSystem], str | None]:
     """Transformers' systems, or none and the reason why."""
     skipped = transformers_peer.torch_missing() if flags.torch else "left out by --no-torch"
     if skipped is not None:
         return {}, skipped
     hf = transformers_peer.torch_model(setup.config.edge.source, setup.pair.edge)
     efficiency.say(f"torch is quickest with {transformers_peer.use_quickest_threads(hf, setup.work.whole)} thread(s)")
-    return efficiency.torch_systems(hf, setup), None
+    return transformers_peer.torch_systems(hf, setup.work), None
 
 
 def setting(flags: EfficiencyFlags, work: Workload, batch_sizes: list[int]) -> dict[str, Any]:

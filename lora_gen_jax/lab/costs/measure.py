@@ -9,97 +9,18 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
 from lora_gen_jax.adapters.merge import merge
-from lora_gen_jax.evaluation.timing import timed
-from lora_gen_jax.inference import cost, decode
+from lora_gen_jax.inference import cost
 from lora_gen_jax.inference.edge_model import forward_only
 from lora_gen_jax.lab.costs.methods import Ready, Setup
-from lora_gen_jax.lab.costs.transformers_peer import TorchAnswer, TorchPrefix, torch_answer
+from lora_gen_jax.lab.costs.transformers_peer import TorchSystem
 
 # After each answer: the other library's idle threads spin for a while before they sleep.
 PAUSE = 0.02
-
-
-class System(Protocol):
-    """Something that answers the query."""
-
-    def once(self) -> dict[str, float]:
-        """Does what a task needs once; seconds by stage."""
-        ...
-
-    def answer(self) -> tuple[float, float, list[int]]:
-        """Answers: seconds to the first token and to the last, ids."""
-        ...
-
-    def batch(self, rows: int) -> float:
-        """Answers in `rows` equal rows: seconds to the last token."""
-        ...
-
-
-class OurSystem:
-    """A method of this project."""
-
-    def __init__(self, ready: Ready, new_tokens: int):
-        self.ready, self.new_tokens = ready, new_tokens
-
-    def once(self) -> dict[str, float]:
-        return {} if self.ready.once is None else self.ready.once()
-
-    def answer(self) -> tuple[float, float, list[int]]:
-        # Two runs: the whole answer is one program without a stop, in which no token can be timed.
-        r, settings = self.ready, decode.GenerationSettings(self.new_tokens)
-        first = timed(lambda: next(decode.stream(r.model, [r.ids], settings)))[1]
-        made, total = timed(lambda: decode.generate(r.model, [r.ids], settings))
-        return first, total, made[0].ids
-
-    def batch(self, rows: int) -> float:
-        r, settings = self.ready, decode.GenerationSettings(self.new_tokens)
-        return timed(lambda: decode.generate(r.model, [r.ids] * rows, settings))[1]
-
-
-class TorchSystem:
-    """The base model in transformers; `kept` ids of the front are read once, their cache is copied for every answer.
-
-    The copy is timed apart, not as part of the answer: a server may cut its cache back instead.
-    """
-
-    def __init__(self, hf: Any, ids: Sequence[int], new_tokens: int, kept: int = 0):
-        self.hf, self.ids, self.new_tokens, self.kept = hf, list(ids), new_tokens, kept
-        self.prefix = TorchPrefix(hf, self.ids[:kept]) if kept else None
-
-    def once(self) -> dict[str, float]:
-        if self.prefix is None:
-            return {}
-        return {"prefix": timed(lambda: TorchPrefix(self.hf, self.ids[: self.kept]))[1]}
-
-    def copy(self) -> float | None:
-        """Seconds of one copy of the prefix's cache."""
-        return None if self.prefix is None else min(timed(self.prefix.cache)[1] for _ in range(3))
-
-    def answer(self) -> tuple[float, float, list[int]]:
-        made = self._decode(1)
-        return made.first, made.total, made.ids[0]
-
-    def batch(self, rows: int) -> float:
-        return self._decode(rows).total
-
-    def _decode(self, rows: int) -> TorchAnswer:
-        cache = None if self.prefix is None else self.prefix.cache(rows)
-        return torch_answer(self.hf, [self.ids[self.kept :]] * rows, self.new_tokens, cache)
-
-
-def torch_systems(hf: Any, setup: Setup) -> dict[str, TorchSystem]:
-    """The three ways in which transformers' base model can do the same work."""
-    work = setup.work
-    return {
-        "transformers_no_prompt": TorchSystem(hf, work.query, work.new_tokens),
-        "transformers_full_prompt": TorchSystem(hf, work.whole, work.new_tokens),
-        "transformers_kept_prefix": TorchSystem(hf, work.whole, work.new_tokens, work.kept),
-    }
 
 
 @dataclasses.dataclass
@@ -120,7 +41,7 @@ class Timings:
     ids: list[int] = dataclasses.field(default_factory=list)
 
 
-def measure(systems: Mapping[str, System], batch_sizes: Sequence[int], repeats: int) -> dict[str, Timings]:
+def measure(systems: Mapping[str, Ready | TorchSystem], batch_sizes: Sequence[int], repeats: int) -> dict[str, Timings]:
     """Times all systems in turns; the first turn of each kind compiles and is dropped."""
     found = {name: Timings() for name in systems}
     for turn in range(repeats + 1):
@@ -179,10 +100,10 @@ def peak_bytes(compiled: Any) -> int | None:
     return m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
 
 
-def answer_cost(ready: Ready, new_tokens: int) -> dict[str, Any]:
+def answer_cost(ready: Ready) -> dict[str, Any]:
     """Memory of an answer's programs, and its multiply-adds by formula and by the compiler."""
     decoder, params, adapter = ready.model.decoder, ready.model.params, ready.model.adapter
-    sizes = cost.Sizes(len(ready.ids), ready.kept, new_tokens, adapter=ready.adapter_macs)
+    sizes = cost.Sizes(len(ready.ids), ready.kept, ready.new_tokens, adapter=ready.adapter_macs)
     program = forward_only(decoder)
     peaks = [peak_bytes(cost.lower_pass(program, params, adapter, one).compile()) for one in sizes.executed]
     needed = cost.answer_macs(decoder.config, sizes)

@@ -20,6 +20,7 @@ from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.evaluation.timing import timed
 from lora_gen_jax.generator.cloud import PackedPrompts, pack_prompts
 from lora_gen_jax.generator.specialize import specialize
+from lora_gen_jax.inference.decode import GenerationSettings, generate, stream
 from lora_gen_jax.inference.edge_model import EdgeModel, Prefix
 from lora_gen_jax.inference.prefix import compress, encode_prefix, encode_soft
 from lora_gen_jax.methods.hub_search import search
@@ -103,6 +104,9 @@ class Setup:
         prompts = [self.work.cloud_prompt]
         return specialize(self.generator, self.variables, self.pair.cloud.params, prompts).adapter.select(0)
 
+    def ready(self, ids: list[int], model: EdgeModel, **more: Any) -> "Ready":
+        return Ready(ids, model, self.work.new_tokens, **more)
+
     def packed_prompt(self) -> Any:
         """The instruction in the shape in which `specialize` hands it to the compiled program."""
         layers = self.pair.edge.config.num_layers
@@ -117,29 +121,36 @@ class Ready:
     Attributes:
         ids: what the edge model reads for the query.
         model: that answers.
+        new_tokens: of the answer.
         adapter_macs: what its adapter adds for one token, over all layers.
-        once: does again what is done once a task, and gives the seconds of each stage; None where nothing is.
+        once: does again what is done once a task, and gives the seconds of each stage.
     """
 
     ids: list[int]
     model: EdgeModel
+    new_tokens: int
     adapter_macs: int = 0
-    once: Callable[[], dict[str, float]] | None = None
+    once: Callable[[], dict[str, float]] = dict
 
     @property
     def kept(self) -> int:
         """Tokens of the prefix."""
         return 0 if self.model.prefix is None else self.model.prefix.length
 
+    def answer(self) -> tuple[float, float, list[int]]:
+        """Answers: seconds to the first token and to the last, ids.
 
-def base(setup: Setup) -> Ready:
-    """The query alone."""
-    return Ready(setup.work.query, setup.pair.edge.plain)
+        In two runs: the whole answer is one program without a stop, in which no token can be timed.
+        """
+        settings = GenerationSettings(self.new_tokens)
+        first = timed(lambda: next(stream(self.model, [self.ids], settings)))[1]
+        made, total = timed(lambda: generate(self.model, [self.ids], settings))
+        return first, total, made[0].ids
 
-
-def icl(setup: Setup) -> Ready:
-    """The instruction is read before every query."""
-    return Ready(setup.work.whole, setup.pair.edge.plain)
+    def batch(self, rows: int) -> float:
+        """Answers in `rows` equal rows: seconds to the last token."""
+        settings = GenerationSettings(self.new_tokens)
+        return timed(lambda: generate(self.model, [self.ids] * rows, settings))[1]
 
 
 def icl_kept_prefix(setup: Setup) -> Ready:
@@ -150,7 +161,7 @@ def icl_kept_prefix(setup: Setup) -> Ready:
         return encode_prefix(edge.plain, work.whole[: work.kept])
 
     model = edge.plain.replace(prefix=read())
-    return Ready(work.whole[work.kept :], model, once=lambda: {"prefix": timed(lambda: read().cache)[1]})
+    return setup.ready(work.whole[work.kept :], model, once=lambda: {"prefix": timed(lambda: read().cache)[1]})
 
 
 def untrained(config: Config, pair: Pair) -> tuple[Any, Any]:
@@ -171,7 +182,8 @@ def fixed(key: str, setup: Setup) -> Ready:
     model = merge_if_possible(setup.pair.edge.plain, module.apply(variables, None, None).adapter)
     macs = COMPARED[key].token_macs
     beside = 0 if model.adapter is None or macs is None else macs(setup.pair.edge.config, config)
-    return Ready(setup.work.whole if config.data.edge_reads_prompt else setup.work.query, model, beside)
+    ids = setup.work.whole if config.data.edge_reads_prompt else setup.work.query
+    return setup.ready(ids, model, adapter_macs=beside)
 
 
 def autocompressor(setup: Setup) -> Ready:
@@ -193,7 +205,7 @@ def autocompressor(setup: Setup) -> Ready:
         return encode_soft(model, soft_ND)
 
     answering = model.replace(prefix=read())
-    return Ready(setup.work.query, answering, once=lambda: {"compress": timed(lambda: read().cache)[1]})
+    return setup.ready(setup.work.query, answering, once=lambda: {"compress": timed(lambda: read().cache)[1]})
 
 
 def lorahub(setup: Setup) -> Ready:
@@ -214,7 +226,7 @@ def lorahub(setup: Setup) -> Ready:
         return {"search": searching, "merge": merging}
 
     merged = merge_if_possible(edge.plain, compose(variables, np.zeros(config.hub.modules, np.float32), scale))
-    return Ready(work.query, merged, once=once)
+    return setup.ready(work.query, merged, once=once)
 
 
 def lora_gen(setup: Setup) -> Ready:
@@ -226,16 +238,16 @@ def lora_gen(setup: Setup) -> Ready:
         _, merging = timed(lambda: merge(params, adapter))
         return {"cloud": reading, "merge": merging}
 
-    return Ready(setup.work.query, merge_if_possible(setup.pair.edge.plain, setup.specialize()), once=once)
+    return setup.ready(setup.work.query, merge_if_possible(setup.pair.edge.plain, setup.specialize()), once=once)
 
 
-METHODS: dict[str, Callable[[Setup], Ready]] = {
-    "base": base,
-    "icl": icl,
+ANSWERING: dict[str, Callable[[Setup], Ready]] = {
+    "base": lambda setup: setup.ready(setup.work.query, setup.pair.edge.plain),
+    "icl": lambda setup: setup.ready(setup.work.whole, setup.pair.edge.plain),
     "icl_kept_prefix": icl_kept_prefix,
     **{key: functools.partial(fixed, key) for key, one in COMPARED.items() if one.build and not one.depends_on_prompt},
     "lorahub": lorahub,
     "autocompressor": autocompressor,
     "lora_gen": lora_gen,
 }
-"""One entry a method."""
+"""How each method is made ready to answer."""

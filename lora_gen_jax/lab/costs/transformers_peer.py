@@ -6,16 +6,17 @@ it is asked for; it is no dependency of the package.
 """
 
 import copy
-import dataclasses
 import importlib.util
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lora_gen_jax.decoder.pretrained import Source, leaves, load_hf_config
 from lora_gen_jax.errors import ConfigError, ModelError
+from lora_gen_jax.evaluation.timing import timed
+from lora_gen_jax.lab.costs.methods import Workload
 from lora_gen_jax.models import Model
 
 
@@ -65,15 +66,8 @@ def torch_model(source: str | Source, model: Model) -> Any:
     return hf.float().eval()
 
 
-@dataclasses.dataclass(frozen=True)
-class TorchAnswer:
-    """Tokens of an answer and when they came.
-
-    Attributes:
-        ids: new token ids of each row.
-        first: seconds to the first of them.
-        total: seconds to the last.
-    """
+class TorchAnswer(NamedTuple):
+    """New token ids of each row, and seconds to the first and to the last of them."""
 
     ids: list[list[int]]
     first: float
@@ -121,6 +115,46 @@ def torch_answer(hf: Any, rows: Sequence[Sequence[int]], new_tokens: int, cache:
             made.append(newest[:, 0].tolist())
             first = time.perf_counter() - began if number == 0 else first
     return TorchAnswer([list(ids) for ids in zip(*made, strict=True)], first, time.perf_counter() - began)
+
+
+class TorchSystem:
+    """The base model in transformers; `kept` ids of the front are read once, their cache is copied for every answer.
+
+    The copy is timed apart, not as part of the answer: a server may cut its cache back instead.
+    """
+
+    def __init__(self, hf: Any, ids: Sequence[int], new_tokens: int, kept: int = 0):
+        self.hf, self.ids, self.new_tokens, self.kept = hf, list(ids), new_tokens, kept
+        self.prefix = TorchPrefix(hf, self.ids[:kept]) if kept else None
+
+    def once(self) -> dict[str, float]:
+        if self.prefix is None:
+            return {}
+        return {"prefix": timed(lambda: TorchPrefix(self.hf, self.ids[: self.kept]))[1]}
+
+    def copy(self) -> float | None:
+        """Seconds of one copy of the prefix's cache."""
+        return None if self.prefix is None else min(timed(self.prefix.cache)[1] for _ in range(3))
+
+    def answer(self) -> tuple[float, float, list[int]]:
+        made = self._decode(1)
+        return made.first, made.total, made.ids[0]
+
+    def batch(self, rows: int) -> float:
+        return self._decode(rows).total
+
+    def _decode(self, rows: int) -> TorchAnswer:
+        cache = None if self.prefix is None else self.prefix.cache(rows)
+        return torch_answer(self.hf, [self.ids[self.kept :]] * rows, self.new_tokens, cache)
+
+
+def torch_systems(hf: Any, work: Workload) -> dict[str, TorchSystem]:
+    """The three ways in which transformers' base model can do the same work."""
+    return {
+        "transformers_no_prompt": TorchSystem(hf, work.query, work.new_tokens),
+        "transformers_full_prompt": TorchSystem(hf, work.whole, work.new_tokens),
+        "transformers_kept_prefix": TorchSystem(hf, work.whole, work.new_tokens, work.kept),
+    }
 
 
 def use_quickest_threads(hf: Any, ids: Sequence[int]) -> int:

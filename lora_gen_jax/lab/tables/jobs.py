@@ -129,8 +129,7 @@ def missing(jobs: Sequence[Job]) -> list[Job]:
 
 
 def outdated(jobs: Sequence[Job]) -> list[Job]:
-    """The jobs with a result that cannot be used: half of it is there, or it was scored in another way than is asked.
-    """
+    """The jobs with a result that cannot be used: it is incomplete, or was scored in another way than is asked."""
     return [job for job in jobs if finished(job) is None and job.result.exists()]
 
 

@@ -23,7 +23,7 @@ from lora_gen_jax.evaluation.task import task_prompt
 from lora_gen_jax.files import write_json
 from lora_gen_jax.lab.costs import measure as efficiency
 from lora_gen_jax.lab.costs.command import make_setup
-from lora_gen_jax.lab.costs.methods import METHODS, Ready, Setup, Workload, workload_of_texts
+from lora_gen_jax.lab.costs.methods import ANSWERING, Ready, Workload, workload_of_texts
 from lora_gen_jax.lab.costs.training import training_costs
 from lora_gen_jax.lab.tables.spec import UNTRAINED, Tables, config_of, is_method_row
 from lora_gen_jax.models import Pair, load_pair
@@ -57,7 +57,7 @@ def measure_costs(tables: Tables, rows: Sequence[str]) -> dict[str, Any]:
 def timed_rows(tables: Tables, finished: Container[str]) -> list[str]:
     """The finished runs whose answers are timed: those that stand for a method whose cost can be measured."""
     methods = {run: config_of(tables, run, tables.seeds[0]).method for run in tables.runs}
-    return [run for run, key in methods.items() if run in finished and key in METHODS and is_method_row(run, key)]
+    return [run for run, key in methods.items() if run in finished and key in ANSWERING and is_method_row(run, key)]
 
 
 def timed_configs(tables: Tables, rows: Sequence[str]) -> tuple[dict[str, Config], Config]:
@@ -129,16 +129,16 @@ def answers(config: Config, pair: Pair, works: Mapping[int, Workload], configs: 
     """{"workload", "answers", "specializing"}; rows of in-context learning with fewer shots are called icl_N."""
     most = max(works)
     setup, _ = make_setup(config, pair, works[most], None)
-    ready = {name: METHODS[name](setup) for name in UNTRAINED_ROWS}
+    ready = {name: ANSWERING[name](setup) for name in UNTRAINED_ROWS}
     for number in sorted(works):
         if number != most:
-            ready[f"icl_{number}"] = METHODS["icl"](dataclasses.replace(setup, work=works[number]))
+            ready[f"icl_{number}"] = ANSWERING["icl"](dataclasses.replace(setup, work=works[number]))
     for row, one in configs.items():
         efficiency.say(f"making {row} ready")
-        ready[row] = METHODS[one.method](with_config(setup, one))
+        # LoRA-Gen's generator stays, which the other methods do not ask for.
+        ready[row] = ANSWERING[one.method](dataclasses.replace(setup, config=one))
     new = works[most].new_tokens
-    systems = {row: efficiency.OurSystem(one, new) for row, one in ready.items()}
-    times = efficiency.measure(systems, (1,), REPEATS)
+    times = efficiency.measure(ready, (1,), REPEATS)
     work = works[most]
     return {
         "workload": {
@@ -149,16 +149,11 @@ def answers(config: Config, pair: Pair, works: Mapping[int, Workload], configs: 
             "new_tokens": new,
         },
         "answers": {
-            row: sizes_of(one) | efficiency.figures(times[row], new) | efficiency.answer_cost(one, new)
+            row: sizes_of(one) | efficiency.figures(times[row], new) | efficiency.answer_cost(one)
             for row, one in ready.items()
         },
         "specializing": efficiency.specializing_cost(setup),
     }
-
-
-def with_config(setup: Setup, config: Config) -> Setup:
-    """The set-up of a run; LoRA-Gen's generator stays, which the other methods do not ask for."""
-    return dataclasses.replace(setup, config=config)
 
 
 def sizes_of(ready: Ready) -> dict[str, int]:
