@@ -14,7 +14,7 @@ from lora_gen_jax.data.reasoning import REASONING_TASKS, SEEN_TASKS
 from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.evaluation.controls import CONTROLS
 from lora_gen_jax.evaluation.request_cache import RequestCache
-from lora_gen_jax.evaluation.subject import Subject, identity_of
+from lora_gen_jax.evaluation.subject import EvaluatedModel, identity_of
 from lora_gen_jax.evaluation.systems import identifier
 from lora_gen_jax.methods.method import Prompt
 from lora_gen_jax.methods.registry import METHODS
@@ -135,9 +135,9 @@ def result_of(task: str, metrics: dict[str, Any], higher_is_better: dict[str, An
     }
 
 
-def _subject(method: str, config: Config, pair: Pair, checkpoints: dict[str, Loaded]) -> Subject:
+def _subject(method: str, config: Config, pair: Pair, checkpoints: dict[str, Loaded]) -> EvaluatedModel:
     ends, edge = end_ids(config.edge.source, pair.edge), pair.edge
-    base = Subject(identity_of(edge, {"method": "base"}), edge, None, ends)
+    base = EvaluatedModel(identity_of(edge, {"method": "base"}), edge, None, ends)
     one = METHODS.get(method)
     if one is None:  # the edge model as it is, which reads no prompt
         return dataclasses.replace(base, specialize=lambda prompt: base)
@@ -146,14 +146,14 @@ def _subject(method: str, config: Config, pair: Pair, checkpoints: dict[str, Loa
     loaded = checkpoints[method]
     identify, make = identifier(config, pair, loaded), one.specialize(config, pair, loaded)
     if not one.depends_on_prompt:
-        same = Subject(identify(None), edge, lambda: make(None), ends)
+        same = EvaluatedModel(identify(None), edge, lambda: make(None), ends)
         # Trained behind the prompt, the edge model reads it like any text.
         reads = loaded.config.data.edge_reads_prompt
         return same if reads else dataclasses.replace(same, specialize=lambda text: same)
     soft = one.soft_tokens(loaded.config)
 
-    def specialized(text: str) -> Subject:
+    def specialized(text: str) -> EvaluatedModel:
         prompt = Prompt(text, (), False)
-        return Subject(identify(prompt), edge, lambda: make(prompt), ends, soft_tokens=soft)
+        return EvaluatedModel(identify(prompt), edge, lambda: make(prompt), ends, soft_tokens=soft)
 
     return dataclasses.replace(base, specialize=specialized)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from lora_gen_jax.errors import ConfigError
-from lora_gen_jax.evaluation.subject import Subject
+from lora_gen_jax.evaluation.subject import EvaluatedModel
 from lora_gen_jax.inference.decode import GenerationSettings, stream
 from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.inference.sampling import Sampling
@@ -26,7 +26,7 @@ NEUTRAL = {
 }
 
 
-class Wanted(NamedTuple):
+class GenerationArgs(NamedTuple):
     """How a task wants texts to be generated.
 
     Attributes:
@@ -42,7 +42,7 @@ class Wanted(NamedTuple):
     top_p: float
 
 
-def parse_wanted(arguments: dict[str, Any], default_tokens: int, end: str | None) -> Wanted:
+def parse_generation_args(arguments: dict[str, Any], default_tokens: int, end: str | None) -> GenerationArgs:
     """A task's generation arguments.
 
     Args:
@@ -71,13 +71,19 @@ def parse_wanted(arguments: dict[str, Any], default_tokens: int, end: str | None
     if tokens < 1:
         raise ConfigError(f"max_gen_toks={tokens} generates nothing", field="max_gen_toks", remedy="use at least 1")
     return (
-        Wanted(until, tokens, temperature, int(top_k), float(top_p))
+        GenerationArgs(until, tokens, temperature, int(top_k), float(top_p))
         if do_sample
-        else Wanted(until, tokens, 0.0, 0, 1.0)
+        else GenerationArgs(until, tokens, 0.0, 0, 1.0)
     )
 
 
-def texts(subject: Subject, prompts: Sequence[Sequence[int]], wanted: Wanted, model: EdgeModel, seed: int) -> list[str]:
+def texts(
+    subject: EvaluatedModel,
+    prompts: Sequence[Sequence[int]],
+    wanted: GenerationArgs,
+    model: EdgeModel,
+    seed: int,
+) -> list[str]:
     """One text per prompt, cut before the first stop string.
 
     Decoding ends when every row has an end token or a stop string, or has all its tokens.

@@ -20,11 +20,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lora_gen_jax.errors import ConfigError, DataError, ModelError
 from lora_gen_jax.evaluation.lm_eval_documents import split_contexts, use_fixed_shots
-from lora_gen_jax.evaluation.lm_eval_generation import Wanted, parse_wanted
+from lora_gen_jax.evaluation.lm_eval_generation import GenerationArgs, parse_generation_args
 from lora_gen_jax.evaluation.lm_eval_source import Settings, load_subject, parse_settings
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.request_runner import Ids, Runner
-from lora_gen_jax.evaluation.subject import Subject
+from lora_gen_jax.evaluation.subject import EvaluatedModel
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class LoraGenLM(TemplateLM):
 
     @classmethod
     def of(
-        cls, subject: Subject, journal: RequestCache, batch_tokens: int, unprompted: Collection[str] = ()
+        cls, subject: EvaluatedModel, journal: RequestCache, batch_tokens: int, unprompted: Collection[str] = ()
     ) -> "LoraGenLM":
         """A model that a program has loaded already.
 
@@ -70,7 +70,7 @@ class LoraGenLM(TemplateLM):
         made.unprompted = frozenset(unprompted)
         return made
 
-    def _set_up(self, settings: Settings, subject: Subject, journal: RequestCache | None) -> None:
+    def _set_up(self, settings: Settings, subject: EvaluatedModel, journal: RequestCache | None) -> None:
         super().__init__()
         self.settings, self.subject, self.journal = settings, subject, journal
         self.contexts: set[tuple[int, Ids]] = set()
@@ -81,7 +81,7 @@ class LoraGenLM(TemplateLM):
             raise ConfigError(problem, field="max_length", remedy="lower it")
         self.runner = self._runner(self.subject)
 
-    def _runner(self, subject: Subject) -> Runner:
+    def _runner(self, subject: EvaluatedModel) -> Runner:
         directory = None if self.settings.cache is None else Path(self.settings.cache)
         cache = RequestCache(directory, subject.identity) if self.journal is None else self.journal
         return Runner(subject, cache, self.settings.tokens_at_once)
@@ -231,12 +231,12 @@ class LoraGenLM(TemplateLM):
         end = None if self.eot_token_id is None else self.tokenizer.decode([self.eot_token_id])
         prompts = []
         for context, arguments in (request.args for request in requests):
-            wanted = parse_wanted(arguments, self.max_gen_toks, end)
+            wanted = parse_generation_args(arguments, self.max_gen_toks, end)
             prompts.append((self._prompt(context, wanted), wanted))
         self.contexts |= {(self.subject.soft_tokens, ids) for ids, _ in prompts}
         return self.runner.texts(prompts, self.settings.seed, disable_tqdm)
 
-    def _prompt(self, context: str, wanted: Wanted) -> Ids:
+    def _prompt(self, context: str, wanted: GenerationArgs) -> Ids:
         """A context's last tokens, as many as leave room for the new ones."""
         room = self.max_length - wanted.tokens
         if room < 1:

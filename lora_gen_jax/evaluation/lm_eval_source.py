@@ -1,6 +1,6 @@
 """What ``--model_args`` may say, and the model that it means.
 
-In: lm-eval's arguments of the model `lora_gen`. Out: a `Subject`: the edge model, specialized or as it is.
+In: lm-eval's arguments of the model `lora_gen`. Out: a `EvaluatedModel`: the edge model, specialized or as it is.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from lora_gen_jax.adapters.merge import merge_donated
 from lora_gen_jax.adapters.specialization_fit import fitted_adapter
 from lora_gen_jax.config import Config, EvalConfig, ModelConfig
 from lora_gen_jax.errors import ConfigError
-from lora_gen_jax.evaluation.subject import Subject, content_of, digest_of, identity_of
+from lora_gen_jax.evaluation.subject import EvaluatedModel, content_of, digest_of, identity_of
 from lora_gen_jax.evaluation.systems import description_of, identifier
 from lora_gen_jax.files import text_argument
 from lora_gen_jax.methods.method import Prompt
@@ -113,7 +113,7 @@ def parse_settings(arguments: dict[str, Any]) -> Settings:
     return settings
 
 
-def load_subject(settings: Settings) -> Subject:
+def load_subject(settings: Settings) -> EvaluatedModel:
     """Loads the edge model, specialized where a prompt or a specialization is given.
 
     Raises:
@@ -126,7 +126,7 @@ def load_subject(settings: Settings) -> Subject:
         return _with_generator(settings)
     config = ModelConfig(settings.model or "", dtype=settings.dtype or "auto")  # pyright: ignore
     edge, made = load_model(config, evaluation_mesh()), {"method": "base"}
-    return Subject(identity_of(edge, made), edge, None, end_ids(config.source, edge), _info(edge, made))
+    return EvaluatedModel(identity_of(edge, made), edge, None, end_ids(config.source, edge), _info(edge, made))
 
 
 def _info(edge: Model, made: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def _info(edge: Model, made: dict[str, Any]) -> dict[str, Any]:
     return {"lora_gen": {**made, "edge": edge.fingerprint, "dtype": dtype}, "versions": versions()}
 
 
-def _with_specialization(settings: Settings) -> Subject:
+def _with_specialization(settings: Settings) -> EvaluatedModel:
     directory = Path(settings.specialization or "")
     checkpoint = None if settings.checkpoint is None else Path(settings.checkpoint)
     special, loaded, _ = read_specialization(directory, checkpoint, settings.model)
@@ -146,10 +146,10 @@ def _with_specialization(settings: Settings) -> Subject:
     # The base is not needed any more.
     answering = edge.plain.replace(params=merge_donated(edge.params, adapter))
     ends = end_ids(config.edge.source, edge)
-    return Subject(identity_of(edge, made), edge, lambda: answering, ends, _info(edge, made))
+    return EvaluatedModel(identity_of(edge, made), edge, lambda: answering, ends, _info(edge, made))
 
 
-def _with_generator(settings: Settings) -> Subject:
+def _with_generator(settings: Settings) -> EvaluatedModel:
     loaded = load_checkpoint(Path(settings.checkpoint) if settings.checkpoint else DEFAULT)
     config = _relocated(loaded.config, settings)
     prompted = settings.prompt is not None or settings.prompt_from_task
@@ -168,14 +168,14 @@ def _with_generator(settings: Settings) -> Subject:
     identify, info = identifier(config, pair, loaded), _info(pair.edge, made)
     make = method.specialize(config, pair, loaded)
     if not method.depends_on_prompt:
-        return Subject(identify(None), pair.edge, lambda: make(None), ends, info)
+        return EvaluatedModel(identify(None), pair.edge, lambda: make(None), ends, info)
 
-    def specialize(text: str) -> Subject:
+    def specialize(text: str) -> EvaluatedModel:
         prompt, soft = Prompt(text, (), False), method.soft_tokens(config)
         info = _info(pair.edge, made | {"prompt": digest_of(text)})
-        return Subject(identify(prompt), pair.edge, lambda: make(prompt), ends, info, soft_tokens=soft)
+        return EvaluatedModel(identify(prompt), pair.edge, lambda: make(prompt), ends, info, soft_tokens=soft)
 
-    return Subject(identify(None), pair.edge, None, ends, info, specialize) if text is None else specialize(text)
+    return EvaluatedModel(identify(None), pair.edge, None, ends, info, specialize) if text is None else specialize(text)
 
 
 def _relocated(config: Config, settings: Settings) -> Config:

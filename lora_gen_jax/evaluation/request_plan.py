@@ -1,7 +1,7 @@
 """Which requests are computed together: what they begin with is read once, and results come in pieces.
 
-In: token ids of contexts, lengths of rows. Out: `Group`s of contexts with the prefix that all of a group share, and
-pieces of a group, each small enough that little is lost when an evaluation is stopped.
+In: token ids of contexts, lengths of rows. Out: groups of contexts with the prefix that all of a group share, and pieces
+of a group, each small enough that little is lost when an evaluation is stopped.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ HELD_PER_READ = 4
 SEEN_PER_READ = 1024
 
 
-class Group(NamedTuple):
+class PrefixGroup(NamedTuple):
     """Contexts that begin alike.
 
     Attributes:
@@ -31,7 +31,7 @@ class Group(NamedTuple):
     members: list[int]
 
 
-def shared_prefixes(contexts: Sequence[tuple[int, ...]], least: int) -> list[Group]:
+def shared_prefixes(contexts: Sequence[tuple[int, ...]], least: int) -> list[PrefixGroup]:
     """Divides contexts so that the fewest tokens are read.
 
     Sorted, contexts that begin alike are neighbors, and their shared prefixes form a tree. Each of its nodes saves
@@ -52,14 +52,14 @@ def shared_prefixes(contexts: Sequence[tuple[int, ...]], least: int) -> list[Gro
         node = unseen.pop()
         if node.whole:
             members = order[node.start : node.stop]
-            groups.append(Group(contexts[members[0]][: node.depth], members))
+            groups.append(PrefixGroup(contexts[members[0]][: node.depth], members))
             continue
         at = node.start
         for part in [*node.parts, _Node(0, node.stop)]:
             alone += order[at : part.start]
             at = part.stop
         unseen += reversed(node.parts)
-    return [*groups, Group((), sorted(alone))] if alone else groups
+    return [*groups, PrefixGroup((), sorted(alone))] if alone else groups
 
 
 @dataclasses.dataclass

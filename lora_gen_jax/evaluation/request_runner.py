@@ -11,10 +11,10 @@ from typing import Any
 from tqdm import tqdm
 
 from lora_gen_jax.buckets import bucket, power_of_two
-from lora_gen_jax.evaluation.lm_eval_generation import Wanted, texts
+from lora_gen_jax.evaluation.lm_eval_generation import GenerationArgs, texts
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.request_plan import pieces, shared_prefixes
-from lora_gen_jax.evaluation.subject import Subject
+from lora_gen_jax.evaluation.subject import EvaluatedModel
 from lora_gen_jax.inference.decode import GenerationSettings, generate
 from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.inference.prefix import encode_prefix
@@ -38,7 +38,7 @@ class Runner:
 
     def __init__(
         self,
-        subject: Subject,
+        subject: EvaluatedModel,
         cache: RequestCache,
         batch_tokens: int,
         progress: Callable[[int, int], None] | None = None,
@@ -62,14 +62,14 @@ class Runner:
                     min(self.batch_tokens, len(context) - len(prefix) + sum(len(c) - 1 for c in continuations))
                     for context, continuations in (requests[i] for i in members)
                 ]
-                begun = _Begun(self.subject, prefix)
+                begun = _SharedPrefix(self.subject, prefix)
                 for piece, at_once in pieces(lengths, len(prefix), 0, self.batch_tokens, BATCHES_PER_WRITE):
                     self._score([requests[members[i]] for i in piece], keys, begun, at_once, bar)
         results = (self.cache[keys[pair]] for pair in pairs)
         return [(float(logprob), bool(greedy)) for logprob, greedy in results]
 
     def _score(
-        self, requests: list[Request], keys: dict[Any, str], begun: "_Begun", batch_tokens: int, bar: Any
+        self, requests: list[Request], keys: dict[Any, str], begun: "_SharedPrefix", batch_tokens: int, bar: Any
     ) -> None:
         """Scores what the cache lacks of a piece."""
         missing = [
@@ -94,12 +94,12 @@ class Runner:
             }
         )
 
-    def texts(self, prompts: Sequence[tuple[Ids, Wanted]], seed: int = 0, quiet: bool = False) -> list[str]:
+    def texts(self, prompts: Sequence[tuple[Ids, GenerationArgs]], seed: int = 0, quiet: bool = False) -> list[str]:
         """A text for every (context, how to generate).
 
         A prompt that is repeated gives the same text again, unless it samples: then each draws its own.
         """
-        by_wanted: dict[Wanted, dict[tuple[Ids, int], str]] = {}
+        by_wanted: dict[GenerationArgs, dict[tuple[Ids, int], str]] = {}
         keys = []
         for ids, wanted in prompts:
             group, repeat = by_wanted.setdefault(wanted, {}), 0
@@ -112,7 +112,7 @@ class Runner:
                 self._generate(wanted, group, bar)
         return [self.cache[key] for key in keys]
 
-    def _generate(self, wanted: Wanted, keys: dict[tuple[Ids, int], str], bar: Any) -> None:
+    def _generate(self, wanted: GenerationArgs, keys: dict[tuple[Ids, int], str], bar: Any) -> None:
         """Generates what the cache lacks, a batch at a time.
 
         A batch of which anything is missing runs whole: what a row draws depends on its place in the batch.
@@ -120,7 +120,7 @@ class Runner:
         prompts = list(keys)
         for prefix, members in self._groups([ids for ids, _ in prompts]):
             lengths = [len(prompts[i][0]) - len(prefix) for i in members]
-            begun = _Begun(self.subject, prefix)
+            begun = _SharedPrefix(self.subject, prefix)
             for piece, _ in pieces(lengths, len(prefix), wanted.tokens, self.batch_tokens, 1):
                 rows = [prompts[members[i]] for i in piece]
                 if not (missing := sum(keys[row] not in self.cache for row in rows)):
@@ -138,7 +138,7 @@ class Runner:
         with self._bar(list(keys.values()), False, "answers") as bar:
             for prefix, members in self._groups(asked):
                 lengths = [len(asked[i]) - len(prefix) for i in members]
-                begun = _Begun(self.subject, prefix)
+                begun = _SharedPrefix(self.subject, prefix)
                 for piece, at_once in pieces(lengths, len(prefix), limit, self.batch_tokens, 1):
                     rows = min(ANSWERS, at_once // bucket(lengths[piece[0]]), power_of_two(len(piece)))
                     for start in range(0, len(piece), rows):
@@ -150,7 +150,7 @@ class Runner:
         return [self.cache[keys[ids]] for ids in contexts]
 
     def _answers(
-        self, batch: list[Ids], rows: int, begun: "_Begun", until: tuple[int, Sequence[int]]
+        self, batch: list[Ids], rows: int, begun: "_SharedPrefix", until: tuple[int, Sequence[int]]
     ) -> list[list[int]]:
         # Smaller batches are filled up, so that few programs are compiled.
         rest = [ids[len(begun.ids) :] for ids in batch + [batch[0]] * (rows - len(batch))]
@@ -192,10 +192,10 @@ class _Reported:
         self.progress(self.n, self.total)
 
 
-class _Begun:
+class _SharedPrefix:
     """The model behind what a group's contexts begin with, which is read when it is first needed."""
 
-    def __init__(self, subject: Subject, ids: Ids):
+    def __init__(self, subject: EvaluatedModel, ids: Ids):
         self.subject, self.ids = subject, ids
         self._made: EdgeModel | None = None
 

@@ -1,6 +1,6 @@
 """What is evaluated: a model with everything that is merged into it, and what identifies its answers.
 
-In: weights and how they came about. Out: a `Subject`, whose identity finished requests are kept by.
+In: weights and how they came about. Out: a `EvaluatedModel`, whose identity finished requests are kept by.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from lora_gen_jax.training.checkpoint import versions
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Subject:
+class EvaluatedModel:
     """The model that is evaluated.
 
     Attributes:
@@ -38,7 +38,7 @@ class Subject:
     make: Callable[[], EdgeModel] | None = None
     end_ids: tuple[int, ...] = ()
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
-    specialize: Callable[[str], "Subject"] | None = None
+    specialize: Callable[[str], "EvaluatedModel"] | None = None
     soft_tokens: int = 0
 
     @property

@@ -21,16 +21,15 @@ from lora_gen_jax.evaluation.subject import content_of, digest_of, identity_of
 from lora_gen_jax.evaluation.task import System, task_prompt
 from lora_gen_jax.methods.lora_gen import reader
 from lora_gen_jax.methods.method import Method, Prompt
-from lora_gen_jax.methods.registry import METHODS as COMPARED
-from lora_gen_jax.methods.registry import trained_method
+from lora_gen_jax.methods.registry import METHODS, trained_method
 from lora_gen_jax.models import Pair, precision_of
 from lora_gen_jax.training.bucket import location
 from lora_gen_jax.training.checkpoint import Loaded, check_method, check_models, find_checkpoint, load_checkpoint
 
 # Each system that can be scored with the method whose checkpoint it needs.
-METHODS: dict[str, str | None] = {
+CHECKPOINT_OF: dict[str, str | None] = {
     "base": None,
-    **{key: method.checkpoint or (key if method.build else None) for key, method in COMPARED.items()},
+    **{key: method.checkpoint or (key if method.build else None) for key, method in METHODS.items()},
     **dict.fromkeys(CONTROLS, "lora_gen"),
 }
 
@@ -38,16 +37,17 @@ METHODS: dict[str, str | None] = {
 def check_methods(names: Sequence[str], field: str) -> None:
     """Raises ConfigError for no method or an unknown one."""
     if not names:
-        raise ConfigError(f"{field} is empty", field=field, code="empty", remedy=f"name some of {', '.join(METHODS)}")
+        remedy = f"name some of {', '.join(CHECKPOINT_OF)}"
+        raise ConfigError(f"{field} is empty", field=field, code="empty", remedy=remedy)
     for name in names:
-        if name not in METHODS:
-            problem = f"{field} has {name!r}; the methods are {', '.join(METHODS)}"
+        if name not in CHECKPOINT_OF:
+            problem = f"{field} has {name!r}; the methods are {', '.join(CHECKPOINT_OF)}"
             raise ConfigError(problem, field=field, code="unknown")
 
 
 def check_shots(names: Sequence[str], shots: Sequence[int]) -> None:
     """Raises ConfigError for no shots, where a method makes nothing of a prompt without them."""
-    needing = [name for name in names if name in COMPARED and COMPARED[name].needs_shots]
+    needing = [name for name in names if name in METHODS and METHODS[name].needs_shots]
     if needing and min(shots) < 1:
         remedy = "set eval.shots to 1 or more"
         raise ConfigError(f"method {needing[0]} learns from a task's shots", field="eval.shots", remedy=remedy)
@@ -62,16 +62,17 @@ def load_checkpoints(config: Config, names: Sequence[str], named: Path | None) -
     Raises CheckpointError when one is missing, or holds another method.
     """
     found = {}
-    for method in dict.fromkeys(METHODS[name] for name in names):
+    for method in dict.fromkeys(CHECKPOINT_OF[name] for name in names):
         if method is None:
             continue
         own = method == config.method
-        found[method] = loaded = find_checkpoint(config, named) if own else beside(named or config.saved, method)
+        place = named or config.saved
+        found[method] = loaded = find_checkpoint(config, named) if own else load_sibling_checkpoint(place, method)
         check_method(loaded, method)
     return found
 
 
-def beside(place: str | Path, method: str) -> Loaded:
+def load_sibling_checkpoint(place: str | Path, method: str) -> Loaded:
     """The checkpoint of a method that a run was compared with.
 
     Raises CheckpointError when there is none.
@@ -90,7 +91,7 @@ def make_systems(
 
     Args:
         config: for the prompts: eval.shots, eval.seed and eval.prompt_limit.
-        names: keys of `METHODS`.
+        names: keys of `CHECKPOINT_OF`.
         pair: of models.
         checkpoints: as `load_checkpoints` gives them.
         tasks: that will be scored.
@@ -104,14 +105,14 @@ def make_systems(
     for loaded in checkpoints.values():
         check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")
     for name in names:
-        loaded = checkpoints.get(METHODS[name] or "")
+        loaded = checkpoints.get(CHECKPOINT_OF[name] or "")
         if name == "base":
             systems[name] = System(lambda task: pair.edge.plain, False, base_identity(pair))
         elif name in CONTROLS:
             prompts = prompts_under(name, tasks, config.eval, pair.cloud.encoder)
-            systems[name] = system_of(config, pair, COMPARED["lora_gen"], loaded, prompts)
+            systems[name] = system_of(config, pair, METHODS["lora_gen"], loaded, prompts)
         else:
-            systems[name] = system_of(config, pair, COMPARED[name], loaded)
+            systems[name] = system_of(config, pair, METHODS[name], loaded)
     return systems
 
 

@@ -20,7 +20,7 @@ from lora_gen_jax.evaluation import answers, choices
 from lora_gen_jax.evaluation.means import standard_error
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.request_runner import Runner
-from lora_gen_jax.evaluation.subject import Subject
+from lora_gen_jax.evaluation.subject import EvaluatedModel
 from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.inference.prefix import soft_positions
 from lora_gen_jax.methods.method import Prompt
@@ -79,7 +79,7 @@ def evaluate_task(
     documents, description, shots = asked_of(task, system, settings)
     keeps = journal is not None and system.identity_for is not None
     identity = system.identity_for(task) if system.identity_for is not None and keeps else ""
-    subject = Subject(identity, edge, lambda: system.specialized_for(task), soft_tokens=system.soft_tokens)
+    subject = EvaluatedModel(identity, edge, lambda: system.specialized_for(task), soft_tokens=system.soft_tokens)
     cache = journal if journal is not None and keeps else RequestCache(None, "")
     runner = Runner(subject, cache, settings.batch_tokens, progress or (lambda done, total: None))
     texts = [(d.id, d.query, d.response, d.options, d.contexts) for d in documents]
@@ -127,7 +127,9 @@ def score_answers(edge: Model, runner: Runner, asked: Asked, settings: EvalConfi
     return result | figures(runner.subject, contexts, latency_ms)
 
 
-def figures(subject: Subject, contexts: Sequence[Sequence[int]], latency_ms: float | None) -> dict[str, float | None]:
+def figures(
+    subject: EvaluatedModel, contexts: Sequence[Sequence[int]], latency_ms: float | None
+) -> dict[str, float | None]:
     """Mean tokens of the edge's context, soft ones included, and latency; None where it was not measured."""
     read = statistics.fmean(min(len(one), subject.room) for one in contexts)
     return {

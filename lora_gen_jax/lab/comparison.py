@@ -24,7 +24,7 @@ from lora_gen_jax.evaluation.harness import PREFIX
 from lora_gen_jax.evaluation.run import describe, evaluated_tasks, gates_json, score_systems, unfinished
 from lora_gen_jax.evaluation.sheet import to_screen
 from lora_gen_jax.evaluation.systems import (
-    METHODS,
+    CHECKPOINT_OF,
     check_methods,
     check_shots,
     gates_of,
@@ -38,7 +38,7 @@ from lora_gen_jax.lab.report.gates import draw_maps
 from lora_gen_jax.lab.report.scores import prompted
 from lora_gen_jax.lab.report.style import evenly, grid, new_figure, save
 from lora_gen_jax.lab.report.tables import comparison_sheet
-from lora_gen_jax.methods.registry import METHODS as COMPARED
+from lora_gen_jax.methods.registry import METHODS
 from lora_gen_jax.models import load_pair
 from lora_gen_jax.sharding import evaluation_mesh
 from lora_gen_jax.training.loop import train
@@ -54,7 +54,7 @@ def compare(config: Config) -> dict[str, Any]:
     Raises LoraGenError for tasks that cannot be scored, or as training.
     """
     tasks = evaluated_tasks(config)
-    for method in dict.fromkeys(METHODS[m] for m in config.compare):
+    for method in dict.fromkeys(CHECKPOINT_OF[m] for m in config.compare):
         if method not in (None, config.method):
             say(f"training {method} on the same batches")
             train(variant(config, method))
@@ -104,8 +104,8 @@ def check_comparison(config: Config) -> None:
     check_shots(config.compare, [config.eval.shots])
     for method in trained(config):
         made = check(variant(config, method))
-        COMPARED[method].check(made)
-        if COMPARED[method].choose_tasks is not None:
+        METHODS[method].check(made)
+        if METHODS[method].choose_tasks is not None:
             training_tasks(made)
 
 

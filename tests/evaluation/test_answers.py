@@ -15,7 +15,7 @@ from lora_gen_jax.errors import DataError
 from lora_gen_jax.evaluation import answers, request_runner
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.request_runner import Runner
-from lora_gen_jax.evaluation.subject import Subject
+from lora_gen_jax.evaluation.subject import EvaluatedModel
 from lora_gen_jax.evaluation.task import System, check_lengths, evaluate_task, exact_match
 from lora_gen_jax.inference.decode import Generation
 from lora_gen_jax.models import Pair, load_model
@@ -35,7 +35,7 @@ def _quick(monkeypatch):
 
 
 def runner(edge):
-    return Runner(Subject("", edge), RequestCache(None, ""), 8192)
+    return Runner(EvaluatedModel("", edge), RequestCache(None, ""), 8192)
 
 
 def exact(edge, documents, read):

@@ -17,7 +17,7 @@ from lora_gen_jax.errors import DataError
 from lora_gen_jax.evaluation import answers
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.request_runner import Runner
-from lora_gen_jax.evaluation.subject import Subject
+from lora_gen_jax.evaluation.subject import EvaluatedModel
 from lora_gen_jax.evaluation.task import System
 from lora_gen_jax.lab.agent.scores import parse
 from lora_gen_jax.models import Model, Pair
@@ -110,7 +110,8 @@ class Writer:
         self, system: System, task: Task, contexts: list[tuple[int, ...]], progress: Callable[[int], None]
     ) -> list[str]:
         assert system.identity_for is not None
-        subject, reported = Subject(system.identity_for(task), self.edge, lambda: system.specialized_for(task)), 0
+        subject = EvaluatedModel(system.identity_for(task), self.edge, lambda: system.specialized_for(task))
+        reported = 0
 
         def report(done: int, total: int) -> None:
             nonlocal reported
@@ -146,6 +147,6 @@ def latency(edge: Model, system: System, tasks: Sequence[Task]) -> float:
     times = []
     for task in tasks[:LATENCY_TASKS]:
         contexts = [context_ids(edge, task, d, system.reads_prompt) for d in task.test]
-        model = Subject("", edge, lambda task=task: system.specialized_for(task)).model
+        model = EvaluatedModel("", edge, lambda task=task: system.specialized_for(task)).model
         times.append(answers.answer_latency(edge, model, task.test, contexts))
     return statistics.fmean(times)

@@ -41,7 +41,7 @@ from lora_gen_jax.lab.agent.outputs import (
 )
 from lora_gen_jax.lab.agent.table import AGENT_ROWS, PUBLISHED, agent_sheets
 from lora_gen_jax.lab.comparison import say
-from lora_gen_jax.methods.registry import METHODS as COMPARED
+from lora_gen_jax.methods.registry import METHODS
 from lora_gen_jax.models import Pair, load_pair
 from lora_gen_jax.sharding import evaluation_mesh
 from lora_gen_jax.training.bucket import location
@@ -167,7 +167,7 @@ def generator_for(pair: Pair, loaded: Loaded) -> Loaded:
 def make_system(config: Config, pair: Pair, name: str, loaded: Loaded | None) -> System:
     """What a row scores, with the tools as the whole prompt."""
     alone = dataclasses.replace(config, eval=dataclasses.replace(config.eval, shots=0))
-    method = COMPARED["icl" if loaded is None else loaded.config.method]
+    method = METHODS["icl" if loaded is None else loaded.config.method]
     return dataclasses.replace(system_of(alone, pair, method, loaded), reads_prompt=AGENT_ROWS[name].reads_prompt)
 
 

@@ -26,8 +26,7 @@ from lora_gen_jax.inference.prefix import compress, encode_prefix, encode_soft
 from lora_gen_jax.methods.hub_search import search
 from lora_gen_jax.methods.lorahub import compose, loss_by_weights
 from lora_gen_jax.methods.method import merge_if_possible
-from lora_gen_jax.methods.registry import METHODS as COMPARED
-from lora_gen_jax.methods.registry import make_generator
+from lora_gen_jax.methods.registry import METHODS, make_generator
 from lora_gen_jax.models import Pair
 
 
@@ -180,7 +179,7 @@ def fixed(key: str, setup: Setup) -> Ready:
     config = dataclasses.replace(setup.config, method=key)
     module, variables = untrained(config, setup.pair)
     model = merge_if_possible(setup.pair.edge.plain, module.apply(variables, None, None).adapter)
-    macs = COMPARED[key].token_macs
+    macs = METHODS[key].token_macs
     beside = 0 if model.adapter is None or macs is None else macs(setup.pair.edge.config, config)
     ids = setup.work.whole if config.data.edge_reads_prompt else setup.work.query
     return setup.ready(ids, model, adapter_macs=beside)
@@ -245,7 +244,7 @@ ANSWERING: dict[str, Callable[[Setup], Ready]] = {
     "base": lambda setup: setup.ready(setup.work.query, setup.pair.edge.plain),
     "icl": lambda setup: setup.ready(setup.work.whole, setup.pair.edge.plain),
     "icl_kept_prefix": icl_kept_prefix,
-    **{key: functools.partial(fixed, key) for key, one in COMPARED.items() if one.build and not one.depends_on_prompt},
+    **{key: functools.partial(fixed, key) for key, one in METHODS.items() if one.build and not one.depends_on_prompt},
     "lorahub": lorahub,
     "autocompressor": autocompressor,
     "lora_gen": lora_gen,
