@@ -1,7 +1,7 @@
 """Which requests are computed together: what they begin with is read once, and results come in pieces.
 
-In: token ids of contexts, lengths of rows. Out: groups of contexts with the prefix that all of a group share, and pieces
-of a group, each small enough that little is lost when an evaluation is stopped.
+In: token ids of contexts, lengths of rows. Out: groups of contexts with the prefix that all of a group share,
+and pieces of a group, each small enough that little is lost when an evaluation is stopped.
 """
 
 import dataclasses

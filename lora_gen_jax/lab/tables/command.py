@@ -10,11 +10,13 @@ import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, NamedTuple
 
 import tyro
+from tyro.conf import AvoidSubcommands, FlagConversionOff, arg
 
-from lora_gen_jax.config_file import overridden
+from lora_gen_jax.config import Config
+from lora_gen_jax.config_check import check
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.evaluation.systems import check_methods
 from lora_gen_jax.files import check_output
@@ -51,8 +53,7 @@ def table_main(arguments: list[str]) -> None:
     job = None
     if arguments[-2:-1] == [JOB]:
         *arguments, _, job = arguments
-    flags, rest = parsed(arguments)
-    tables = tables_from_args(flags, rest)
+    flags, tables = parsed(arguments)
     jobs = make_jobs(tables)
     if job is not None:
         do_job(jobs, job)
@@ -76,52 +77,30 @@ def table_main(arguments: list[str]) -> None:
         sys.exit(1)
 
 
-def parsed(arguments: Sequence[str]) -> tuple[TableFlags, list[str]]:
-    """This command's flags, and what remains."""
-    names = {f"--{field.name}" for field in dataclasses.fields(TableFlags)}
-    own, rest = [], []
-    iterator = iter(arguments)
-    for argument in iterator:
-        if argument.split("=", 1)[0] not in names:
-            rest.append(argument)
-            continue
-        own.append(argument)
-        if "=" not in argument and (value := next(iterator, None)) is not None:
-            own.append(value)
-    if any(argument in ("-h", "--help") for argument in rest):
-        tyro.cli(TableFlags, prog=f"{PROGRAM} CONFIG.py", args=["--help"])
-    return tyro.cli(TableFlags, prog=PROGRAM, args=own), rest
-
-
-def tables_from_args(flags: TableFlags, rest: Sequence[str]) -> Tables:
-    """The file's tables, with the flags' values."""
-    if not rest or rest[0].startswith("-"):
+def parsed(arguments: Sequence[str]) -> tuple[TableFlags, Tables]:
+    """This command's flags, and the file's tables with the values of all other flags."""
+    if not arguments or arguments[0].startswith("-"):
+        if arguments and arguments[0] in ("-h", "--help"):
+            tyro.cli(TableFlags, prog=f"{PROGRAM} CONFIG.py", args=["--help"])
         problem = f"name a config file first: {PROGRAM} configs/tables/pocket.py [--any.field VALUE …]"
         raise ConfigError(problem, field="config", code="none")
-    tables = read_tables(Path(rest[0]))
-    own, agent = divided(rest[1:])
-    changes: dict[str, Any] = {"base": overridden(tables.base, f"{PROGRAM} {rest[0]}", own)}
-    if agent and tables.agent is None:
-        flag = agent[0].replace("--", f"--{AGENT}.", 1)
-        raise ConfigError(f"{rest[0]} has no agent table", field=flag, remedy=f"leave {flag} out")
-    if tables.agent is not None:
-        changes[AGENT] = overridden(tables.agent, f"{PROGRAM} {rest[0]} --{AGENT}", agent)
-    if flags.seeds is not None:
-        changes["seeds"] = numbers(flags.seeds)
-    return dataclasses.replace(tables, **changes)
+    tables = read_tables(Path(arguments[0]))
+    for flag in arguments[1:]:
+        if flag.startswith(f"--{AGENT}.") and tables.agent is None:
+            raise ConfigError(f"{arguments[0]} has no agent table", field=flag, remedy=f"leave {flag} out")
+        if flag.startswith(("--distributed.", f"--{AGENT}.distributed.")):
+            remedy = "leave the distributed flags to train.py and eval.py"
+            raise ConfigError(f"{PROGRAM} runs in one process", field="distributed", remedy=remedy)
 
+    class Arguments(NamedTuple):
+        flags: Annotated[TableFlags, arg(name="")] = TableFlags()
+        base: Annotated[Config, FlagConversionOff, AvoidSubcommands, arg(name="")] = tables.base
+        agent: Annotated[Config, FlagConversionOff, AvoidSubcommands] = tables.agent or tables.base
 
-def divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(flags of the base config, flags of the agent's without their prefix)."""
-    own: list[str] = []
-    agent: list[str] = []
-    taken = own
-    for argument in arguments:
-        if argument.startswith("--"):
-            taken = agent if argument.startswith(f"--{AGENT}.") else own
-            argument = argument.replace(f"--{AGENT}.", "--", 1)
-        taken.append(argument)
-    return own, agent
+    made = tyro.cli(Arguments, prog=f"{PROGRAM} {arguments[0]}", description=TableFlags.__doc__, args=arguments[1:])
+    agent = None if tables.agent is None else check(made.agent)
+    seeds = tables.seeds if made.flags.seeds is None else numbers(made.flags.seeds)
+    return made.flags, dataclasses.replace(tables, base=check(made.base), agent=agent, seeds=seeds)
 
 
 def numbers(text: str) -> tuple[int, ...]:
