@@ -29,7 +29,9 @@ def result_sheet(methods: dict[str, Any], seen: dict[str, bool | None], title: s
     tasks = sorted(seen, key=lambda task: not seen[task])
     columns = [f"{task}\n{TITLES[seen[task]]}" for task in tasks] if len(seen) <= WIDEST_TABLE else []
     counts = {kind: sum(seen[task] is kind for task in tasks) for kind in (True, False)}
-    averages = [f"{mean}\n{counts[kind]} {TITLES[kind]}" for mean, kind in (("AVE", 1), ("AVE", 0), ("HAR", 0))]
+    averages = [
+        f"{mean}\n{counts[kind]} {TITLES[kind]}" for mean, kind in (("AVE", True), ("AVE", False), ("HAR", False))
+    ]
     rows = []
     for method, result in methods.items():
         scored = [result["tasks"][task] for task in tasks]

@@ -33,7 +33,7 @@ def test_both_methods_on_every_file(arguments, tmp_path, monkeypatch, capsys):
     made = {"base_with_tools": 'say(color="red")', "lora_gen": "no call"}
 
     def write(writer, method, tasks, progress):
-        name = "base_with_tools" if method.system.reads_prompt else "lora_gen"
+        name = "base_with_tools" if method.reads_prompt else "lora_gen"
         found = real(writer, method, tasks, progress)
         return [dataclasses.replace(one, text=f"\nSure.\n\n{made[name]}\n\nUser: more\nsay()") for one in found]
 

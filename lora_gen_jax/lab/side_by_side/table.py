@@ -1,9 +1,10 @@
 """How a case of side_by_side is printed. In: a `Comparison`. Out: text and a table on standard output."""
 
 import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lora_gen_jax.evaluation.sheet import Sheet, number, ratio, to_screen
+from lora_gen_jax.evaluation.sheet import Cell, Sheet, number, ratio, to_screen
 
 if TYPE_CHECKING:
     from lora_gen_jax.lab.side_by_side.command import Comparison, Side
@@ -40,16 +41,10 @@ def print_comparison(found: "Comparison") -> None:
 def comparison_sheet(found: "Comparison") -> Sheet:
     """What both models read, wrote and took, and the first over the second."""
     left, right = found.base, found.specialized
-    rows = [
-        (
-            title,
-            number(s.context_tokens, 0),
-            number(s.first_token_ms, 2),
-            number(s.answer_ms, 2),
-            number(s.new_tokens, 0),
-        )
-        for title, s in zip(_ROWS, (left, right), strict=True)
-    ]
+    rows: list[Sequence[Cell]] = []
+    for title, side in zip(_ROWS, (left, right), strict=True):
+        times = (number(side.first_token_ms, 2), number(side.answer_ms, 2))
+        rows.append((title, number(side.context_tokens, 0), *times, number(side.new_tokens, 0)))
     pairs = ("context_tokens", "first_token_ms", "answer_ms")
     rows.append(("ratio", *(ratio(getattr(left, key), getattr(right, key), 2) for key in pairs), None))
     columns = ("", "edge context,\ntokens", "first token, ms", "answer, ms", "answer, tokens")

@@ -47,11 +47,11 @@ def plain(values: Iterable[float | None], digits: int = 1, unit: str = "") -> Fi
 
 def share(pairs: Iterable[tuple[float | None, float | None]]) -> Figure | None:
     """A share in percent from (share, standard error) by seed; that of a single seed keeps its own error."""
-    shares, errors = zip(*pairs, strict=True) if (pairs := list(pairs)) else ((), ())
-    found = over_seeds(shares, 100)
-    if found is None or found.n > 1 or errors[0] is None:
+    pairs = list(pairs)
+    found = over_seeds((value for value, _ in pairs), 100)
+    if found is None or found.n > 1 or (error := pairs[0][1]) is None:
         return found
-    return dataclasses.replace(found, error=100 * errors[0])
+    return dataclasses.replace(found, error=100 * error)
 
 
 def scores(results: Results, row: str, shots: str | None = None) -> list[dict[str, Any]]:
