@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lora_gen_jax.errors import ConfigError
-from lora_gen_jax.generator.router import BatchNorm, Router, cv_squared, gate_entropy, gumbel_softmax, keep_top_k
+from lora_gen_jax.generator.router import BatchNorm, Gates, Router, cv_squared, gate_entropy, gumbel_softmax, keep_top_k
 
 pytestmark = pytest.mark.float64
 B, L, C, H, E = 3, 2, 5, 4, 4
@@ -248,6 +248,25 @@ def test_every_row_keeps_exactly_k_gates_that_sum_to_one(logits, k):
     else:
         np.testing.assert_array_equal(gates.sum(-1), p.max(-1))
     assert np.all(np.where(gates > 0, p, np.inf).min(-1) >= np.where(gates > 0, -np.inf, p).max(-1))
+
+
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+def test_chosen_gates_are_the_dense_ones_without_their_zeros(array):
+    index, weight = np.array([[3, 0], [1, 2]], np.uint8), np.array([[0.75, 0.25], [0.5, 0.5]])
+    gates = Gates(array(index), array(weight), 4)
+    expected = np.array([[0.25, 0, 0, 0.75], [0, 0.5, 0.5, 0]])
+    np.testing.assert_array_equal(gates.dense(), expected)
+    assert (gates.shape, gates.active) == ((2, 4), 2)
+    whole = Gates.of_all(array(expected))
+    assert (whole.dense() is whole.weight, whole.shape, whole.active) == (True, (2, 4), 4)
+    # One row's share of values by expert, summed: the same either way.
+    values = np.arange(8.0).reshape(4, 2)
+    for row in range(2):
+        one, of_all = (jax.tree.map(lambda x, row=row: x[row], each) for each in (gates, whole))
+        sums = [np.asarray(each.weight) @ np.asarray(each.chosen(values)) for each in (one, of_all)]
+        np.testing.assert_allclose(*sums, rtol=1e-12)
+    (by_layer,) = jax.tree.map(lambda x: x[None], gates).by_layer().dense().swapaxes(0, 1)
+    np.testing.assert_array_equal(by_layer, expected)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
