@@ -24,7 +24,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"(?:<!-- tests/test_readme\.py (.+?) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # The diagram is no program.
 BLOCKS = [match.groups() for match in BLOCK.finditer(README) if match[2] != "text"]
-RUN = ("&& cd lora-gen-jax", "--out baby", "--out opposite", "import generate", "--method mixlora")
+RUN = ("&& cd lora-gen-jax", "--out baby", "--out opposite", "import EdgeModel", "--method mixlora")
 """What tells the blocks that are run, in their order."""
 NOT_RUN, ADDS = "does not run this: ", "adds: "
 
@@ -144,7 +144,7 @@ def test_the_real_model_learns_from_the_examples(walk):
 
 
 def test_the_python_prints_what_it_says(walk):
-    _, kind, text = block("import generate")
+    _, kind, text = block("import EdgeModel")
     expected = re.findall(r"^print\(.*\)  # (.+)$", text, re.MULTILINE)
     assert expected
     assert [line.strip() for line in walk(kind, text)[0].splitlines()] == expected
