@@ -13,10 +13,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from lora_gen_jax.errors import ConfigError, LoraGenError, OutputError, Stopped
-from lora_gen_jax.full_disk import DiskErrors, told_once
+from lora_gen_jax.errors import ConfigError, LoraGenError, Stopped
 
 if TYPE_CHECKING:
     from lora_gen_jax.config import Config
@@ -40,22 +39,20 @@ class EvalFlags:
     """Shots in the system prompt; several numbers separated by commas score each."""
 
 
+_OF_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+"""What a user can do something about: full and read-only disks, missing rights, names that are too long."""
+
+
 def guarded(run: Callable[[], Any]) -> Any:
     """Runs, and turns an error that the user can act on into one line and status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("lora_gen_jax").setLevel(logging.INFO)
-    with told_once() as disk:
-        return _guarded(run, disk)
-
-
-def _guarded(run: Callable[[], Any], disk: DiskErrors) -> Any:
     try:
         made = run()
         sys.stdout.flush()
+        return made
     except LoraGenError as error:
-        disk.hides(error)
-        also = isinstance(error, OutputError) and disk.reason is not None and disk.reason not in str(error)
-        _fail(f"{error} ({disk.reason})" if also else str(error))
+        _fail(str(error))
     except Stopped as stopped:
         from lora_gen_jax.training.distributed import say
 
@@ -68,27 +65,10 @@ def _guarded(run: Callable[[], Any], disk: DiskErrors) -> Any:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except Exception as error:
-        if (
-            isinstance(error, OSError)
-            and error.filename
-            and error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
-        ):
-            _fail(f"{str(error.filename)[:200]}: {error.strerror}")
-        # What was closed by a thread that met the disk's error may be used much later.
-        closed = disk.reason is not None and isinstance(error, OSError | ValueError)
-        if not (disk.hides(error) or closed):
+    except OSError as error:
+        if error.errno not in _OF_FILES:
             raise
-        _fail(_unwritten(error, disk))
-    if disk.reason is not None:
-        _fail(_unwritten(None, disk))
-    return made
-
-
-def _unwritten(error: Exception | None, disk: DiskErrors) -> str:
-    name = getattr(error, "filename", None)
-    what = "a file" if name is None else str(name)
-    return f"{what} cannot be written: {disk.reason}; make room there, or name another place (--out, --workdir)"
+        _fail(f"{str(error.filename or 'a file')[:200]}: {error.strerror}")
 
 
 def arguments_of(args: Sequence[str] | None) -> list[str]:
@@ -175,27 +155,19 @@ def eval_config(arguments: list[str]) -> tuple["Config", EvalFlags, list[int]]:
     from lora_gen_jax.config_file import flags_and_config
 
     flags, config = flags_and_config("eval.py", EvalFlags, arguments)
-    updates: dict[str, Any] = {}
+    updates: dict[str, Any] = {} if flags.limit is None else {"limit": flags.limit}
     for name in ("tasks", "methods"):
         if (text := getattr(flags, name)) is not None:
             updates[name] = tuple(part.strip() for part in text.split(",") if part.strip())
             if not updates[name]:
-                raise ConfigError(
-                    f"eval.{name} is {text!r}",
-                    field=f"eval.{name}",
-                    remedy="give names separated by commas, or leave it out",
-                )
-    if flags.limit is not None:
-        updates["limit"] = flags.limit
+                remedy = "give names separated by commas, or leave it out"
+                raise ConfigError(f"eval.{name} is {text!r}", field=f"eval.{name}", remedy=remedy)
     shots = [config.eval.shots]
     if flags.shots is not None:
         parts = [part.strip() for part in flags.shots.split(",")]
         if not all(part.isdecimal() for part in parts):
-            raise ConfigError(
-                f"eval.shots is {flags.shots}",
-                field="eval.shots",
-                remedy="give a number, or several separated by commas, as 1,3,5",
-            )
+            remedy = "give a number, or several separated by commas, as 1,3,5"
+            raise ConfigError(f"eval.shots is {flags.shots}", field="eval.shots", remedy=remedy)
         shots = [int(part) for part in parts]
         updates["shots"] = max(shots)
     from lora_gen_jax.config_check import check
@@ -315,12 +287,14 @@ def main(args: Sequence[str] | None = None) -> None:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         _fail(f"unknown command {name!r}" + (f"; did you mean {near[0]}?" if near else f"\n\n{usage}"))
-    command, flags_class = guarded(COMMANDS[name].load)
-    if flags_class is None:
-        guarded(lambda: command(rest))
-        return
-    import tyro
 
-    options = (tyro.conf.FlagCreatePairsOff,)
-    flags = tyro.cli(Annotated[flags_class, *options], prog=f"lora-gen {name}", args=rest)  # pyright: ignore
-    guarded(lambda: command(flags))
+    def run() -> None:
+        command, flags_class = COMMANDS[name].load()
+        if flags_class is None:
+            command(rest)
+            return
+        import tyro
+
+        command(tyro.cli(flags_class, prog=f"lora-gen {name}", args=rest, config=(tyro.conf.FlagCreatePairsOff,)))
+
+    guarded(run)

@@ -7,7 +7,8 @@ answer at once.
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -64,13 +65,24 @@ class Specialize:
     edge: str | None = None
     """Where the edge model is, if not where it was when the generator was trained."""
 
+    def __post_init__(self) -> None:
+        sources = ("prompt", "chat", "shots", "examples", "prompts")
+        given = [name for name in sources if getattr(self, name) is not None]
+        if len(given) != 1 and given not in (["prompt", "shots"], ["prompt", "examples"]):
+            found = " and ".join(f"--{name}" for name in given) or "none of them"
+            raise ConfigError(
+                "give one of --prompt, --chat, --shots, --examples and --prompts (--prompt may describe --shots or"
+                f" --examples); found {found}",
+                field="--prompt",
+                code="count",
+            )
+
 
 def specialize_command(flags: Specialize) -> None:
     """Checks what costs nothing first, then loads the models and generates."""
     from lora_gen_jax.data.prompt_sources import read_prompts
     from lora_gen_jax.files import check_output
 
-    _check_sources(flags)
     many = None if flags.prompts is None else read_prompts(flags.prompts)
     prompts = [_single_prompt(flags)] if many is None else [_prompt_of(named, flags) for named in many]
     refining = _refines(flags, prompts)
@@ -94,19 +106,6 @@ def specialize_command(flags: Specialize) -> None:
     save_specialization(made, flags.out)
     size = (flags.out / "specialization.safetensors").stat().st_size
     print(f"{flags.out}: {len(specializer.ids(made.prompt))} prompt tokens became {size} bytes", file=sys.stderr)
-
-
-def _check_sources(flags: Specialize) -> None:
-    """Raises ConfigError unless one source of prompts is named; --prompt may stand beside --shots or --examples."""
-    given = [name for name in ("prompt", "chat", "shots", "examples", "prompts") if getattr(flags, name) is not None]
-    if len(given) != 1 and given not in (["prompt", "shots"], ["prompt", "examples"]):
-        found = " and ".join(f"--{name}" for name in given) or "none of them"
-        raise ConfigError(
-            "give one of --prompt, --chat, --shots, --examples and --prompts (--prompt may describe --shots or"
-            f" --examples); found {found}",
-            field="--prompt",
-            code="count",
-        )
 
 
 def _single_prompt(flags: Specialize) -> "str | Prompt":
@@ -138,12 +137,8 @@ def _refines(flags: Specialize, prompts: "Sequence[str | Prompt]") -> bool:
         return flags.steps != 0
     for name in ("refine", "steps", "as_chat"):
         if getattr(flags, name) not in (None, False):
-            flag = name.replace("_", "-")
-            raise ConfigError(
-                f"--{flag} is about examples, and there are none",
-                field=f"--{flag}",
-                remedy="give --examples, or rows of --prompts that have some",
-            )
+            flag, remedy = f"--{name.replace('_', '-')}", "give --examples, or rows of --prompts that have some"
+            raise ConfigError(f"{flag} is about examples, and there are none", field=flag, remedy=remedy)
     return False
 
 
@@ -172,7 +167,6 @@ def _specialize_many(
 ) -> None:
     """A specialization directory for every prompt, below --out; a bar on a terminal, and a last line."""
     from lora_gen_jax.adapters.specialization import save_specializations
-    from lora_gen_jax.terminal import bar
 
     for name, prompt in prompts.items():
         try:
@@ -197,3 +191,15 @@ def _specialize_many(
         f" {size} bytes of {what}{said}",
         file=sys.stderr,
     )
+
+
+@contextmanager
+def bar(title: str, total: int) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal while the block runs; call what it gives with the number done (and their total)."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(file=sys.stderr)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda done, _: progress.update(task, completed=done)

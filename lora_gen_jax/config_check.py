@@ -6,41 +6,36 @@ In: a config. Out: the same, or an error that names the field and the remedy, be
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, get_type_hints
 
 from lora_gen_jax.adapters.protocol import SITES
-from lora_gen_jax.config import Config, DataConfig, DistributedConfig, GeneratorConfig
+from lora_gen_jax.config import CompressorConfig, Config, DataConfig, DistributedConfig, GeneratorConfig
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.methods.registry import METHODS, PROMPT_READING_METHODS, trained_method
 from lora_gen_jax.untrusted import fits, wanted
 
-POSITIVE = (
-    "generator.num_experts",
-    "generator.top_k",
-    "generator.rank",
-    "generator.direct_width",
-    "generator.router_width",
-    "data.prompts_per_step",
-    "data.prompts_per_row",
-    "data.cloud_length",
-    "data.edge_length",
-    "data.queries_per_prompt",
-    "data.response_slots",
-    "data.query_length",
-    "data.rows_per_block",
-    "train.validate_every",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "cloud.unroll",
-    "edge.unroll",
-    "eval.batch_tokens",
-    "eval.prompt_limit",
-    "distributed.processes",
-    "hub.modules",
-    "hub.budget",
-    "compressor.summary_tokens",
+Rule = tuple[bool, str]
+"""Whether it holds, and what is said where it does not, beginning with the field's name."""
+_AT_LEAST = {
+    1: "generator.num_experts generator.top_k generator.rank generator.direct_width generator.router_width"
+    " data.prompts_per_step data.prompts_per_row data.cloud_length data.edge_length data.queries_per_prompt"
+    " data.response_slots data.query_length data.rows_per_block train.validate_every train.checkpoint_every"
+    " train.keep_checkpoints cloud.unroll edge.unroll eval.batch_tokens eval.prompt_limit eval.limit eval.lora_steps"
+    " distributed.processes hub.modules hub.budget compressor.summary_tokens",
+    2: "compressor.segments compressor.substep",
+    0: "generator.cloud_rank generator.cv_coefficient generator.balance_coefficient data.shot_length data.workers"
+    " data.min_shots data.edge_prompt_length train.seed train.weight_decay train.validation_batches train.inner_steps"
+    " train.inner_after train.warmup_steps eval.shots hub.penalty",
+    10: "distributed.heartbeat_seconds",
+}
+_ABOVE_0 = (
+    "generator.alpha generator.cloud_alpha generator.gumbel_temperature train.epochs train.learning_rate"
+    " train.inner_rate train.clip_norm eval.lora_rate eval.vector_layer hub.bound"
 )
+_BELOW_1 = "generator.dropout generator.router_dropout train.beta1 train.beta2"
+_SHARES = "train.inner_swapped lora_moe.margin"
+_AT_MOST = {"train.seed": 2**31 - 1, "eval.lora_steps": 1000, "eval.vector_layer": 1}
 
 
 def check(config: Config) -> Config:
@@ -52,33 +47,29 @@ def check(config: Config) -> Config:
     for message in wrong_values(config):
         raise _wrong(message, "type")
     check_saved(config)
-    parts = (_distributed_rules(config.distributed), _data_rules(config.data), _method_rules(config))
-    for holds, message in (*itertools.chain(*parts), *_run_rules(config)):
-        if not holds:
-            raise _wrong(message, "range")
-    return config
+    parts = (_distributed_rules(config.distributed), _data_rules(config.data), _compressor_rules(config))
+    return _holding(config, itertools.chain(*parts, _method_rules(config), _run_rules(config)))
 
 
 def check_saved(config: Config) -> Config:
-    """What must hold of a saved config as well, which may lack its data: its method, and the generator's sizes.
+    """What must hold of a saved config as well: its method, every number by itself, and the generator's fields.
 
     Raises:
         ConfigError: naming the field.
     """
     trained_method(config.method)
-    for field in POSITIVE:
-        part, name = field.split(".")
-        value = getattr(getattr(config, part), name)
-        if value is not None and value < 1:
-            raise ConfigError(f"{field} is {value}; it must be at least 1", field=field, code="range")
-    for holds, message in _generator_rules(config.generator):
+    return _holding(config, itertools.chain(_ranges(config), _generator_rules(config.generator)))
+
+
+def _holding(config: Config, rules: Iterable[Rule]) -> Config:
+    for holds, message in rules:
         if not holds:
             raise _wrong(message, "range")
     return config
 
 
 def _wrong(message: str, code: str) -> ConfigError:
-    """An error about the field whose name its message begins with, as all messages of this module do."""
+    """An error about the field whose name its message begins with."""
     return ConfigError(message, field=message.split(maxsplit=1)[0].rstrip(","), code=code)
 
 
@@ -106,15 +97,32 @@ def trained(config: Config) -> list[str]:
     return list(dict.fromkeys([config.method, *compared]))
 
 
-def _generator_rules(g: GeneratorConfig) -> list[tuple[bool, str]]:
+def _ranges(config: Config) -> Iterator[Rule]:
+    """Of single numbers; one that may be left out is in its range then."""
+
+    def rules(fields: str, low: float, high: float, words: str, open_low: bool = False) -> Iterator[Rule]:
+        for field in fields.split():
+            part, name = field.split(".")
+            value = getattr(getattr(config, part), name)
+            holds = value is None or ((low < value if open_low else low <= value) and value <= high)
+            yield holds, f"{field} is {value}; it must be {words}"
+
+    for low, fields in _AT_LEAST.items():
+        yield from rules(fields, low, float("inf"), f"at least {low}")
+    yield from rules(_ABOVE_0, 0, float("inf"), "positive", open_low=True)
+    yield from rules(_SHARES, 0, 1, "in [0, 1]")
+    yield from rules(_BELOW_1, 0, 1 - 2**-53, "in [0, 1)")
+    for field, high in _AT_MOST.items():
+        yield from rules(field, float("-inf"), high, f"at most {high}")
+
+
+def _generator_rules(g: GeneratorConfig) -> list[Rule]:
     return [
         (g.top_k <= g.num_experts, f"generator.top_k is {g.top_k}; at most generator.num_experts = {g.num_experts}"),
         (
             g.lora_sites is None or (bool(g.lora_sites) and set(g.lora_sites) <= set(SITES)),
             f"generator.lora_sites is {g.lora_sites}; name some of {', '.join(SITES)}",
         ),
-        (0 <= g.dropout < 1, f"generator.dropout is {g.dropout}; it must lie in [0, 1)"),
-        (0 <= g.router_dropout < 1, f"generator.router_dropout is {g.router_dropout}; it must lie in [0, 1)"),
         (
             (g.router_input == "meta") != bool(g.pooled_layers),
             f"generator.router_input is {g.router_input!r} and generator.pooled_layers {g.pooled_layers}: name layers"
@@ -133,22 +141,10 @@ def _generator_rules(g: GeneratorConfig) -> list[tuple[bool, str]]:
             f"generator.train_cloud is False with generator.cloud_rank = {g.cloud_rank}: set the rank to 0, a LoRA that"
             " is never trained adds nothing",
         ),
-        (g.cloud_rank >= 0, f"generator.cloud_rank is {g.cloud_rank}; it must be 0 or more"),
-        (g.cv_coefficient >= 0, f"generator.cv_coefficient is {g.cv_coefficient}; it must be 0 or more"),
-        (g.alpha > 0, f"generator.alpha is {g.alpha}; it must be positive: it scales what an expert adds"),
-        (g.cloud_alpha > 0, f"generator.cloud_alpha is {g.cloud_alpha}; it must be positive"),
-        (
-            g.balance_coefficient >= 0,
-            f"generator.balance_coefficient is {g.balance_coefficient}; it must be 0 or more",
-        ),
-        (
-            g.gumbel_temperature > 0,
-            f"generator.gumbel_temperature is {g.gumbel_temperature}; it must be positive",
-        ),
     ]
 
 
-def _distributed_rules(d: DistributedConfig) -> list[tuple[bool, str]]:
+def _distributed_rules(d: DistributedConfig) -> list[Rule]:
     place, count = (d.coordinator, d.process), d.processes or 0
     alone = count == 1 and place == (None, None)
     return [
@@ -165,25 +161,16 @@ def _distributed_rules(d: DistributedConfig) -> list[tuple[bool, str]]:
             d.process is None or 0 <= d.process < count,
             f"distributed.process is {d.process}; it must lie between 0 and distributed.processes - 1 = {count - 1}",
         ),
-        (
-            d.heartbeat_seconds >= 10,
-            f"distributed.heartbeat_seconds is {d.heartbeat_seconds}; it must be at least 10",
-        ),
     ]
 
 
-def _data_rules(d: DataConfig) -> list[tuple[bool, str]]:
+def _data_rules(d: DataConfig) -> list[Rule]:
     return [
         (
             d.prompts_per_step % d.prompts_per_row == 0,
             f"data.prompts_per_row = {d.prompts_per_row} must divide data.prompts_per_step = {d.prompts_per_step}",
         ),
-        (d.shot_length >= 0, f"data.shot_length is {d.shot_length}; it must be 0 or more"),
-        (d.workers >= 0, f"data.workers is {d.workers}; it must be 0 or more"),
-        (
-            0 <= d.min_shots <= d.max_shots,
-            f"data.min_shots = {d.min_shots} must lie between 0 and data.max_shots = {d.max_shots}",
-        ),
+        (d.min_shots <= d.max_shots, f"data.min_shots = {d.min_shots} is more than data.max_shots = {d.max_shots}"),
         (
             d.query_length <= d.edge_length,
             f"data.query_length = {d.query_length} is more than data.edge_length = {d.edge_length} holds",
@@ -191,13 +178,28 @@ def _data_rules(d: DataConfig) -> list[tuple[bool, str]]:
     ]
 
 
-def _method_rules(config: Config) -> list[tuple[bool, str]]:
-    h, d, compresses = config.hub, config.data, config.method == "autocompressor"
-    g, own = config.generator, config.method == "lora_gen"
-    taught = config.train.reader_prompts > 0
+def _compressor_rules(config: Config) -> list[Rule]:
+    c: CompressorConfig = config.compressor
     return [
         (
-            not taught or (own and g.generator == "meta_tokens"),
+            c.substep < 2 or (c.segments - 1) % c.substep > 0,
+            f"compressor.segments - 1 = {c.segments - 1} is a multiple of compressor.substep = {c.substep}: the queries"
+            " begin a substep, and no answer would teach the summary tokens; change one of them",
+        ),
+        (
+            config.method != "autocompressor" or config.data.edge_prompt_length > 0,
+            "data.edge_prompt_length is 0: method autocompressor reads prompts in the edge model's tokens; say how long"
+            " they may be",
+        ),
+    ]
+
+
+def _method_rules(config: Config) -> list[Rule]:
+    g, d, own = config.generator, config.data, config.method == "lora_gen"
+    taught, gated = config.train.reader_prompts > 0, own and g.generator == "meta_tokens"
+    return [
+        (
+            not taught or gated,
             "train.reader_prompts teaches the router of method lora_gen with generator meta_tokens: set it to 0",
         ),
         (
@@ -206,7 +208,7 @@ def _method_rules(config: Config) -> list[tuple[bool, str]]:
             " more",
         ),
         (
-            config.train.inner_steps == 0 or (own and g.generator == "meta_tokens"),
+            config.train.inner_steps == 0 or gated,
             "train.inner_steps trains the gates of method lora_gen with generator meta_tokens: set it to 0",
         ),
         (
@@ -218,38 +220,10 @@ def _method_rules(config: Config) -> list[tuple[bool, str]]:
             d.prompts_per_step > 1 or not (own and g.batch_norm and g.batch_norm_by_layer),
             "data.prompts_per_step is 1: generator.batch_norm_by_layer needs statistics over several prompts; raise it",
         ),
-        (0 <= config.lora_moe.margin <= 1, f"lora_moe.margin is {config.lora_moe.margin}; it must lie in [0, 1]"),
-        (h.bound > 0, f"hub.bound is {h.bound}; it must be positive"),
-        (h.penalty >= 0, f"hub.penalty is {h.penalty}; it must be 0 or more"),
-        (
-            config.compressor.segments >= 2,
-            f"compressor.segments is {config.compressor.segments}; it must be at least 2: one of the prompt, and the"
-            " queries",
-        ),
-        (
-            config.compressor.substep < 2 or (config.compressor.segments - 1) % config.compressor.substep > 0,
-            f"compressor.segments - 1 = {config.compressor.segments - 1} is a multiple of compressor.substep ="
-            f" {config.compressor.substep}: the queries begin a substep, and no answer would teach the summary tokens;"
-            " change one of them",
-        ),
-        (
-            config.compressor.substep >= 2,
-            f"compressor.substep is {config.compressor.substep}; it must be at least 2: summary tokens learn from the"
-            " segment that reads them",
-        ),
-        (
-            not compresses or d.edge_prompt_length > 0,
-            "data.edge_prompt_length is 0: method autocompressor reads prompts in the edge model's tokens; say how long"
-            " they may be",
-        ),
-        (
-            d.edge_prompt_length >= 0,
-            f"data.edge_prompt_length is {d.edge_prompt_length}; it must be 0 or more",
-        ),
     ]
 
 
-def _run_rules(config: Config) -> list[tuple[bool, str]]:
+def _run_rules(config: Config) -> list[Rule]:
     t, e = config.train, config.eval
     return [
         (
@@ -263,39 +237,15 @@ def _run_rules(config: Config) -> list[tuple[bool, str]]:
         ),
         (t.steps >= 1 or t.epochs is not None, f"train.steps is {t.steps}; it must be at least 1"),
         (
-            t.epochs is None or t.epochs > 0,
-            f"train.epochs is {t.epochs}; it must be positive, or None",
-        ),
-        (
             t.epochs is None or t.steps == 0,
             f"train.epochs is {t.epochs} and train.steps {t.steps}: give one of them; beside epochs set train.steps to"
             " 0, for a number of steps train.epochs to None",
         ),
-        (0 <= t.seed < 2**31, f"train.seed is {t.seed}; it must lie between 0 and 2**31 - 1"),
-        (t.learning_rate > 0, f"train.learning_rate is {t.learning_rate}; it must be positive"),
-        (0 <= t.beta1 < 1, f"train.beta1 is {t.beta1}; it must lie in [0, 1)"),
-        (0 <= t.beta2 < 1, f"train.beta2 is {t.beta2}; it must lie in [0, 1)"),
-        (t.weight_decay >= 0, f"train.weight_decay is {t.weight_decay}; it must be 0 or more"),
-        (t.validation_batches >= 0, f"train.validation_batches is {t.validation_batches}; it must be 0 or more"),
-        (t.inner_steps >= 0, f"train.inner_steps is {t.inner_steps}; it must be 0 or more"),
-        (t.inner_rate > 0, f"train.inner_rate is {t.inner_rate}; it must be positive"),
-        (0 <= t.inner_swapped <= 1, f"train.inner_swapped is {t.inner_swapped}; it must lie in [0, 1]"),
-        (t.inner_after >= 0, f"train.inner_after is {t.inner_after}; it must be 0 or more"),
-        (t.warmup_steps >= 0, f"train.warmup_steps is {t.warmup_steps}; it must be 0 or more"),
-        (t.clip_norm is None or t.clip_norm > 0, f"train.clip_norm is {t.clip_norm}; it must be positive or left out"),
-        (e.shots >= 0, f"eval.shots is {e.shots}; it must be 0 or more"),
-        (
-            0 < e.vector_layer <= 1,
-            f"eval.vector_layer is {e.vector_layer}; a share of the layers, at most 1",
-        ),
-        (0 < e.lora_steps <= 1000, f"eval.lora_steps is {e.lora_steps}; it must be from 1 to 1000"),
-        (e.lora_rate > 0, f"eval.lora_rate is {e.lora_rate}; it must be positive"),
         (
             (e.refine.kind, e.refine_lora.kind) == ("gates", "lora"),
             f"eval.refine.kind is {e.refine.kind!r}, of methods that train gates, and eval.refine_lora.kind"
             f" {e.refine_lora.kind!r}, of one that trains factors: leave both out",
         ),
-        (e.limit is None or e.limit > 0, f"eval.limit is {e.limit}; at least 1"),
         (
             e.split == "test" or not any(name.startswith("lm_eval/") for name in e.tasks),
             "eval.split is validation, but lm_eval/ tasks have a split of their own: leave them out of eval.tasks",

@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
 
 from lora_gen_jax.config import Config, DistributedConfig, MeshConfig
 from lora_gen_jax.errors import ConfigError
@@ -69,16 +69,7 @@ def config_from_args(program: str, args: Sequence[str]) -> Config:
     Raises:
         ConfigError: as `read_config` and `check`.
     """
-    if not args or args[0].startswith("-"):
-        if args and args[0] in ("-h", "--help"):
-            print(f"usage: {program} CONFIG.py [--any.field VALUE …]\n\n{program} CONFIG.py --help lists the fields.")
-            sys.exit(0)
-        raise ConfigError(
-            f"name a config file first: {program} configs/smollm2_135m.py [--any.field VALUE …]",
-            field="config",
-            code="none",
-        )
-    return overridden(read_config(Path(args[0])), f"{program} {args[0]}", args[1:])
+    return flags_and_config(program, None, args)[1]
 
 
 def overridden(config: Config, program: str, args: Sequence[str]) -> Config:
@@ -87,48 +78,46 @@ def overridden(config: Config, program: str, args: Sequence[str]) -> Config:
     Raises:
         ConfigError: as `check`, and for flags of several processes where a command has but one.
     """
-    import tyro
-
-    if not program.startswith(("train.py", "eval.py")) and any(flag.startswith("--distributed.") for flag in args):
-        raise ConfigError(
-            f"{program} runs in one process",
-            field="distributed",
-            remedy="leave the distributed flags to train.py and eval.py",
-        )
-
-    options = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
-    made = tyro.cli(Config, prog=program, args=list(args), default=config, config=options)
-    from lora_gen_jax.config_check import check  # it loads every method, which --help does not need
-
-    return check(made)
+    return _parsed(config, program, None, args)[1]
 
 
 def flags_and_config(program: str, flags_class: Any, args: Sequence[str]) -> tuple[Any, Config]:
     """``CONFIG.py [flags of a command] [--any.field VALUE …]`` as the command's flags and a checked `Config`.
 
-    A flag of the command has the name of a field of `flags_class`; all others are the config's.
+    Args:
+        program: its name.
+        flags_class: a dataclass; None for a command without flags of its own.
+        args: of the command line.
 
     Raises:
         ConfigError: as `config_from_args`.
     """
-    import tyro
+    if args and not args[0].startswith("-"):
+        return _parsed(read_config(Path(args[0])), f"{program} {args[0]}", flags_class, args[1:])
+    if args and args[0] in ("-h", "--help"):
+        print(f"usage: {program} CONFIG.py [--any.field VALUE …]\n\n{program} CONFIG.py --help lists the fields.")
+        sys.exit(0)
+    problem = f"name a config file first: {program} configs/smollm2_135m.py [--any.field VALUE …]"
+    raise ConfigError(problem, field="config", code="none")
 
-    fields = {f"--{field.name.replace('_', '-')}": field for field in dataclasses.fields(flags_class)}
-    switches = {f"--{no}{name[2:]}" for name, field in fields.items() if field.type is bool for no in ("", "no-")}
-    own, rest = [], list(args[:1])
-    iterator = iter(args[1:])
-    for argument in iterator:
-        name = argument.split("=", 1)[0].replace("_", "-")
-        if name not in switches and name not in fields:
-            rest.append(argument)
-            continue
-        own.append(argument)
-        if name not in switches and "=" not in argument and (value := next(iterator, None)) is not None:
-            own.append(value)
-    if any(argument in ("-h", "--help") for argument in rest):
-        tyro.cli(flags_class, prog=f"{program} CONFIG.py", args=["--help"])
-    flags = tyro.cli(flags_class, prog=program, args=own)
-    return flags, config_from_args(program, rest)
+
+def _parsed(given: Config, program: str, flags_class: Any, args: Sequence[str]) -> tuple[Any, Config]:
+    import tyro
+    from tyro.conf import AvoidSubcommands, FlagConversionOff, arg
+
+    if not program.startswith(("train.py", "eval.py")) and any(flag.startswith("--distributed.") for flag in args):
+        remedy = "leave the distributed flags to train.py and eval.py"
+        raise ConfigError(f"{program} runs in one process", field="distributed", remedy=remedy)
+
+    class Arguments(NamedTuple):
+        flags: Annotated[flags_class or type(None), arg(name="")] = flags_class and flags_class()
+        config: Annotated[Config, FlagConversionOff, AvoidSubcommands, arg(name="")] = given
+
+    about = (flags_class or Config).__doc__.split("\n\n")[0]
+    made = tyro.cli(Arguments, prog=program, description=about, args=list(args))
+    from lora_gen_jax.config_check import check  # it loads every method, which --help does not need
+
+    return made.flags, check(made.config)
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_gen_jax.errors import CheckpointError, ConfigError, DataError, OutputError
-from lora_gen_jax.files import is_directory, write_text
+from lora_gen_jax.files import is_directory, write_text, writing
 
 if TYPE_CHECKING:
     from lora_gen_jax.generator.router import Gates
@@ -69,35 +69,30 @@ class Generate:
     """With --requests: all specializations in one batch beside the unmerged weights, or merged one after another; auto
     takes what is likely to be faster."""
 
+    def __post_init__(self) -> None:
+        if (self.input is None) == (self.requests is None):
+            found = "neither" if self.input is None else "input and requests"
+            problem = f"give one of --input and --requests; found {found}"
+            raise ConfigError(problem, field="--input", code="count")
+        for name in ("out", "rows", "how") if self.requests is None else ():
+            if getattr(self, name) != getattr(Generate, name):
+                problem = f"--{name} is for --requests; an --input is answered on standard output"
+                raise ConfigError(problem, field=f"--{name}")
+        needed = "out" if self.input is None else "specialization"
+        if getattr(self, needed) is None:
+            remedy = "name the JSONL file to write" if needed == "out" else "name the directory that `specialize` wrote"
+            raise ConfigError(f"--{needed} is missing", field=f"--{needed}", code="missing", remedy=remedy)
+
 
 def generate_command(flags: Generate) -> None:
     """Checks what costs nothing first, then loads the edge model and answers."""
     from lora_gen_jax.inference.sampling import Sampling
 
-    given = [name for name in ("input", "requests") if getattr(flags, name) is not None]
-    if len(given) != 1:
-        raise ConfigError(
-            f"give one of --input and --requests; found {' and '.join(given) or 'neither'}",
-            field="--input",
-            code="count",
-        )
     Sampling(flags.temperature, flags.top_k, flags.top_p).check()
     if flags.requests is not None:
         _answer_requests(flags, flags.requests)
-        return
-    for name in ("out", "rows", "how"):
-        if getattr(flags, name) != getattr(Generate(), name):
-            raise ConfigError(
-                f"--{name} is for --requests; an --input is answered on standard output", field=f"--{name}"
-            )
-    if flags.specialization is None:
-        raise ConfigError(
-            "--specialization is missing",
-            field="--specialization",
-            code="missing",
-            remedy="name the directory that `specialize` wrote",
-        )
-    _answer_one(flags, flags.specialization)
+    elif flags.specialization is not None:
+        _answer_one(flags, flags.specialization)
 
 
 def _answer_one(flags: Generate, directory: Path) -> None:
@@ -134,22 +129,18 @@ def _answer_requests(flags: Generate, path: Path) -> None:
     """Answers a file of requests, all of them or none."""
     from lora_gen_jax.adapters.refined import RefinedPool
     from lora_gen_jax.adapters.specialization_fit import fitted_adapter
+    from lora_gen_jax.commands import bar
     from lora_gen_jax.inference.mixture import answer_all
     from lora_gen_jax.models import load_model
     from lora_gen_jax.sharding import evaluation_mesh
     from lora_gen_jax.specializer import read_specializations
-    from lora_gen_jax.terminal import bar
 
     out = _check_out(flags)
     rows, places = _read_requests(flags, path)
     directories = [place for place in places if place is not None]
     if not directories:
-        raise ConfigError(
-            "no request names a specialization",
-            field="--specialization",
-            code="none",
-            remedy="name one in the file, or with --specialization",
-        )
+        problem, remedy = "no request names a specialization", "name one in the file, or with --specialization"
+        raise ConfigError(problem, field="--specialization", code="none", remedy=remedy)
     found, loaded, config = read_specializations(directories, flags.checkpoint, flags.edge, flags.trust_recorded)
     first = found[directories[0]]
     if first.direct:
@@ -175,7 +166,7 @@ def _answer_requests(flags: Generate, path: Path) -> None:
         answers = answer_all(model, works, rows=flags.rows, how=flags.how, progress=progress)
     seconds = time.monotonic() - began
     lines = [
-        _line({**row, "answer": edge.encoder.decode(answer.ids), "finish": answer.finish})
+        json.dumps({**row, "answer": edge.encoder.decode(answer.ids), "finish": answer.finish}, ensure_ascii=False)
         for row, answer in zip(rows, answers, strict=True)
     ]
     write_text(out, "".join(line + "\n" for line in lines))
@@ -187,40 +178,18 @@ def _answer_requests(flags: Generate, path: Path) -> None:
     )
 
 
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False, allow_nan=False)
-
-
 def _check_out(flags: Generate) -> Path:
     """Where the answers go, noticed before anything is computed."""
     out, folder = flags.out, flags.specialization
-    if out is None:
-        raise ConfigError(
-            "--out is missing",
-            field="--out",
-            code="missing",
-            remedy="name the JSONL file that --requests are answered in",
-        )
+    assert out is not None
     if out.exists():
-        raise OutputError(
-            f"--out {out} already exists", field="--out", code="exists", remedy="choose another, or remove it first"
-        )
+        remedy = "choose another, or remove it first"
+        raise OutputError(f"--out {out} already exists", field="--out", code="exists", remedy=remedy)
     if folder is not None and not is_directory(folder):
-        raise CheckpointError(
-            f"--specialization {folder} is not a directory",
-            field="--specialization",
-            code="no directory",
-            remedy="name one that `specialize` wrote",
-        )
-    try:
+        problem, remedy = f"--specialization {folder} is not a directory", "name one that `specialize` wrote"
+        raise CheckpointError(problem, field="--specialization", code="no directory", remedy=remedy)
+    with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"--out {out} cannot be written: {error.strerror}",
-            field="--out",
-            code="unwritable",
-            remedy="choose another place",
-        ) from error
     return out
 
 
@@ -240,48 +209,25 @@ def _place(flags: Generate, row: dict[str, Any]) -> Path | None:
     text_field(row, "input")
     for name in ("answer", "finish"):
         if name in row:
-            raise DataError(
-                f'"{name}" is already there, and would be written over',
-                field=name,
-                code="taken",
-                remedy="call it something else",
-            )
-    _check_written_again(row)
+            problem = f'"{name}" is already there, and would be written over'
+            raise DataError(problem, field=name, code="taken", remedy="call it something else")
+    try:  # what can be read, but not be written as JSON again: NaN, and half of a surrogate pair
+        json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:
+        remedy = "write null for NaN, and save the file as UTF-8"
+        raise DataError(f"a field cannot be written as JSON ({error})", code="json", remedy=remedy) from error
     named, folder = row.get("specialization"), flags.specialization
     if named is None:
         return folder if folder is not None and (folder / TENSORS).is_file() else None
     if not isinstance(named, str) or not named:
-        raise DataError(
-            f'"specialization" must be a directory or a name, found {named!r}', field="specialization", code="type"
-        )
+        problem = f'"specialization" must be a directory or a name, found {named!r}'
+        raise DataError(problem, field="specialization", code="type")
     for place in ([] if folder is None else [folder / named]) + [Path(named)]:
         if is_directory(place):
             return place
     below = "" if folder is None else f", neither below {folder}"
-    raise DataError(
-        f"there is no specialization directory {named[:200]}{below}",
-        field="specialization",
-        code="missing",
-        remedy="write it with `specialize`",
-    )
-
-
-def _check_written_again(row: dict[str, Any]) -> None:
-    """Raises DataError for fields that could be read, but not be written to the answers as JSON."""
-    try:
-        json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            "a field holds half of a surrogate pair, which is not text",
-            code="surrogate",
-            remedy="save the file as UTF-8",
-        ) from error
-    except ValueError as error:
-        raise DataError(
-            "a field holds NaN or a number that is too large, which JSON has not",
-            code="number",
-            remedy="write null, or leave it out",
-        ) from error
+    problem = f"there is no specialization directory {named[:200]}{below}"
+    raise DataError(problem, field="specialization", code="missing", remedy="write it with `specialize`")
 
 
 def _works(

@@ -8,12 +8,9 @@ import dataclasses
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from lora_gen_jax.errors import ConfigError
-
-if TYPE_CHECKING:
-    from lora_gen_jax.training.checkpoint import Loaded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,56 +40,44 @@ class Pack:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the stored parameters."""
 
+    def __post_init__(self) -> None:
+        if self.out is None and self.publish is None:
+            remedy = "give --out DIR, --publish ORG/NAME, or both"
+            raise ConfigError("pack has nowhere to write", field="--out", remedy=remedy)
+        for name in ("private", "license"):
+            if self.publish is None and getattr(self, name):
+                remedy = "give --publish ORG/NAME, or leave it out"
+                raise ConfigError(f"--{name} is about publishing", field=f"--{name}", remedy=remedy)
+
 
 def pack_command(flags: Pack) -> None:
     """Reads the checkpoint, writes the directory, and publishes it if that is asked for."""
     from lora_gen_jax.files import check_output
     from lora_gen_jax.training.published import check_publishing
 
-    _check_pack(flags)
     if flags.out is not None:
         check_output(flags.out)
-    if flags.publish is None:
-        assert flags.out is not None
-        _packed(flags, flags.out)
-        return
-    check_publishing(flags.publish)
+    if flags.publish is not None:
+        check_publishing(flags.publish)
     with tempfile.TemporaryDirectory() as temporary:
-        _publish(flags, flags.out or Path(temporary) / "generator")
+        _pack(flags, flags.out or Path(temporary) / "generator")
 
 
-def _check_pack(flags: Pack) -> None:
-    if flags.out is None and flags.publish is None:
-        raise ConfigError(
-            "pack has nowhere to write", field="--out", remedy="give --out DIR, --publish ORG/NAME, or both"
-        )
-    for name in ("private", "license"):
-        if flags.publish is None and getattr(flags, name):
-            raise ConfigError(
-                f"--{name} is about publishing", field=f"--{name}", remedy="give --publish ORG/NAME, or leave it out"
-            )
-
-
-def _packed(flags: Pack, out: Path) -> "Loaded":
+def _pack(flags: Pack, out: Path) -> None:
     import ml_dtypes
     import numpy as np
 
+    from lora_gen_jax.files import write_text
     from lora_gen_jax.training.checkpoint import load_checkpoint
     from lora_gen_jax.training.portable import save_portable
+    from lora_gen_jax.training.published import CARD, model_card, publish_generator
 
     loaded = load_checkpoint(flags.checkpoint)
     save_portable(loaded, out, ml_dtypes.bfloat16 if flags.dtype == "bfloat16" else np.float32)
     size = sum(path.stat().st_size for path in out.iterdir())
-    print(f"{out if flags.out else flags.checkpoint}: {size / 1e3:.0f} KB", file=sys.stderr)
-    return loaded
-
-
-def _publish(flags: Pack, out: Path) -> None:
-    from lora_gen_jax.files import write_text
-    from lora_gen_jax.training.published import CARD, model_card, publish_generator
-
-    assert flags.publish is not None
-    loaded = _packed(flags, out)
+    print(f"{flags.out or flags.checkpoint}: {size / 1e3:.0f} KB", file=sys.stderr)
+    if flags.publish is None:
+        return
     if flags.license is None:
         print("no --license: the model card says that it is unknown", file=sys.stderr)
     write_text(out / CARD, model_card(out, flags.publish, loaded, flags.license or "unknown"))

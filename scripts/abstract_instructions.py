@@ -26,12 +26,12 @@ import openai
 import tyro
 from openai.types.chat import ChatCompletion
 
+from lora_gen_jax.commands import bar
 from lora_gen_jax.data.jsonl import map_rows, read_rows, read_text
 from lora_gen_jax.data.record_rows import SPLITS, check_text
 from lora_gen_jax.data.tasks import normalize
 from lora_gen_jax.errors import ConfigError, DataError, LoraGenError, OutputError
 from lora_gen_jax.files import write_text
-from lora_gen_jax.terminal import bar
 
 TEMPLATE = """\
 You prepare training data for a model that reads the description of a task once and then answers many queries of that \

@@ -20,7 +20,7 @@ from lora_gen_jax import cli
 ROOT = Path(lora_gen_jax.__file__).parent
 CORE = ("decoder", "adapters", "generator")
 # What the core may use beside itself: no model, no method and no command is in these.
-FOUNDATION = ("errors", "files", "full_disk", "untrusted", "hub", "sharding", "buckets", "placement")
+FOUNDATION = ("errors", "files", "untrusted", "hub", "sharding", "buckets", "placement")
 # Everything that reproduces the paper's comparisons; commands import it when they are called.
 LAB = ("lab",)
 COMMAND_LINE = ("cli", "__main__")

@@ -19,10 +19,8 @@ import jax
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import from_json, to_json
 from lora_gen_jax.errors import CheckpointError, LoraGenError, OutputError
-from lora_gen_jax.full_disk import disk_reason
-from lora_gen_jax.training import distributed
 from lora_gen_jax.training.bucket import absolute, is_bucket, location, remote_errors
-from lora_gen_jax.training.digests import compare_digests, digests_of, drop_late_reads, opened, sealed
+from lora_gen_jax.training.digests import compare_digests, digests_of, opened, sealed
 from lora_gen_jax.training.portable import SHIPPED, TENSORS, check_generator, load_portable
 from lora_gen_jax.training.published import fetch_generator
 from lora_gen_jax.training.step import TrainState
@@ -159,11 +157,10 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, *self._errors) as error:  # a full disk is a ValueError of who writes arrays
-            distributed.await_verdict()  # where a lost process is the cause, this one ends here and says so
-            reason = disk_reason(error) or reason_of(error)
             cause = "may this machine write to the bucket?" if self._errors else "is the disk full?"
+            cause += " was another process lost?" * (jax.process_count() > 1)
             raise OutputError(
-                f"a checkpoint in {self.directory} cannot be written: {reason}",
+                f"a checkpoint in {self.directory} cannot be written: {reason_of(error)}",
                 field="--bucket" if self._errors else "--workdir",
                 code="unwritable",
                 remedy=f"Mend that ({cause}): the same command goes on from the newest checkpoint that is complete",
@@ -237,7 +234,6 @@ class Checkpoints:
 
         In a bucket, and for several processes, only the newest is tried: all of them would have to go back together.
         """
-        drop_late_reads()
         steps = sorted(self.manager.all_steps(), reverse=True)
         first: Exception | None = None
         for step in steps if not self._errors and jax.process_count() == 1 else steps[:1]:
@@ -318,7 +314,6 @@ def load_checkpoint(path: str | Path) -> Loaded:
         raise CheckpointError(f"{place} cannot be read: {error}", field="--checkpoint", code="unreadable") from error
     import orbax.checkpoint as ocp  # a portable generator is read without it
 
-    drop_late_reads()
     try:
         handler = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
         items = ocp.args.Composite(

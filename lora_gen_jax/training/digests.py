@@ -3,7 +3,6 @@
 In: trees of arrays, metadata. Out: a SHA-256 of every leaf, to be stored beside them; an error where one differs.
 """
 
-import sys
 from typing import Annotated, Any
 
 import jax
@@ -20,21 +19,6 @@ METADATA = {
     "sha256": dict[str, str] | None,
     "sha256_of_this": str | None,
 }
-
-
-def drop_late_reads() -> None:
-    """Once one array could not be read, the reads of the others, which end later, print a page each that nobody waits
-    for them, in which an error's one line is lost: these are not printed."""
-    hook = sys.unraisablehook
-    if getattr(hook, "drops_late_reads", False):
-        return
-
-    def quieter(raised: Any) -> None:
-        if not str(raised.exc_value).startswith(("Event loop is closed", "Encountered error while reading array")):
-            hook(raised)
-
-    quieter.drops_late_reads = True  # pyright: ignore[reportFunctionMemberAccess]
-    sys.unraisablehook = quieter
 
 
 def digests_of(parts: dict[str, Any]) -> dict[str, str]:

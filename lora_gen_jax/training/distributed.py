@@ -1,34 +1,32 @@
-"""Several processes as one training job: how they find each other, wait for each other and end together.
+"""Several processes as one training job: how they find each other, stop together and end together.
 
 In: a `DistributedConfig`. Out: a JAX that sees the devices of all processes. On TPU pods, SLURM, Open MPI and indexed
-Kubernetes jobs processes find each other by what the system says; elsewhere flags name them. A single process starts
-nothing and waits for nothing.
+Kubernetes jobs JAX finds the processes by what the system says; elsewhere flags name them. JAX's coordination service
+ends every process once one of them has been silent for `heartbeat_seconds`, and agrees on the step after which all stop
+when one of them is told to. A single process starts nothing and waits for nothing.
 """
 
-import logging
 import os
+import signal
 import sys
-import time
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed as jax_distributed
-from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 
 from lora_gen_jax.config import DistributedConfig
 from lora_gen_jax.data.tasks import stable_hash
 from lora_gen_jax.errors import LoraGenError, Stopped
-from lora_gen_jax.training.peers import Peers
 
-log = logging.getLogger(__name__)
 # How long a process waits for the others to start, and at the end, where they have just met at a barrier.
 START_SECONDS, END_SECONDS = 300, 10
-
-_peers: Peers | None = None
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_points = 0
 
 
 def start(config: DistributedConfig) -> None:
@@ -37,9 +35,8 @@ def start(config: DistributedConfig) -> None:
     Raises:
         LoraGenError: when the others do not come.
     """
-    global _peers
     by_hand = config.coordinator is not None
-    if jax.distributed.is_initialized() or config.processes == 1 or not (by_hand or detected_processes() > 1):
+    if jax.distributed.is_initialized() or config.processes == 1 or not (by_hand or found_by_the_system()):
         return
     # The collectives of CPUs; nothing to an accelerator.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -59,48 +56,94 @@ def start(config: DistributedConfig) -> None:
             f"the processes of this job did not come together: {error}",
             field="distributed.coordinator",
             remedy=f"Start all of them within {START_SECONDS} s with the same distributed.coordinator and"
-            " distributed.processes, and let them reach each other's ports",
+            " distributed.processes, and let them reach each other's ports; for one process alone set"
+            " distributed.processes to 1",
         ) from error
-    _peers = _connect(config.heartbeat_seconds)
+
+
+def found_by_the_system() -> bool:
+    """Whether a TPU VM, SLURM, Open MPI or an indexed Kubernetes job runs this process, so that JAX finds the others.
+
+    JAX itself would warn in any Kubernetes pod, or ask its server, which only an indexed job is prepared for.
+    """
+    told = os.environ
+    tasks = told.get("SLURM_NTASKS", "1") if "SLURM_STEP_NODELIST" in told else "1"
+    several = max(int(tasks), int(told.get("OMPI_COMM_WORLD_SIZE", "1"))) > 1
+    indexed = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= told.keys()
+    return several or indexed or told.get("TPU_ML_PLATFORM") == "JAX"  # JAX sets this one where it finds TPU chips
 
 
 @contextmanager
 def job(config: DistributedConfig) -> Iterator[None]:
-    """A block that all processes do together: joined before it, left after it, as `start` and `stop`.
+    """A block that all processes do together: joined before it, left together after it.
+
+    A process that fails leaves at once; the others end when they miss it.
 
     Raises:
         LoraGenError: as `start`.
     """
+    start(config)
     try:
-        start(config)
         yield
-        stop()
     except Stopped:
-        stop()
+        _stop()
         raise
-    except BaseException:
-        stop(failed=True)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() > 1:
+            error.add_note("If another process was lost, start all of them again: the run goes on from its checkpoint.")
         raise
+    _stop()
 
 
-def _connect(seconds: int) -> Peers | None:
-    state = jax_distributed.global_state
-    host = str(state.coordinator_address).rsplit(":", 1)[0].strip("[]")
-    try:
-        return Peers(state.client, host, state.process_id, state.num_processes, seconds)
-    except (RuntimeError, OSError) as error:
-        log.warning("no connection to process 0 (%s): JAX alone will notice a lost process, in %d s", error, seconds)
+def _stop() -> None:
+    if jax.distributed.is_initialized():
+        barrier("end")
+        jax.distributed.shutdown()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's handler outlives its service
+
+
+class StopSignals:
+    """While it is entered, SIGTERM, which preempted machines get, and Ctrl-C are noted; a second one acts as before.
+
+    In several processes JAX watches for SIGTERM and tells all of them; Ctrl-C in one is passed on as SIGTERM.
+
+    Attributes:
+        received: number of the signal that this process noted itself.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.together = jax.process_count() > 1
+        self.handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
+            for number in _SIGNALS[1:] if self.together else _SIGNALS:
+                self.handlers[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        while self.handlers:
+            signal.signal(*self.handlers.popitem())
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self.__exit__()
+        if self.together:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def stop(self) -> int | None:
+        """The signal that ends the run here; every process asks before the first step and after each."""
+        global _points
+        if not self.together:
+            return self.received
+        # JAX has the processes stop at the number behind the largest that one of them asked for. Over all trainings
+        # of a process these numbers grow, so that a signal between two of them stops the second.
+        _points += 1
+        if multihost_utils.reached_preemption_sync_point(_points):
+            return self.received or signal.SIGTERM
         return None
-
-
-def detected_processes() -> int:
-    """How many processes the system (a TPU pod, SLURM, Open MPI, an indexed Kubernetes job) says there are; else 1."""
-    for env in ClusterEnv._cluster_types:
-        # Inside Kubernetes, JAX warns or asks its server, which only an indexed job is prepared for.
-        plain_pod = env.__name__ == "K8sCluster" and "JOB_COMPLETION_INDEX" not in os.environ
-        if not env.opt_in_only_method and not plain_pod and env.is_env_present():
-            return env.get_process_count()
-    return 1
 
 
 def barrier(name: str) -> None:
@@ -118,34 +161,6 @@ def differing(text: str) -> list[int]:
 
 
 def say(text: str) -> None:
-    """A line on standard error, from process 0 alone."""
+    """A line on standard error, from process 0 only."""
     if jax.process_index() == 0:
         print(text, file=sys.stderr, flush=True)
-
-
-def note(step: int, checkpoints: Path) -> None:
-    """How far training is, and where its checkpoints lie: for the message when a process is lost."""
-    if _peers is not None:
-        _peers.at(step, checkpoints)
-
-
-def await_verdict() -> None:
-    """After an error of the runtime: where a lost process is the cause, this one ends here, with that message."""
-    if _peers is not None:
-        time.sleep(5)
-
-
-def stop(failed: bool = False) -> None:
-    """Leaves the job: together with all others, or at once where this process has failed."""
-    global _peers
-    if not jax.distributed.is_initialized():
-        return
-    if _peers is not None and failed:
-        _peers.cut()
-    elif not failed:
-        barrier("end")
-        if _peers is not None:
-            _peers.end()
-        barrier("told")
-        jax.distributed.shutdown()
-    _peers = None

@@ -23,11 +23,10 @@ from lora_gen_jax.errors import LoraGenError, Stopped
 from lora_gen_jax.methods.registry import make_generator
 from lora_gen_jax.models import Pair, load_pair, precision_of
 from lora_gen_jax.sharding import make_mesh
-from lora_gen_jax.training import distributed
 from lora_gen_jax.training.bucket import location
 from lora_gen_jax.training.checkpoint import Checkpoints, check_models, check_tasks, metadata_of
+from lora_gen_jax.training.distributed import StopSignals
 from lora_gen_jax.training.optimizer import make_optimizer
-from lora_gen_jax.training.preemption import StopSignals
 from lora_gen_jax.training.prepare import (
     check_rows,
     check_same_rows,
@@ -108,18 +107,14 @@ def train(config: Config) -> TrainState:
     batches = TrainingBatches(sampler, config.train.seed, config.train.steps, shard)
     # Modules find the mesh in the context, and say there how activations are split.
     with jax.set_mesh(mesh), closing(batches), run_lock(config.directory):
-        try:
-            run = set_up(config, pair, rows, mesh, batches, place(first, mesh))
-            run.held_out = [place(batch, mesh) for batch in fixed]
-            # Signals are noted until the last checkpoint is on disk.
-            with StopSignals() as signals, closing(run.checkpoints):
-                loop(run, signals)
-            if config.compare and signals.received is not None and not signals.together:
-                raise Stopped(signals.received, config.train.steps)
-            return run.state
-        except jax.errors.JaxRuntimeError:
-            distributed.await_verdict()
-            raise
+        run = set_up(config, pair, rows, mesh, batches, place(first, mesh))
+        run.held_out = [place(batch, mesh) for batch in fixed]
+        # Signals are noted until the last checkpoint is on disk.
+        with StopSignals() as signals, closing(run.checkpoints):
+            loop(run, signals)
+        if config.compare and signals.received is not None and not signals.together:
+            raise Stopped(signals.received, config.train.steps)
+        return run.state
 
 
 def set_up(
@@ -174,13 +169,12 @@ def loop(run: Run, signals: StopSignals) -> None:
     # A trace that a failing step leaves open is closed, and so written, by the stack.
     with Recorder(config.directory, start, t.steps) as recorder, ExitStack() as trace:
         announce(run, recorder, start)
-        if (early := signals.before(start)) is not None:
+        if (early := signals.stop()) is not None:
             raise Stopped(early, start)
         if start == 0:
             _validate(run, recorder, 0)
         pending: _Pending | None = None
         for step in range(start + 1, t.steps + 1):
-            distributed.note(step, run.checkpoints.directory)
             batch = next(run.batches)
             if t.profile and step == min(start + 5, t.steps):
                 jax.profiler.start_trace(str(config.directory / "profile"))
@@ -191,7 +185,7 @@ def loop(run: Run, signals: StopSignals) -> None:
             pending = _Pending(step, metrics, _tokens(batch, config.data.prompts_per_step))
             last = step == t.steps
             # After the last step there may be methods to compare with.
-            stop = None if last and not config.compare else signals.after(step)
+            stop = None if last and not config.compare else signals.stop()
             if t.profile and step == min(start + 8, t.steps):
                 jax.block_until_ready(metrics)
                 trace.close()

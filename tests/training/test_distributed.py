@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 from helpers import experiment, raises
-from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 from jobs import ROOT, batches, largest_difference, metrics, saved
 
@@ -153,29 +152,35 @@ def test_a_single_process_holds_all_rows(tmp_path):
     assert shard_of(config, make_mesh()).rows == (0, 1, 2, 3)
 
 
-def cluster(name: str, present: bool, processes: int, opt_in: bool = False):
-    def count():
-        assert processes, "nobody should ask"
-        return processes
-
-    fields = {"opt_in_only_method": opt_in, "is_env_present": lambda: present, "get_process_count": count}
-    return SimpleNamespace(__name__=name, **fields)
+SLURM = {"SLURM_STEP_NODELIST": "node[001-004]", "SLURM_NTASKS": "4"}
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
 
 
 @pytest.mark.parametrize(
-    ("environments", "processes"),
+    ("environment", "found"),
     [
-        ([], 1),
-        ([cluster("Slurm", False, 0), cluster("Tpu", True, 4)], 4),
-        ([cluster("Tpu", True, 1)], 1),
-        ([cluster("Mpi", True, 8, opt_in=True)], 1),
-        ([cluster("K8sCluster", True, 0)], 1),
+        ({}, False),
+        (SLURM, True),
+        (SLURM | {"SLURM_NTASKS": "1"}, False),
+        ({"SLURM_NTASKS": "4"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "8"}, True),
+        (POD, False),
+        (POD | {"JOB_COMPLETION_INDEX": "0"}, True),
+        ({"TPU_ML_PLATFORM": "JAX"}, True),
     ],
 )
-def test_processes_are_counted_as_the_system_tells(monkeypatch, environments, processes):
-    monkeypatch.delenv("JOB_COMPLETION_INDEX", raising=False)
-    monkeypatch.setattr(ClusterEnv, "_cluster_types", environments)
-    assert distributed.detected_processes() == processes
+def test_processes_are_looked_for_where_the_system_has_them(monkeypatch, environment, found):
+    for name in ("SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE", "JOB_COMPLETION_INDEX", "TPU_ML_PLATFORM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    started = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: started.append((args, kwargs)))
+    monkeypatch.setattr(jax.config, "update", lambda *args: None)
+    distributed.start(DistributedConfig())
+    distributed.start(DistributedConfig(processes=1))
+    assert [args for args, _ in started] == [(None, None, None)] * found
+    assert all(kwargs["cluster_detection_method"] is None for _, kwargs in started)
 
 
 def test_machines_with_other_task_files_are_named(monkeypatch):
@@ -192,16 +197,6 @@ def test_machines_with_other_task_files_are_named(monkeypatch):
     with raises(DataError, "data", "process 1", "data.files"):
         check_same_rows({"b": "4567", "a": "0123"})
     assert np.array_equal(*gathered)
-
-
-def test_one_process_starts_nothing(monkeypatch):
-    started = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: started.append(kwargs))
-    monkeypatch.setattr(ClusterEnv, "_cluster_types", [])
-    distributed.start(DistributedConfig())
-    monkeypatch.setattr(ClusterEnv, "_cluster_types", [cluster("Slurm", True, 4)])
-    distributed.start(DistributedConfig(processes=1))
-    assert not started
 
 
 @pytest.mark.parametrize(

@@ -9,29 +9,33 @@ from jobs import free_port
 
 RUNS = """
 import os, signal, sys, time
-import jax
-from lora_gen_jax.training.preemption import StopSignals
+from lora_gen_jax.config import DistributedConfig
+from lora_gen_jax.errors import Stopped
+from lora_gen_jax.training import distributed
 
-port, process, told_in, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
+port, process, told_in, number = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
 
 def tell():
     if process == 1:
         os.kill(os.getpid(), number)
 
-for run in (1, 2):
-    with StopSignals() as signals:
-        assert signals.before(0) is None
-        for step in range(1, 16):
-            if told_in == run and step == 3:
+try:
+    with distributed.job(DistributedConfig(f"127.0.0.1:{port}", 2, process)):
+        for run in (1, 2):
+            if told_in == run - 0.5:
                 tell()
-            time.sleep(0.1)
-            if stop := signals.after(step):
-                print("stopped in run", run, "at", step, "by", stop, flush=True)
-                jax.distributed.shutdown()
-                sys.exit()
-        print("ended", run, flush=True)
+                time.sleep(3)  # until JAX has told both
+            with distributed.StopSignals() as signals:
+                for step in range(16):
+                    if told_in == run and step == 3:
+                        tell()
+                    time.sleep(0.1)
+                    if stop := signals.stop():
+                        print("stopped in run", run, "at", step, "by", int(stop), flush=True)
+                        raise Stopped(stop, step)
+                print("ended", run, flush=True)
+except Stopped:
+    sys.exit()
 tell()
 time.sleep(3 - 2 * process)
 os._exit(0)
@@ -63,7 +67,15 @@ def test_both_stop_after_the_same_step_in_every_training_of_a_process(run, numbe
     assert by == str(int(signal.SIGTERM))
 
 
-def test_after_training_sigterm_ends_a_process():
+@pytest.mark.parametrize("run", [1, 2])
+def test_told_before_a_training_both_stop_before_its_first_step(run):
+    (one, first), (two, second) = told(run - 0.5, signal.SIGTERM)
+    assert (first, second) == (0, 0)
+    stop = f"stopped in run {run} at 0 by {int(signal.SIGTERM)}"
+    assert one == two == [*["ended 1"][: run - 1], stop]
+
+
+def test_after_the_job_sigterm_ends_a_process():
     (_, _), (two, second) = told(3, signal.SIGTERM)
     assert two == ["ended 1", "ended 2"]
     assert second == -signal.SIGTERM
