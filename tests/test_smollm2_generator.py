@@ -9,7 +9,7 @@ import pytest
 from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.cli import main
 from lora_gen_jax.config_file import read_config
-from lora_gen_jax.data.descriptions import DESCRIPTIONS
+from lora_gen_jax.data.reasoning import DESCRIPTIONS
 from lora_gen_jax.data.tasks import Example
 from lora_gen_jax.decoder import pretrained
 from lora_gen_jax.errors import ModelError

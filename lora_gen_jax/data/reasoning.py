@@ -4,17 +4,19 @@ Scored splits are lm-evaluation-harness's: test for ARC and OpenBookQA, validati
 task from any reader of splits, so that files and TFDS go through the same rules of hygiene.
 """
 
+import json
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_gen_jax.data.descriptions import DESCRIPTIONS
 from lora_gen_jax.data.jsonl import Row, map_rows, read_rows, read_text
 from lora_gen_jax.data.rows import ROW_TO_EXAMPLE
 from lora_gen_jax.data.tasks import Example, Task, hash_slice, without_queries
 from lora_gen_jax.errors import DataError
 
+DESCRIPTIONS: dict[str, list[str]] = json.loads(Path(__file__).with_name("descriptions.json").read_text("utf-8"))
+"""Five wordings of each task, which keep the generator from keying on one fixed string; evaluation uses the first."""
 SEEN_TASKS = ("arc_challenge", "arc_easy", "openbookqa", "boolq", "social_iqa")
 UNSEEN_TASKS = ("hellaswag", "winogrande", "piqa")
 REASONING_TASKS = SEEN_TASKS + UNSEEN_TASKS
@@ -129,7 +131,7 @@ def assemble(name: str, read: ReadSplit, *, where: str, reserve: int = DEFAULT_R
     if len(kept) < len(train):
         _log.info("%s: dropped %d train rows whose query is validated or scored on", name, len(train) - len(kept))
     seen = name in SEEN_TASKS
-    return Task(name, DESCRIPTIONS[name], tuple(kept), tuple(scored), tuple(held), source=name, seen=seen)
+    return Task(name, tuple(DESCRIPTIONS[name]), tuple(kept), tuple(scored), tuple(held), source=name, seen=seen)
 
 
 def _lend(

@@ -66,9 +66,6 @@ class Answering:
 
     Attributes:
         generated: new tokens so far, over all sequences.
-
-    Raises:
-        ApiError: when one of the works is refused; none of the others runs then.
     """
 
     def __init__(
@@ -106,11 +103,7 @@ class Answering:
         return listen
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """What becomes final, until every sequence has ended.
-
-        Raises:
-            ApiError: when the scheduler gives a sequence up.
-        """
+        """What becomes final, until every sequence has ended."""
         while not all(sequence.finished for sequence in self._sequences):
             index, tokens = await self._events.get()
             if not self._sequences[index].finished:

@@ -191,12 +191,7 @@ def _specializer(flags: Serve) -> "Specializer":
 
 
 def read_registry(flags: Serve, specializer: "Specializer") -> "Registry":
-    """The specializations that are served from the start: those given, and those kept, which win over given ones.
-
-    Raises:
-        CheckpointError: for a directory that cannot be served, or more given ones than --max-specializations.
-        ConfigError, OutputError: when the store is none, or cannot be used.
-    """
+    """The specializations that are served from the start: those given, and those kept, which win over given ones."""
     from lora_gen_jax.serving.registry import Registry, Served
     from lora_gen_jax.serving.stored import read_entries, read_store
 
@@ -226,9 +221,6 @@ def make_scheduler(
         context: of a sequence; the model's positions, at most 2048, when left out.
         queue: sequences that may wait.
         rank: of factors that a specialization may have beside its gates.
-
-    Raises:
-        ConfigError: for a context that the edge model has no positions for.
     """
     from lora_gen_jax.inference.engine import Engine
     from lora_gen_jax.serving.scheduler import Scheduler

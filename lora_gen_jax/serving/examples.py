@@ -19,11 +19,7 @@ _MOST_CHARACTERS = 65536  # of examples: learning from them takes several times 
 
 
 def requested_prompt(request: NewSpecialization) -> str | Prompt:
-    """What a request wants a specialization of.
-
-    Raises:
-        DataError: for none or several prompts in it, or fields about examples without any.
-    """
+    """What a request wants a specialization of."""
     given = request.model_dump(include={"prompt", "shots", "description"}, exclude_none=True)
     row = given | ({"messages": as_turns(request.messages)} if "messages" in request.model_fields_set else {})
     if request.examples is None:
@@ -52,9 +48,6 @@ def refinement_of(
         specializer: that reads it.
         rank: of the factors that a row has room for.
         request: that asks for a kind and a number of steps; None for a conversation.
-
-    Raises:
-        ApiError: 400 for more than a request may ask for, or a LoRA that the rows have no room for.
     """
     if isinstance(prompt, str) or (request is not None and request.steps == 0):
         return None
@@ -70,11 +63,7 @@ def refinement_of(
 
 
 def learned_turns(system: str, turns: list[dict[str, str]]) -> Prompt:
-    """A conversation whose turns before the last are examples; the last waits for its answer.
-
-    Raises:
-        ApiError: 400 where user and assistant do not take turns, or a turn is empty.
-    """
+    """A conversation whose turns before the last are examples; the last waits for its answer."""
     roles = [turn["role"] for turn in turns]
     if roles != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
         message = "turns_as_examples needs a user's and the assistant's turns one after another, the last a user's"

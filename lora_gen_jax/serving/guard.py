@@ -46,11 +46,7 @@ class Hosts:
 
     @classmethod
     def of(cls, listener: socket.socket, given: Sequence[str] = ()) -> "Hosts":
-        """Of a bound socket: localhost, the names given, and, beyond loopback, this machine's name.
-
-        Raises:
-            ConfigError: for what can be no name.
-        """
+        """Of a bound socket: localhost, the names given, and, beyond loopback, this machine's name."""
         for name in given:
             if not _PATTERN.fullmatch(name):
                 raise ConfigError(

@@ -105,11 +105,7 @@ class Registry:
         return entry
 
     def reserve(self, name: str, automatic: bool = False) -> None:
-        """Takes a name and a place, before what will have them is made.
-
-        Raises:
-            ApiError: 400 for what is no name, 409 for a taken one, 429 where there are too many already.
-        """
+        """Takes a name and a place, before what will have them is made."""
         if not automatic:
             check_new_name(name)
         if name.lower() in self._entries or name.lower() in self._reserved:
@@ -151,11 +147,7 @@ class Registry:
 
 
 def check_new_name(name: str) -> None:
-    """A name that a client or a directory gives.
-
-    Raises:
-        ApiError: 400.
-    """
+    """A name that a client or a directory gives."""
     try:
         check_name(name)
     except DataError as error:
@@ -189,11 +181,7 @@ class Served:
         return cls(specializer.fit, pair.edge.fingerprint, pair.cloud.encoder)
 
     def entry(self, name: str, specialization: Specialization, automatic: bool = False) -> Entry:
-        """A specialization to serve.
-
-        Raises:
-            CheckpointError: for one of another pool, edge model or number of layers, or without gates.
-        """
+        """A specialization to serve."""
         s = specialization
         if s.direct:
             raise CheckpointError(

@@ -123,9 +123,6 @@ def answer_length(service: Service, ids: list[int], asked: int | None, field: st
         asked: by the request.
         field: that says so, or would.
         otherwise: no more than this where the request says nothing.
-
-    Raises:
-        ApiError: 400 when it is more than the limit, or more than the context has room for.
     """
     longest, most = service.scheduler.longest, service.limits.max_new_tokens
     if asked is not None and asked > most:
@@ -159,11 +156,7 @@ def make_works(
 
 
 async def in_time(service: Service, request: Request, made: Any) -> Any:
-    """Waits for a specialization no longer than for an answer.
-
-    Raises:
-        ApiError: 504.
-    """
+    """Waits for a specialization no longer than for an answer."""
     seconds = service.limits.timeout
     try:
         return await asyncio.wait_for(made, max(0.0, seconds - seconds_since_start(request)))

@@ -31,11 +31,7 @@ Request = TypeVar("Request", bound=BaseModel)
 
 
 def read_request(kind: type[Request], body: bytes) -> Request:
-    """A request from its body.
-
-    Raises:
-        ApiError: 400, for what is no JSON object or a field that cannot be used.
-    """
+    """A request from its body."""
     if _containers(body) > _MOST_CONTAINERS and _containers(_STRING.sub(b"", body)) > _MOST_CONTAINERS:
         message = f"the body has more than {_MOST_CONTAINERS} lists and objects: send several requests"
         raise invalid(message, None, "too_many_values")

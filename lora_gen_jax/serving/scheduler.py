@@ -128,12 +128,6 @@ class Scheduler:
         Args:
             works: what to generate.
             listeners: one a work; called from the scheduler's thread, which they must not hold up.
-
-        Raises:
-            DataError, ConfigError: for a work that cannot be done, as `Engine.check`.
-            QueueFull: when there is no room for all of them.
-            Closing: after `close`.
-            Failed: when the programs on the device have failed.
         """
         for work in works:
             self.engine.check(work)

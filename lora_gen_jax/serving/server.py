@@ -35,11 +35,7 @@ _LEAST_SECONDS = 1.0
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket with its address; connections are refused until a server listens on it.
-
-    Raises:
-        ConfigError: when the address cannot be used.
-    """
+    """A socket with its address; connections are refused until a server listens on it."""
     with contextlib.ExitStack() as opened:
         try:
             family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -96,11 +92,7 @@ class Server(uvicorn.Server):
         self.should_exit = self.service.closing = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Says that requests can come.
-
-        Raises:
-            ConfigError: when the address was taken in the meantime.
-        """
+        """Says that requests can come."""
         try:
             await super().startup(sockets)
         except OSError as error:

@@ -96,11 +96,7 @@ class Service:
         return self.scheduler.alive and not self.closing
 
     def entry(self, name: str) -> Entry:
-        """A specialization by name.
-
-        Raises:
-            ApiError: 404.
-        """
+        """A specialization by name."""
         found = self.registry.get(name)
         if found is None or name in self._removing:
             known = "GET /v1/models lists what there is, POST /v1/specializations makes more"
@@ -108,21 +104,13 @@ class Service:
         return found
 
     def special(self, model: str) -> Entry | None:
-        """The specialization that a model's name stands for; None for the base model.
-
-        Raises:
-            ApiError: 404, or 400 where the name stands for none.
-        """
+        """The specialization that a model's name stands for; None for the base model."""
         if model == AUTO:
             raise invalid("model auto needs a system message: use /v1/chat/completions", "model")
         return None if model == BASE else self.entry(model)
 
     async def prompt_ids(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-        """Token ids of a completion's prompts.
-
-        Raises:
-            ApiError: 400 for an empty text or ids that the edge model lacks.
-        """
+        """Token ids of a completion's prompts."""
 
         def ids(prompt: str | list[int]) -> list[int]:
             if isinstance(prompt, str):
@@ -137,11 +125,7 @@ class Service:
             raise api_error(error, "prompt") from error
 
     async def chat_ids(self, turns: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation that waits for its answer.
-
-        Raises:
-            ApiError: 400 where the edge model has no chat template, or its template refuses the turns.
-        """
+        """Token ids of a conversation that waits for its answer."""
         try:
             size = sum(len(turn["content"]) for turn in turns)
             self._check_length(size)
@@ -169,9 +153,6 @@ class Service:
 
         It is made when the message is seen first; requests that come meanwhile wait for the same one. With
         `turns_as_examples` it learns from the turns that are answered, and the last message alone is left.
-
-        Raises:
-            ApiError: 400 without a system message, or without others; 429 where there are too many specializations.
         """
         system = "\n\n".join(turn["content"] for turn in turns if turn["role"] == "system")
         others = [turn for turn in turns if turn["role"] != "system"]
@@ -200,11 +181,7 @@ class Service:
             task.exception()  # looked at, even if all who waited have left
 
     async def create(self, request: NewSpecialization) -> Entry:
-        """A new specialization.
-
-        Raises:
-            ApiError: 400 for a prompt or a name that is none, 409 for a taken name, 429 for too many.
-        """
+        """A new specialization."""
         try:
             prompt = requested_prompt(request)
         except DataError as error:
@@ -247,11 +224,7 @@ class Service:
         return entry
 
     async def delete(self, name: str) -> None:
-        """Forgets a specialization, and removes it from the store.
-
-        Raises:
-            ApiError: 404.
-        """
+        """Forgets a specialization, and removes it from the store."""
         directory = None if self.entry(name).automatic else self.registry.directory(name)
         self._removing.add(name)
         try:

@@ -24,12 +24,7 @@ _REMOVED, _DAMAGED = ".removed-", ".damaged-"
 
 
 def read_entries(paths: Iterable[Path], served: Served) -> list[Entry]:
-    """The specializations in directories, or in directories of them; each by the name of its own directory.
-
-    Raises:
-        CheckpointError: naming the directory that is none, is damaged, does not fit the generator, or has a name that
-            is taken or cannot be one.
-    """
+    """The specializations in directories, or in directories of them; each by the name of its own directory."""
     return _entries([found for path in paths for found in _directories(path)], served)
 
 
@@ -38,11 +33,6 @@ def read_store(store: Path, served: Served) -> list[Entry]:
 
     What no server can have put there (plain files, a file system's lost+found) is passed over; what one was removing
     when it ended is removed; what is damaged is set aside under a hidden name, so that the others are served.
-
-    Raises:
-        CheckpointError: naming the specialization that is whole, but not of this generator.
-        ConfigError: when the directory is a specialization itself.
-        OutputError: when it cannot be used.
     """
     try:
         store.mkdir(parents=True, exist_ok=True)
@@ -99,11 +89,7 @@ def _noted(directory: Path) -> dict[str, Any]:
 
 
 def remove_directory(directory: Path) -> None:
-    """Removes a stored specialization, or a link to one; no half of it is ever read again.
-
-    Raises:
-        OutputError: when it cannot be removed.
-    """
+    """Removes a stored specialization, or a link to one; no half of it is ever read again."""
     hidden = directory.with_name(f".{directory.name}{_REMOVED}{time.monotonic_ns()}")
     try:
         if directory.is_symlink():

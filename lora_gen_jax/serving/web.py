@@ -27,13 +27,7 @@ _STARTED, _STATUS = "lora_gen.started", "lora_gen.status"
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """A request's body, in JSON as its head says: pages of other sites may send texts and forms unasked.
-
-    Raises:
-        ApiError: 415 for another type; 413 when it is longer than `limit` bytes, whatever its head says; 408 when it
-            does not come.
-        ClientGone: when the client leaves before its end.
-    """
+    """A request's body, in JSON as its head says: pages of other sites may send texts and forms unasked."""
     too_large = ApiError(413, f"the body is larger than {limit} bytes, the limit", None, "body_too_large", _CLOSE)
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media != "application/json":
@@ -60,11 +54,7 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 
 def check_key(request: Request, key: str | None) -> None:
-    """A key, where the server has one.
-
-    Raises:
-        ApiError: 401.
-    """
+    """A key, where the server has one."""
     if key is None:
         return
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
@@ -84,9 +74,6 @@ async def limited(receive: Receive, deadline: float, late: ApiError) -> AsyncIte
     """Ends the block early, with `late` at a deadline of the event loop's clock, or when the client leaves.
 
     The body has been read before: the next thing that comes is the end of the connection.
-
-    Raises:
-        ApiError, ClientGone: these two.
     """
     gone = False
 

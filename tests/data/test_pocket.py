@@ -10,9 +10,8 @@ import pytest
 from helpers import raises, write_rows
 
 from lora_gen_jax.data.load import load_tasks
-from lora_gen_jax.data.pocket.formats import FORMATS
 from lora_gen_jax.data.pocket.suite import GROUPS, combinations, find, make_task, split_of
-from lora_gen_jax.data.pocket.wordings import all_requests, descriptions, held_out_requests, training_requests
+from lora_gen_jax.data.pocket.wordings import FORMATS, all_requests, descriptions, held_out_requests, training_requests
 from lora_gen_jax.data.pocket.world import ATTRIBUTES, THINGS, Attribute
 from lora_gen_jax.data.prompts import few_shot_context
 from lora_gen_jax.data.tasks import Example

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_gen_jax.data.descriptions import DESCRIPTIONS
 from lora_gen_jax.data.prompts import few_shot_context
-from lora_gen_jax.data.reasoning import REASONING_TASKS
+from lora_gen_jax.data.reasoning import DESCRIPTIONS, REASONING_TASKS
 from lora_gen_jax.data.rows import ROW_TO_EXAMPLE, split_context
 
 # The harness and the libraries it imports warn at import; that is not ours to fix.

@@ -1,6 +1,6 @@
 """The embedded task suite: attribute × answer format × kind.
 
-In: the tables of `world`, `formats` and `wordings`. Out: `Task`s, by group or by name. A fifth of all pairs of
+In: the tables of `world` and `wordings`. Out: `Task`s, by group or by name. A fifth of all pairs of
 attribute and format is held out: these tasks are unseen by the models' pretraining and by the generators' training.
 
 Names: ``pocket/sound/it_is-quotes-dot`` is answered in free form, ``pocket/sound/it_is-quotes-dot/choice`` chosen from
@@ -12,8 +12,7 @@ import random
 from functools import cache
 
 from lora_gen_jax.data.pocket.agent import agent_tasks
-from lora_gen_jax.data.pocket.formats import FORMATS, Format
-from lora_gen_jax.data.pocket.wordings import descriptions
+from lora_gen_jax.data.pocket.wordings import FORMATS, Format, descriptions
 from lora_gen_jax.data.pocket.world import ATTRIBUTES, Attribute
 from lora_gen_jax.data.tasks import Example, Task, stable_hash
 

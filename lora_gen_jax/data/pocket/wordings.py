@@ -1,14 +1,18 @@
-"""Descriptions of the embedded tasks: what to answer and in which format, in many wordings.
+"""Answer formats, and descriptions of the embedded tasks: what to answer and in which format, in many wordings.
 
 In: an attribute, a format, and whether the wording may be one that training uses. Out: descriptions. A fifth of each
 attribute's requests ("say the animal's sound") is held out: they occur in no training prompt.
+
+A format is what comes before the word, what stands around it, and what ends it: 3 leads × 4 wraps × 3 ends are 36
+formats; because they are built from parts, a format that was held out for an attribute is made of parts that are known.
 """
 
+import dataclasses
+import itertools
 import random
 from collections.abc import Iterator
 
-from lora_gen_jax.data.pocket.formats import PLAIN_REQUESTS, Format
-from lora_gen_jax.data.pocket.world import Attribute
+from lora_gen_jax.data.pocket.world import Attribute, table
 from lora_gen_jax.data.tasks import stable_hash
 
 FRAMES = (
@@ -36,6 +40,55 @@ INTRODUCTIONS = (
     "Please help me.",
 )
 HELD_OUT_PERCENT = 20
+PLAIN_REQUESTS = ("answer with one word", "write the answer alone", "write nothing else", "one word is enough")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """One way to fill a part of a format.
+
+    Attributes:
+        name: part of a task's name; empty for "nothing special".
+        text: with {thing} and {answer} to fill in.
+        requests: ways to ask for it, as imperatives.
+    """
+
+    name: str = ""
+    text: str = "{answer}"
+    requests: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Format:
+    """How an answer is written."""
+
+    lead: Part
+    wrap: Part
+    end: Part
+
+    @property
+    def name(self) -> str:
+        return "-".join(part.name for part in self.parts if part.name) or "plain"
+
+    @property
+    def parts(self) -> tuple[Part, Part, Part]:
+        return (self.lead, self.wrap, self.end)
+
+    def render(self, thing: str, value: str) -> str:
+        """The answer: `owl = "hoot".`"""
+        text = self.wrap.text.format(thing=thing, answer=value)
+        return self.end.text.format(answer=self.lead.text.format(thing=thing, answer=text))
+
+
+def _formats() -> tuple[Format, ...]:
+    parts: dict[str, list[Part]] = {kind: [Part()] for kind in ("lead", "wrap", "end")}
+    for line in table("formats").splitlines():
+        kind, name, text, requests = line.split(" | ")
+        parts[kind].append(Part(name, text, tuple(requests.split("; "))))
+    return tuple(Format(*chosen) for chosen in itertools.product(*parts.values()))
+
+
+FORMATS = _formats()
 
 
 def descriptions(attribute: Attribute, form: Format, held_out: bool, count: int) -> tuple[str, ...]:
