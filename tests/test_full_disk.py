@@ -51,7 +51,7 @@ import resource, jax.numpy as jnp
 from pathlib import Path
 from types import SimpleNamespace
 from lora_gen_jax.cli import guarded
-from lora_gen_jax.training.checkpoint import Checkpoints
+from lora_gen_jax.training.run_checkpoints import Checkpoints
 def run():
     checkpoints = Checkpoints(Path({str(tmp_path)!r}), 1)
     tree = {{str(i): jnp.arange(50_000.0) + i for i in range(8)}}

@@ -1,38 +1,36 @@
-"""Checkpoints of the trainable tree: written while training, read back to resume or to specialize.
+"""Checkpoints of the trainable tree, read back to specialize, and what they say about themselves.
 
-A step's directory holds three items, so that each reader takes what it needs: `generator` (params and batch
-statistics), `optimizer` (its state and the step), `data` (the input iterator's place), beside `metadata` with the
-config, the fingerprints of the frozen models and versions. The metadata also hold a SHA-256 of every array, of the
-iterator's place and of themselves, which reading compares: storage notices damage to its lists, but not to the arrays.
+In: a directory, a name, or an address in a bucket. Out: `Loaded`, or an error where what is read is not what was
+written, or belongs to other models. `run_checkpoints.py` writes them, and says what a step's directory holds.
 """
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
 import jax
 
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import from_json, to_json
-from lora_gen_jax.errors import CheckpointError, LoraGenError, OutputError
+from lora_gen_jax.errors import CheckpointError, LoraGenError
 from lora_gen_jax.training.bucket import absolute, is_bucket, location, remote_errors
-from lora_gen_jax.training.digests import compare_digests, digests_of, opened, sealed
 from lora_gen_jax.training.portable import SHIPPED, TENSORS, check_generator, load_portable
 from lora_gen_jax.training.published import fetch_generator
-from lora_gen_jax.training.step import TrainState
-from lora_gen_jax.untrusted import reason_of
+from lora_gen_jax.untrusted import check_digests, check_fields, digest_of, reason_of
 
 log = logging.getLogger(__name__)
+METADATA = {
+    "step": Annotated[int, 0, 2**53],
+    "config": dict,
+    "fingerprints": dict[str, str],
+    "versions": dict[str, str],
+    "tasks": dict[str, str] | None,
+    "sha256": dict[str, str] | None,
+    "sha256_of_this": str | None,
+}
 PACKAGES = ("lora_gen_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
-ITEMS = ("generator", "optimizer", "data", "metadata")
-_Read = TypeVar("_Read")
-
-# Orbax logs every save and restore at INFO and reports on its own threads; a run has its own progress.
-logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 def versions() -> dict[str, str]:
@@ -65,196 +63,6 @@ class Loaded:
     fingerprints: dict[str, str]
     versions: dict[str, str]
     path: Path
-
-
-class Checkpoints:
-    """The checkpoints of one run: the newest `keep` ones and the best (lowest validation loss).
-
-    Args:
-        directory: a `location`.
-        keep: that many.
-
-    Raises:
-        OutputError: when it cannot be used.
-        CheckpointError: when what lies there cannot be listed.
-    """
-
-    def __init__(self, directory: Any, keep: int):
-        import orbax.checkpoint as ocp
-
-        policies = ocp.checkpoint_managers
-        preserve = policies.AnyPreservationPolicy(
-            [
-                policies.LatestN(keep),
-                policies.BestN(
-                    get_metric_fn=lambda metrics: metrics["validation_loss"],
-                    reverse=True,
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                ),
-            ]
-        )
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=preserve,
-            # Beside the policy this has a step's validation loss written, so that the best is known after resuming.
-            best_fn=lambda metrics: metrics["validation_loss"],
-            best_mode="min",
-            cleanup_tmp_directories=True,
-            # Which step is the newest is process 0's word: on a network's file system others may see it later.
-            single_host_load_and_broadcast=True,
-        )
-        self.directory = absolute(directory)
-        self._errors = remote_errors(self.directory)
-        try:
-            with self._writing():
-                self.manager = ocp.CheckpointManager(self.directory, options=options, item_names=ITEMS)
-        except OutputError:
-            raise
-        except Exception as error:  # whatever damaged lists make storage raise
-            raise CheckpointError(
-                f"the checkpoints in {self.directory} cannot be listed: {reason_of(error)}",
-                field="checkpoint",
-                code="damaged",
-                remedy="Delete the newest step's directory to go on from the one before",
-            ) from error
-
-    def save(self, state: TrainState, data_state: Any, metadata: dict[str, Any], validation_loss: float | None) -> None:
-        """Starts writing; training goes on meanwhile. A checkpoint appears under its step only when complete.
-
-        Raises:
-            OutputError: when this one, or the one before, cannot be written.
-        """
-        import orbax.checkpoint as ocp
-
-        optimizer = {"opt_state": state.opt_state, "step": state.step}
-        digests = digests_of({"generator": state.variables, "optimizer": optimizer, "data": data_state})
-        items = ocp.args.Composite(
-            generator=ocp.args.StandardSave(state.variables),
-            optimizer=ocp.args.StandardSave(optimizer),
-            data=ocp.args.JsonSave(data_state),
-            metadata=ocp.args.JsonSave(sealed(metadata | {"sha256": digests})),
-        )
-        metrics = None if validation_loss is None else {"validation_loss": validation_loss}
-        with self._writing():
-            self.manager.save(int(state.step), args=items, metrics=metrics)
-
-    def check(self) -> None:
-        """Raises OutputError where writing in the background has failed."""
-        with self._writing():
-            self.manager.check_for_errors()
-
-    def wait(self) -> None:
-        """Until everything is on disk.
-
-        Raises:
-            OutputError: when it cannot be written.
-        """
-        with self._writing():
-            self.manager.wait_until_finished()
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, ValueError, *self._errors) as error:  # a full disk is a ValueError of who writes arrays
-            cause = "may this machine write to the bucket?" if self._errors else "is the disk full?"
-            cause += " was another process lost?" * (jax.process_count() > 1)
-            raise OutputError(
-                f"a checkpoint in {self.directory} cannot be written: {reason_of(error)}",
-                field="--bucket" if self._errors else "--workdir",
-                code="unwritable",
-                remedy=f"Mend that ({cause}): the same command goes on from the newest checkpoint that is complete",
-            ) from error
-
-    @property
-    def latest(self) -> int | None:
-        """The newest complete step."""
-        return self.manager.latest_step()
-
-    def made_with(self) -> tuple[dict[str, str], dict[str, str]]:
-        """(fingerprints of the models, contents of the tasks) that the newest readable checkpoint was trained with.
-
-        Raises:
-            CheckpointError: when none can be read.
-        """
-
-        import orbax.checkpoint as ocp
-
-        def read(step: int) -> tuple[dict[str, str], dict[str, str]]:
-            found: Any = self.manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))
-            metadata = opened(found.metadata)
-            return metadata["fingerprints"], metadata.get("tasks") or {}
-
-        return self._newest(read)[1]
-
-    def restore(self, state: TrainState) -> tuple[TrainState, Any]:
-        """The newest state, in the shapes, types and shardings of `state`, and the data iterator's place.
-
-        Of a run in one process whose newest checkpoints in its directory are damaged, the newest that is not; the
-        damaged ones are set aside as <step>.damaged.
-
-        Raises:
-            CheckpointError: when none can be read, or has these shapes.
-        """
-        import orbax.checkpoint as ocp
-
-        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        items = ocp.args.Composite(
-            generator=ocp.args.StandardRestore(like.variables),
-            optimizer=ocp.args.StandardRestore({"opt_state": like.opt_state, "step": like.step}),
-            data=ocp.args.JsonRestore(),
-            metadata=ocp.args.JsonRestore(),
-        )
-
-        def read(step: int) -> Any:
-            found: Any = self.manager.restore(step, args=items)
-            parts = {"generator": found.generator, "optimizer": found.optimizer, "data": found.data}
-            compare_digests(opened(found.metadata), parts, str(step))
-            return found
-
-        step, found = self._newest(read)
-        damaged_steps = [other for other in self.manager.all_steps() if other > step]
-        for damaged in damaged_steps:
-            aside = self.directory / f"{damaged}.damaged"
-            log.warning("checkpoint %d is damaged: set aside as %s; going on from step %d", damaged, aside, step)
-            with self._writing():
-                (self.directory / str(damaged)).rename(aside)
-        if damaged_steps:
-            self.manager.reload()
-        restored = TrainState(
-            found.optimizer["step"],
-            found.generator["params"],
-            found.generator["batch_stats"],
-            found.optimizer["opt_state"],
-        )
-        return restored, found.data
-
-    def _newest(self, read: Callable[[int], _Read]) -> tuple[int, _Read]:
-        """(step, what was read) of the newest checkpoint that can be read; CheckpointError of the newest, if none can.
-
-        In a bucket, and for several processes, only the newest is tried: all of them would have to go back together.
-        """
-        steps = sorted(self.manager.all_steps(), reverse=True)
-        first: Exception | None = None
-        for step in steps if not self._errors and jax.process_count() == 1 else steps[:1]:
-            try:
-                return step, read(step)
-            except Exception as error:  # whatever storage raises for damaged bytes
-                first = first or error
-        raise CheckpointError(
-            f"checkpoint {self.manager.directory / str(steps[0])} cannot be restored: {reason_of(first or KeyError())}",
-            field="checkpoint",
-            code="damaged",
-            remedy="Delete that step's directory to go on from the one before",
-        ) from first
-
-    def close(self) -> None:
-        """Waits, as `wait`, and ends the threads that write."""
-        try:
-            self.wait()
-        finally:
-            with self._writing():
-                self.manager.close()
 
 
 def step_directory(path: Any) -> Any:
@@ -373,15 +181,9 @@ def metadata_of(config: Config, fingerprints: dict[str, str], contents: dict[str
 
 
 def check_tasks(expected: dict[str, str], found: dict[str, str], what: str) -> None:
-    """A run goes on with the rows that it began with.
+    """Raises CheckpointError unless a run goes on with the rows that it began with (`data.tasks.contents`).
 
-    Args:
-        expected: as `data.tasks.contents` gave them; empty for a checkpoint of a version that did not note them.
-        found: what they are now.
-        what: the run.
-
-    Raises:
-        CheckpointError: naming the tasks that were changed.
+    Nothing is expected by a checkpoint of a version that did not note them.
     """
     if changed := sorted(source for source in expected if expected[source] != found.get(source)):
         raise CheckpointError(
@@ -392,23 +194,14 @@ def check_tasks(expected: dict[str, str], found: dict[str, str], what: str) -> N
 
 
 def check_method(loaded: Loaded, method: str) -> None:
-    """A checkpoint must hold the method that is asked of it.
-
-    Raises:
-        CheckpointError: when it was trained with another one.
-    """
+    """Raises CheckpointError for a checkpoint of another method than the one that is asked of it."""
     if loaded.config.method != method:
-        raise CheckpointError(
-            f"{loaded.path} was trained with method {loaded.config.method}, not {method}", field="method"
-        )
+        problem = f"{loaded.path} was trained with method {loaded.config.method}, not {method}"
+        raise CheckpointError(problem, field="method")
 
 
 def check_models(expected: dict[str, str], found: dict[str, str], what: str) -> None:
-    """A generator works with the models it was trained on alone.
-
-    Raises:
-        CheckpointError: naming the model that differs.
-    """
+    """Raises CheckpointError for other models than a generator was trained on: it works with no others."""
     for name in ("cloud", "edge"):
         if expected.get(name) != found[name]:
             raise CheckpointError(
@@ -416,3 +209,38 @@ def check_models(expected: dict[str, str], found: dict[str, str], what: str) -> 
                 field=f"{name}.source",
                 remedy=f"load the model it was trained on ({name}.source)",
             )
+
+
+def digests_of(parts: dict[str, Any]) -> dict[str, str]:
+    """{path of a leaf: its SHA-256} of trees of arrays; "data" is one leaf, whatever is in it."""
+    data = {name: digest_of(value) for name, value in parts.items() if name == "data"}
+    leaves = jax.tree_util.tree_leaves_with_path({name: tree for name, tree in parts.items() if name != "data"})
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    return data | {name: digest_of(x) for name, x in zip(names, jax.device_get([x for _, x in leaves]), strict=True)}
+
+
+def compare_digests(metadata: dict[str, Any], parts: dict[str, Any], place: str) -> None:
+    """Raises CheckpointError where a leaf of those parts is not what was written; older versions noted no digests."""
+    if (recorded := metadata.get("sha256")) is not None:
+        wanted = {name: digest for name, digest in recorded.items() if name.split("/")[0] in parts}
+        check_digests(digests_of(parts), wanted, place)
+
+
+def sealed(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Metadata with their own digest."""
+    return metadata | {"sha256_of_this": digest_of(metadata)}
+
+
+def opened(metadata: Any) -> dict[str, Any]:
+    """Metadata that were `sealed`, or of an older version, which did not.
+
+    Raises:
+        CheckpointError: when they are not what was written, or lack something.
+    """
+    if not isinstance(metadata, dict):
+        raise CheckpointError("the metadata are no object", field="metadata", code="type")
+    check_fields(metadata, METADATA, "metadata", CheckpointError)
+    if "sha256" in metadata or "sha256_of_this" in metadata:
+        rest = {name: value for name, value in metadata.items() if name != "sha256_of_this"}
+        check_digests({"metadata": digest_of(rest)}, {"metadata": metadata.get("sha256_of_this") or ""}, "metadata")
+    return metadata

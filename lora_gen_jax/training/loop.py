@@ -23,8 +23,8 @@ from lora_gen_jax.errors import LoraGenError, Stopped
 from lora_gen_jax.methods.registry import make_generator
 from lora_gen_jax.models import Pair, load_pair, precision_of
 from lora_gen_jax.sharding import make_mesh
-from lora_gen_jax.training.bucket import location
-from lora_gen_jax.training.checkpoint import Checkpoints, check_models, check_tasks, metadata_of
+from lora_gen_jax.training.bucket import BucketOwner, location, run_lock
+from lora_gen_jax.training.checkpoint import check_models, check_tasks, metadata_of
 from lora_gen_jax.training.distributed import StopSignals
 from lora_gen_jax.training.optimizer import make_optimizer
 from lora_gen_jax.training.prepare import (
@@ -41,7 +41,7 @@ from lora_gen_jax.training.prepare import (
 )
 from lora_gen_jax.training.progress import Recorder
 from lora_gen_jax.training.reader import teach_reader
-from lora_gen_jax.training.run_lock import BucketOwner, run_lock
+from lora_gen_jax.training.run_checkpoints import Checkpoints
 from lora_gen_jax.training.step import TrainState, init_state, make_train_step, make_validation_step
 
 

@@ -67,12 +67,8 @@ def save_portable(loaded: Any, directory: Path, dtype: Any) -> None:
     # Where the run was has no meaning elsewhere.
     config: dict[str, Any] = to_json(loaded.config) | {"workdir": None, "bucket": None}
     config["data"] |= {"dir": None, "tfds_dir": None, "files": []}
-    readable: dict[str, Any] = {
-        "step": loaded.step,
-        "config": config,
-        "fingerprints": loaded.fingerprints,
-        "versions": loaded.versions,
-    }
+    readable: dict[str, Any] = {"step": loaded.step, "config": config}
+    readable |= {"fingerprints": loaded.fingerprints, "versions": loaded.versions}
     stored = safetensors.numpy.save(tensors)
     readable["sha256"] = {TENSORS: digest_of(stored), READABLE: digest_of(readable)}
     with complete_directory(directory) as temporary, writing(directory):
@@ -130,11 +126,8 @@ def check_generator(variables: Any, config: Config, file: str) -> None:
     if not isinstance(variables, dict) or not isinstance(variables.get("params"), dict) or not variables["params"]:
         raise CheckpointError(f"{file} holds no params", field=f"{file}:params", code="missing")
     if config.method == "lora_gen":
-        head = "direct" if config.generator.generator == "direct" else "pool"
-        if (
-            not isinstance(variables["params"].get(head), dict)
-            or ({"pool", "direct"} - {head}) & variables["params"].keys()
-        ):
+        head, other = ("direct", "pool") if config.generator.generator == "direct" else ("pool", "direct")
+        if not isinstance(variables["params"].get(head), dict) or other in variables["params"]:
             raise CheckpointError(f"{file} does not hold params/{head} alone", field=f"{file}:{head}", code="missing")
     check_tensors(dict(flatten(variables)), None, file)
 

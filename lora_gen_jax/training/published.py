@@ -43,12 +43,9 @@ def fetch_generator(name: str, cached: bool = False) -> Path | None:
     if not missing and not read_object(directory / READABLE, CheckpointError).get("sha256"):
         missing = [f"sha256 in {READABLE}"]
     if missing:
-        raise CheckpointError(
-            f"{name} on the Hugging Face hub is not a generator: it has no {' and no '.join(missing)}",
-            field="--checkpoint",
-            code="not a generator",
-            remedy="name a repository that `lora-gen pack --publish` wrote",
-        )
+        problem = f"{name} on the Hugging Face hub is not a generator: it has no {' and no '.join(missing)}"
+        remedy = "name a repository that `lora-gen pack --publish` wrote"
+        raise CheckpointError(problem, field="--checkpoint", code="not a generator", remedy=remedy)
     log.info("generator %s of the Hugging Face hub", name_of(directory) or name)
     return directory
 
@@ -62,36 +59,19 @@ def cached_generator(name: str) -> Path | None:
 
 
 def check_publishing(repository: str) -> None:
-    """What can be said before anything is packed.
-
-    Raises:
-        ConfigError: for what is no name, or without a token.
-    """
+    """Raises ConfigError for what is no name, and without a token: before anything is packed."""
     import huggingface_hub
 
     if (found := HUB_ID.fullmatch(repository)) is None or found["revision"] is not None:
-        raise ConfigError(
-            f"--publish is {repository[:80]!r}",
-            field="--publish",
-            code="name",
-            remedy="give ORG/NAME, a repository on the Hugging Face hub",
-        )
+        remedy = "give ORG/NAME, a repository on the Hugging Face hub"
+        raise ConfigError(f"--publish is {repository[:80]!r}", field="--publish", code="name", remedy=remedy)
     if huggingface_hub.get_token() is None:
-        raise ConfigError(
-            "--publish needs a token of the Hugging Face hub, and none is found",
-            field="--publish",
-            code="token",
-            remedy="`hf auth login`, or set HF_TOKEN",
-        )
+        problem = "--publish needs a token of the Hugging Face hub, and none is found"
+        raise ConfigError(problem, field="--publish", code="token", remedy="`hf auth login`, or set HF_TOKEN")
 
 
 def publish_generator(directory: Path, repository: str, private: bool) -> str:
-    """Writes a directory's files to a repository, which is made where there is none, in one commit.
-
-    Args:
-        directory: with the two files of a generator and its card.
-        repository: ``org/name``.
-        private: make the repository private, if it is made.
+    """Writes a generator's files and its card to a repository, which is made where there is none, in one commit.
 
     Returns:
         the commit's URL.
@@ -101,24 +81,20 @@ def publish_generator(directory: Path, repository: str, private: bool) -> str:
     """
     from huggingface_hub import HfApi
 
-    api = HfApi(library_name="lora_gen_jax")
+    api, files = HfApi(library_name="lora_gen_jax"), [TENSORS, READABLE, CARD]
     try:
         api.create_repo(repository, private=private or None, exist_ok=True)
         message = "Generator packed by lora_gen_jax"
-        files = [TENSORS, READABLE, CARD]
-        return api.upload_folder(
+        upload = api.upload_folder(
             repo_id=repository, folder_path=directory, allow_patterns=files, commit_message=message
-        ).commit_url
+        )
+        return upload.commit_url
     except Exception as error:  # the hub's client lets errors of several HTTP libraries through
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        remedy = "Check the network and HF_HUB_OFFLINE"
-        if status in (401, 403, 404):
-            remedy = f"give a token that may write to {repository} (`hf auth login`, or HF_TOKEN)"
         raise OutputError(
             f"{repository} could not be published on the Hugging Face hub ({reason_of(error)})",
             field="--publish",
-            code="refused" if status else "unreachable",
-            remedy=remedy,
+            code="hub",
+            remedy="Check the network and HF_HUB_OFFLINE, and that the token (`hf auth login`, or HF_TOKEN) may write",
         ) from error
 
 

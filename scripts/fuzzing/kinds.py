@@ -26,11 +26,11 @@ from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.pretrained import fingerprint, leaves, load_config, load_params, load_tokenizer
 from lora_gen_jax.generator.router import gates_of
 from lora_gen_jax.models import end_ids, load_model
-from lora_gen_jax.training import checkpoint, portable
-from lora_gen_jax.training.checkpoint import Loaded, check_models, load_checkpoint, metadata_of
-from lora_gen_jax.training.digests import sealed
+from lora_gen_jax.training import portable
+from lora_gen_jax.training.checkpoint import Loaded, check_models, load_checkpoint, metadata_of, sealed
 from lora_gen_jax.training.optimizer import make_optimizer
 from lora_gen_jax.training.prepare import prepare_directory
+from lora_gen_jax.training.run_checkpoints import Checkpoints
 from lora_gen_jax.training.step import TrainState
 from lora_gen_jax.untrusted import digest_of, file_digest, flatten
 
@@ -145,7 +145,7 @@ def write_checkpoint(directory: Path) -> None:
     """One step of a run."""
     config = Config(name="fuzz")
     optimizer = make_optimizer(config.train)
-    run = checkpoint.Checkpoints(directory / "checkpoints", keep=1)
+    run = Checkpoints(directory / "checkpoints", keep=1)
     metadata = metadata_of(config, {"cloud": "c", "edge": "e"}, {"rows": "r"}, 1)
     run.save(_state(optimizer), {"taken": 1}, metadata, None)
     run.close()
@@ -155,7 +155,7 @@ def read_checkpoint(directory: Path) -> str:
     """As `pack` and going on with the run do."""
     loaded = load_checkpoint(directory)
     optimizer = make_optimizer(Config().train)
-    run = checkpoint.Checkpoints(directory / "checkpoints", keep=1)
+    run = Checkpoints(directory / "checkpoints", keep=1)
     try:
         made_with = run.made_with()
         state, place = run.restore(jax.tree.map(jnp.zeros_like, _state(optimizer)))

@@ -13,9 +13,10 @@ from safetensors.numpy import load_file, save_file
 
 from lora_gen_jax.errors import CheckpointError, LoraGenError
 from lora_gen_jax.training import portable
-from lora_gen_jax.training.checkpoint import Checkpoints, load_checkpoint, metadata_of
+from lora_gen_jax.training.checkpoint import load_checkpoint, metadata_of
 from lora_gen_jax.training.optimizer import make_optimizer
 from lora_gen_jax.training.portable import save_portable
+from lora_gen_jax.training.run_checkpoints import Checkpoints
 from lora_gen_jax.training.step import TrainState
 from lora_gen_jax.untrusted import digest_of, file_digest
 

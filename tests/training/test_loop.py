@@ -18,11 +18,12 @@ from lora_gen_jax.config import ModelConfig
 from lora_gen_jax.errors import CheckpointError, ConfigError, DataError, ModelError, OutputError, Stopped
 from lora_gen_jax.models import load_pair
 from lora_gen_jax.training import loop
-from lora_gen_jax.training.checkpoint import Checkpoints, load_checkpoint, step_directory
+from lora_gen_jax.training.bucket import BucketOwner, run_lock
+from lora_gen_jax.training.checkpoint import load_checkpoint, step_directory
 from lora_gen_jax.training.distributed import StopSignals
 from lora_gen_jax.training.loop import TrainingDivergedError, train
 from lora_gen_jax.training.progress import Recorder
-from lora_gen_jax.training.run_lock import BucketOwner, run_lock
+from lora_gen_jax.training.run_checkpoints import Checkpoints
 from lora_gen_jax.training.step import TrainState
 
 
