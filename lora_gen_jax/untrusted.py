@@ -20,10 +20,6 @@ import numpy as np
 
 from lora_gen_jax.errors import CheckpointError, LoraGenError
 
-LARGEST = 64 * 2**20
-"""Bytes of a file of metadata."""
-DEEPEST = 64
-"""Objects and lists inside one another."""
 Kind = type[LoraGenError]
 
 
@@ -67,25 +63,11 @@ def wanted(hint: Any) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """JSON within bounds.
-
-    Raises:
-        ValueError: for what is no JSON, is too large or too deep, or holds NaN, half of a surrogate pair or a number
-            that no float holds.
-    """
-    if len(text) > LARGEST:
-        raise ValueError(f"it has more than {LARGEST} characters")
+    """JSON; ValueError for what is none, and for NaN, half of a surrogate pair or a number that no float holds."""
     try:
         value = json.loads(text, parse_constant=_no_number, parse_int=_whole)
     except RecursionError:
-        raise ValueError(f"it is nested more than {DEEPEST} deep") from None
-    level, depth = [value], 0
-    while level:
-        if (depth := depth + 1) > DEEPEST:
-            raise ValueError(f"it is nested more than {DEEPEST} deep")
-        level = [
-            x for one in level if isinstance(one, dict | list) for x in (one.values() if type(one) is dict else one)
-        ]
+        raise ValueError("it is nested too deeply") from None
     if "\\u" in text:
         json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
     return value
@@ -106,32 +88,24 @@ def read_object(path: Any, kind: Kind, remedy: str | None = None) -> dict[str, A
 
     Args:
         path: of the file, or what behaves as one.
-        kind: of error.
+        kind: of error, with code "unreadable" or "type".
         remedy: what to do about a file that cannot be read.
-
-    Raises:
-        kind: with code "unreadable", "size" or "type".
     """
     try:
-        size = path.stat().st_size if isinstance(path, Path) else 0
-        if size > LARGEST:
-            raise kind(f"{path} has {size} bytes, more than {LARGEST}", field=path.name, code="size", remedy=remedy)
         value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise kind(f"{path} cannot be read: {reason}", field=path.name, code="unreadable", remedy=remedy) from error
     if not isinstance(value, dict):
-        raise kind(
-            f"{path} holds {type(value).__name__}, not a JSON object", field=path.name, code="type", remedy=remedy
-        )
+        problem = f"{path} holds {type(value).__name__}, not a JSON object"
+        raise kind(problem, field=path.name, code="type", remedy=remedy)
     return value
 
 
 def check_fields(values: Mapping[str, Any], schema: Mapping[str, Any], file: str, kind: Kind) -> None:
-    """Fields that are not in the schema are left to newer versions; those that may be None may be left out.
+    """Raises `kind`, code "missing" or "type", for a field that does not fit the schema.
 
-    Raises:
-        kind: naming the field of the file, with code "missing" or "type".
+    Fields that are not in the schema are left to newer versions; those that may be None may be left out.
     """
     for name, hint in schema.items():
         if not fits(values.get(name), hint):
@@ -162,33 +136,26 @@ def finite(value: Any) -> bool:
 def check_tensors(
     found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]] | None, file: str, kind: Kind = CheckpointError
 ) -> None:
-    """Tensors by name: those expected and no others, in these shapes, and finite.
+    """Raises `kind` unless tensors are those expected and no others, in these shapes, and finite.
 
     Args:
-        found: arrays.
+        found: arrays by name.
         expected: shapes; None where the names and shapes are not known.
         file: that they are of.
-        kind: of error.
-
-    Raises:
-        kind: naming the tensor, with code "missing", "unknown", "shape" or "not finite".
+        kind: of error, with code "missing", "unknown", "shape" or "not finite".
     """
-    wanted = {name: tuple(value.shape) for name, value in found.items()} if expected is None else expected
-    for name in sorted(found.keys() | wanted.keys()):
+    shapes = {name: tuple(value.shape) for name, value in found.items()} if expected is None else expected
+    for name in sorted(found.keys() | shapes.keys()):
         at = f"{file}:{name}"
         if name not in found:
             raise kind(f"{file} lacks the tensor {name}", field=at, code="missing")
-        if name not in wanted:
+        if name not in shapes:
             raise kind(f"{file} holds a tensor {name}, which this model has not", field=at, code="unknown")
-        if (shape := tuple(found[name].shape)) != tuple(wanted[name]):
-            raise kind(
-                f"{file}: tensor {name} has the shape {shape}, not {tuple(wanted[name])}", field=at, code="shape"
-            )
-    for name, value in found.items():
-        if not finite(value):
-            raise kind(
-                f"{file}: tensor {name} holds values that are not numbers", field=f"{file}:{name}", code="not finite"
-            )
+        if (shape := tuple(found[name].shape)) != tuple(shapes[name]):
+            problem = f"{file}: tensor {name} has the shape {shape}, not {tuple(shapes[name])}"
+            raise kind(problem, field=at, code="shape")
+        if not finite(found[name]):
+            raise kind(f"{file}: tensor {name} holds values that are not numbers", field=at, code="not finite")
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -6,7 +6,8 @@ tokens are those the model would really read.
 """
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -139,3 +140,36 @@ class Encoder:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def shared_row(
+    pairs: Iterable[tuple[list[int], list[int]]], room: float = math.inf, slots: float = math.inf
+) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
+    """The first (context, response) pairs that fit a row together, cut into what they share and (query, response)s.
+
+    A context is its row's shared beginning and its query, token for token: what stands on both sides of the seam may be
+    one token, so the seam is where contexts first differ, and not where the prompt's text ends. Every query keeps a
+    token, which predicts its answer's first.
+
+    Args:
+        pairs: no more of them are asked for than fit, and one.
+        room: tokens of a row; any number, where it is left out. A response's last token is predicted and never read, so
+            it takes none.
+        slots: answer tokens of a row.
+    """
+    kept: list[tuple[list[int], list[int]]] = []
+    shared: list[int] = []
+    for context, response in pairs:
+        begin = _common(shared, context[:-1]) if kept else context[:-1]
+        more = [*kept, (context, response)]
+        used = len(begin) + sum(len(c) - len(begin) + len(r) - 1 for c, r in more)
+        if used > room or sum(len(r) for _, r in more) > slots:
+            break
+        kept, shared = more, begin
+    return shared, [(context[len(shared) :], response) for context, response in kept]
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> list[int]:
+    same = (a == b for a, b in zip(one, other, strict=False))
+    length = next((i for i, equal in enumerate(same) if not equal), min(len(one), len(other)))
+    return list(one[:length])

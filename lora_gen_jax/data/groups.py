@@ -13,8 +13,7 @@ import jinja2
 import numpy as np
 
 from lora_gen_jax.config import DataConfig
-from lora_gen_jax.data.edge_prompt import shared_row
-from lora_gen_jax.data.encode import Encoder
+from lora_gen_jax.data.encode import Encoder, shared_row
 from lora_gen_jax.data.mixture import chances
 from lora_gen_jax.data.prompts import sample_shots, system_prompt
 from lora_gen_jax.data.tasks import Example, Task

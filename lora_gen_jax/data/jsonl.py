@@ -1,6 +1,7 @@
 """Reads JSONL (or one JSON array) of objects. In: a path. Out: (line number, row) pairs, or an error with the line."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,6 +10,7 @@ from lora_gen_jax.errors import DataError
 
 Row = dict[str, Any]
 T = TypeVar("T")
+_BETWEEN = re.compile(r"[\s,]*")
 
 
 def read_text(path: Path) -> str:
@@ -74,59 +76,34 @@ def map_rows(path: Path, rows: list[tuple[int, Row]], make: Callable[[int, Row],
     return made
 
 
+def parsed(path: Path, text: str, line: int = 1) -> Any:
+    """What JSON holds that stands in a file from this line on. Raises DataError naming the line where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError):
+            line, reason = line + error.lineno - 1, error.msg
+        else:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
+        problem = f"{path}:{line}: not valid JSON ({reason}); a .jsonl file holds one object a line"
+        raise DataError(problem, field=f"{path.name}:{line}", code="json") from error
+
+
 def _lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     # Not str.splitlines: it also breaks at U+2028 and its like, which JSON strings may hold unescaped.
     for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{path}:{number}: not valid JSON ({_reason(error)}); one object a line",
-                field=f"{path.name}:{number}",
-                code="json",
-            ) from error
+        if line.strip():
+            yield number, parsed(path, line, number)
 
 
 def _array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    decoder = json.JSONDecoder()
+    values, decoder = parsed(path, text), json.JSONDecoder()
     line, counted, position = 1, 0, text.index("[") + 1
-    expect_value = False
-    while True:
-        while position < len(text) and text[position].isspace():
-            position += 1
+    for value in values:
+        position = _BETWEEN.match(text, position).end()  # type: ignore[union-attr]
         line, counted = line + text.count("\n", counted, position), position
-        if text[position : position + 1] == "]" and not expect_value:
-            break
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{path}:{line}: not valid JSON ({_reason(error)})", field=f"{path.name}:{line}", code="json"
-            ) from error
         yield line, value
-        while position < len(text) and text[position].isspace():
-            position += 1
-        expect_value = text[position : position + 1] == ","
-        if expect_value:
-            position += 1
-        elif text[position : position + 1] != "]":
-            raise DataError(
-                f"{path}:{line}: not valid JSON (the array is not closed, or a comma is missing)",
-                field=f"{path.name}:{line}",
-                code="unclosed",
-            )
-    if text[position + 1 :].strip():
-        raise DataError(
-            f"{path}:{line}: not valid JSON (text after the array's end)", field=f"{path.name}:{line}", code="trailing"
-        )
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return error.msg if isinstance(error, json.JSONDecodeError) else "a number has too many digits"
+        _, position = decoder.raw_decode(text, position)
 
 
 def _kind(value: object) -> str:

@@ -8,15 +8,14 @@ In: a conversation, solved examples, or a JSONL file of many prompts. Out: texts
              line, each with a "name" or without; examples are shots that are learned from, too
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_gen_jax.data.jsonl import Row, map_rows, read_rows, read_text
+from lora_gen_jax.data.jsonl import Row, map_rows, parsed, read_rows, read_text
 from lora_gen_jax.data.prompts import system_prompt
-from lora_gen_jax.data.record_rows import GENERIC_SYSTEM, text_field
+from lora_gen_jax.data.record_rows import GENERIC_SYSTEM, read_turns, text_field
 from lora_gen_jax.data.tasks import Example
 from lora_gen_jax.errors import DataError
 
@@ -53,32 +52,17 @@ def chat_prompt(messages: Any) -> str:
         DataError: naming the message that is malformed, out of turn or empty; when a user's turn is left unanswered;
             when there is neither a system text nor a pair of turns.
     """
-    if not isinstance(messages, list) or not messages:
-        raise DataError('"messages" must be a list of objects with "role" and "content"', field="messages", code="type")
-    description, turns = "", []
-    for number, message in enumerate(messages, start=1):
-        try:
-            role, content = _turn(message)
-        except DataError as error:
-            raise error.within(f"message {number}", f"messages.{number - 1}.") from error
-        if role == "system" and number > 1:
-            raise DataError(
-                f'message {number}: only the first message may have the role "system"',
-                field=f"messages.{number - 1}.role",
-                code="order",
-            )
-        if role == "system":
-            description = content
-            continue
-        expected = "assistant" if len(turns) % 2 else "user"
+    turns = read_turns(messages)
+    description = turns.pop(0)[1] if turns[0][0] == "system" else ""
+    for i, (role, _) in enumerate(turns):
+        place, expected = len(messages) - len(turns) + i, ("user", "assistant")[i % 2]
         if role != expected:
             raise DataError(
-                f'message {number} has the role "{role}", expected "{expected}": after the system text, user and'
+                f'message {place + 1} has the role "{role}", expected "{expected}": after the system text, user and'
                 " assistant take turns",
-                field=f"messages.{number - 1}.role",
+                field=f"messages.{place}.role",
                 code="turn",
             )
-        turns.append(content)
     if len(turns) % 2:
         raise DataError(
             f"message {len(messages)} is a user's turn without an answer",
@@ -87,13 +71,10 @@ def chat_prompt(messages: Any) -> str:
             remedy="leave it out, it is what the specialized edge model is asked later (generate --input)",
         )
     if not description.strip() and not turns:
-        raise DataError(
-            "the conversation has neither a system text nor a user's turn with its answer",
-            field="messages",
-            code="empty",
-            remedy="give either",
-        )
-    shots = [Example("", query, response) for query, response in zip(turns[::2], turns[1::2], strict=True)]
+        problem = "the conversation has neither a system text nor a user's turn with its answer"
+        raise DataError(problem, field="messages", code="empty", remedy="give either")
+    texts = [content for _, content in turns]
+    shots = [Example("", query, response) for query, response in zip(texts[::2], texts[1::2], strict=True)]
     return system_prompt(description if description.strip() else GENERIC_SYSTEM, shots)
 
 
@@ -111,19 +92,14 @@ def shots_prompt(shots: Any, description: str = "") -> str:
 
 
 def solved_rows(rows: Any, what: str) -> list[Example]:
-    """The examples of a list of objects with "input" and "output".
-
-    Args:
-        rows: the list.
-        what: one of them is called: "shot" or "example".
+    """The examples of a list of objects with "input" and "output", one of which is called `what`.
 
     Raises:
         DataError: naming the row and the field that is missing, empty or no text; when there is no row.
     """
     if not isinstance(rows, list) or not rows:
-        raise DataError(
-            f'"{what}s" must be a list of at least one object with "input" and "output"', field=f"{what}s", code="type"
-        )
+        problem = f'"{what}s" must be a list of at least one object with "input" and "output"'
+        raise DataError(problem, field=f"{what}s", code="type")
     examples = []
     for number, row in enumerate(rows, start=1):
         try:
@@ -143,17 +119,11 @@ def prompt_of(row: Row) -> str:
     given = [name for name in SOURCES if name in row]
     if len(given) != 1:
         found = " and ".join(f'"{name}"' for name in given) if given else "none"
-        raise DataError(
-            f'give exactly one of "prompt", "messages", "shots" and "examples"; found {found}',
-            field="prompt",
-            code="count",
-        )
+        problem = f'give exactly one of "prompt", "messages", "shots" and "examples"; found {found}'
+        raise DataError(problem, field="prompt", code="count")
     if "description" in row and given[0] not in ("shots", "examples"):
-        raise DataError(
-            '"description" goes with "shots" or "examples" only',
-            field="description",
-            remedy=f'put it into "{given[0]}"',
-        )
+        problem, remedy = '"description" goes with "shots" or "examples" only', f'put it into "{given[0]}"'
+        raise DataError(problem, field="description", remedy=remedy)
     if given == ["messages"]:
         return chat_prompt(row["messages"])
     if given == ["prompt"]:
@@ -163,18 +133,10 @@ def prompt_of(row: Row) -> str:
 
 
 def check_name(name: Any) -> str:
-    """A specialization's name, which is also its directory's.
-
-    Raises:
-        DataError: when it is none.
-    """
+    """A specialization's name, which is also its directory's; DataError when it is none."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise DataError(
-            f'"name" is {str(name)[:80]!r}; it must be 1 to 64 letters, digits, ".", "_" or "-", the first a letter'
-            " or digit",
-            field="name",
-            code="malformed",
-        )
+        rule = 'it must be 1 to 64 letters, digits, ".", "_" or "-", the first a letter or digit'
+        raise DataError(f'"name" is {str(name)[:80]!r}; {rule}', field="name", code="malformed")
     return name
 
 
@@ -185,15 +147,7 @@ def read_chat(path: Path) -> str:
     Raises:
         DataError: naming the file, and the line or message.
     """
-    try:
-        value = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}:{error.lineno}: not valid JSON ({error.msg})", field=f"{path.name}:{error.lineno}", code="json"
-        ) from error
-    except (RecursionError, ValueError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
-        raise DataError(f"{path}: not valid JSON ({reason})", field=path.name, code="json") from error
+    value = parsed(path, read_text(path))
     try:
         if not isinstance(value, dict):
             return chat_prompt(value)
@@ -206,11 +160,7 @@ def read_chat(path: Path) -> str:
 
 
 def read_shots(path: Path, description: str = "") -> str:
-    """The system prompt of a JSONL file with a solved example a line, after a description if there is one.
-
-    Raises:
-        DataError: naming file, line and field.
-    """
+    """The system prompt of a JSONL file of `read_examples`, after a description if there is one."""
     return system_prompt(description, read_examples(path))
 
 
@@ -240,19 +190,15 @@ def read_prompts(path: Path) -> list[NamedPrompt]:
 
     def named(index: int, row: Row) -> NamedPrompt:
         for field in row:
-            if field not in ("name", "description", *SOURCES):
-                raise DataError(
-                    f'unknown field "{field}"; a row may have name, description, {", ".join(SOURCES)}',
-                    field=field,
-                    code="unknown",
-                )
+            if field not in (known := ("name", "description", *SOURCES)):
+                problem = f'unknown field "{field}"; a row may have {", ".join(known)}'
+                raise DataError(problem, field=field, code="unknown")
         name = f"{numbers[index]:0{width}d}" if row.get("name") is None else check_name(row["name"])
         # Some file systems do not tell large from small letters.
         key = name.lower()
         if key in taken:
-            raise DataError(
-                f'"name" {name!r} is taken by line {taken[key]}: names must differ', field="name", code="taken"
-            )
+            problem = f'"name" {name!r} is taken by line {taken[key]}: names must differ'
+            raise DataError(problem, field="name", code="taken")
         taken[key] = lines[index]
         text = prompt_of(row)
         if "examples" not in row:
@@ -260,16 +206,6 @@ def read_prompts(path: Path) -> list[NamedPrompt]:
         return NamedPrompt(name, row.get("description", ""), tuple(solved_rows(row["examples"], "example")))
 
     return map_rows(path, rows, named)
-
-
-def _turn(message: Any) -> tuple[str, str]:
-    """(role, content); the content of a system message alone may be empty, as in training."""
-    if not isinstance(message, dict):
-        raise DataError('it must be an object with "role" and "content"', code="type")
-    role = message.get("role")
-    if role not in ("system", "user", "assistant"):
-        raise DataError(f'"role" is {role!r}; it must be "system", "user" or "assistant"', field="role", code="unknown")
-    return role, "" if role == "system" and message.get("content") == "" else text_field(message, "content")
 
 
 def _shot(shot: Any) -> Example:

@@ -5,6 +5,7 @@ Every function raises DataError that says what is wrong; the caller adds file an
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lora_gen_jax.data.jsonl import Row
 from lora_gen_jax.data.tasks import Example
@@ -55,11 +56,8 @@ def parse_record(row: Row, example_id: str) -> Record:
 def _plain(row: Row) -> tuple[str, str, str | None]:
     """(system, query, output) of a row without messages; the output may be left out where options are given."""
     if not {"instruction", "system", "input"} & row.keys():
-        raise DataError(
-            'a row needs "system", "input", "output"; or "messages"; or "instruction", "output"',
-            field="system",
-            code="form",
-        )
+        problem = 'a row needs "system", "input", "output"; or "messages"; or "instruction", "output"'
+        raise DataError(problem, field="system", code="form")
     output = None if "options" in row and "output" not in row else text_field(row, "output")
     if "instruction" not in row:
         return text_field(row, "system"), text_field(row, "input"), output
@@ -78,50 +76,43 @@ def _system(row: Row) -> str | None:
     return None if row.get("system", "") == "" else text_field(row, "system")
 
 
-def _messages(row: Row) -> tuple[str, tuple[tuple[str, str], ...], str | None]:
-    """(system, turns that are asked, last assistant turn); with options the conversation may end at the user's turn."""
-    messages = row["messages"]
+def read_turns(messages: Any) -> list[tuple[str, str]]:
+    """(role, content) of a conversation's messages; the first one may be a system text, which alone may be empty."""
     if not isinstance(messages, list) or not messages:
-        raise DataError(
-            '"messages" must be a list with at least a user and an assistant turn', field="messages", code="type"
-        )
+        raise DataError('"messages" must be a list of objects with "role" and "content"', field="messages", code="type")
     turns: list[tuple[str, str]] = []
     for i, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise DataError(
-                'every message must be an object with "role" and "content"', field=f"messages.{i}", code="type"
-            )
-        role = message.get("role")
-        if role not in _ROLES:
-            raise DataError(
-                f"unknown role {role!r}; it must be one of {', '.join(_ROLES)}",
-                field=f"messages.{i}.role",
-                code="unknown",
-            )
-        if role == "system" and turns:
-            raise DataError(
-                "only the first message may have the role 'system'", field=f"messages.{i}.role", code="order"
-            )
-        empty_system = role == "system" and message.get("content") == ""
-        turns.append((role, GENERIC_SYSTEM if empty_system else text_field(message, "content", f"messages.{i}.")))
-    beside = _system(row)
+        try:
+            turns.append(_turn(message, first=i == 0))
+        except DataError as error:
+            raise error.within(f"message {i + 1}", f"messages.{i}.") from error
+    return turns
+
+
+def _turn(message: Any, first: bool) -> tuple[str, str]:
+    if not isinstance(message, dict):
+        raise DataError('it must be an object with "role" and "content"', code="type")
+    role = message.get("role")
+    if role not in _ROLES:
+        raise DataError(f'"role" is {role!r}; it must be "system", "user" or "assistant"', field="role", code="unknown")
+    if role == "system" and not first:
+        raise DataError('only the first message may have the role "system"', field="role", code="order")
+    return role, "" if role == "system" and message.get("content") == "" else text_field(message, "content")
+
+
+def _messages(row: Row) -> tuple[str, tuple[tuple[str, str], ...], str | None]:
+    """(system, turns that are asked, last assistant turn); with options the conversation may end at the user's turn."""
+    turns, beside = read_turns(row["messages"]), _system(row)
     if beside is not None and turns[0][0] == "system":
-        raise DataError(
-            'the system text is given twice: as "system" and as the first message',
-            field="system",
-            code="repeated",
-            remedy="leave one out",
-        )
-    system = turns.pop(0)[1] if turns[0][0] == "system" else beside or GENERIC_SYSTEM
+        problem = 'the system text is given twice: as "system" and as the first message'
+        raise DataError(problem, field="system", code="repeated", remedy="leave one out")
+    system = (turns.pop(0)[1] if turns[0][0] == "system" else beside) or GENERIC_SYSTEM
     last = max((i for i, (role, _) in enumerate(turns) if role == "assistant"), default=None)
     if last is None and "options" not in row:
         raise DataError("no assistant turn, so there is no response to learn", field="messages", code="no response")
     if last is not None and last < len(turns) - 1:
-        raise DataError(
-            "the last message must be the assistant's: a user turn after it has no response",
-            field="messages",
-            code="order",
-        )
+        problem = "the last message must be the assistant's: a user turn after it has no response"
+        raise DataError(problem, field="messages", code="order")
     asked = turns if last is None else turns[:last]
     if not asked or asked[-1][0] != "user":
         raise DataError("a user turn must come right before the last assistant turn", field="messages", code="no query")
@@ -153,11 +144,8 @@ def _multiple_choice(row: Row, example_id: str, query: str, chat: bool) -> Examp
 def _gold(row: Row, options: list[str]) -> int:
     """The index of the right option, from "gold" (an index) or "answer" (an option's text, letter or index)."""
     if "gold" not in row and "answer" not in row:
-        raise DataError(
-            '"options" needs "gold" (an index from 0) or "answer" (an option\'s text or letter)',
-            field="gold",
-            code="missing",
-        )
+        problem = '"options" needs "gold" (an index from 0) or "answer" (an option\'s text or letter)'
+        raise DataError(problem, field="gold", code="missing")
     name = "gold" if "gold" in row else "answer"
     value = row[name]
     if name == "answer" and isinstance(value, str):
@@ -171,37 +159,21 @@ def _gold(row: Row, options: list[str]) -> int:
     return value
 
 
-def text_field(row: Row, name: str, at: str = "") -> str:
-    """A field that must be text with more than whitespace in it.
-
-    Args:
-        row: the object that has the field.
-        name: of the field.
-        at: where the row is, in front of the name in the error's field.
-
-    Raises:
-        DataError: naming the field.
-    """
-    field = f"{at}{name}"
+def text_field(row: Row, name: str) -> str:
+    """A field of an object that must be text with more than whitespace in it; else a DataError that names it."""
     if name not in row:
-        raise DataError(f'the field "{name}" is missing', field=field, code="missing")
+        raise DataError(f'the field "{name}" is missing', field=name, code="missing")
     value = row[name]
     if not isinstance(value, str):
-        raise DataError(f'"{name}" must be text, found {type(value).__name__}', field=field, code="type")
+        raise DataError(f'"{name}" must be text, found {type(value).__name__}', field=name, code="type")
     if not value.strip():
-        raise DataError(f'"{name}" is empty', field=field, code="empty")
-    check_text(value, field)
+        raise DataError(f'"{name}" is empty', field=name, code="empty")
+    check_text(value, name)
     return value
 
 
 def check_text(text: str, field: str) -> None:
-    """JSON and command lines can hold half of a surrogate pair, which no tokenizer reads.
-
-    Raises:
-        DataError: naming the field.
-    """
-    if text.isascii():
-        return
+    """JSON and command lines can hold half of a surrogate pair, which no tokenizer reads; a DataError then."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from lora_gen_jax.adapters.protocol import AdapterBase
 from lora_gen_jax.buckets import bucket, pad_rows
 from lora_gen_jax.config import Config
-from lora_gen_jax.data.edge_prompt import shared_row
+from lora_gen_jax.data.encode import shared_row
 from lora_gen_jax.decoder.layers import POOLED, RECORDS, records_of
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import DataError

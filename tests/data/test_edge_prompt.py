@@ -11,8 +11,7 @@ from helpers import EDGE, SAME, WORDS, logits, raises, random_params
 
 from lora_gen_jax.config import Config, DataConfig, ModelConfig
 from lora_gen_jax.config_check import check
-from lora_gen_jax.data.edge_prompt import shared_row
-from lora_gen_jax.data.encode import Encoder
+from lora_gen_jax.data.encode import Encoder, shared_row
 from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.pipeline import Group, GroupSampler, pack_groups
 from lora_gen_jax.data.prompts import few_shot_context, system_prompt

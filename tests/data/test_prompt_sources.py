@@ -118,7 +118,7 @@ def test_files_of_a_conversation_and_of_shots(tmp_path):
     ("content", "place", "code"),
     [
         (b"[\n{]", ":2", "json"),
-        (b"[" * 100_000, "", "json"),
+        (b"[" * 100_000, ":1", "json"),
         (b"\xff", ":1", "encoding"),
         (b"", "", "empty"),
         (b"3", ":messages", "type"),

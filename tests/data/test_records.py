@@ -278,11 +278,11 @@ def test_malformed_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "field", "code"),
     [
-        ("[\n\n%s\n", "mine.json:3", "unclosed"),
+        ("[\n\n%s\n", "mine.json:4", "json"),
         ("[%s,\n]", "mine.json:2", "json"),
-        ("[%s,\n%s\n7]", "mine.json:2", "unclosed"),
+        ("[%s,\n%s\n7]", "mine.json:3", "json"),
         ("[\n%s,\n7]", "mine.json:3", "type"),
-        ("[%s] more", "mine.json:1", "trailing"),
+        ("[%s] more", "mine.json:1", "json"),
         ("[]", "mine.json", "empty"),
     ],
 )
