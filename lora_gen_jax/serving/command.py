@@ -7,7 +7,6 @@ import dataclasses
 import gc
 import importlib.util
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,22 +79,39 @@ class Serve:
     page: bool = True
     """Show a page at / on which specializations are made, asked and corrected in a browser."""
 
+    def __post_init__(self) -> None:
+        sizes = ("rows", "queue", "max_new_tokens", "max_body_kb", "max_specializations", "timeout", "shutdown_timeout")
+        ranges = dict.fromkeys(sizes, (0, float("inf"), "a number above 0"))
+        ranges |= {"refined_rank": (-1, 257, "0 to 256"), "port": (-1, 65536, "1 to 65535, or 0 for a free one")}
+        for name, (above, below, words) in ranges.items():
+            if not above < getattr(self, name) < below:
+                flag = f"--{name.replace('_', '-')}"
+                raise ConfigError(f"{flag} is {getattr(self, name)}", field=flag, remedy=f"give {words}")
+
 
 def serve_command(flags: Serve) -> None:
     """Checks what costs nothing first, then loads the models, compiles, and serves."""
-    _check(flags)
-    _check_installed()
+    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if importlib.util.find_spec(name) is None]
+    if missing:
+        remedy = "pip install 'lora_gen_jax[serve]'"
+        raise ConfigError(f"serving needs {', '.join(missing)}", field=missing[0], remedy=remedy)
     key = _api_key(flags)
 
     from lora_gen_jax.inference.work import factor_rank
-    from lora_gen_jax.serving.guard import Hosts
+    from lora_gen_jax.serving.guard import Hosts, is_loopback
     from lora_gen_jax.serving.server import bind, run_server
     from lora_gen_jax.serving.service import Limits, Service
 
     if flags.checkpoint is None:
         print("no --checkpoint: the shipped generator for SmolLM2-135M is used", file=sys.stderr)
     with bind(flags.host, flags.port) as listener:
-        _check_exposed(flags, listener, key)
+        if key is None and not flags.without_key and not is_loopback(listener):
+            raise ConfigError(
+                f"--host {flags.host} can be reached from other machines, and there is no key",
+                field="--api-key",
+                code="missing",
+                remedy="give --api-key @FILE, or --without-key if whoever reaches it may ask",
+            )
         hosts = Hosts.of(listener, flags.allowed_hosts)
         specializer = _specializer(flags)
         registry = read_registry(flags, specializer)
@@ -121,41 +137,6 @@ def serve_command(flags: Serve) -> None:
         sys.exit(status)
 
 
-def _check(flags: Serve) -> None:
-    """Raises ConfigError for a flag outside its range."""
-    sizes = ("rows", "queue", "max_new_tokens", "max_body_kb", "max_specializations")
-    for name in (*sizes, "timeout", "shutdown_timeout"):
-        if not 0 < getattr(flags, name) < float("inf"):
-            flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag} is {getattr(flags, name)}", field=f"--{flag}", remedy="give a number above 0")
-    if not 0 <= flags.refined_rank <= 256:
-        raise ConfigError(f"--refined-rank is {flags.refined_rank}", field="--refined-rank", remedy="give 0 to 256")
-    if not 0 <= flags.port < 65536:
-        raise ConfigError(f"--port is {flags.port}", field="--port", remedy="give 1 to 65535, or 0 for a free one")
-
-
-def _check_exposed(flags: Serve, listener: socket.socket, key: str | None) -> None:
-    """Raises ConfigError for an address that others reach and no key, unless that is what is wanted."""
-    from lora_gen_jax.serving.guard import is_loopback
-
-    if key is None and not flags.without_key and not is_loopback(listener):
-        raise ConfigError(
-            f"--host {flags.host} can be reached from other machines, and there is no key",
-            field="--api-key",
-            code="missing",
-            remedy="give --api-key @FILE, or --without-key if whoever reaches it may ask",
-        )
-
-
-def _check_installed() -> None:
-    """Raises ConfigError where the packages of the extra are missing."""
-    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"serving needs {', '.join(missing)}", field=missing[0], remedy="pip install 'lora_gen_jax[serve]'"
-        )
-
-
 def _api_key(flags: Serve) -> str | None:
     from lora_gen_jax.files import text_argument
 
@@ -164,11 +145,8 @@ def _api_key(flags: Serve) -> str | None:
         return None
     key = text_argument(key, "--api-key").strip()
     if not key.isascii() or not key.isprintable() or " " in key:
-        raise ConfigError(
-            "--api-key must be printable ASCII without spaces: it is sent in a header",
-            field="--api-key",
-            code="characters",
-        )
+        problem = "--api-key must be printable ASCII without spaces: it is sent in a header"
+        raise ConfigError(problem, field="--api-key", code="characters")
     return key
 
 
@@ -198,11 +176,8 @@ def read_registry(flags: Serve, specializer: "Specializer") -> "Registry":
     served = Served.of(specializer)
     given = read_entries(flags.specializations, served)
     if len(given) > flags.max_specializations:
-        raise CheckpointError(
-            f"{len(given)} specializations are given, --max-specializations is {flags.max_specializations}",
-            field="--max-specializations",
-            remedy="raise it",
-        )
+        problem = f"{len(given)} specializations are given, --max-specializations is {flags.max_specializations}"
+        raise CheckpointError(problem, field="--max-specializations", remedy="raise it")
     registry = Registry(flags.max_specializations, flags.store)
     # Kept ones are clients': they are neither left out nor a reason not to start.
     for entry in (*given, *(read_store(flags.store, served) if flags.store is not None else ())):

@@ -109,21 +109,13 @@ class Registry:
         if not automatic:
             check_new_name(name)
         if name.lower() in self._entries or name.lower() in self._reserved:
-            raise ApiError(
-                409,
-                f"there is already a specialization {name!r}: choose another name, or delete it",
-                "name",
-                "name_taken",
-            )
+            message = f"there is already a specialization {name!r}: choose another name, or delete it"
+            raise ApiError(409, message, "name", "name_taken")
         while len(self._entries) + len(self._reserved) >= self.limit:
             oldest = next((key for key, entry in self._entries.items() if entry.automatic), None)
             if oldest is None:
-                raise ApiError(
-                    429,
-                    f"there are already {self.limit} specializations, the limit: delete one",
-                    None,
-                    "too_many_specializations",
-                )
+                message = f"there are already {self.limit} specializations, the limit: delete one"
+                raise ApiError(429, message, None, "too_many_specializations")
             del self._entries[oldest]
         self._reserved.add(name.lower())
 
@@ -153,9 +145,8 @@ def check_new_name(name: str) -> None:
     except DataError as error:
         raise invalid(str(error), "name", "invalid_name") from error
     if name.lower() in (BASE, AUTO) or name.lower().startswith(AUTOMATIC):
-        raise invalid(
-            f"the name {name!r} is reserved: choose one that is not base, auto or auto-…", "name", "invalid_name"
-        )
+        message = f"the name {name!r} is reserved: choose one that is not base, auto or auto-…"
+        raise invalid(message, "name", "invalid_name")
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,35 +175,18 @@ class Served:
         """A specialization to serve."""
         s = specialization
         if s.direct:
-            raise CheckpointError(
-                "it has factors instead of gates (direct generation)",
-                field="specialization",
-                code="direct",
-                remedy="use `lora-gen export --format merged`",
-            )
-        if s.fingerprints["edge"] != self.edge:
-            raise CheckpointError(
-                f"it was made for another edge model (fingerprint {s.fingerprints['edge']}, this server's is"
-                f" {self.edge})",
-                field="--edge",
-                remedy="give the --checkpoint and --edge that it was made with",
-            )
+            problem, remedy = "it has factors instead of gates (direct generation)", "`lora-gen export --format merged`"
+            raise CheckpointError(problem, field="specialization", code="direct", remedy=remedy)
+        if (made_for := s.fingerprints["edge"]) != self.edge:
+            problem = f"it was made for another edge model (fingerprint {made_for}, this server's is {self.edge})"
+            remedy = "give the --checkpoint and --edge that it was made with"
+            raise CheckpointError(problem, field="--edge", remedy=remedy)
         self.fit.check(s)
         tokens = len(self.encoder.prompt(s.prompt))
         gates, factors = s.gates(self.fit.experts), s.factors
         if self.rank is not None and (rank := factor_rank(factors)) > self.rank:
-            raise CheckpointError(
-                f"a LoRA of rank {rank} stands beside its gates, and this server has room for rank {self.rank}",
-                field="--refined-rank",
-                remedy=f"start it with --refined-rank {rank}, or refine the gates instead",
-            )
-        return Entry(
-            name,
-            gates,
-            s.active,
-            tokens,
-            automatic=automatic,
-            factors=factors,
-            refined=s.refined,
-            prompt=s.prompt,
-        )
+            problem = f"a LoRA of rank {rank} stands beside its gates, and this server has room for rank {self.rank}"
+            remedy = f"start it with --refined-rank {rank}, or refine the gates instead"
+            raise CheckpointError(problem, field="--refined-rank", remedy=remedy)
+        learned = {"factors": factors, "refined": s.refined}
+        return Entry(name, gates, s.active, tokens, automatic=automatic, prompt=s.prompt, **learned)

@@ -74,10 +74,16 @@ class Scheduler:
     Args:
         engine: nothing else may call it from now on.
         queue_limit: works that may wait for a row.
+
+    Attributes:
+        longest: a prompt and its new tokens are at most this many.
+        rows: sequences that are generated at the same time.
+        rank: of the factors that a row has room for beside its gates.
     """
 
     def __init__(self, engine: Engine, queue_limit: int):
         self.engine, self.queue_limit = engine, queue_limit
+        self.longest, self.rows, self.rank = engine.slots, engine.rows, engine.rank
         self.generated_tokens = self.read_tokens = 0
         self._waiting: collections.deque[Ticket] = collections.deque()
         self._joining: list[Ticket] = []
@@ -87,21 +93,6 @@ class Scheduler:
         self._closing = self._failed = self._abandon = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
-
-    @property
-    def longest(self) -> int:
-        """A prompt and its new tokens are at most this many."""
-        return self.engine.slots
-
-    @property
-    def rows(self) -> int:
-        """Sequences that are generated at the same time."""
-        return self.engine.rows
-
-    @property
-    def rank(self) -> int:
-        """Of the factors that a row has room for beside its gates."""
-        return self.engine.rank
 
     @property
     def waiting(self) -> int:
@@ -134,22 +125,14 @@ class Scheduler:
         tickets = [Ticket(self, work, listener) for work, listener in zip(works, listeners, strict=True)]
         with self._changed:
             if self._failed:
-                raise Failed(
-                    "the programs on the device have failed: the server must be started again",
-                    field="server",
-                    code="failed",
-                )
+                problem = "the programs on the device have failed: the server must be started again"
+                raise Failed(problem, field="server", code="failed")
             if self._closing:
-                raise Closing(
-                    "the server is shutting down", field="server", code="closing", remedy="ask another one, or later"
-                )
+                remedy = "ask another one, or later"
+                raise Closing("the server is shutting down", field="server", code="closing", remedy=remedy)
             if len(self._waiting) + len(tickets) > self.queue_limit:
-                raise QueueFull(
-                    f"{len(self._waiting)} sequences wait, there is room for {self.queue_limit}",
-                    field="queue",
-                    code="queue_full",
-                    remedy="try again later",
-                )
+                problem = f"{len(self._waiting)} sequences wait, there is room for {self.queue_limit}"
+                raise QueueFull(problem, field="queue", code="queue_full", remedy="try again later")
             self._waiting.extend(tickets)
             self._changed.notify()
         return tickets

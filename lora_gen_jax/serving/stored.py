@@ -38,19 +38,11 @@ def read_store(store: Path, served: Served) -> list[Entry]:
         store.mkdir(parents=True, exist_ok=True)
         children = sorted(store.iterdir())
     except OSError as error:
-        raise OutputError(
-            f"--store {store} cannot be used: {error.strerror}",
-            field="--store",
-            code="unusable",
-            remedy="choose another",
-        ) from error
+        problem = f"--store {store} cannot be used: {error.strerror}"
+        raise OutputError(problem, field="--store", code="unusable", remedy="choose another") from error
     if (store / TENSORS).is_file():
-        raise ConfigError(
-            f"--store {store} is a specialization",
-            field="--store",
-            code="specialization",
-            remedy="name the directory around it, or --specializations",
-        )
+        problem, remedy = f"--store {store} is a specialization", "name the directory around it, or --specializations"
+        raise ConfigError(problem, field="--store", code="specialization", remedy=remedy)
     for child in children:
         if child.name.startswith(".") and _REMOVED in child.name:
             shutil.rmtree(child, ignore_errors=True)
@@ -101,9 +93,8 @@ def remove_directory(directory: Path) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise OutputError(
-            f"{directory} cannot be removed: {error.strerror}", field="--store", code="unwritable"
-        ) from error
+        problem = f"{directory} cannot be removed: {error.strerror}"
+        raise OutputError(problem, field="--store", code="unwritable") from error
 
 
 def _entries(directories: Iterable[Path], served: Served) -> list[Entry]:
@@ -119,12 +110,8 @@ def _entries(directories: Iterable[Path], served: Served) -> list[Entry]:
             raise CheckpointError(problem, field=error.field, code=error.code, remedy=error.remedy) from error
         if name.lower() in entries:
             other = entries[name.lower()][0]
-            raise CheckpointError(
-                f"{directory} and {other} would have the same name",
-                field="name",
-                code="taken",
-                remedy="rename one of them",
-            )
+            problem = f"{directory} and {other} would have the same name"
+            raise CheckpointError(problem, field="name", code="taken", remedy="rename one of them")
         entries[name.lower()] = directory, entry
     return [entry for _, entry in entries.values()]
 
@@ -133,21 +120,13 @@ def _directories(path: Path) -> list[Path]:
     if (path / TENSORS).is_file():
         return [path]
     if not path.is_dir():
-        raise CheckpointError(
-            f"{path} is not a directory",
-            field="--specializations",
-            code="no directory",
-            remedy="give specializations that `lora-gen specialize` wrote",
-        )
+        remedy = "give specializations that `lora-gen specialize` wrote"
+        raise CheckpointError(f"{path} is not a directory", field="--specializations", code="no directory", remedy=remedy)
     # Those with a dot are being written, or were when a server was killed.
     found = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
     if not found:
-        raise CheckpointError(
-            f"{path} holds no specialization",
-            field="--specializations",
-            code="empty",
-            remedy="give directories that `lora-gen specialize` wrote",
-        )
+        remedy = "give directories that `lora-gen specialize` wrote"
+        raise CheckpointError(f"{path} holds no specialization", field="--specializations", code="empty", remedy=remedy)
     return found
 
 
