@@ -53,11 +53,8 @@ def made_by(path: Path, function: str, kind: type[_Made]) -> _Made:
         ) from error
     if not isinstance(made, kind):
         where = f"{kind.__module__}.{kind.__name__}"
-        raise ConfigError(
-            f"config file {path} needs a function {function}() that returns a {where}",
-            field="config",
-            code="no function",
-        )
+        problem = f"config file {path} needs a function {function}() that returns a {where}"
+        raise ConfigError(problem, field="config", code="no function")
     return made
 
 
@@ -144,11 +141,8 @@ def from_json(values: Any) -> Config:
         hints = get_type_hints(cls)
         for name in fields:
             if name not in hints:
-                raise ConfigError(
-                    f"saved config has the field {prefix}{name}, which this version does not know",
-                    field=f"{prefix}{name}",
-                    code="unknown",
-                )
+                problem = f"saved config has the field {prefix}{name}, which this version does not know"
+                raise ConfigError(problem, field=f"{prefix}{name}", code="unknown")
         former = {name: FORMER[prefix + name] for name in hints if prefix + name in FORMER}
         made = {
             name: build(hints[name], value, f"{prefix}{name}.")

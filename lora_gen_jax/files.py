@@ -23,12 +23,8 @@ def check_output(path: Path) -> None:
     """Raises OutputError unless `path` does not exist, or is an empty directory that a complete one can replace."""
     with writing(path):
         if path.is_symlink() or (path.is_dir() and (path.is_mount() or path.samefile(Path.cwd()))):
-            raise OutputError(
-                f"output {path} cannot be replaced",
-                field="--out",
-                code="not replaceable",
-                remedy="name a new directory, below it for example",
-            )
+            problem, remedy = f"output {path} cannot be replaced", "name a new directory, below it for example"
+            raise OutputError(problem, field="--out", code="not replaceable", remedy=remedy)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             problem, remedy = f"output {path} already exists", "choose another --out, or remove it first"
             raise OutputError(problem, field="--out", code="exists", remedy=remedy)

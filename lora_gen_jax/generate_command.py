@@ -144,12 +144,9 @@ def _answer_requests(flags: Generate, path: Path) -> None:
     found, loaded, config = read_specializations(directories, flags.checkpoint, flags.edge, flags.trust_recorded)
     first = found[directories[0]]
     if first.direct:
-        raise CheckpointError(
-            f"{directories[0]} has factors instead of gates (direct generation), which are not mixed",
-            field="--specialization",
-            code="direct",
-            remedy="answer each with --input, or export it",
-        )
+        problem = f"{directories[0]} has factors instead of gates (direct generation), which are not mixed"
+        remedy = "answer each with --input, or export it"
+        raise CheckpointError(problem, field="--specialization", code="direct", remedy=remedy)
     edge = load_model(config.edge, evaluation_mesh(config.mesh.fsdp))
     # Rows have room for as many gates as the pool's own.
     most = max(found.values(), key=lambda one: one.active)

@@ -28,11 +28,8 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, vocab_size: int):
         if len(tokenizer) > vocab_size:
-            raise ModelError(
-                f"the tokenizer has ids up to {len(tokenizer) - 1}, the model's embedding only {vocab_size} rows",
-                field="tokenizer",
-                remedy="use the tokenizer that belongs to the model",
-            )
+            problem = f"the tokenizer has ids up to {len(tokenizer) - 1}, the model's embedding only {vocab_size} rows"
+            raise ModelError(problem, field="tokenizer", remedy="use the tokenizer that belongs to the model")
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
 
@@ -106,11 +103,8 @@ class Encoder:
             jinja2.TemplateError: when the template refuses these turns.
         """
         if not self.tokenizer.chat_template:
-            raise ModelError(
-                "the edge model's tokenizer has no chat template",
-                field="chat_template",
-                remedy="use plain queries instead of messages",
-            )
+            problem = "the edge model's tokenizer has no chat template"
+            raise ModelError(problem, field="chat_template", remedy="use plain queries instead of messages")
         text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 

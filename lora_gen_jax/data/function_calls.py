@@ -95,10 +95,8 @@ def _gold_call(call: dict[str, dict[str, list[Any]]]) -> tuple[str, Mapping[str,
     ((name, arguments),) = call.items()
     for argument, values in arguments.items():
         if not isinstance(values, list):
-            raise DataError(
-                f'ground_truth of {name!r}: "{argument}" must be a list of possible values',
-                field=f"ground_truth.{name}.{argument}",
-            )
+            problem = f'ground_truth of {name!r}: "{argument}" must be a list of possible values'
+            raise DataError(problem, field=f"ground_truth.{name}.{argument}")
     return name, arguments
 
 

@@ -109,9 +109,6 @@ def _parse(index: int, row: Row, name: str) -> tuple[str, Example]:
     except DataError as error:
         raise error.within(f"row {index + 1}") from error
     if not cloud:
-        raise DataError(
-            f'row {index + 1}: nothing stands before "Previous conversation:", so the cloud has no tools',
-            field="instruction",
-            code="no tools",
-        )
+        problem = f'row {index + 1}: nothing stands before "Previous conversation:", so the cloud has no tools'
+        raise DataError(problem, field="instruction", code="no tools")
     return cloud, Example(name, edge, row["output"])

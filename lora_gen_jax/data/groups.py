@@ -79,11 +79,8 @@ class GroupSampler:
         self.numbers = [number for number, task in enumerate(tasks) if getattr(task, split)]
         self.names, self.warned = [task.name for task in tasks], set[str]()
         if not self.tasks:
-            raise DataError(
-                f"no task has {split} examples",
-                field="data.tasks",
-                remedy="name tasks that do, or give files with data.files",
-            )
+            problem = f"no task has {split} examples"
+            raise DataError(problem, field="data.tasks", remedy="name tasks that do, or give files with data.files")
         self.chats = {number for number, task in enumerate(tasks) if task.chat}
         _check_chat(next((task for task in self.tasks if task.chat), None), edge, config.edge_reads_prompt)
         self.cumulative = np.cumsum(chances(config, tasks, split)[self.numbers])
@@ -240,11 +237,8 @@ def _check_chat(task: Task | None, edge: Encoder, reads_prompt: bool) -> None:
     if task is None:
         return
     if not edge.tokenizer.chat_template:
-        raise ModelError(
-            f"the task {task.name!r} has messages, and the edge model's tokenizer no chat template",
-            field="chat_template",
-            remedy=remedy,
-        )
+        problem = f"the task {task.name!r} has messages, and the edge model's tokenizer no chat template"
+        raise ModelError(problem, field="chat_template", remedy=remedy)
     try:
         edge.chat([{"role": "system", "content": "."}] * reads_prompt + [{"role": "user", "content": "."}])
     except jinja2.TemplateError as error:

@@ -25,12 +25,8 @@ def read_text(path: Path) -> str:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}:{line}: not UTF-8 text",
-            field=f"{path.name}:{line}",
-            code="encoding",
-            remedy="save the file as UTF-8",
-        ) from error
+        problem, remedy = f"{path}:{line}: not UTF-8 text", "save the file as UTF-8"
+        raise DataError(problem, field=f"{path.name}:{line}", code="encoding", remedy=remedy) from error
     if not text.strip():
         raise DataError(f"{path}: the file is empty", field=path.name, code="empty")
     return text
@@ -64,11 +60,8 @@ def map_rows(path: Path, rows: list[tuple[int, Row]], make: Callable[[int, Row],
         except DataError as error:
             raise error.within(f"{path}:{line}", f"{path.name}:{line}:") from error
         except KeyError as error:
-            raise DataError(
-                f"{path}:{line}: the field {error} is missing",
-                field=f"{path.name}:{line}:{error.args[0]}",
-                code="missing",
-            ) from error
+            problem = f"{path}:{line}: the field {error} is missing"
+            raise DataError(problem, field=f"{path.name}:{line}:{error.args[0]}", code="missing") from error
         except (TypeError, ValueError, IndexError, AttributeError) as error:
             raise DataError(
                 f"{path}:{line}: malformed row: {error}", field=f"{path.name}:{line}", code="malformed"

@@ -39,12 +39,9 @@ def load_tasks(
     if directory is None:
         from_files = []
     elif not Path(directory).is_dir():
-        raise DataError(
-            f"the data directory {directory} does not exist",
-            field="data.dir",
-            code="missing",
-            remedy="set --data.dir to the directory of the tasks",
-        )
+        problem = f"the data directory {directory} does not exist"
+        remedy = "set --data.dir to the directory of the tasks"
+        raise DataError(problem, field="data.dir", code="missing", remedy=remedy)
     elif tfds_dir is not None:
         from_files = [name for name in reasoning if folder_of(directory, name)]
     loaded = load_reasoning(directory, from_files) if directory is not None else {}
@@ -66,12 +63,8 @@ def _own_tasks(files: Sequence[str | Path]) -> dict[str, Task]:
     for path in files:
         for task in load_records(path):
             if task.name in own or task.name in REASONING_TASKS or suite.find(task.name):
-                raise DataError(
-                    f"{path}: another task is already called {task.name!r}",
-                    field="data.files",
-                    code="taken",
-                    remedy='rename the file or its "task"',
-                )
+                problem = f"{path}: another task is already called {task.name!r}"
+                raise DataError(problem, field="data.files", code="taken", remedy='rename the file or its "task"')
             own[task.name] = task
     return own
 

@@ -27,12 +27,9 @@ def chances(config: DataConfig, tasks: Sequence[Task], split: str) -> np.ndarray
     shared = {source: 1 if config.mixture == "size" else max(1, size) for source, size in sizes.items()}
     chance = np.array([weights[t.source] * len(getattr(t, split)) / shared[t.source] for t in tasks])
     if not chance.any():
-        raise ConfigError(
-            f"data.source_weights gives every source with {split} examples the weight 0",
-            field="data.source_weights",
-            code="zero",
-            remedy="leave one positive" + ", or set train.validation_batches to 0" * (split == "validation"),
-        )
+        problem = f"data.source_weights gives every source with {split} examples the weight 0"
+        remedy = "leave one positive" + ", or set train.validation_batches to 0" * (split == "validation")
+        raise ConfigError(problem, field="data.source_weights", code="zero", remedy=remedy)
     return chance / chance.sum()
 
 
@@ -55,10 +52,8 @@ def named_tasks(config: DataConfig, tasks: Sequence[Task]) -> Mapping[str, float
     sources = {task.source for task in tasks}
     for name in config.knowledge_tasks:
         if name not in sources | {task.name for task in tasks}:
-            raise ConfigError(
-                f"data.knowledge_tasks names {name!r}, which is neither a task trained on nor a source",
-                field="data.knowledge_tasks",
-            )
+            problem = f"data.knowledge_tasks names {name!r}, which is neither a task trained on nor a source"
+            raise ConfigError(problem, field="data.knowledge_tasks")
     return source_weights(config.source_weights, sources)
 
 
@@ -86,24 +81,13 @@ def source_weights(pairs: Sequence[str], sources: set[str]) -> Mapping[str, floa
         except ValueError:
             weight = -1.0
         if not 0 <= weight < math.inf:
-            raise ConfigError(
-                f"data.source_weights has {pair!r}",
-                field="data.source_weights",
-                code="malformed",
-                remedy="write name=weight with a weight of 0 or more",
-            )
+            problem, remedy = f"data.source_weights has {pair!r}", "write name=weight with a weight of 0 or more"
+            raise ConfigError(problem, field="data.source_weights", code="malformed", remedy=remedy)
         if name not in sources:
-            raise ConfigError(
-                f"data.source_weights names {name!r}; the sources are {', '.join(sorted(sources))}",
-                field="data.source_weights",
-                code="unknown",
-            )
+            problem = f"data.source_weights names {name!r}; the sources are {', '.join(sorted(sources))}"
+            raise ConfigError(problem, field="data.source_weights", code="unknown")
         weights[name] = weight
     if not any(weights.values()):
-        raise ConfigError(
-            "data.source_weights gives every source the weight 0",
-            field="data.source_weights",
-            code="zero",
-            remedy="leave one positive",
-        )
+        problem = "data.source_weights gives every source the weight 0"
+        raise ConfigError(problem, field="data.source_weights", code="zero", remedy="leave one positive")
     return weights

@@ -170,11 +170,9 @@ class TrainingBatches:
         try:
             batch = next(self.ahead)
         except BrokenProcessPool as error:
-            raise DataError(
-                "a process that builds batches has ended, killed or out of memory",
-                field="data.workers",
-                remedy="lower data.workers, and give the same command again",
-            ) from error
+            problem = "a process that builds batches has ended, killed or out of memory"
+            remedy = "lower data.workers, and give the same command again"
+            raise DataError(problem, field="data.workers", remedy=remedy) from error
         self.next += 1
         return batch
 

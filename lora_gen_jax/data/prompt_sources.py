@@ -64,12 +64,9 @@ def chat_prompt(messages: Any) -> str:
                 code="turn",
             )
     if len(turns) % 2:
-        raise DataError(
-            f"message {len(messages)} is a user's turn without an answer",
-            field=f"messages.{len(messages) - 1}",
-            code="unanswered",
-            remedy="leave it out, it is what the specialized edge model is asked later (generate --input)",
-        )
+        problem = f"message {len(messages)} is a user's turn without an answer"
+        remedy = "leave it out, it is what the specialized edge model is asked later (generate --input)"
+        raise DataError(problem, field=f"messages.{len(messages) - 1}", code="unanswered", remedy=remedy)
     if not description.strip() and not turns:
         problem = "the conversation has neither a system text nor a user's turn with its answer"
         raise DataError(problem, field="messages", code="empty", remedy="give either")

@@ -76,12 +76,8 @@ def load_reasoning(directory: str | Path, names: Iterable[str], *, reserve: int 
     """
     root = Path(directory)
     if not root.is_dir():
-        raise DataError(
-            f"the data directory {root} does not exist",
-            field="data.dir",
-            code="missing",
-            remedy="set --data.dir to the directory of the tasks",
-        )
+        problem, remedy = f"the data directory {root} does not exist", "set --data.dir to the directory of the tasks"
+        raise DataError(problem, field="data.dir", code="missing", remedy=remedy)
 
     def read(name: str, split: str) -> list[Example] | None:
         return _read_split(root, name, split)
@@ -112,11 +108,8 @@ def assemble(name: str, read: ReadSplit, *, where: str, reserve: int = DEFAULT_R
     split = "test" if name in SCORED_ON_TEST else "validation"
     scored = read(name, split)
     if not scored:
-        raise DataError(
-            f"{where} has no {split} split of the task {name!r}, on which it is scored (--data.dir)",
-            field="data.dir",
-            code="no split",
-        )
+        problem = f"{where} has no {split} split of the task {name!r}, on which it is scored (--data.dir)"
+        raise DataError(problem, field="data.dir", code="no split")
     train = read(name, "train") or []
     held = (read(name, "validation") or []) if split == "test" else []
     share = 20

@@ -67,22 +67,15 @@ def load_records(path: str | Path) -> list[Task]:
     for file in files:
         _collect(file, groups)
     if not groups:
-        raise DataError(
-            f'{root}: every row has an empty "output", so there is nothing to learn (data.files)',
-            field="data.files",
-            code="no rows",
-        )
+        problem = f'{root}: every row has an empty "output", so there is nothing to learn (data.files)'
+        raise DataError(problem, field="data.files", code="no rows")
     made = zip(_names(groups), map(_salt, groups), groups.values(), strict=True)
     tasks = [_make_task(name, salt, group) for name, salt, group in made]
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(
-            f"{root}: two tasks are called {twice!r}",
-            field="data.files",
-            code="taken",
-            remedy='rename a file or its rows\' "task"',
-        )
+        problem = f"{root}: two tasks are called {twice!r}"
+        raise DataError(problem, field="data.files", code="taken", remedy='rename a file or its rows\' "task"')
     return tasks
 
 

@@ -67,12 +67,8 @@ def checked(archive: Path) -> Path:
         DataError: when it is not.
     """
     if (found := file_digest(archive)) != SHA256:
-        raise DataError(
-            f"{archive}: not the published archive of Social IQa: its SHA-256 is {found}",
-            field=archive.name,
-            code="sha256",
-            remedy="delete it, so that it is downloaded again",
-        )
+        problem = f"{archive}: not the published archive of Social IQa: its SHA-256 is {found}"
+        raise DataError(problem, field=archive.name, code="sha256", remedy="delete it, so that it is downloaded again")
     return archive
 
 

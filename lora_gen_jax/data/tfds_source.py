@@ -175,11 +175,8 @@ def _read_split(tfds_dir: str | Path | None, name: str, split: str) -> list[Exam
     try:
         return [make(index, source.to_row(record)) for index, record in enumerate(records)]
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise DataError(
-            f"{name}: malformed record in {source.name}, split {key}: {error!r}",
-            field=f"{source.name}:{key}",
-            code="malformed",
-        ) from error
+        problem = f"{name}: malformed record in {source.name}, split {key}: {error!r}"
+        raise DataError(problem, field=f"{source.name}:{key}", code="malformed") from error
 
 
 def _data_dir(tfds_dir: str | Path | None) -> str | None:

@@ -106,12 +106,9 @@ def serve_command(flags: Serve) -> None:
         print("no --checkpoint: the shipped generator for SmolLM2-135M is used", file=sys.stderr)
     with bind(flags.host, flags.port) as listener:
         if key is None and not flags.without_key and not is_loopback(listener):
-            raise ConfigError(
-                f"--host {flags.host} can be reached from other machines, and there is no key",
-                field="--api-key",
-                code="missing",
-                remedy="give --api-key @FILE, or --without-key if whoever reaches it may ask",
-            )
+            problem = f"--host {flags.host} can be reached from other machines, and there is no key"
+            remedy = "give --api-key @FILE, or --without-key if whoever reaches it may ask"
+            raise ConfigError(problem, field="--api-key", code="missing", remedy=remedy)
         hosts = Hosts.of(listener, flags.allowed_hosts)
         specializer = _specializer(flags)
         registry = read_registry(flags, specializer)

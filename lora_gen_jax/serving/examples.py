@@ -28,12 +28,8 @@ def requested_prompt(request: NewSpecialization) -> str | Prompt:
                 raise DataError(f'"{name}" is about "examples"', field=name, remedy="give them, or leave it out")
         return prompt_of(row)
     if len(row) > 1 or not row.keys() <= {"prompt", "description"}:
-        raise DataError(
-            '"examples" go with "description" or "prompt" only',
-            field="examples",
-            code="count",
-            remedy="leave the others out",
-        )
+        problem = '"examples" go with "description" or "prompt" only'
+        raise DataError(problem, field="examples", code="count", remedy="leave the others out")
     description = text_field(row, next(iter(row))) if row else ""
     return Prompt(description, solved_rows(request.examples, "example"), request.as_chat)
 

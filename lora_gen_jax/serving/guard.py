@@ -49,11 +49,8 @@ class Hosts:
         """Of a bound socket: localhost, the names given, and, beyond loopback, this machine's name."""
         for name in given:
             if not _PATTERN.fullmatch(name):
-                raise ConfigError(
-                    f"--allowed-hosts has {name[:80]!r}",
-                    field="--allowed-hosts",
-                    remedy="give names without http:// and port, as example.com, *.example.com or [2001:db8::1]",
-                )
+                remedy = "give names without http:// and port, as example.com, *.example.com or [2001:db8::1]"
+                raise ConfigError(f"--allowed-hosts has {name[:80]!r}", field="--allowed-hosts", remedy=remedy)
         local = is_loopback(listener)
         names = {"localhost", *(name.strip("[]") for name in given), *(() if local else (socket.gethostname(),))}
         return cls(frozenset(name.lower() for name in names), not local)

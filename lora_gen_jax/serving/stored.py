@@ -121,7 +121,9 @@ def _directories(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         remedy = "give specializations that `lora-gen specialize` wrote"
-        raise CheckpointError(f"{path} is not a directory", field="--specializations", code="no directory", remedy=remedy)
+        raise CheckpointError(
+            f"{path} is not a directory", field="--specializations", code="no directory", remedy=remedy
+        )
     # Those with a dot are being written, or were when a server was killed.
     found = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
     if not found:

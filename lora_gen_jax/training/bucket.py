@@ -42,11 +42,8 @@ def location(path: str | Path) -> Any:
     if found is None:
         return Path(path)
     if importlib.util.find_spec("gcsfs") is None:
-        raise ConfigError(
-            "gs:// addresses need gcsfs, which is not installed",
-            field="gcsfs",
-            remedy="pip install gcsfs (or this package with its extra [gcs])",
-        )
+        problem = "gs:// addresses need gcsfs, which is not installed"
+        raise ConfigError(problem, field="gcsfs", remedy="pip install gcsfs (or this package with its extra [gcs])")
     import fsspec.config
 
     # What was listed before another process, or Orbax beside gcsfs, wrote there is out of date.
@@ -65,12 +62,9 @@ def writing(path: Any) -> Iterator[None]:
     try:
         yield
     except (OSError, *remote_errors(path)) as error:
-        raise OutputError(
-            f"{path} cannot be written ({type(error).__name__}: {error})",
-            field="--bucket",
-            code="unwritable",
-            remedy="Is there such a bucket, and may this machine write to it (--bucket)?",
-        ) from error
+        problem = f"{path} cannot be written ({type(error).__name__}: {error})"
+        remedy = "Is there such a bucket, and may this machine write to it (--bucket)?"
+        raise OutputError(problem, field="--bucket", code="unwritable", remedy=remedy) from error
 
 
 def remote_errors(path: Any) -> tuple[type[Exception], ...]:
@@ -113,12 +107,9 @@ class BucketOwner:
             other = json.loads(found)
             who = f"on {other['host']}, process {other['process']}, since {other['began']}"
         except (OSError, ValueError, KeyError, TypeError, *remote_errors(self.path)) as error:
-            raise OutputError(
-                f"{self.path}, which says what run writes there, cannot be read ({type(error).__name__}: {error})",
-                field="--bucket",
-                code="unreadable",
-                remedy="start this command again",
-            ) from error
+            problem = f"{self.path}, which says what run writes there, cannot be read ({type(error).__name__}: {error})"
+            remedy = "start this command again"
+            raise OutputError(problem, field="--bucket", code="unreadable", remedy=remedy) from error
         raise OutputError(
             f"another training ({who}) writes to {self.path.parent} now, and this one ends: the other goes on from"
             " the newest checkpoint",
@@ -139,12 +130,9 @@ def run_lock(directory: Path) -> Iterator[None]:
         try:
             lock.acquire()
         except filelock.Timeout as error:
-            raise OutputError(
-                f"another training is writing to {directory}",
-                field="--workdir",
-                code="taken",
-                remedy="wait until it ends, or name another --workdir",
-            ) from error
+            problem = f"another training is writing to {directory}"
+            remedy = "wait until it ends, or name another --workdir"
+            raise OutputError(problem, field="--workdir", code="taken", remedy=remedy) from error
         except (OSError, NotImplementedError) as error:
             log.warning("%s cannot be locked (%s): start no second run there", directory, error)
     try:

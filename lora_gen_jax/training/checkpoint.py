@@ -148,12 +148,9 @@ def load_checkpoint(path: str | Path) -> Loaded:
             p for p in directory.parent.glob("*") if p.name.isdigit() and p.name != directory.name and complete(p)
         ]
         older = max(others, key=lambda p: int(p.name), default=None)
-        raise CheckpointError(
-            f"checkpoint {directory} is damaged or incomplete: {reason}",
-            field="--checkpoint",
-            code="damaged",
-            remedy=None if older is None else f"Give --checkpoint {older} for another of that run",
-        ) from error
+        problem = f"checkpoint {directory} is damaged or incomplete: {reason}"
+        remedy = None if older is None else f"Give --checkpoint {older} for another of that run"
+        raise CheckpointError(problem, field="--checkpoint", code="damaged", remedy=remedy) from error
 
 
 def find_checkpoint(config: Config, named: Path | None = None) -> Loaded:
@@ -186,11 +183,8 @@ def check_tasks(expected: dict[str, str], found: dict[str, str], what: str) -> N
     Nothing is expected by a checkpoint of a version that did not note them.
     """
     if changed := sorted(source for source in expected if expected[source] != found.get(source)):
-        raise CheckpointError(
-            f"{what} was trained on other rows of {', '.join(changed)}",
-            field="data",
-            remedy="put the data back as it was, or name another --workdir",
-        )
+        problem = f"{what} was trained on other rows of {', '.join(changed)}"
+        raise CheckpointError(problem, field="data", remedy="put the data back as it was, or name another --workdir")
 
 
 def check_method(loaded: Loaded, method: str) -> None:

@@ -250,11 +250,9 @@ class _Pending:
         seconds, recorder.step_end = end - max(self.began, recorder.step_end), end
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
         if bad:
-            raise TrainingDivergedError(
-                f"step {self.step}: {bad[0]} is {values[bad[0]]}. Training stopped; the last checkpoint is good",
-                field=bad[0],
-                remedy="Lower train.learning_rate, lengthen train.warmup_steps or set train.clip_norm",
-            )
+            problem = f"step {self.step}: {bad[0]} is {values[bad[0]]}. Training stopped; the last checkpoint is good"
+            remedy = "Lower train.learning_rate, lengthen train.warmup_steps or set train.clip_norm"
+            raise TrainingDivergedError(problem, field=bad[0], remedy=remedy)
         recorder.record(self.step, values | {"tokens_per_second": self.tokens / seconds, "step_seconds": seconds})
 
 

@@ -100,12 +100,9 @@ def load_portable(directory: Path) -> dict[str, Any]:
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         reason, cause = reason_of(error), error
     published = name_of(directory)
-    raise CheckpointError(
-        f"generator {published or directory} is damaged or incomplete: {reason}",
-        field="--checkpoint",
-        code="damaged",
-        remedy=None if published is None else f"Remove {directory} to download it again",
-    ) from cause
+    problem = f"generator {published or directory} is damaged or incomplete: {reason}"
+    remedy = None if published is None else f"Remove {directory} to download it again"
+    raise CheckpointError(problem, field="--checkpoint", code="damaged", remedy=remedy) from cause
 
 
 def _tensors(path: Path) -> dict[str, Any]:

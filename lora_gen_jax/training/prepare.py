@@ -79,11 +79,9 @@ def check_same_rows(rows: dict[str, str]) -> None:
         DataError: naming the processes whose tasks are others.
     """
     if others := distributed.differing(repr(sorted(rows.items()))):
-        raise DataError(
-            f"the tasks of process {', '.join(map(str, others))} are not those of process 0",
-            field="data",
-            remedy="put the same files on all machines (data.dir, data.files, data.tfds_dir)",
-        )
+        problem = f"the tasks of process {', '.join(map(str, others))} are not those of process 0"
+        remedy = "put the same files on all machines (data.dir, data.files, data.tfds_dir)"
+        raise DataError(problem, field="data", remedy=remedy)
 
 
 def check_shapes(config: Config, pair: Pair) -> None:
@@ -171,11 +169,8 @@ def prepare_directory(config: Config) -> None:
     if jax.process_count() > 1:
         distributed.barrier("config.json")
         if not shared.exists():
-            raise ConfigError(
-                f"process 0 wrote {shared}, which process {jax.process_index()} does not see",
-                field="--workdir",
-                remedy=SHARED,
-            )
+            problem = f"process 0 wrote {shared}, which process {jax.process_index()} does not see"
+            raise ConfigError(problem, field="--workdir", remedy=SHARED)
     _compare(shared, new)
 
 
@@ -185,12 +180,8 @@ def _begin(path: Path, new: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(
-            f"workdir {path.parent} cannot be written: {error.strerror}",
-            field="--workdir",
-            code="unwritable",
-            remedy="choose another --workdir",
-        ) from error
+        problem = f"workdir {path.parent} cannot be written: {error.strerror}"
+        raise OutputError(problem, field="--workdir", code="unwritable", remedy="choose another --workdir") from error
     write_text(path, json.dumps(new, indent=2) + "\n", "--workdir")
 
 
@@ -216,12 +207,9 @@ def _compare(path: Any, new: dict[str, Any]) -> None:
     # Fields that were added since that run was started count as their defaults.
     if lines := difference(saved, new):
         other = "--bucket" if is_bucket(path) else "--workdir"
-        raise CheckpointError(
-            f"{path.parent} holds a run with another config",
-            field=other,
-            code="another config",
-            remedy=f"choose another {other}, or undo:\n  " + "\n  ".join(lines),
-        )
+        problem = f"{path.parent} holds a run with another config"
+        remedy = f"choose another {other}, or undo:\n  " + "\n  ".join(lines)
+        raise CheckpointError(problem, field=other, code="another config", remedy=remedy)
 
 
 def shard_of(config: Config, mesh: Mesh) -> Shard:

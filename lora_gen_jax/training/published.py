@@ -90,12 +90,9 @@ def publish_generator(directory: Path, repository: str, private: bool) -> str:
         )
         return upload.commit_url
     except Exception as error:  # the hub's client lets errors of several HTTP libraries through
-        raise OutputError(
-            f"{repository} could not be published on the Hugging Face hub ({reason_of(error)})",
-            field="--publish",
-            code="hub",
-            remedy="Check the network and HF_HUB_OFFLINE, and that the token (`hf auth login`, or HF_TOKEN) may write",
-        ) from error
+        problem = f"{repository} could not be published on the Hugging Face hub ({reason_of(error)})"
+        remedy = "Check the network and HF_HUB_OFFLINE, and that the token (`hf auth login`, or HF_TOKEN) may write"
+        raise OutputError(problem, field="--publish", code="hub", remedy=remedy) from error
 
 
 def model_card(directory: Path, repository: str, loaded: "Loaded", license_id: str) -> str:

@@ -105,11 +105,8 @@ def contrast(
     twins = [np.flatnonzero(tasks_B == task) for task in np.unique(tasks_B)]
     twins = [places for places in twins if len(places) > 1]
     if len(twins) < 2:
-        raise DataError(
-            "fewer than two tasks have two prompts among those the reader was to learn from",
-            field="train.reader_prompts",
-            remedy="raise train.reader_prompts",
-        )
+        problem = "fewer than two tasks have two prompts among those the reader was to learn from"
+        raise DataError(problem, field="train.reader_prompts", remedy="raise train.reader_prompts")
     rng, key = np.random.default_rng(seed), jax.random.key(seed)
     optimizer = optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, steps), weight_decay=0.01)
     memory = optimizer.init(layers)

@@ -66,12 +66,9 @@ class Checkpoints:
         except OutputError:
             raise
         except Exception as error:  # whatever damaged lists make storage raise
-            raise CheckpointError(
-                f"the checkpoints in {self.directory} cannot be listed: {reason_of(error)}",
-                field="checkpoint",
-                code="damaged",
-                remedy="Delete the newest step's directory to go on from the one before",
-            ) from error
+            problem = f"the checkpoints in {self.directory} cannot be listed: {reason_of(error)}"
+            remedy = "Delete the newest step's directory to go on from the one before"
+            raise CheckpointError(problem, field="checkpoint", code="damaged", remedy=remedy) from error
 
     def save(self, state: TrainState, data_state: Any, metadata: dict[str, Any], validation_loss: float | None) -> None:
         """Starts writing; training goes on meanwhile. A checkpoint appears under its step only when complete.

@@ -198,11 +198,8 @@ def _dialogue(toolset: Toolset, split: str, index: int, used: set[str]) -> _Dial
             continue
         if all(split_of(request) == split for request in (dialogue.request, *earlier)):
             return dialogue
-    raise DataError(
-        f"toolset {toolset.id} has fewer than {index + 1} different {split} requests",
-        field="count",
-        remedy="ask for fewer rows",
-    )
+    problem = f"toolset {toolset.id} has fewer than {index + 1} different {split} requests"
+    raise DataError(problem, field="count", remedy="ask for fewer rows")
 
 
 def _attempt(toolset: Toolset, split: str, index: int, salt: str) -> _Dialogue:
