@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import errno
 import importlib
+import inspect
 import logging
 import os
 import sys
@@ -113,8 +114,7 @@ def train_main(args: Sequence[str] | None = None) -> None:
 def trained_and_compared(config: "Config") -> None:
     """Trains, then scores what `compare` names; of several processes each scores everything, process 0 writes.
 
-    Raises:
-        LoraGenError, Stopped: as training.
+    Raises LoraGenError, Stopped as training.
     """
     from lora_gen_jax.training.loop import train
 
@@ -149,8 +149,7 @@ def eval_main(args: Sequence[str] | None = None) -> None:
 def eval_config(arguments: list[str]) -> tuple["Config", EvalFlags, list[int]]:
     """A config whose eval fields eval.py's short flags override, the flags, and the numbers of shots.
 
-    Raises:
-        ConfigError: as `config_from_args`, and for shots that are not numbers.
+    Raises ConfigError as `config_from_args`, and for shots that are not numbers.
     """
     from lora_gen_jax.config_file import flags_and_config
 
@@ -215,70 +214,49 @@ class Command(NamedTuple):
     """A command, whose module is imported when it is called: ``--help`` and mistakes answer at once.
 
     Attributes:
-        run: MODULE:FUNCTION, below this package; it takes the flags, or the arguments where there are none.
-        flags: the dataclass of its flags, in the same module; None where the command reads its arguments itself.
+        run: MODULE:FUNCTION, below this package; it takes a dataclass of flags, or the arguments as they are.
         summary: a line about it.
     """
 
     run: str
-    flags: str | None
     summary: str
 
     def load(self) -> tuple[Callable[[Any], Any], Any]:
-        """The function and the flags' class, or None."""
+        """The function and its flags' class, or None."""
         name, function = self.run.split(":")
-        module = importlib.import_module(f"lora_gen_jax.{name}")
-        return getattr(module, function), None if self.flags is None else getattr(module, self.flags)
+        run = getattr(importlib.import_module(f"lora_gen_jax.{name}"), function)
+        (kind,) = (parameter.annotation for parameter in inspect.signature(run).parameters.values())
+        return run, kind if dataclasses.is_dataclass(kind) else None
 
 
 COMMANDS = {
-    "train": Command("cli:train_main", None, "train.py: train a generator, or another method, from a config file"),
-    "eval": Command("cli:eval_main", None, "eval.py: score methods on tasks"),
-    "specialize": Command("commands:specialize_command", "Specialize", "turn a system prompt into a specialization"),
-    "refine": Command(
-        "specialization.command:refine_command", "Refine", "learn from solved examples, from a specialization on"
-    ),
-    "generate": Command("generate_command:generate_command", "Generate", "answer an input with a specialized model"),
-    "serve": Command(
-        "serving.command:serve_command",
-        "Serve",
-        "answer over HTTP, as OpenAI's interface, for many specializations at once",
-    ),
-    "export": Command(
-        "export.command:export_command", "Export", "write a specialization for peft, transformers or llama.cpp"
-    ),
-    "pack": Command(
-        "pack_command:pack_command",
-        "Pack",
-        "write a trained generator as two small files, or publish it on the Hugging Face hub",
-    ),
-    "lm_eval": Command("evaluation.lm_eval_command:lm_eval_main", None, "evaluate with lm-evaluation-harness"),
-    "agent": Command("lab.agent.command:agent_main", None, "train and score on tool calls, as the paper's agent table"),
+    "train": Command("cli:train_main", "train.py: train a generator, or another method, from a config file"),
+    "eval": Command("cli:eval_main", "eval.py: score methods on tasks"),
+    "specialize": Command("commands:specialize_command", "turn a system prompt into a specialization"),
+    "refine": Command("specialization.command:refine_command", "learn from solved examples, from a specialization on"),
+    "generate": Command("generate_command:generate_command", "answer an input with a specialized model"),
+    "serve": Command("serving.command:serve_command", "answer over HTTP, as OpenAI, for many specializations at once"),
+    "export": Command("export.command:export_command", "write a specialization for peft, transformers or llama.cpp"),
+    "pack": Command("pack_command:pack_command", "write a trained generator as two small files, or publish it"),
+    "lm_eval": Command("evaluation.lm_eval_command:lm_eval_main", "evaluate with lm-evaluation-harness"),
+    "agent": Command("lab.agent.command:agent_main", "train and score on tool calls, as the paper's agent table"),
     "table": Command(
-        "lab.tables.command:table_main", None, "train and score every method and ablation, as the paper's tables"
+        "lab.tables.command:table_main", "train and score every method and ablation, as the paper's tables"
     ),
-    "bench": Command("cli:bench_main", None, "time a config's training step against the machine's matmul rate"),
-    "compile": Command(
-        "cli:compile_main", None, "memory, flops and bytes of an experiment's programs on TPUs that are not there"
-    ),
-    "efficiency": Command("cli:efficiency_main", None, "time, memory and multiply-adds of an answer, by method"),
+    "bench": Command("cli:bench_main", "time a config's training step against the machine's matmul rate"),
+    "compile": Command("cli:compile_main", "memory, flops and bytes of an experiment's programs on TPUs"),
+    "efficiency": Command("cli:efficiency_main", "time, memory and multiply-adds of an answer, by method"),
     "side_by_side": Command(
-        "lab.side_by_side.command:side_by_side_command",
-        "SideBySide",
-        "the base with the prompt beside the specialized model without",
+        "lab.side_by_side.command:side_by_side_command", "the base with the prompt beside the specialized model without"
     ),
-    "report": Command(
-        "lab.report.command:report_command",
-        "Report",
-        "write report.html and figures from what runs and evaluations left",
-    ),
+    "report": Command("lab.report.command:report_command", "write report.html from what runs and evaluations left"),
 }
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """``python -m lora_gen_jax COMMAND …``."""
     arguments = arguments_of(args)
-    listing = "\n".join(f"  {name:<14}{text}" for name, (_, _, text) in COMMANDS.items())
+    listing = "\n".join(f"  {name:<14}{text}" for name, (_, text) in COMMANDS.items())
     usage = f"usage: lora-gen COMMAND [flags]\n\n{listing}\n\nlora-gen COMMAND --help explains its flags."
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage)

@@ -39,11 +39,7 @@ _AT_MOST = {"train.seed": 2**31 - 1, "eval.lora_steps": 1000, "eval.vector_layer
 
 
 def check(config: Config) -> Config:
-    """The config itself, when its fields fit together.
-
-    Raises:
-        ConfigError: naming the field and the remedy.
-    """
+    """The config itself, when its fields fit together. Raises ConfigError naming the field and the remedy."""
     for message in wrong_values(config):
         raise _wrong(message, "type")
     check_saved(config)
@@ -54,8 +50,7 @@ def check(config: Config) -> Config:
 def check_saved(config: Config) -> Config:
     """What must hold of a saved config as well: its method, every number by itself, and the generator's fields.
 
-    Raises:
-        ConfigError: naming the field.
+    Raises ConfigError naming the field.
     """
     trained_method(config.method)
     return _holding(config, itertools.chain(_ranges(config), _generator_rules(config.generator)))

@@ -22,8 +22,7 @@ _Made = TypeVar("_Made")
 def read_config(path: Path) -> Config:
     """Runs a config file's ``get_config()``; the file's name becomes the config's where it gives none.
 
-    Raises:
-        ConfigError: when the file is missing, fails, or has no ``get_config()`` that returns a `Config`.
+    Raises ConfigError when the file is missing, fails, or has no ``get_config()`` that returns a `Config`.
     """
     config = made_by(path, "get_config", Config)
     return config if config.name else dataclasses.replace(config, name=path.stem)
@@ -32,8 +31,7 @@ def read_config(path: Path) -> Config:
 def made_by(path: Path, function: str, kind: type[_Made]) -> _Made:
     """What a function of a Python file returns.
 
-    Raises:
-        ConfigError: when the file is missing, fails, or has no such function that returns a `kind`.
+    Raises ConfigError when the file is missing, fails, or has no such function that returns a `kind`.
     """
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist", field="config", code="missing")
@@ -63,8 +61,7 @@ def config_from_args(program: str, args: Sequence[str]) -> Config:
 
     A misspelled flag prints the nearest ones and exits with status 2; ``--help`` lists all with their defaults.
 
-    Raises:
-        ConfigError: as `read_config` and `check`.
+    Raises ConfigError as `read_config` and `check`.
     """
     return flags_and_config(program, None, args)[1]
 
@@ -72,8 +69,7 @@ def config_from_args(program: str, args: Sequence[str]) -> Config:
 def overridden(config: Config, program: str, args: Sequence[str]) -> Config:
     """A config with the values of flags ``--any.field VALUE``, checked.
 
-    Raises:
-        ConfigError: as `check`, and for flags of several processes where a command has but one.
+    Raises ConfigError as `check`, and for flags of several processes where a command has but one.
     """
     return _parsed(config, program, None, args)[1]
 
@@ -129,9 +125,8 @@ FORMER = {"generator.batch_norm_variance": "biased"}
 def from_json(values: Any) -> Config:
     """A `Config` from `to_json`'s values; fields that a newer version added take their defaults, or `FORMER`.
 
-    Raises:
-        ConfigError: for a field that this version does not know, a value of another type, a method that is none, or
-            sizes that cannot be.
+    Raises ConfigError for a field that this version does not know, a value of another type, a method that is none,
+    or sizes that cannot be.
     """
 
     def build(cls: Any, fields: Any, prefix: str) -> Any:

@@ -42,8 +42,7 @@ def is_directory(path: Path) -> bool:
 def complete_directory(path: Path) -> Iterator[Path]:
     """A temporary directory beside `path` that takes its name when the block ends without an error.
 
-    Raises:
-        OutputError: when `path` holds something, or cannot be written.
+    Raises OutputError when `path` holds something, or cannot be written.
     """
     check_output(path)
     with writing(path):
@@ -93,8 +92,7 @@ def sync(path: Path) -> None:
 def write_text(path: Path, text: str, flag: str = "--out") -> None:
     """Replaces the file at once, so that no half of it is ever read.
 
-    Raises:
-        OutputError: when it cannot be written; the flag is what would name another place.
+    Raises OutputError when it cannot be written; the flag is what would name another place.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path, flag):
@@ -117,8 +115,7 @@ def write_json(path: Path, values: Any, flag: str = "--out") -> None:
 def text_argument(value: str, flag: str) -> str:
     """A flag's text: itself, or the content of the file that ``@FILE`` names.
 
-    Raises:
-        DataError: when the file cannot be read as UTF-8, or the text is empty.
+    Raises DataError when the file cannot be read as UTF-8, or the text is empty.
     """
     text = value
     if value.startswith("@"):

@@ -21,9 +21,8 @@ _LONG_WORD = 32  # characters
 class Encoder:
     """A tokenizer bound to the embedding it feeds.
 
-    Raises:
-        ModelError: when the tokenizer can emit ids beyond the embedding's rows. (An embedding with more rows than
-            the tokenizer has ids is padded, which is fine.)
+    Raises ModelError when the tokenizer can emit ids beyond the embedding's rows. (An embedding with more rows
+    than the tokenizer has ids is padded, which is fine.)
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int):
@@ -57,8 +56,7 @@ class Encoder:
     def text(self, text: str) -> list[int]:
         """Ids of a text, with the tokenizer's own special tokens.
 
-        Raises:
-            DataError: when nothing is left of the text.
+        Raises DataError when nothing is left of the text.
         """
         ids = self.tokenizer(text, verbose=False)["input_ids"]
         if not text.strip() or not ids:
@@ -70,8 +68,7 @@ class Encoder:
 
         The meta tokens that follow stand where a query would: a language model gathers there what the prompt asks for.
 
-        Raises:
-            DataError: when nothing is left of the text.
+        Raises DataError when nothing is left of the text.
         """
         if not text.strip():
             raise DataError("a text is empty: there is nothing to read", field="text")
@@ -85,8 +82,7 @@ class Encoder:
     def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids of a context and of what follows it; trailing spaces of the context count as part of the latter.
 
-        Raises:
-            DataError: when the context or the continuation has no tokens.
+        Raises DataError when the context or the continuation has no tokens.
         """
         stripped = context.rstrip()
         whole = self.text(stripped + context[len(stripped) :] + continuation)

@@ -46,8 +46,7 @@ def load_gpt4tools(paths: Sequence[str | Path], seen: bool) -> list[Task]:
 def training_records(paths: Sequence[str | Path]) -> str:
     """Training rows as JSONL that ``data.files`` takes; one in fifty queries is held out for the validation loss.
 
-    Raises:
-        DataError: as `load_gpt4tools`.
+    Raises DataError as `load_gpt4tools`.
     """
     lines = []
     for cloud, example in _read(paths):
@@ -64,8 +63,7 @@ def generated_records(rows_per_toolset: int) -> str:
     The suite's own tasks hold 24 training rows each, which a generator learns by heart; here they go on to
     `rows_per_toolset`. No request is also a validation or a test request of any toolset.
 
-    Raises:
-        DataError: where a toolset has fewer different requests.
+    Raises DataError where a toolset has fewer different requests.
     """
     descriptions = {task.name: task.descriptions for task in agent_tasks()}
     lines = []

@@ -88,8 +88,7 @@ class GroupSampler:
     def draw(self, rng: np.random.Generator) -> Group:
         """One prompt and at least one query; other tasks are tried where no query fits.
 
-        Raises:
-            DataError: when nothing fits after many tries.
+        Raises DataError when nothing fits after many tries.
         """
         for _ in range(100):
             place = int(np.searchsorted(self.cumulative, rng.random(), side="right"))
@@ -170,8 +169,7 @@ class GroupSampler:
 
         Where long ones meet that fit no row together even without shots, the one that is longest then is drawn anew.
 
-        Raises:
-            DataError: when nothing fits after many tries.
+        Raises DataError when nothing fits after many tries.
         """
         groups = [self.draw(np.random.default_rng([*seed, prompt])) for prompt in prompts]
         shortest: list[int] = []

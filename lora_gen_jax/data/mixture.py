@@ -17,8 +17,7 @@ from lora_gen_jax.errors import ConfigError
 def chances(config: DataConfig, tasks: Sequence[Task], split: str) -> np.ndarray:
     """The chance of every task to be drawn; within a source it goes by the number of rows.
 
-    Raises:
-        ConfigError: as `named_tasks`, and where no task with rows of the split has a positive weight.
+    Raises ConfigError as `named_tasks`, and where no task with rows of the split has a positive weight.
     """
     weights, sizes = named_tasks(config, tasks), dict[str, int]()
     for task in tasks:
@@ -34,11 +33,7 @@ def chances(config: DataConfig, tasks: Sequence[Task], split: str) -> np.ndarray
 
 
 def epoch_rows(config: DataConfig, tasks: Sequence[Task]) -> int:
-    """Training rows that can be drawn: an epoch is as many queries.
-
-    Raises:
-        ConfigError: as `chances`.
-    """
+    """Training rows that can be drawn: an epoch is as many queries. Raises ConfigError as `chances`."""
     drawn = chances(config, tasks, "train") > 0
     return sum(len(task.train) for task, yes in zip(tasks, drawn, strict=True) if yes)
 
@@ -70,8 +65,7 @@ def narrowed(config: DataConfig, tasks: Sequence[Task]) -> DataConfig:
 def source_weights(pairs: Sequence[str], sources: set[str]) -> Mapping[str, float]:
     """Weight of every source: 1, or what ``name=weight`` says.
 
-    Raises:
-        ConfigError: for a malformed pair, an unknown source or weights that are all zero.
+    Raises ConfigError for a malformed pair, an unknown source or weights that are all zero.
     """
     weights = dict.fromkeys(sorted(sources), 1.0)
     for pair in pairs:

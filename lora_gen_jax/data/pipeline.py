@@ -188,8 +188,7 @@ class TrainingBatches:
     def set_state(self, state: Mapping[str, int]) -> None:
         """Goes on from a place that `get_state` gave, or Grain itself in checkpoints of earlier versions.
 
-        Raises:
-            CheckpointError: for a state that is neither.
+        Raises CheckpointError for a state that is neither.
         """
         place = state.get("next_batch", state.get("next_index"))
         if not isinstance(place, int):

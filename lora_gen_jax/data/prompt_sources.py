@@ -91,8 +91,7 @@ def shots_prompt(shots: Any, description: str = "") -> str:
 def solved_rows(rows: Any, what: str) -> list[Example]:
     """The examples of a list of objects with "input" and "output", one of which is called `what`.
 
-    Raises:
-        DataError: naming the row and the field that is missing, empty or no text; when there is no row.
+    Raises DataError naming the row and the field that is missing, empty or no text; when there is no row.
     """
     if not isinstance(rows, list) or not rows:
         problem = f'"{what}s" must be a list of at least one object with "input" and "output"'
@@ -110,8 +109,7 @@ def prompt_of(row: Row) -> str:
     """The system prompt of an object with one of the fields "prompt", "messages", "shots" and "examples" (the last two
     with "description").
 
-    Raises:
-        DataError: when it has none or several of them, or what it has is malformed.
+    Raises DataError when it has none or several of them, or what it has is malformed.
     """
     given = [name for name in SOURCES if name in row]
     if len(given) != 1:
@@ -141,8 +139,7 @@ def read_chat(path: Path) -> str:
     """The system prompt of a JSON file with a conversation: a list of messages, or an object that has "messages", and
     perhaps its system text as "system".
 
-    Raises:
-        DataError: naming the file, and the line or message.
+    Raises DataError naming the file, and the line or message.
     """
     value = parsed(path, read_text(path))
     try:
@@ -162,11 +159,7 @@ def read_shots(path: Path, description: str = "") -> str:
 
 
 def read_examples(path: Path) -> list[Example]:
-    """The rows of a JSONL file with a solved example a line.
-
-    Raises:
-        DataError: naming file, line and field.
-    """
+    """The rows of a JSONL file with a solved example a line. Raises DataError naming file, line and field."""
     return map_rows(path, read_rows(path), lambda _, row: _shot(row))
 
 
@@ -176,8 +169,7 @@ def read_prompts(path: Path) -> list[NamedPrompt]:
     A row without a name is called by its line, with leading zeros, so that names sort as the lines do; the rows of a
     JSON array on one line are counted instead.
 
-    Raises:
-        DataError: naming file, line and field; when two rows have the same name, large and small letters alike.
+    Raises DataError naming file, line and field; when two rows have the same name, large and small letters alike.
     """
     rows = read_rows(path)
     lines = [line for line, _ in rows]

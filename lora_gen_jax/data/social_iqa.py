@@ -61,11 +61,7 @@ class SocialIqa(tfds.core.GeneratorBasedBuilder):
 
 
 def checked(archive: Path) -> Path:
-    """The archive, if it is the published one.
-
-    Raises:
-        DataError: when it is not.
-    """
+    """The archive, if it is the published one. Raises DataError when it is not."""
     if (found := file_digest(archive)) != SHA256:
         problem = f"{archive}: not the published archive of Social IQa: its SHA-256 is {found}"
         raise DataError(problem, field=archive.name, code="sha256", remedy="delete it, so that it is downloaded again")

@@ -30,8 +30,7 @@ STEPS = 5
 def bench(config: Config) -> dict[str, float]:
     """Prints and returns the figures: seconds, GMACs, the matmul rate and the share of it that is reached.
 
-    Raises:
-        LoraGenError: as training, for bad input.
+    Raises LoraGenError as training, for bad input.
     """
     keep_freed_memory()
     mesh = make_mesh(**dataclasses.asdict(config.mesh))

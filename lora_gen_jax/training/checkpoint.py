@@ -156,8 +156,7 @@ def load_checkpoint(path: str | Path) -> Loaded:
 def find_checkpoint(config: Config, named: Path | None = None) -> Loaded:
     """The generator for a config: the one named, else that of its work directory, else the one shipped for it.
 
-    Raises:
-        CheckpointError: when there is none.
+    Raises CheckpointError when there is none.
     """
     shipped = SHIPPED.get(config.name) if config.bucket is None else None
     if named is None and shipped is not None and not any((config.directory / "checkpoints").glob("*")):
@@ -228,8 +227,7 @@ def sealed(metadata: dict[str, Any]) -> dict[str, Any]:
 def opened(metadata: Any) -> dict[str, Any]:
     """Metadata that were `sealed`, or of an older version, which did not.
 
-    Raises:
-        CheckpointError: when they are not what was written, or lack something.
+    Raises CheckpointError when they are not what was written, or lack something.
     """
     if not isinstance(metadata, dict):
         raise CheckpointError("the metadata are no object", field="metadata", code="type")

@@ -85,11 +85,7 @@ def _experts(settings: GeneratorConfig) -> int:
 
 
 def method_cost(config: Config, cloud: DecoderConfig, edge: DecoderConfig, batch: Batch) -> StepCost:
-    """MACs of one step of the config's method.
-
-    Raises:
-        ConfigError: for a method whose step is not counted.
-    """
+    """MACs of one step of the config's method. Raises ConfigError for a method whose step is not counted."""
     method = trained_method(config.method)
     if method.token_macs is not None:
         return edge_cost(edge, method.token_macs(edge, config), batch)

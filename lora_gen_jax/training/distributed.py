@@ -32,8 +32,7 @@ _points = 0
 def start(config: DistributedConfig) -> None:
     """Joins the other processes, where there are any; before JAX is used for anything else.
 
-    Raises:
-        LoraGenError: when the others do not come.
+    Raises LoraGenError when the others do not come.
     """
     by_hand = config.coordinator is not None
     if jax.distributed.is_initialized() or config.processes == 1 or not (by_hand or found_by_the_system()):
@@ -79,8 +78,7 @@ def job(config: DistributedConfig) -> Iterator[None]:
 
     A process that fails leaves at once; the others end when they miss it.
 
-    Raises:
-        LoraGenError: as `start`.
+    Raises LoraGenError as `start`.
     """
     start(config)
     try:

@@ -72,8 +72,7 @@ class Run:
     def save(self, step: int, validation_loss: float | None) -> None:
         """Starts writing the checkpoint of this step, the newest.
 
-        Raises:
-            OutputError: when it cannot be written, or another run writes to the same bucket.
+        Raises OutputError when it cannot be written, or another run writes to the same bucket.
         """
         self.checkpoints.wait()  # for the one before, as saving would: what is checked is true when this one is written
         self.bucket_owner.check()
@@ -161,8 +160,7 @@ def set_up(
 def loop(run: Run, signals: StopSignals) -> None:
     """Steps until the last, or a signal; metrics of a step are fetched while the next one runs.
 
-    Raises:
-        Stopped, TrainingDivergedError: as `train`.
+    Raises Stopped, TrainingDivergedError as `train`.
     """
     config, t = run.config, run.config.train
     start, frozen = int(run.state.step), run.pair.frozen

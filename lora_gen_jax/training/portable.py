@@ -77,11 +77,7 @@ def save_portable(loaded: Any, directory: Path, dtype: Any) -> None:
 
 
 def load_portable(directory: Path) -> dict[str, Any]:
-    """The fields of a `Loaded`, parameters in fp32.
-
-    Raises:
-        CheckpointError: when a file is missing or damaged.
-    """
+    """The fields of a `Loaded`, parameters in fp32. Raises CheckpointError when a file is missing or damaged."""
     try:
         readable = read_object(directory / READABLE, CheckpointError)
         check_fields(readable, SCHEMA, READABLE, CheckpointError)
@@ -117,8 +113,7 @@ def _tensors(path: Path) -> dict[str, Any]:
 def check_generator(variables: Any, config: Config, file: str) -> None:
     """What can be said of variables without the models: {"params", "batch_stats"} of finite numbers, one kind of head.
 
-    Raises:
-        CheckpointError: naming the tensor.
+    Raises CheckpointError naming the tensor.
     """
     if not isinstance(variables, dict) or not isinstance(variables.get("params"), dict) or not variables["params"]:
         raise CheckpointError(f"{file} holds no params", field=f"{file}:params", code="missing")
@@ -132,8 +127,7 @@ def check_generator(variables: Any, config: Config, file: str) -> None:
 def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
     """Nested dictionaries from leaves named as `flatten` names them.
 
-    Raises:
-        CheckpointError: for a name that is none, or that another name goes on from.
+    Raises CheckpointError for a name that is none, or that another name goes on from.
     """
     tree: dict[str, Any] = {"params": {}, "batch_stats": {}}
     for name, value in leaves.items():

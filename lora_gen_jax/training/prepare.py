@@ -54,8 +54,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 def check_rows(config: Config, mesh: Mesh) -> None:
     """The rows of a batch must divide among the devices that rows are split over.
 
-    Raises:
-        ConfigError: when they do not.
+    Raises ConfigError when they do not.
     """
     d, devices = config.data, mesh.shape["data"] * mesh.shape["fsdp"]
     rows = d.prompts_per_step // d.prompts_per_row
@@ -87,8 +86,7 @@ def check_same_rows(rows: dict[str, str]) -> None:
 def check_shapes(config: Config, pair: Pair) -> None:
     """Every token must have a position of its own.
 
-    Raises:
-        ConfigError: naming the field. A position beyond a model's table would read its last row, silently.
+    Raises ConfigError naming the field. A position beyond a model's table would read its last row, silently.
     """
     d, layers = config.data, pair.edge.config.num_layers
     # The other prompts of a row have a token each at least, and their meta tokens.
@@ -128,8 +126,7 @@ def with_steps(config: Config, tasks: Sequence[Task] | None = None) -> Config:
 def training_tasks(config: Config) -> list[Task]:
     """The tasks that a config trains on.
 
-    Raises:
-        LoraGenError: for tasks that are not there, or that the method cannot take.
+    Raises LoraGenError for tasks that are not there, or that the method cannot take.
     """
     d, choose = config.data, trained_method(config.method).choose_tasks
     tasks = list(load_tasks(d.tasks, d.dir, d.tfds_dir, d.files).values())

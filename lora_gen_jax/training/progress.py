@@ -82,11 +82,7 @@ class Recorder:
         self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:
-        """Writes one step's metrics and moves the bar.
-
-        Raises:
-            OutputError: for a full disk.
-        """
+        """Writes one step's metrics and moves the bar. Raises OutputError for a full disk."""
         if self.file is None or self.board is None:
             return
         with writing(self.path, "--workdir"):

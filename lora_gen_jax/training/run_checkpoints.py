@@ -135,8 +135,7 @@ class Checkpoints:
         Of a run in one process whose newest checkpoints in its directory are damaged, the newest that is not; the
         damaged ones are set aside as <step>.damaged.
 
-        Raises:
-            CheckpointError: when none can be read, or has these shapes.
+        Raises CheckpointError when none can be read, or has these shapes.
         """
         import orbax.checkpoint as ocp
 
