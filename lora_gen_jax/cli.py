@@ -241,7 +241,7 @@ COMMANDS = {
     "lm_eval": Command("evaluation.lm_eval_command:lm_eval_main", "evaluate with lm-evaluation-harness"),
     "agent": Command("lab.agent.command:agent_main", "train and score on tool calls, as the paper's agent table"),
     "table": Command(
-        "lab.tables.command:table_main", "train and score every method and ablation, as the paper's tables"
+        "lab.tables.command:table_main", "train and score all methods and ablations, as the paper's tables"
     ),
     "bench": Command("cli:bench_main", "time a config's training step against the machine's matmul rate"),
     "compile": Command("cli:compile_main", "memory, flops and bytes of an experiment's programs on TPUs"),

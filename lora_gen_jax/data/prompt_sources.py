@@ -75,19 +75,6 @@ def chat_prompt(messages: Any) -> str:
     return system_prompt(description if description.strip() else GENERIC_SYSTEM, shots)
 
 
-def shots_prompt(shots: Any, description: str = "") -> str:
-    """The system prompt of solved examples, after a description if there is one.
-
-    Args:
-        shots: [{"input": text, "output": text}, …]; "query" and "response" are the same. Other fields are ignored.
-        description: what the task is.
-
-    Raises:
-        DataError: naming the shot and the field that is missing, empty or no text; when there is no shot.
-    """
-    return system_prompt(description, solved_rows(shots, "shot"))
-
-
 def solved_rows(rows: Any, what: str) -> list[Example]:
     """The examples of a list of objects with "input" and "output", one of which is called `what`.
 

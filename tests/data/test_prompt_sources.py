@@ -5,7 +5,7 @@ import json
 import pytest
 from helpers import raises, write_rows
 
-from lora_gen_jax.data.prompt_sources import chat_prompt, prompt_of, read_chat, read_prompts, read_shots, shots_prompt
+from lora_gen_jax.data.prompt_sources import chat_prompt, prompt_of, read_chat, read_prompts, read_shots
 from lora_gen_jax.data.prompts import system_prompt
 from lora_gen_jax.data.record_rows import GENERIC_SYSTEM
 from lora_gen_jax.data.records import load_records
@@ -73,10 +73,10 @@ def test_a_conversation_that_is_no_prompt_is_refused(messages, field, code, fact
 
 def test_shots_become_a_prompt_with_a_description_or_without():
     shots = [{"input": "cow", "output": "calf"}, {"query": "owl", "response": "owlet", "id": 7}]
-    assert shots_prompt(shots, "Name the young.") == TEXT
-    assert shots_prompt(shots) == "cow\ncalf\n\nowl\nowlet"
+    assert prompt_of({"shots": shots, "description": "Name the young."}) == TEXT
+    assert prompt_of({"shots": shots}) == "cow\ncalf\n\nowl\nowlet"
     examples = [Example("0", "cow", "calf"), Example("1", "owl", "owlet")]
-    assert shots_prompt(shots, "Name.") == system_prompt("Name.", examples)
+    assert prompt_of({"shots": shots, "description": "Name."}) == system_prompt("Name.", examples)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_shots_become_a_prompt_with_a_description_or_without():
 )
 def test_shots_that_are_none_are_refused(shots, field, code, facts):
     with raises(DataError, field, *facts, code=code):
-        shots_prompt(shots)
+        prompt_of({"shots": shots})
 
 
 def test_files_of_a_conversation_and_of_shots(tmp_path):
