@@ -115,32 +115,10 @@ def model_card(directory: Path, repository: str, loaded: "Loaded", license_id: s
         tags=["lora-gen", "lora", "hypernetwork", "jax"],
     )
     facts = "\n".join(f"| {name} | {value} |" for name, value in _facts(directory, loaded).items())
-    return _CARD.format(
+    template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
+    return template.format(
         metadata=metadata.to_yaml(), title=repository.partition("/")[2], repository=repository, facts=facts
     )
-
-
-_CARD = """---
-{metadata}
----
-
-# {title}
-
-A LoRA-Gen generator: it reads a task's system prompt once and turns it into a LoRA for a small edge model, which then
-answers without the prompt. It works with exactly the two models below; their fingerprints are checked.
-
-```
-lora-gen specialize --checkpoint {repository} --prompt "Describe the task here." --out special
-lora-gen generate --specialization special --input "Ask here."
-```
-
-| | |
-|---|---|
-{facts}
-
-This card was written by `lora-gen pack` from the generator's own files. It knows no scores: measure some
-(`eval.py CONFIG.py --checkpoint {repository}`), and add what the generator is for and where it fails.
-"""
 
 
 def _facts(directory: Path, loaded: "Loaded") -> dict[str, str]:
