@@ -179,11 +179,27 @@ def test_quoted_errors_are_the_programs_own():
 
 def messages_of(file):
     """Every text of a module on one line, with … for what is filled in; texts that are added, and a problem and its
-    remedy, are one."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and node.args and (problem := text_of(node.args[0])):
+    remedy, are one, also where they were given names just before."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    named = [
+        (node.lineno, target.id, value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        for targets, values in [
+            (getattr(node.targets[0], "elts", node.targets), getattr(node.value, "elts", [node.value]))
+        ]
+        for target, value in zip(targets, values, strict=False)
+        if isinstance(target, ast.Name)
+    ]
+
+    def meant(node):
+        known = [one for one in named if isinstance(node, ast.Name) and one[1] == node.id and one[0] < node.lineno]
+        return max(known, key=lambda one: one[0])[2] if known else node
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and node.args and (problem := text_of(meant(node.args[0]))):
             for remedy in (keyword.value for keyword in node.keywords if keyword.arg == "remedy"):
-                yield " ".join(str(LoraGenError(problem, remedy=text_of(remedy) or "…")).split())
+                yield " ".join(str(LoraGenError(problem, remedy=text_of(meant(remedy)) or "…")).split())
         if isinstance(node, ast.JoinedStr | ast.Constant | ast.BinOp) and (text := text_of(node)) is not None:
             yield " ".join(text.split())
 

@@ -17,7 +17,7 @@ from lora_gen_jax.serving.scheduler import Closing, Failed, QueueFull, Scheduler
 class Puppet:
     """An engine of two rows that takes a step when the test says so; each step draws one token a row."""
 
-    slots, rows = 16, 2
+    slots, rows, rank = 16, 2, 0
 
     def __init__(self, steps=10**6, failing=None):
         self.free, self.working, self.failing = [1, 0], {}, failing
