@@ -102,8 +102,10 @@ def _parsed(given: Config, program: str, flags_class: Any, args: Sequence[str]) 
         remedy = "leave the distributed flags to train.py and eval.py"
         raise ConfigError(f"{program} runs in one process", field="distributed", remedy=remedy)
 
+    kind: Any = flags_class or type(None)
+
     class Arguments(NamedTuple):
-        flags: Annotated[flags_class or type(None), arg(name="")] = flags_class and flags_class()
+        flags: Annotated[kind, arg(name="")] = flags_class and flags_class()  # pyright: ignore[reportInvalidTypeForm]
         config: Annotated[Config, FlagConversionOff, AvoidSubcommands, arg(name="")] = given
 
     about = (flags_class or Config).__doc__.split("\n\n")[0]
