@@ -108,7 +108,7 @@ def _parsed(given: Config, program: str, flags_class: Any, args: Sequence[str]) 
         flags: Annotated[kind, arg(name="")] = flags_class and flags_class()  # pyright: ignore[reportInvalidTypeForm]
         config: Annotated[Config, FlagConversionOff, AvoidSubcommands, arg(name="")] = given
 
-    about = (flags_class or Config).__doc__.split("\n\n")[0]
+    about = str((flags_class or Config).__doc__).split("\n\n")[0]
     made = tyro.cli(Arguments, prog=program, description=about, args=list(args))
     from lora_gen_jax.config_check import check  # it loads every method, which --help does not need
 

@@ -6,6 +6,7 @@ written, or belongs to other models. `run_checkpoints.py` writes them, and says 
 
 import dataclasses
 import logging
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -122,6 +123,7 @@ def load_checkpoint(path: str | Path) -> Loaded:
         raise CheckpointError(f"{place} cannot be read: {error}", field="--checkpoint", code="unreadable") from error
     import orbax.checkpoint as ocp  # a portable generator is read without it
 
+    drop_late_reads()
     try:
         handler = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
         items = ocp.args.Composite(
@@ -202,6 +204,21 @@ def check_models(expected: dict[str, str], found: dict[str, str], what: str) -> 
                 field=f"{name}.source",
                 remedy=f"load the model it was trained on ({name}.source)",
             )
+
+
+def drop_late_reads() -> None:
+    """Once one array could not be read, Orbax's reads of the others, which end later, print a page each that nobody
+    waits for them, in which an error's one line is lost: these are not printed."""
+    hook = sys.unraisablehook
+    if getattr(hook, "drops_late_reads", False):
+        return
+
+    def quieter(raised: Any) -> None:
+        if not str(raised.exc_value).startswith(("Event loop is closed", "Encountered error while reading array")):
+            hook(raised)
+
+    quieter.drops_late_reads = True  # pyright: ignore[reportFunctionMemberAccess]
+    sys.unraisablehook = quieter
 
 
 def digests_of(parts: dict[str, Any]) -> dict[str, str]:

@@ -15,7 +15,7 @@ import jax
 
 from lora_gen_jax.errors import CheckpointError, OutputError
 from lora_gen_jax.training.bucket import absolute, remote_errors
-from lora_gen_jax.training.checkpoint import compare_digests, digests_of, opened, sealed
+from lora_gen_jax.training.checkpoint import compare_digests, digests_of, drop_late_reads, opened, sealed
 from lora_gen_jax.training.step import TrainState
 from lora_gen_jax.untrusted import reason_of
 
@@ -171,6 +171,7 @@ class Checkpoints:
 
         In a bucket, and for several processes, only the newest is tried: all of them would have to go back together.
         """
+        drop_late_reads()
         steps = sorted(self.manager.all_steps(), reverse=True)
         first: Exception | None = None
         for step in steps if not self._errors and jax.process_count() == 1 else steps[:1]:
