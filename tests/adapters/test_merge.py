@@ -369,7 +369,9 @@ def test_a_layer_in_mixed_precision_adds_what_the_adapter_says(name, site):
     g = noise_like(np.zeros((4, 3, outputs)), 7)
     (y, pull), (expected, wanted) = jax.vjp(ours, x, one), jax.vjp(plain, x, one)
     np.testing.assert_allclose(y, expected, **SAME)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **SAME), pull(g), wanted(g))
+    for a, b in zip(jax.tree.leaves(pull(g)), jax.tree.leaves(wanted(g)), strict=True):
+        if a.dtype != jax.dtypes.float0:  # numbers of experts have no gradient
+            np.testing.assert_allclose(a, b, **SAME)
 
 
 def other_layers(adapter, count):

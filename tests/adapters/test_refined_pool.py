@@ -24,8 +24,9 @@ def refined(config, prompts=2, rank=5, **changes):
     pool = {site: {x: filled(shapes, seed=4)["params"][f"{site}_{x}"] for x in "ab"} for site in config.ffn_sites}
     rng = np.random.default_rng(1)
     gates_PLE = rng.dirichlet(np.ones(4), (prompts, config.num_layers)).astype(np.float32)
+    gates = Gates.of_all(jnp.asarray(gates_PLE))
     if settings.routing == "keep_top_k":
-        gates = keep_top_k(gates_PLE, settings.top_k)
+        gates = keep_top_k(gates.weight, settings.top_k)
     if settings.routing == "linear":
         gates = Gates.of_all(jnp.asarray(rng.standard_normal(gates_PLE.shape, np.float32) * np.float32(0.5)))
     factors = {
