@@ -13,10 +13,9 @@ from lora_gen_jax.config import Config
 from lora_gen_jax.data.reasoning import REASONING_TASKS, SEEN_TASKS
 from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.evaluation.controls import CONTROLS
+from lora_gen_jax.evaluation.lm_eval_source import with_method
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.subject import EvaluatedModel, identity_of
-from lora_gen_jax.evaluation.systems import identifier
-from lora_gen_jax.methods.method import Prompt
 from lora_gen_jax.methods.registry import METHODS
 from lora_gen_jax.models import Pair, end_ids
 from lora_gen_jax.training.checkpoint import Loaded
@@ -144,16 +143,7 @@ def _subject(method: str, config: Config, pair: Pair, checkpoints: dict[str, Loa
     if one.edge_reads_prompt:
         return base
     loaded = checkpoints[method]
-    identify, make = identifier(config, pair, loaded), one.specialize(config, pair, loaded)
-    if not one.depends_on_prompt:
-        same = EvaluatedModel(identify(None), edge, lambda: make(None), ends)
-        # Trained behind the prompt, the edge model reads it like any text.
-        reads = loaded.config.data.edge_reads_prompt
-        return same if reads else dataclasses.replace(same, specialize=lambda text: same)
-    soft = one.soft_tokens(loaded.config)
-
-    def specialized(text: str) -> EvaluatedModel:
-        prompt = Prompt(text, (), False)
-        return EvaluatedModel(identify(prompt), edge, lambda: make(prompt), ends, soft_tokens=soft)
-
-    return dataclasses.replace(base, specialize=specialized)
+    made = with_method(config, pair, loaded)
+    # An edge model that was trained behind the prompt reads it like any text.
+    reads = one.depends_on_prompt or loaded.config.data.edge_reads_prompt
+    return made if reads else dataclasses.replace(made, specialize=lambda text: made)

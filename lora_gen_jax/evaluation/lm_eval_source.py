@@ -17,10 +17,10 @@ from lora_gen_jax.evaluation.systems import description_of, identifier
 from lora_gen_jax.files import text_argument
 from lora_gen_jax.methods.method import Prompt
 from lora_gen_jax.methods.registry import trained_method
-from lora_gen_jax.models import Model, end_ids, load_model, load_pair, precision_of
+from lora_gen_jax.models import Model, Pair, end_ids, load_model, load_pair, precision_of
 from lora_gen_jax.sharding import evaluation_mesh
 from lora_gen_jax.specializer import read_specialization, relocate
-from lora_gen_jax.training.checkpoint import check_models, load_checkpoint, versions
+from lora_gen_jax.training.checkpoint import Loaded, check_models, load_checkpoint, versions
 from lora_gen_jax.training.portable import DEFAULT
 
 # Tokens per sequence that lm-eval's batch size, a number of sequences, is translated with.
@@ -164,18 +164,29 @@ def _with_generator(settings: Settings) -> EvaluatedModel:
     text = text_argument(settings.prompt, "prompt") if settings.prompt is not None else None
     pair = load_pair(config, evaluation_mesh(config.mesh.fsdp))
     check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")
-    made, ends = description_of(config, pair, loaded), end_ids(config.edge.source, pair.edge)
-    identify, info = identifier(config, pair, loaded), _info(pair.edge, made)
-    make = method.specialize(config, pair, loaded)
+    made = with_method(config, pair, loaded)
+    return made if text is None or made.specialize is None else made.specialize(text)
+
+
+def with_method(config: Config, pair: Pair, loaded: Loaded) -> EvaluatedModel:
+    """The edge model with what a trained method adds; where that depends on the prompt, by `specialize`.
+
+    Args:
+        config: whose settings of the evaluation the method uses.
+        pair, loaded: the models, and the checkpoint of the method.
+    """
+    method, edge = trained_method(loaded.config.method), pair.edge
+    made, ends = description_of(config, pair, loaded), end_ids(config.edge.source, edge)
+    identify, make = identifier(config, pair, loaded), method.specialize(config, pair, loaded)
     if not method.depends_on_prompt:
-        return EvaluatedModel(identify(None), pair.edge, lambda: make(None), ends, info)
+        return EvaluatedModel(identify(None), edge, lambda: make(None), ends, _info(edge, made))
 
     def specialize(text: str) -> EvaluatedModel:
-        prompt, soft = Prompt(text, (), False), method.soft_tokens(config)
-        info = _info(pair.edge, made | {"prompt": digest_of(text)})
-        return EvaluatedModel(identify(prompt), pair.edge, lambda: make(prompt), ends, info, soft_tokens=soft)
+        prompt, soft = Prompt(text, (), False), method.soft_tokens(loaded.config)
+        info = _info(edge, made | {"prompt": digest_of(text)})
+        return EvaluatedModel(identify(prompt), edge, lambda: make(prompt), ends, info, soft_tokens=soft)
 
-    return EvaluatedModel(identify(None), pair.edge, None, ends, info, specialize) if text is None else specialize(text)
+    return EvaluatedModel(identify(None), edge, None, ends, _info(edge, made), specialize)
 
 
 def _relocated(config: Config, settings: Settings) -> Config:

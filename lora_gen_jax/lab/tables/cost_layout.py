@@ -13,7 +13,7 @@ from lora_gen_jax.lab.tables.layout import Costs, Results, answer, context
 from lora_gen_jax.methods.method import Traits
 
 PUBLISHED = {2: published.table_2, 3: published.table_3, 4: published.table_4, 13: published.table_13}
-# Lines of the training steps of `efficiency_training`.
+# The case of `lab.costs.training` that a row shows.
 STEPS = {"lora": "lora", "lora_gen": "lora_gen_grouped"}
 
 
