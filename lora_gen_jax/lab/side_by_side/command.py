@@ -191,30 +191,22 @@ class Sides:
     def answers(self, sides: Sequence[tuple[Any, list[int]]]) -> list[Side]:
         """Answers of several (weights, context); they take turns, so that a slow moment of the machine hits all."""
         from lora_gen_jax.evaluation.timing import timed
-
-        first: list[list[float]] = [[] for _ in sides]
-        total: list[list[float]] = [[] for _ in sides]
-        made: list[Any] = [None] * len(sides)
-        for turn in range(REPEATS + 1):
-            for i, (params, ids) in enumerate(sides):
-                _, until_first = timed(lambda p=params, x=ids: next(self.decode("stream", p, x), None))
-                generations, until_last = timed(lambda p=params, x=ids: self.decode("generate", p, x))
-                made[i] = generations[0]
-                if turn:  # the first compiles
-                    first[i].append(until_first)
-                    total[i].append(until_last)
-        decode = self.pair.edge.encoder.decode
-        return [
-            Side(decode(g.ids), g.finish, len(ids), len(g.ids), 1000 * min(f), 1000 * min(t))
-            for g, (_, ids), f, t in zip(made, sides, first, total, strict=True)
-        ]
-
-    def decode(self, how: str, params: Any, ids: list[int]) -> Any:
-        """`generate` or `stream` for one context."""
-        from lora_gen_jax.inference import decode
+        from lora_gen_jax.inference.decode import GenerationSettings, generate, stream
         from lora_gen_jax.models import end_ids
 
         edge = self.pair.edge
-        stop = end_ids(self.loaded.config.edge.source, edge)
-        settings = decode.GenerationSettings(self.max_new_tokens, stop)
-        return getattr(decode, how)(edge.plain.replace(params=params), [ids], settings)
+        settings = GenerationSettings(self.max_new_tokens, end_ids(self.loaded.config.edge.source, edge))
+        models = [(edge.plain.replace(params=params), ids) for params, ids in sides]
+        turns: list[list[tuple[float, float, Any]]] = [[] for _ in sides]
+        for _ in range(REPEATS + 1):
+            for (model, ids), times in zip(models, turns, strict=True):
+                _, until_first = timed(lambda m=model, x=ids: next(stream(m, [x], settings), None))
+                made, until_last = timed(lambda m=model, x=ids: generate(m, [x], settings))
+                times.append((until_first, until_last, made[0]))
+        found = []
+        for (_, ids), times in zip(models, turns, strict=True):
+            first, total, made = zip(*times[1:], strict=True)  # the first turn compiles
+            text = edge.encoder.decode(made[-1].ids)
+            sizes = (len(ids), len(made[-1].ids))
+            found.append(Side(text, made[-1].finish, *sizes, 1000 * min(first), 1000 * min(total)))
+        return found
