@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from executed_cost import executed_flops
 from helpers import experiment, raises, write_config
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -20,7 +21,7 @@ from lora_gen_jax.inference.hlo import parse as parse_hlo
 from lora_gen_jax.inference.matmuls import matmul_flops
 from lora_gen_jax.lab.tpu.collectives import by_kind, find_collectives
 from lora_gen_jax.lab.tpu.command import CompileFlags, compile_program, run
-from lora_gen_jax.lab.tpu.formulas import executed_flops, lora_ratios, model_flops
+from lora_gen_jax.lab.tpu.formulas import lora_ratios, model_flops
 from lora_gen_jax.lab.tpu.programs import Sizes, build, shapes_pair
 from lora_gen_jax.lab.tpu.topology import get_topology
 from lora_gen_jax.lab.tpu.traffic import hbm_bytes

@@ -11,7 +11,7 @@ from lora_gen_jax.inference.cost import Pass, cloud_macs, merge_macs, pass_macs,
 from lora_gen_jax.lab.tpu.programs import Sizes, batch_shapes
 from lora_gen_jax.methods.lora import lora_macs
 from lora_gen_jax.models import Pair
-from lora_gen_jax.training.cost import edge_cost, executed_cost, method_cost
+from lora_gen_jax.training.cost import edge_cost, method_cost
 
 
 def model_flops(name: str, config: Config, pair: Pair, sizes: Sizes, chips: int) -> float:
@@ -34,12 +34,6 @@ def model_flops(name: str, config: Config, pair: Pair, sizes: Sizes, chips: int)
 def _step(config: Config, pair: Pair) -> int:
     edge, batch = pair.edge.config, batch_shapes(config, pair.edge.config.num_layers)
     return method_cost(config, pair.cloud.config, edge, batch).causal().total
-
-
-def executed_flops(config: Config, pair: Pair) -> float:
-    """Of a LoRA-Gen training step with the recomputation that its remat policies ask for, over all chips."""
-    batch = batch_shapes(config, pair.edge.config.num_layers)
-    return 2.0 * executed_cost(pair.cloud.decoder, pair.edge.decoder, config.generator, batch).total
 
 
 def lora_ratios(config: Config, pair: Pair) -> dict[str, float]:
