@@ -20,11 +20,14 @@ QUICK = "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ
 
 Without XLA's costliest passes, with its older code generator for CPUs and one LLVM module at a time, the gradient of
 the decoder of `helpers.py` takes 0.3 s instead of 2.8 s. `JAX_DISABLE_MOST_OPTIMIZATIONS=0 python -m pytest` compiles
-everything as users do; some processes that tests start always do (`Jobs.compile_as_users`, the server's).
+everything as users do; some processes that tests start always do (`Jobs.compiled_as_users`, test_server_process.py).
 """
 
-# Four devices, so that sharding is tested as it runs on several chips.
-_flags = [GIVEN, "--xla_force_host_platform_device_count=4"]
+_quick = ""
 if QUICK and version("jaxlib").startswith("0.10."):  # XLA ends a process that has a flag it does not know
-    _flags += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
-os.environ["XLA_FLAGS"] = " ".join(_flags)
+    _quick = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+COMPILE_QUICKLY = {"XLA_FLAGS": f"{GIVEN} {_quick}"} | ({"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} if QUICK else {})
+"""For the environment of a process that compiles as tests do."""
+
+# Four devices, so that sharding is tested as it runs on several chips.
+os.environ["XLA_FLAGS"] = f"{COMPILE_QUICKLY['XLA_FLAGS']} --xla_force_host_platform_device_count=4"

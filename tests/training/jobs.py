@@ -1,12 +1,15 @@
 """Training jobs as a user starts them, in processes of their own, and what they leave: for tests that kill them."""
 
 import contextlib
+import ctypes
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +21,81 @@ from helpers import experiment, write_config
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "tests" / "training" / "noted_train.py"
+PR_SET_CHILD_SUBREAPER = 36
+
+
+class Job:
+    """A process of this one's that `subprocess` did not start, with what its `Popen` offers."""
+
+    def __init__(self, pid: int):
+        self.pid, self.returncode = pid, None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        end = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > end:
+                raise TimeoutError(f"process {self.pid} still runs after {timeout} s")
+            time.sleep(0.02)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class JobServer:
+    """`job_server.py`, which makes processes of this one's."""
+
+    def __init__(self) -> None:
+        # What a process leaves behind when it ends, this one adopts.
+        assert ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("job_server.py"))],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def start(self, command: list[str], environment: dict[str, str], log: Path) -> Job:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(json.dumps({"command": command, "environment": environment, "log": str(log)}), file=self.process.stdin)
+        self.process.stdin.flush()
+        return Job(int(self.process.stdout.readline()))
+
+    def close(self) -> None:
+        self.process.communicate()
 
 
 class Jobs:
     """Starts jobs on the tiny experiment below `root`."""
 
-    def __init__(self, root: Path):
-        self.root, self.running = root, []
-        # Where what is compiled is not the question, as quickly as in this process (`before_jax.QUICK`).
-        self.environment = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-        self.flags = os.environ["XLA_FLAGS"]
+    def __init__(self, server: JobServer, root: Path):
+        self.server, self.root, self.running = server, root, []
+        # Where what is compiled is not the question.
+        self.environment = before_jax.COMPILE_QUICKLY
         root.mkdir(parents=True)
 
-    def compile_as_users(self) -> None:
-        """From now on."""
-        self.environment.clear()
-        self.flags = before_jax.GIVEN
+    @contextlib.contextmanager
+    def compiled_as_users(self) -> Iterator[None]:
+        """What is started meanwhile."""
+        self.environment = {"XLA_FLAGS": before_jax.GIVEN}
+        yield
+        self.environment = before_jax.COMPILE_QUICKLY
 
     def config(self, name: str, **train: Any) -> Path:
         """A config file of a run in a directory of that name."""
@@ -41,28 +103,24 @@ class Jobs:
 
     def start(
         self, config: Path, *flags: str, devices: int = 1, name: str = "job", script: Path = TRAIN, **notes: Any
-    ) -> subprocess.Popen:
+    ) -> Job:
         """A process that trains; its output goes to a file, which `said` reads. `notes` are noted_train.py's."""
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_ENABLE_X64": str(int(jax.config.jax_enable_x64)),
-            # Of a flag that is given twice the last counts.
-            "XLA_FLAGS": f"{self.flags} --xla_force_host_platform_device_count={devices}",
             "JAX_DEFAULT_MATMUL_PRECISION": "highest",
             "PYTHONPATH": str(ROOT),
-            "PYTHONUNBUFFERED": "1",
         }
         environment |= self.environment
+        environment["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
         environment |= {name.upper(): str(int(value) if value is True else value) for name, value in notes.items()}
-        command = [sys.executable, str(script), str(config), *flags]
-        with open(self.log(config, name), "w") as log:
-            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        process = self.server.start([str(script), str(config), *flags], environment, self.log(config, name))
         self.running.append(process)
         return process
 
     def start_together(
         self, config: Path, *flags: str, processes: int = 2, devices: int = 1, **notes: Any
-    ) -> list[subprocess.Popen]:
+    ) -> list[Job]:
         """The processes of one job, which meet on a free port of this machine."""
         coordinator = f"127.0.0.1:{free_port()}"
         shared = ("--distributed.coordinator", coordinator, "--distributed.processes", str(processes), *flags)
@@ -80,7 +138,7 @@ class Jobs:
     def finish_together(self, config: Path, *flags: str, devices: int = 1) -> Path:
         """Two processes train to the end; the work directory."""
         for i, process in enumerate(self.start_together(config, *flags, devices=devices)):
-            assert process.wait(timeout=240) == 0, self.said(config, f"process{i}")
+            assert process.wait(timeout=600) == 0, self.said(config, f"process{i}")
         return config.with_suffix("")
 
     def log(self, config: Path, name: str = "job") -> Path:
@@ -92,7 +150,7 @@ class Jobs:
     def finish(self, config: Path, *flags: str, devices: int = 1, runs: int = 1) -> Path:
         """Trains to the end; the work directory."""
         process = self.start(config, *flags, devices=devices)
-        assert process.wait(timeout=240 * runs) == 0, self.said(config)
+        assert process.wait(timeout=600 * runs) == 0, self.said(config)
         return config.with_suffix("")
 
     def finish_all(self, *runs: tuple[Path, tuple[str, ...]], devices: int = 1) -> list[Path]:
@@ -104,9 +162,8 @@ class Jobs:
     def close(self) -> None:
         """Kills what still runs."""
         for process in self.running:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            process.wait()
+            process.kill()
+            process.wait(timeout=60)
 
 
 def free_port() -> int:
@@ -115,9 +172,9 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def wait_for(condition: Any, process: subprocess.Popen, every: float = 0.02) -> bool:
+def wait_for(condition: Any, process: Job, every: float = 0.02) -> bool:
     """Whether the condition came to hold while the process ran; it is asked for every so many seconds."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while time.monotonic() < end:
         if condition():
             return True

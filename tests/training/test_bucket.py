@@ -26,7 +26,7 @@ from lora_gen_jax.training.checkpoint import load_checkpoint
 from lora_gen_jax.training.portable import load_portable
 
 # In float64, as test_distributed compares trainings; `pack` stores float32.
-pytestmark = [pytest.mark.timeout(600), pytest.mark.float64]
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.float64]
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +50,24 @@ def notes(server) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def alone(jobs):
-    """Six steps with checkpoints in the work directory; compiled as users have it, here and in the other runs."""
-    jobs.compile_as_users()
-    return jobs.finish(jobs.config("alone"))
+    """Six steps with checkpoints in the work directory; compiled as users have it, as `lost` is."""
+    with jobs.compiled_as_users():
+        return jobs.finish(jobs.config("alone"))
 
 
 def ended(jobs, process, config: Path, name: str = "job") -> str:
-    assert process.wait(timeout=240) == 0, jobs.said(config, name)
+    assert process.wait(timeout=600) == 0, jobs.said(config, name)
     return jobs.said(config, name)
 
 
 @pytest.fixture(scope="module")
 def lost(jobs, server, notes, alone) -> Path:
     """A run whose machine is taken for lost after the first checkpoint, and which another ends: its config file."""
+    with jobs.compiled_as_users():
+        return _lost(jobs, server, notes)
+
+
+def _lost(jobs, server, notes) -> Path:
     config, flags = jobs.config("first"), ("--bucket", "gs://bucket/first/")
     process = jobs.start(config, *flags, step_seconds=2, **notes)
     assert wait_for(lambda: "first/checkpoints/3/commit_success.txt" in server.objects, process), jobs.said(config)
@@ -74,7 +79,7 @@ def lost(jobs, server, notes, alone) -> Path:
     assert "checkpoints into gs://bucket/first" in said
     assert [step for step, _ in metrics(machine)] == [4, 5, 6]
     process.send_signal(signal.SIGCONT)
-    assert process.wait(timeout=240) == 2
+    assert process.wait(timeout=600) == 2
     found = re.search(r"another training \((.*), since .*\) writes to gs://bucket/first now, and", jobs.said(config))
     assert found is not None
     assert found[1].startswith(f"on {socket.gethostname()}, process ")
@@ -130,7 +135,7 @@ def test_machines_that_share_nothing_but_the_bucket(jobs, notes, alone):
 def test_another_config_is_refused_where_only_the_bucket_knows_the_first(jobs, notes, lost):
     elsewhere = ("--bucket", "gs://bucket/first", "--workdir", str(jobs.root / "elsewhere"), "--train.seed", "7")
     process = jobs.start(lost, *elsewhere, name="other", **notes)
-    assert process.wait(timeout=240) == 2
+    assert process.wait(timeout=600) == 2
     said = jobs.said(lost, "other")
     assert unsaid(said, ["gs://bucket/first", "--bucket", "train.seed: 0 -> 7"]) == []
 
@@ -157,7 +162,7 @@ def test_a_specialization_finds_its_generator_in_the_bucket_again(jobs, notes, l
 def test_a_bucket_that_cannot_be_written_is_named(jobs, notes):
     config = jobs.config("absent")
     process = jobs.start(config, "--bucket", "gs://absent/run", **notes)
-    assert process.wait(timeout=240) == 2
+    assert process.wait(timeout=600) == 2
     said = jobs.said(config)
     assert "gs://absent/run/config.json cannot be written (" in said
     assert "Is there such a bucket, and may this machine write to it" in said

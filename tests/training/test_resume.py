@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jobs import batches, metrics, saved, saved_steps, wait_for
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 STEPS = 36
 SETTINGS = {"steps": STEPS, "checkpoint_every": 4, "validate_every": 20}
 # Rarely, so that a process is lost in a step and not while both write a checkpoint.
@@ -71,7 +71,7 @@ def killed(jobs, config, at, writing=False, workers=0):
     building = [pid for pid in _children(process.pid) if "spawn_main" in _command(pid)]
     assert len(building) == workers
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    assert process.wait(timeout=60) == -signal.SIGKILL
     end = time.monotonic() + 20
     while any("spawn_main" in _command(pid) for pid in building):
         assert time.monotonic() < end, "a worker outlived its parent"
@@ -86,7 +86,7 @@ def stopped(jobs, config, number, status, at, workers=0):
     before = last_step(directory)
     process.send_signal(number)
     after = last_step(directory)
-    assert process.wait(timeout=120) == status
+    assert process.wait(timeout=300) == status
     # A step is known when the next one runs; the signal may find the start of the one after that.
     step = saved_steps(directory)[-1]
     assert before + 1 <= step <= after + 2
@@ -132,7 +132,7 @@ def test_two_processes_stop_together_and_a_lost_one_ends_the_other_and_the_job_g
     assert line in jobs.said(config, "process0")
     # Told before the first step, while they load and compile, they stop where they were.
     processes = jobs.start_together(config, told_early=True)
-    assert [process.wait(timeout=120) for process in processes] == [143, 143]
+    assert [process.wait(timeout=300) for process in processes] == [143, 143]
     assert line in jobs.said(config, "process0")
     assert saved_steps(directory)[-1] == step
     goes_on_when_one_is_lost(jobs, config)
