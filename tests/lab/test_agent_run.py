@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from helpers import raises, trained, write_config, write_rows
@@ -19,7 +20,7 @@ from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.lab.agent import command as agent_command
 from lora_gen_jax.lab.agent import outputs as agent_scoring
 from lora_gen_jax.lab.agent import run as agent_run
-from lora_gen_jax.lab.agent.command import AgentFlags, agent_main, divided, scored_tasks, with_training_rows
+from lora_gen_jax.lab.agent.command import AgentFlags, agent_main, scored_tasks, with_training_rows
 from lora_gen_jax.lab.agent.outputs import Writer, as_read, blank_line, context_ids
 from lora_gen_jax.lab.agent.table import AGENT_ROWS
 from lora_gen_jax.models import load_model
@@ -203,14 +204,16 @@ def test_without_a_limit_of_its_own_the_configs_holds(setting, tmp_path, monkeyp
     assert [len(task.test) for task in scored] == [count, count]
 
 
-def test_flags_take_many_values_and_the_rest_is_the_configs():
-    arguments = ["c.py", "--rows", "a", "b", "--train.steps", "3", "--seen-rows", "--limit=4", "--data.tasks"]
-    assert divided(arguments) == (
-        ["--rows", "a", "b", "--limit=4"],
-        ["c.py", "--train.steps", "3", "--data.tasks"],
-        True,
-    )
-    assert divided(["c.py", "--seen-rows", "x"]) == (["--seen-rows", "x"], ["c.py"], False)
+def test_flags_take_many_values_and_the_rest_is_the_configs(tmp_path, monkeypatch):
+    path, asked = str(write_config(tmp_path / "c.py", trained())), []
+    monkeypatch.setattr(agent_command, "scored_tasks", lambda *args: asked.append(args))
+    monkeypatch.setattr(agent_command, "with_training_rows", lambda config, flags: config)
+    monkeypatch.setattr(agent_command, "score_agents", lambda *args: None)
+    agent_main([path, "--rows", "a", "b", "--train.steps", "3", "--seen-rows", "--limit=4"])
+    agent_main([path, "--seen-rows", "x"])
+    (config, many, bare), (_, one, named) = asked
+    assert (many.rows, many.seen_rows, many.limit) == ((Path("a"), Path("b")), (), 4)
+    assert (config.train.steps, one.seen_rows, bare, named) == (3, (Path("x"),), True, False)
 
 
 def test_which_rows_are_seen(tmp_path):

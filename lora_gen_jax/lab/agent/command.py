@@ -4,14 +4,10 @@ In: a config file, flags of this command, and flags that override fields of the 
 """
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from lora_gen_jax.config import Config
-from lora_gen_jax.config_file import config_from_args
+from lora_gen_jax.config_file import flags_and_config
 from lora_gen_jax.data.gpt4tools import generated_records, load_gpt4tools, training_records
 from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.tasks import Task, stable_hash
@@ -54,14 +50,10 @@ def agent_main(arguments: list[str]) -> None:
 
     Raises LoraGenError for flags or rows that cannot be used, before anything is trained; and as training.
     """
-    own, rest, seen = divided(arguments)
-    options = (tyro.conf.FlagConversionOff,)
-    if any(argument in ("-h", "--help") for argument in rest):
-        tyro.cli(Annotated[AgentFlags, *options], prog=f"{PROGRAM} CONFIG.py", args=["--help"])  # pyright: ignore
-    flags: AgentFlags = tyro.cli(Annotated[AgentFlags, *options], prog=PROGRAM, args=own)  # pyright: ignore
+    flags, config = flags_and_config(PROGRAM, AgentFlags, arguments)
+    bare = not flags.seen_rows and any(one.replace("_", "-") == "--seen-rows" for one in arguments)
     if flags.limit is not None and flags.limit < 1:
         raise ConfigError(f"--limit is {flags.limit}; at least 1", field="--limit")
-    config = config_from_args(PROGRAM, rest)
     if flags.limit is None:
         flags = dataclasses.replace(flags, limit=config.eval.limit)
     if flags.bfcl:
@@ -72,27 +64,9 @@ def agent_main(arguments: list[str]) -> None:
             raise ConfigError(problem, field=f"--{given[0].replace('_', '-')}", remedy="leave one of them out")
         score_function_calls(config, flags.bfcl, flags.checkpoint, flags.limit, flags.out)
         return
-    tasks = scored_tasks(config, flags, seen)
+    tasks = scored_tasks(config, flags, bare)
     config = with_training_rows(config, flags)
     score_agents(config, tasks, flags.methods, flags.untrained_checkpoint, flags.out, flags.checkpoint)
-
-
-def divided(arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
-    """(this command's flags with all their values, what remains, whether --seen-rows is among them without a file)."""
-    names = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(AgentFlags)}
-    own: list[str] = []
-    rest: list[str] = []
-    taken, bare = rest, False
-    for i, argument in enumerate(arguments):
-        if argument.startswith("--"):
-            taken = own if argument.split("=", 1)[0].replace("_", "-") in names else rest
-            if argument.replace("_", "-") == "--seen-rows" and (
-                i + 1 == len(arguments) or arguments[i + 1][:2] == "--"
-            ):
-                bare = True
-                continue
-        taken.append(argument)
-    return own, rest, bare
 
 
 def scored_tasks(config: Config, flags: AgentFlags, rows_are_seen: bool) -> list[Task]:
