@@ -74,7 +74,7 @@ def parse_json(text: str) -> Any:
 
 
 def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def _whole(digits: str) -> int:
@@ -128,7 +128,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def finite(value: Any) -> bool:
-    """Whether an array, of any type and on any device, holds numbers alone."""
+    """Whether an array, of any type and on any device, holds only numbers."""
     array = np.asarray(value)
     return array.dtype.kind in "iub" or bool(np.isfinite(array).all())
 
@@ -150,7 +150,7 @@ def check_tensors(
         if name not in found:
             raise kind(f"{file} lacks the tensor {name}", field=at, code="missing")
         if name not in shapes:
-            raise kind(f"{file} holds a tensor {name}, which this model has not", field=at, code="unknown")
+            raise kind(f"{file} holds a tensor {name}, which this model does not have", field=at, code="unknown")
         if (shape := tuple(found[name].shape)) != tuple(shapes[name]):
             problem = f"{file}: tensor {name} has the shape {shape}, not {tuple(shapes[name])}"
             raise kind(problem, field=at, code="shape")

@@ -65,7 +65,7 @@ class GroupSampler:
 
     Raises:
         DataError: when no task has an example of the split that fits `query_length`.
-        ConfigError: for a weight that is malformed or of an unknown source, or a knowledge task that is not there.
+        ConfigError: for a weight that is malformed or of an unknown source, or an unknown knowledge task.
         ModelError: for conversations, where the edge model's tokenizer has no chat template, or one without a system
             turn for a prompt that the edge is to read.
     """

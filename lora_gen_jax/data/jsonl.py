@@ -35,7 +35,7 @@ def read_text(path: Path) -> str:
 def read_rows(path: Path) -> list[tuple[int, Row]]:
     """All rows of a JSONL file or of a file holding one JSON array, with the line each starts on (from 1).
 
-    Raises DataError naming file and line: bad JSON, a row that is no object, not UTF-8, an empty file.
+    Raises DataError naming file and line: bad JSON, a row that is not an object, not UTF-8, an empty file.
     """
     text = read_text(path)
     values = _array(path, text) if text.lstrip().startswith("[") else _lines(path, text)

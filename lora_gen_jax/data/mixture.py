@@ -42,7 +42,7 @@ def named_tasks(config: DataConfig, tasks: Sequence[Task]) -> Mapping[str, float
     """Weight of every source of the tasks.
 
     Raises:
-        ConfigError: for a weight that is malformed or of an unknown source, or a knowledge task that is not there.
+        ConfigError: for a weight that is malformed or of an unknown source, or an unknown knowledge task.
     """
     sources = {task.source for task in tasks}
     for name in config.knowledge_tasks:

@@ -257,5 +257,5 @@ def _end_with_parent() -> None:
 
 
 def validation_batches(sampler: GroupSampler, count: int, shard: Shard) -> list[Batch]:
-    """The fixed batches of held-out queries; no end token is scored, so that the loss is of the answers alone."""
+    """The fixed batches of held-out queries; no end token is scored, so that the loss is only of the answers."""
     return [build_batch(sampler, (2**31, i), shard) for i in range(count)]

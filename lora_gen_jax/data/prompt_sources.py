@@ -31,7 +31,7 @@ class NamedPrompt:
 
     Attributes:
         name: of the specialization.
-        text: what is read; the description alone, where there are examples.
+        text: what is read; only the description, where there are examples.
         examples: that are read as shots, and learned from.
     """
 
@@ -78,7 +78,7 @@ def chat_prompt(messages: Any) -> str:
 def solved_rows(rows: Any, what: str) -> list[Example]:
     """The examples of a list of objects with "input" and "output", one of which is called `what`.
 
-    Raises DataError naming the row and the field that is missing, empty or no text; when there is no row.
+    Raises DataError naming the row and the field that is missing, empty or not text; when there are no rows.
     """
     if not isinstance(rows, list) or not rows:
         problem = f'"{what}s" must be a list of at least one object with "input" and "output"'

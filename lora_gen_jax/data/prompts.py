@@ -36,7 +36,7 @@ def sample_shots(
 def evaluation_shots(task: Task, k: int, seed: int) -> tuple[Example, ...]:
     """The `k` training examples every document of `task` is evaluated with; fewer where the task has no more.
 
-    Fixed by (seed, task name) and the training texts alone: neither the order of the rows nor the random state
+    Fixed by (seed, task name) and the training texts: neither the order of the rows nor the random state
     matters, and the shots for a smaller k are the first of those for a larger one. Queries are all different and
     none is in the test or validation split. Raises DataError for a negative `k`.
     """
@@ -64,7 +64,7 @@ def shot_text(example: Example) -> str:
 def system_prompt(description: str, shots: Sequence[Example] = ()) -> str:
     """The prompt a specialization is generated from: the description and the shots, separated by blank lines.
 
-    With description "" the shots alone. Raises DataError where nothing but whitespace would remain.
+    With description "" only the shots. Raises DataError where nothing but whitespace would remain.
     """
     prompt = "\n\n".join([*_description(description), *map(shot_text, shots)])
     if not prompt.strip():
@@ -77,7 +77,7 @@ def system_prompt(description: str, shots: Sequence[Example] = ()) -> str:
 def few_shot_context(description: str, shots: Sequence[Example], query: str) -> str:
     """What an edge model reads that reads the prompt: the system prompt and behind it the query (or a `context`).
 
-    Without description and shots the query alone. Raises DataError for an empty query.
+    Without description and shots only the query. Raises DataError for an empty query.
     """
     return behind(prompt_text(description, shots), query)
 
@@ -88,7 +88,7 @@ def prompt_text(description: str, shots: Sequence[Example]) -> str:
 
 
 def behind(prompt: str, query: str) -> str:
-    """A query behind a prompt, a blank line between them, as one text; behind "" the query alone.
+    """A query behind a prompt, a blank line between them, as one text; behind "" only the query.
 
     Raises DataError for an empty query.
     """

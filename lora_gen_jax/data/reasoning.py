@@ -167,7 +167,7 @@ def _read_split(root: Path, name: str, split: str) -> list[Example] | None:
     if path is None:
         return None
     rows = join_labels(path, read_rows(path))
-    # A BoolQ train file without passages exists: a question alone is another task, so such rows are no use.
+    # A BoolQ train file without passages exists: a bare question is another task, so such rows are useless.
     usable = [row for row in rows if name != "boolq" or row[1].get("passage")]
     if len(usable) < len(rows):
         _log.info("%s: %d rows of %s have no passage and are left out", name, len(rows) - len(usable), path.name)

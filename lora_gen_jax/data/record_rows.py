@@ -77,7 +77,7 @@ def _system(row: Row) -> str | None:
 
 
 def read_turns(messages: Any) -> list[tuple[str, str]]:
-    """(role, content) of a conversation's messages; the first one may be a system text, which alone may be empty."""
+    """(role, content) of a conversation's messages; the first may be a system text, the only one that may be empty."""
     if not isinstance(messages, list) or not messages:
         raise DataError('"messages" must be a list of objects with "role" and "content"', field="messages", code="type")
     turns: list[tuple[str, str]] = []

@@ -164,7 +164,7 @@ def _make_task(name: str, salt: str, group: _Group) -> Task:
 
 
 def _hash_split(salt: str, rows: list[Example]) -> tuple[list[Example], list[Example], list[Example]]:
-    """(train, validation, test). A row's place depends on its text alone, so rows added later move no other row.
+    """(train, validation, test). A row's place depends only on its text, so rows added later move no other row.
 
     Queries of very many rows are the exception, and the one query that is taken where the hash holds none out.
     """

@@ -1,7 +1,7 @@
 """Rows of the eight reasoning tasks to examples. In: a dict in the data set's original schema. Out: an `Example`.
 
 Texts are those of lm-evaluation-harness 0.4.13 (`lm_eval/tasks/*`), so that figures compare: a query is `doc_to_text`,
-an option is the target delimiter " " and the choice. BoolQ alone leaves room: the harness reads SuperGLUE's copy,
+an option is the target delimiter " " and the choice. Only BoolQ leaves room: the harness reads SuperGLUE's copy,
 whose passages open with "title -- "; rows of the original release are used as they are, without the title.
 """
 
@@ -56,7 +56,7 @@ def social_iqa(example_id: str, row: Row) -> Example:
 
 
 def hellaswag(example_id: str, row: Row) -> Example:
-    """HellaSwag: {"activity_label", "ctx_a", "ctx_b", "endings", "label"}, or "ctx" alone (see `split_context`)."""
+    """HellaSwag: {"activity_label", "ctx_a", "ctx_b", "endings", "label"}, or only "ctx" (see `split_context`)."""
     (label,) = _texts(row, "activity_label")
     if "ctx_a" in row:
         ctx_a, ctx_b = _texts(row, "ctx_a", "ctx_b")

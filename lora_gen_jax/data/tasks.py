@@ -77,7 +77,7 @@ class Task:
 def normalize(text: str) -> str:
     """`text` without case, prose punctuation and runs of whitespace: equal results mean the same query.
 
-    Operators stay (`2 + 3` is not `2 - 3`); a text of punctuation alone is kept as it is.
+    Operators stay (`2 + 3` is not `2 - 3`); a text of only punctuation is kept as it is.
     """
     return _PUNCTUATION.sub(" ", text.casefold()).strip() or text
 

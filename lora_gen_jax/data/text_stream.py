@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from lora_gen_jax.data.encode import Encoder
 
-# What bytes are written as that are no character, or not yet.
+# How bytes are written that are not a character, or not yet.
 _MARK = "\ufffd"
 
 
@@ -29,7 +29,7 @@ class TextStream:
         self._encoder = encoder
         self._stop = tuple(text for text in stop if text)
         self._longest_stop = max(map(len, self._stop), default=0)
-        # Ids since a place where a text can begin, how many of them are context alone, and the characters of their text
+        # Ids since a place where a text can begin, how many of them are only context, and the characters of their text
         # that were said before.
         self._window: list[int] = []
         self._context, self._said = 0, 0
@@ -75,7 +75,7 @@ class TextStream:
         """Leaves the old context behind, where what has come since can stand in its place."""
         later = self._window[self._context :]
         alone = self._encoder.decode(later) if self._context else text
-        # Special tokens have no text: what follows them alone would be written as the beginning of a text.
+        # Special tokens have no text: by itself, what follows them would be written as the beginning of a text.
         if alone:
             self._window, self._said = later, len(alone)
         self._context = len(self._window)

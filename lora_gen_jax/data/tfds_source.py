@@ -64,7 +64,7 @@ def social_iqa_row(record: Record) -> Row:
 
 
 def hellaswag_row(record: Record) -> Row:
-    """TFDS keeps ctx alone, not ctx_a and ctx_b."""
+    """TFDS keeps only ctx, not ctx_a and ctx_b."""
     texts = {name: _text(record[name]) for name in ("activity_label", "source_id")}
     endings = [_text(ending) for ending in record["endings"]]
     return {**texts, "ctx": _text(record["context"]), "endings": endings, "label": int(record["label"])}

@@ -22,7 +22,7 @@ _LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
 
 class Token(NamedTuple):
-    """A token as clients see it: its text alone, its log-probability, and where it begins in the answer."""
+    """A token as clients see it: its own text, its log-probability, and where it begins in the answer."""
 
     text: str
     logprob: float

@@ -79,7 +79,7 @@ def _model_routes(service: Service) -> APIRouter:
     lasting = [BASE, AUTO] if service.chats else [BASE]
 
     def model(name: str, created: int) -> dict[str, Any]:
-        # The model below, by its last name: where it lies on this machine is nobody's business.
+        # The model below, by its last name: its path on this machine stays private.
         root = PurePath(service.specializer.config.edge.source).name
         return {"id": name, "object": "model", "created": created, "owned_by": "lora_gen_jax", "root": root}
 

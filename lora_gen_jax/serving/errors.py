@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 # "(--checkpoint)", "(generate --input)": remedies for a command line, which a client does not have.
 _FLAGS = re.compile(r" \([^()]*--[^()]*\)")
 _RETRY = {"Retry-After": "1"}
-CLIENT_GONE = 499  # nobody reads it: for the metrics alone
+CLIENT_GONE = 499  # nobody reads it: only for the metrics
 
 
 class ApiError(LoraGenError):
@@ -68,7 +68,7 @@ def too_late(seconds: float) -> ApiError:
 def api_error(error: LoraGenError, param: str | None = None) -> ApiError:
     """What the interface says of an error from below: the request's fault (400), a full queue (429), or ours (5xx).
 
-    What is ours is told to the log alone: it may name files of the server.
+    Our own faults are only logged: they may name files of the server.
 
     Args:
         error: from the scheduler, the tokenizer or the generator.

@@ -33,7 +33,7 @@ _CLOSE = {"Connection": "close"}
 class Hosts:
     """Names that a server answers to.
 
-    Starlette's `TrustedHostMiddleware` knows lists of names alone. Beyond this machine any address is as good as
+    Starlette's `TrustedHostMiddleware` knows only lists of names. Beyond this machine any address is as good as
     another: a page's name can be pointed anywhere, but an address as a host is what the browser really asks.
 
     Attributes:
@@ -72,7 +72,7 @@ class Hosts:
 
 
 def is_loopback(listener: socket.socket) -> bool:
-    """Whether a bound socket can be reached from this machine alone."""
+    """Whether a bound socket can be reached only from this machine."""
     return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
 
 

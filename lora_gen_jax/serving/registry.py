@@ -1,7 +1,7 @@
 """The specializations that a server answers with: by name, at most so many, on disk if a store is named.
 
 In: `Specialization`s, made here or read from directories (`stored.py`). Out: `Entry`s, whose gates go into the
-scheduler's rows. Not locked: the event loop alone calls a `Registry`.
+scheduler's rows. Not locked: only the event loop calls a `Registry`.
 """
 
 import time
@@ -66,7 +66,7 @@ class Entry:
 
     @property
     def details(self) -> dict[str, Any]:
-        """As the interface shows it alone: with its gates, and the prompt if a client named it.
+        """As the interface shows a single one: with its gates, and the prompt if a client named it.
 
         What is made of a conversation keeps its prompt to itself: another client's system message is in it.
         """
@@ -78,7 +78,7 @@ class Registry:
     """Named specializations.
 
     Args:
-        limit: at most this many, those under way counted; `add` alone may pass it, with what a store holds already.
+        limit: at most this many, those under way counted; only `add` may exceed it, with what a store holds already.
         store: directory that named ones are kept in, below their names; None: they end with the server.
     """
 

@@ -1,7 +1,7 @@
 """Requests as OpenAI's clients send them: JSON in, checked requests out, or an `ApiError` that names the field.
 
 Fields that change nothing here are ignored, those that ask for what is not offered must have a neutral value, unknown
-ones are errors. The first mistake is told alone: a list of all that a large body can hold would hold the event loop up.
+ones are errors. Only the first mistake is reported: a list of all in a large body would block the event loop.
 """
 
 import codecs

@@ -1,7 +1,7 @@
 """One thread that keeps the batch full: works wait in a queue, rows take them as they become free.
 
 In: `GenerationRequest`s from any thread. Out: `Tokens`, told to each work's listener as they are generated. All
-programs on the device are called from this thread alone.
+programs on the device are called only from this thread.
 """
 
 import collections

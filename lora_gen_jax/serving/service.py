@@ -152,7 +152,7 @@ class Service:
         """The specialization of a conversation's system message, and the other messages.
 
         It is made when the message is seen first; requests that come meanwhile wait for the same one. With
-        `turns_as_examples` it learns from the turns that are answered, and the last message alone is left.
+        `turns_as_examples` it learns from the turns that are answered, and only the last message is left.
         """
         system = "\n\n".join(turn["content"] for turn in turns if turn["role"] == "system")
         others = [turn for turn in turns if turn["role"] != "system"]

@@ -63,7 +63,7 @@ def bench(config: Config) -> dict[str, float]:
     print(f"matmul rate  {rate / 1e9:.0f} GMAC/s in {precision_of(decoder)}, {jax.device_count()} device(s)")
     print(f"share        {100 * figures['share']:.0f} % of the matmul rate")
     cloud, edge = 100 * figures["cloud_fill"], 100 * figures["edge_fill"]
-    print(f"tokens       {cloud:.0f} % of the cloud's slots, {edge:.0f} % of the edge's are no padding")
+    print(f"tokens       {cloud:.0f} % of the cloud's slots, {edge:.0f} % of the edge's are not padding")
     memory = compiled.memory_analysis()
     if memory is not None:
         print(f"memory       {memory.temp_size_in_bytes / 1e9:.2f} GB beside weights and state")

@@ -247,7 +247,7 @@ def opened(metadata: Any) -> dict[str, Any]:
     Raises CheckpointError when they are not what was written, or lack something.
     """
     if not isinstance(metadata, dict):
-        raise CheckpointError("the metadata are no object", field="metadata", code="type")
+        raise CheckpointError("the metadata are not an object", field="metadata", code="type")
     check_fields(metadata, METADATA, "metadata", CheckpointError)
     if "sha256" in metadata or "sha256_of_this" in metadata:
         rest = {name: value for name, value in metadata.items() if name != "sha256_of_this"}

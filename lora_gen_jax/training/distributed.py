@@ -55,7 +55,7 @@ def start(config: DistributedConfig) -> None:
             f"the processes of this job did not come together: {error}",
             field="distributed.coordinator",
             remedy=f"Start all of them within {START_SECONDS} s with the same distributed.coordinator and"
-            " distributed.processes, and let them reach each other's ports; for one process alone set"
+            " distributed.processes, and let them reach each other's ports; for a single process set"
             " distributed.processes to 1",
         ) from error
 

@@ -1,4 +1,4 @@
-"""The language-model loss at the supervised positions alone.
+"""The language-model loss at the supervised positions only.
 
 In: hidden states [P, S, D] at S slots of each of P rows, the frozen unembedding and targets. Out: the cross-entropy of
 each slot in nats. Logits exist for some slots of every row at a time, in the forward pass only: the gradient with
@@ -48,7 +48,7 @@ def slot_cross_entropy(decoder: Decoder, frozen: Any, hidden_PSD: jax.Array, tar
 def chunked_cross_entropy(
     logits_of: Callable[..., jax.Array], frozen: object, hidden_PSD: jax.Array, targets_PS: jax.Array, chunk: int
 ) -> jax.Array:
-    """Cross-entropy [P, S] in nats, -log softmax(logits)[target], differentiable in `hidden_PSD` alone.
+    """Cross-entropy [P, S] in nats, -log softmax(logits)[target], differentiable only in `hidden_PSD`.
 
     Args:
         logits_of: ``logits_of(frozen, hidden_PXD) -> logits [P, X, V]``; static.

@@ -1,4 +1,4 @@
-"""AdamW with warm-up and cosine decay, weight decay on matrices alone.
+"""AdamW with warm-up and cosine decay, weight decay only on matrices.
 
 In: a `TrainConfig`. Out: an Optax transformation and the schedule it follows.
 """

@@ -120,7 +120,9 @@ def check_generator(variables: Any, config: Config, file: str) -> None:
     if config.method == "lora_gen":
         head, other = ("direct", "pool") if config.generator.generator == "direct" else ("pool", "direct")
         if not isinstance(variables["params"].get(head), dict) or other in variables["params"]:
-            raise CheckpointError(f"{file} does not hold params/{head} alone", field=f"{file}:{head}", code="missing")
+            raise CheckpointError(
+                f"{file} does not hold params/{head} as its only head", field=f"{file}:{head}", code="missing"
+            )
     check_tensors(dict(flatten(variables)), None, file)
 
 

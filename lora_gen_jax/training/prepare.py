@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
+from lora_gen_jax import files
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import difference, from_json, to_json
 from lora_gen_jax.data.groups import GroupSampler
@@ -23,8 +24,7 @@ from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.mixture import epoch_rows, named_tasks, narrowed
 from lora_gen_jax.data.pipeline import Shard
 from lora_gen_jax.data.tasks import Task
-from lora_gen_jax.errors import CheckpointError, ConfigError, DataError, OutputError
-from lora_gen_jax.files import write_text
+from lora_gen_jax.errors import CheckpointError, ConfigError, DataError
 from lora_gen_jax.methods.registry import trained_method
 from lora_gen_jax.models import Pair
 from lora_gen_jax.sharding import spec
@@ -126,7 +126,7 @@ def with_steps(config: Config, tasks: Sequence[Task] | None = None) -> Config:
 def training_tasks(config: Config) -> list[Task]:
     """The tasks that a config trains on.
 
-    Raises LoraGenError for tasks that are not there, or that the method cannot take.
+    Raises LoraGenError for unknown tasks, or those that the method cannot take.
     """
     d, choose = config.data, trained_method(config.method).choose_tasks
     tasks = list(load_tasks(d.tasks, d.dir, d.tfds_dir, d.files).values())
@@ -172,14 +172,10 @@ def prepare_directory(config: Config) -> None:
 
 
 def _begin(path: Path, new: dict[str, Any]) -> None:
-    if path.exists():
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        problem = f"workdir {path.parent} cannot be written: {error.strerror}"
-        raise OutputError(problem, field="--workdir", code="unwritable", remedy="choose another --workdir") from error
-    write_text(path, json.dumps(new, indent=2) + "\n", "--workdir")
+    if not path.exists():
+        with files.writing(path.parent, "--workdir"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_text(path, json.dumps(new, indent=2) + "\n", "--workdir")
 
 
 def _begin_in_bucket(path: Any, new: dict[str, Any]) -> None:

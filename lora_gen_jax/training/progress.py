@@ -1,6 +1,6 @@
 """What a run shows and records: a progress bar, ``metrics.jsonl`` and TensorBoard.
 
-In: metrics of finished steps. Out: lines and files in the work directory, from process 0 alone.
+In: metrics of finished steps. Out: lines and files in the work directory, from process 0 only.
 """
 
 import json

@@ -34,7 +34,7 @@ def fetch_generator(name: str, cached: bool = False) -> Path | None:
         cached: take what is in the hub's cache, and ask nobody.
 
     Raises:
-        CheckpointError: where there is none of this name, it cannot be downloaded, or it is no packed generator.
+        CheckpointError: where there is none of this name, it cannot be downloaded, or is not a packed generator.
     """
     if HUB_ID.fullmatch(name) is None:
         return None
@@ -59,7 +59,7 @@ def cached_generator(name: str) -> Path | None:
 
 
 def check_publishing(repository: str) -> None:
-    """Raises ConfigError for what is no name, and without a token: before anything is packed."""
+    """Raises ConfigError, before anything is packed, for a malformed name and without a token."""
     import huggingface_hub
 
     if (found := HUB_ID.fullmatch(repository)) is None or found["revision"] is not None:

@@ -1,7 +1,7 @@
 """One optimizer step and one validation step.
 
 In: the training state, the frozen weights of both models and a `Batch`. Out: the next state and metrics (scalars).
-The cloud runs once per prompt and computes no logits; the edge computes logits at supervised positions alone.
+The cloud runs once per prompt and computes no logits; the edge computes logits only at supervised positions.
 """
 
 from collections.abc import Callable

@@ -4,7 +4,7 @@ An instruction tells the cloud LM which tools there are and how to call one, the
 
     persona ⏎ TOOLS: … ⏎ the two formats ⏎ file-name rule ⏎ Previous conversation: … ⏎ New input: … ⏎ closing line
 
-Nothing here is random: every choice goes by a hash. The split of a request is a hash of its own text alone, so new
+Nothing here is random: every choice goes by a hash. The split of a request is a hash of only its own text, so new
 tools, toolsets or rows move no request to another split.
 """
 

@@ -2,7 +2,7 @@
 
 In: `tables/world.txt` (things and what is true of them) and `tables/asked.txt` (ways to ask for it), written for this
 project. Out: `ATTRIBUTES`: for each attribute, what it says of which things. Several attributes hold of every thing
-("owl": owlet, hoot, barn, bird, feathers, owls, O, animal), so that a query alone says nothing about the task; the
+("owl": owlet, hoot, barn, bird, feathers, owls, O, animal), so that a query by itself says nothing about the task; the
 system prompt does.
 """
 
