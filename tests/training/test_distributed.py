@@ -183,6 +183,14 @@ def test_processes_are_looked_for_where_the_system_has_them(monkeypatch, environ
     assert all(kwargs["cluster_detection_method"] is None for _, kwargs in started)
 
 
+def test_an_error_of_the_runtime_says_that_a_process_may_be_lost(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    lost = jax.errors.JaxRuntimeError("UNKNOWN: connection closed by peer")
+    with pytest.raises(jax.errors.JaxRuntimeError) as raised, distributed.job(DistributedConfig(processes=1)):
+        raise lost
+    assert "start all of them again" in "".join(raised.value.__notes__)
+
+
 def test_machines_with_other_task_files_are_named(monkeypatch):
     check_same_rows({"mine": "0123"})
     monkeypatch.setattr(jax, "process_count", lambda: 3)
