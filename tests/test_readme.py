@@ -14,6 +14,7 @@ import venv
 from pathlib import Path
 
 import pytest
+from before_jax import COMPILE_QUICKLY
 
 from lora_gen_jax.config_file import config_from_args
 from lora_gen_jax.decoder import pretrained
@@ -115,8 +116,7 @@ def test_the_quickstart_installs_trains_and_compares(walk):
     note, kind, text = block("&& cd lora-gen-jax")
     assert text.rstrip().endswith("train.py configs/quickstart.py")
     shorter = text.rstrip().replace("REPOSITORY", str(walk.home / "repository")) + " " + note.removeprefix(ADDS)
-    # Most of two steps is compiling.
-    out, err = walk(kind, shorter, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    out, err = walk(kind, shorter, **COMPILE_QUICKLY)
     assert "LoRA-Gen, no prompt" in out + err
     run = walk.home / "lora-gen-jax" / "runs" / "quickstart"
     assert {path.name for path in run.iterdir()} >= {"report.html", "results.json", "metrics.jsonl", "checkpoints"}
@@ -152,7 +152,7 @@ def test_the_python_prints_what_it_says(walk):
 
 def test_another_method_trains_and_is_compared(walk):
     note, kind, text = block("--method mixlora")
-    out, err = walk(kind, text.rstrip() + " " + note.removeprefix(ADDS), JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    out, err = walk(kind, text.rstrip() + " " + note.removeprefix(ADDS), **COMPILE_QUICKLY)
     assert "MixLoRA" in out + err
     assert (walk.home / "lora-gen-jax" / "runs" / "mixlora" / "report.html").stat().st_size
 

@@ -15,6 +15,7 @@ import time
 
 import httpx
 import pytest
+from before_jax import COMPILE_QUICKLY
 from serving_tools import KEY
 
 _BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -56,7 +57,7 @@ class Command:
     def start(self):
         flags = ["--checkpoint", "quickstart", "--port", str(self.port), "--rows", "4", "--no-warm-up"]
         command = [sys.executable, "-m", "lora_gen_jax", "serve", *flags, "--shutdown-timeout", "5"]
-        environment = {**os.environ, "LORA_GEN_API_KEY": KEY, "XLA_FLAGS": ""}
+        environment = {**os.environ, "LORA_GEN_API_KEY": KEY, **COMPILE_QUICKLY}
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         assert self.process.stdout is not None
         assert "serving" in self.process.stdout.readline()
