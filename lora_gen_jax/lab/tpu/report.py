@@ -6,9 +6,7 @@ In: `Program`s with their `Costs`. Out: plain values, and text on standard outpu
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from lora_gen_jax.evaluation.sheet import Sheet, to_screen
 from lora_gen_jax.lab.tpu.collectives import KINDS, Collective
 from lora_gen_jax.lab.tpu.programs import Program
 from lora_gen_jax.lab.tpu.roofline import Costs
@@ -44,32 +42,29 @@ def program_json(program: Program, cost: Costs) -> dict[str, Any]:
 
 def print_report(summary: dict[str, Any], results: dict[str, tuple[Program, Costs]], listing: bool) -> None:
     """Tables for people; `listing` adds every collective."""
-    console = Console(width=150, highlight=False)
     rows, length = summary["cloud_rows"]
-    console.print(
+    print(
         f"{summary['topology']}: {summary['chips']} chips in {summary['slices']} slice(s);"
         f" {summary['prompts']} prompts (P) with up to {summary['queries_per_prompt']} queries (Q) each:"
         f" cloud {rows} x {length} tokens, edge {summary['edge_rows'][0]} x {summary['edge_rows'][1]},"
         f" {summary['response_slots']} answer tokens a prompt"
     )
     programs = summary["programs"]
-    table = Table("a chip", *programs)
-    for name, cell in _lines(summary["hbm_capacity_gb"]):
-        table.add_row(name, *(cell(p) for p in programs.values()))
-    console.print(table)
-    console.print(
+    lines = [(name, *map(cell, programs.values())) for name, cell in _lines(summary["hbm_capacity_gb"])]
+    to_screen(Sheet("what a program takes of each chip", ("a chip", *programs), lines), width=150)
+    print(
         f"Rates of a chip: {summary['peak_flops'] / 1e12:.0f} Tflop/s in bf16, {summary['hbm_bytes_per_s'] / 1e9:.0f}"
         f" GB/s of HBM, {summary['collective_bytes_per_s'] / 1e9:.0f} GB/s received over the interconnect (how"
         " that is meant: lab/tpu/topology.py)."
     )
     for name, ratio in summary.get("flops_over_lora", {}).items():
         how = "each query behind its prompt" if name == "apart" else "a prompt's queries packed behind it"
-        console.print(f"Model flops of a step over plain LoRA's on the same queries, {how}: {ratio:.2f}")
+        print(f"Model flops of a step over plain LoRA's on the same queries, {how}: {ratio:.2f}")
     for name, (_, cost) in results.items():
         if cost.uncounted:
-            console.print(f"{name}: kernels of unknown cost are not counted: {', '.join(cost.uncounted)}")
+            print(f"{name}: kernels of unknown cost are not counted: {', '.join(cost.uncounted)}")
         if listing:
-            console.print(_collective_table(name, cost.collectives))
+            to_screen(_collective_sheet(name, cost.collectives), width=150)
 
 
 Cell = Callable[[dict[str, Any]], str]
@@ -103,14 +98,14 @@ def _gigabytes(kind: str) -> Cell:
     return lambda p: f"{p['collectives'][kind] / 1e9:.4g}"
 
 
-def _collective_table(name: str, collectives: list[Collective]) -> Table:
-    table = Table("MB", "runs", "kind", "shape", "axis", "from", title=f"{name}: collectives")
+def _collective_sheet(name: str, collectives: list[Collective]) -> Sheet:
     merged: dict[tuple[str, str, str, str], tuple[float, float]] = {}
     for c in collectives:
         key = (c.kind, c.shape, c.axis, c.op_name)
         size, count = merged.get(key, (0.0, 0.0))
         merged[key] = size + c.bytes, count + c.count
+    rows = []
     for (kind, shape, axis, op_name), (size, count) in sorted(merged.items(), key=lambda item: -item[1][0]):
         short = shape if len(shape) <= 48 else f"{shape[:45]}..."
-        table.add_row(f"{size / 1e6:.2f}", f"{count:.0f}", kind, short, axis, op_name[-70:])
-    return table
+        rows.append((kind, f"{size / 1e6:.2f}", f"{count:.0f}", short, axis, op_name[-70:]))
+    return Sheet(f"{name}: collectives", ("kind", "MB", "runs", "shape", "axis", "from"), rows)
