@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness inside eval.py, by the same methods as ours.
 
 In: a pair of models, checkpoints and names ``lm_eval/<task>``. Out: results by method and task, as for our own tasks.
-In-context learning, and methods trained behind the prompt, read the task's description and shots before each query,
+In-context learning, and methods trained to read the prompt, read the task's description and shots before each query,
 LoRA-Gen and AutoCompressors once, the others never; shots are the same for all documents. Latency is not measured here.
 """
 
@@ -37,13 +37,13 @@ def check_harness(methods: Sequence[str], names: Sequence[str]) -> None:
             problem = f"method {method} gives each task another prompt, which lm_eval/ tasks cannot have"
             raise ConfigError(problem, field="eval.methods")
         if method in METHODS and METHODS[method].needs_shots:
-            problem = f"method {method} needs a task's shots apart, which lm_eval/ tasks give as text alone"
+            problem = f"method {method} needs a task's shots apart, which lm_eval/ tasks give only as text"
             raise ConfigError(problem, field="eval.methods")
     _manager(names, {})
 
 
 def _manager(names: Sequence[str], metadata: dict[str, Any]) -> Any:
-    """lm-eval's index of tasks: of ours alone where these are enough, as that of all takes seconds."""
+    """lm-eval's index of tasks: of just ours where these are enough, as that of all takes seconds."""
     try:
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as error:
@@ -144,6 +144,6 @@ def _subject(method: str, config: Config, pair: Pair, checkpoints: dict[str, Loa
         return base
     loaded = checkpoints[method]
     made = with_method(config, pair, loaded)
-    # An edge model that was trained behind the prompt reads it like any text.
+    # An edge model that was trained to read the prompt reads it like any text.
     reads = one.depends_on_prompt or loaded.config.data.edge_reads_prompt
     return made if reads else dataclasses.replace(made, specialize=lambda text: made)

@@ -49,7 +49,7 @@ def documents(
 
     Raises:
         DataError: as `load_tasks`.
-        ConfigError: for a seed that is no whole number.
+        ConfigError: for a seed that is not a whole number.
     """
     if not isinstance(shots_seed, int):
         raise ConfigError(f"metadata shots_seed={shots_seed!r} must be a whole number", field="shots_seed")

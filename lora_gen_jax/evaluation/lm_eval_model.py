@@ -171,7 +171,7 @@ class LoraGenLM(TemplateLM):
                 raise DataError(
                     f"the contexts of task {task} do not begin with a prompt that can be cut off",
                     field=task,
-                    remedy="give it a description or shots (--num_fewshot K) with a blank line behind each, and"
+                    remedy="give it a description or shots (--num_fewshot K) with a blank line after each, and"
                     " more than one document (--limit)",
                 )
             for i, context in zip(members, contexts, strict=True):
@@ -180,7 +180,7 @@ class LoraGenLM(TemplateLM):
         results: list[Any] = [None] * len(requests)
         for prompt, asked in prompts.items():
             special = copy.copy(self)
-            # What has no prompt (a continuation alone, asked for by a metric) is the unspecialized model's.
+            # What has no prompt (a bare continuation, asked for by a metric) is the unspecialized model's.
             plain = dataclasses.replace(self.subject, specialize=None)
             special.subject = self.subject.specialize(prompt) if prompt else plain
             special.runner = self._runner(special.subject)

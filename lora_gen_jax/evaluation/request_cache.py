@@ -19,7 +19,7 @@ class RequestCache:
     """Finished requests of one model.
 
     Args:
-        directory: where to keep them; in memory alone when None.
+        directory: where to keep them; only in memory when None.
         identity: of the model: weights, what is merged into them, and their type; or of what is evaluated.
         remedy: what to do when the directory cannot be used, for errors.
 

@@ -43,7 +43,7 @@ class EvaluatedModel:
 
     @property
     def room(self) -> int:
-        """Positions that are left for what it reads behind soft tokens."""
+        """Positions that are left for what it reads after soft tokens."""
         config = self.edge.config
         return config.max_positions - soft_positions(config, self.soft_tokens)
 

@@ -125,7 +125,7 @@ def system_of(
 ) -> System:
     """A method: every task with its own prompt, or with that which `prompts` gives it.
 
-    An edge model that was trained behind the prompt (`data.edge_reads_prompt`) reads it when it is scored, too.
+    An edge model that was trained to read the prompt (`data.edge_reads_prompt`) reads it when it is scored, too.
     """
     make = method.specialize(config, pair, loaded)
     prompt_of = functools.cache(prompts or functools.partial(task_prompt, settings=config.eval))

@@ -1,6 +1,6 @@
 """Scores of function calls. In: what a model wrote and gold's possible values. Out: names, arguments, both.
 
-A call is ``name(argument=value, …)`` at the start of a line (behind a bullet, a bracket or a backtick), or right behind
+A call is ``name(argument=value, …)`` at the start of a line (after a bullet, a bracket or a backtick), or right after
 another call. Values are read as Python literals and never run; a bare word is a text. Calls may stand in any order.
 
 names is 1 where exactly gold's functions are called, each as often; arguments is the share of gold's calls for which a
@@ -8,7 +8,7 @@ call of that function has right arguments, no call counting twice; exact is 1 wh
 all three are 1 if nothing is called, else 0.
 
 An argument is right if its value equals one of the possible ones: texts without case, spaces and the characters
-,./-_*^ and with either quotation mark; numbers by value, so 5 is 5.0 (True is no number); lists entry by entry, in
+,./-_*^ and with either quotation mark; numbers by value, so 5 is 5.0 (True is not a number); lists entry by entry, in
 order; a dictionary key by key, each key with possible values of its own. Only what has "" among its possible values,
 or none at all, may be left out, and nothing may be added.
 """
@@ -40,7 +40,7 @@ class FunctionCall:
 
     Attributes:
         name: of the function.
-        arguments: by name; None where one has no name, comes twice or is no literal, so that none can be right.
+        arguments: by name; None where one has no name, comes twice or is not a literal, so that none can be right.
     """
 
     name: str

@@ -46,7 +46,7 @@ class Written:
 
 
 def context_ids(edge: Model, task: Task, document: Example, reads_prompt: bool) -> list[int]:
-    """What the edge model reads for a document: its query, behind the task's description where it reads that."""
+    """What the edge model reads for a document: its query, after the task's description where it reads that."""
     return edge.encoder.query(document, False, prompt_text(task.descriptions[0], ()) if reads_prompt else "")[0]
 
 

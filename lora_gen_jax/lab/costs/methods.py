@@ -36,7 +36,7 @@ class Workload:
 
     Attributes:
         cloud_prompt: the instruction as the cloud model reads it.
-        query: as the edge model reads it alone.
+        query: as the edge model reads it without the instruction.
         whole: instruction and query as the edge model reads them together.
         kept: the first ids of `whole`, which are the instruction's and can be read ahead.
         new_tokens: of the answer; it never ends sooner.
@@ -50,7 +50,7 @@ class Workload:
 
 
 def workload_of_sizes(pair: Pair, instruction: int, query: int, new_tokens: int) -> Workload:
-    """Random ids, always the same: what is measured depends on their number alone."""
+    """Random ids, always the same: what is measured depends only on their number."""
     rng = np.random.default_rng(0)
 
     def ids(model: Any, count: int) -> list[int]:
@@ -173,7 +173,7 @@ def untrained(config: Config, pair: Pair) -> tuple[Any, Any]:
 def fixed(key: str, setup: Setup) -> Ready:
     """A method whose adapter is the same for all tasks, so that none needs anything of its own.
 
-    It is merged when the model is loaded, or stands beside its weights. Trained behind the prompt
+    It is merged when the model is loaded, or stays beside its weights. Trained to read the prompt
     (`data.edge_reads_prompt`), the edge model reads it before every query.
     """
     config = dataclasses.replace(setup.config, method=key)
@@ -229,7 +229,7 @@ def lorahub(setup: Setup) -> Ready:
 
 
 def lora_gen(setup: Setup) -> Ready:
-    """The cloud reads the instruction once; the merged edge model reads the query alone."""
+    """The cloud reads the instruction once; the merged edge model reads only the query."""
     params = setup.pair.edge.params
 
     def once() -> dict[str, float]:

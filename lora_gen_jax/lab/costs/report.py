@@ -37,7 +37,7 @@ CURVE_QUERIES = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 def break_even(own: tuple[float, float], other: tuple[float, float]) -> dict[str, Any]:
-    """How many queries it takes until a method with a cost of its own beforehand is no dearer than another.
+    """How many queries it takes until a method with a cost of its own beforehand costs no more than another.
 
     Args:
         own, other: (once a task, each query), in the same unit.

@@ -1,7 +1,7 @@
 """What a training step costs on eight queries that share an instruction: LoRA-Gen as published, grouped, and LoRA.
 
 In: a config, its pair of models and the sizes of instruction and input. Out: seconds, memory and multiply-adds of one
-step by method, as plain numbers. Token ids are random: the cost depends on their number alone.
+step by method, as plain numbers. Token ids are random: the cost depends only on their number.
 
 "lora_gen" reads the instruction once for every query, as the paper's implementation does; "lora_gen_grouped" reads it
 once for all queries that share it, which is how this project trains; "lora" reads instruction and input on the edge.

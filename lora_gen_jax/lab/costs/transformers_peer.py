@@ -1,8 +1,8 @@
 """The same model in transformers (torch): what this project's figures are held against.
 
 In: a model of this project and the source it was read from. Out: a transformers model with the same weights, and
-greedy decoding with it: the whole prompt, or behind a prefix whose keys and values are kept. torch is imported when
-it is asked for; it is no dependency of the package.
+greedy decoding with it: the whole prompt, or after a prefix whose keys and values are kept. torch is imported when
+it is asked for; the package does not depend on it.
 """
 
 import copy
@@ -100,7 +100,7 @@ def torch_answer(hf: Any, rows: Sequence[Sequence[int]], new_tokens: int, cache:
 
     Args:
         hf: from `torch_model`.
-        rows: ids that the model reads, those behind the prefix where there is one; all rows of one length.
+        rows: ids that the model reads, those after the prefix where there is one; all rows of one length.
         new_tokens: at least 1.
         cache: of `TorchPrefix`; it is written to. None without a prefix.
     """

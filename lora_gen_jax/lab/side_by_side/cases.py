@@ -1,6 +1,6 @@
 """The built-in prompts of side_by_side. In: a generator's config. Out: a tool request and a role, in words it can read.
 
-The pocket models know the words of the embedded suite alone, so they get a row of its tool sets and a role of its kind.
+The pocket models know only the words of the embedded suite, so they get a row of its tool sets and a role of its kind.
 """
 
 import dataclasses

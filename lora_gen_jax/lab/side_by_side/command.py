@@ -173,7 +173,7 @@ class Sides:
         return Comparison(case, left, right, len(ids), 1000 * reading, 1000 * merging)
 
     def contexts(self, case: Case) -> tuple[list[int], list[int]]:
-        """Ids of prompt and input together, and of the input alone."""
+        """Ids of prompt and input together, and of just the input."""
         encoder = self.pair.edge.encoder
         if not self.chat:
             asked = case.input.rstrip()

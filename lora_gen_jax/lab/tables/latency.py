@@ -1,4 +1,4 @@
-"""What an answer and a training step cost by method, measured alone on the machine after all jobs have ended.
+"""What an answer and a training step cost by method, measured with nothing else running, after all jobs have ended.
 
 In: `Tables` and the rows of methods. Out: latency.json: {"workload": sizes, "answers": {row: figures}, "specializing",
 "training"}. The work is that of a real task: its prompt with the most shots is about as long as the mean of all tasks.
@@ -30,7 +30,7 @@ from lora_gen_jax.models import Pair, load_pair
 from lora_gen_jax.training.checkpoint import versions
 
 FILE, REPEATS, TRAINING_REPEATS = "latency.json", 21, 3
-# Rows that are no run: the base model reads the query alone, the prompt before it, or the prompt once.
+# Rows without a run: the base model reads only the query, the prompt before it, or the prompt once.
 UNTRAINED_ROWS = ("base", "icl", "icl_kept_prefix")
 
 
@@ -160,7 +160,7 @@ def sizes_of(ready: Ready) -> dict[str, int]:
     """What the edge model reads for a query, and what a method keeps beside its weights.
 
     That is an adapter's parameters, and the keys and values of soft tokens, which are learned. Those of a prompt's own
-    tokens save time alone and are not counted.
+    tokens only save time and are not counted.
     """
     beside = sum(x.size for x in jax.tree.leaves(ready.model.adapter))
     if (prefix := ready.model.prefix) is not None and not prefix.ids:
