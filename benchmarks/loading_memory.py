@@ -4,8 +4,8 @@ Writes random bfloat16 weights of a model's shape as safetensors shards, loads t
 `lora_gen_jax.load_params`, and prints the peaks. The files are mapped into memory: pages of a mapping are the kernel's
 to drop, so they are told apart from the process's own memory, which is what has to fit.
 
-Command:  python benchmarks/loading_memory.py [--model meta-llama/Meta-Llama-3-8B-Instruct] [--directory DIR]
-Needs as much disk as the weights (16 GB for Llama-3-8B), and 1.15 times as much memory.
+Command:  python benchmarks/loading_memory.py [--model NAME] [--weights int8] [--directory DIR]
+Needs as much disk as the weights in bfloat16 (16 GB for Llama-3-8B), and 1.15 times as much memory as what is loaded.
 """
 
 import dataclasses
@@ -16,10 +16,13 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
 import tyro
+
+from lora_gen_jax.decoder.quantized import FORMATS
 
 SHARD_BYTES = 4 << 30
 
@@ -30,6 +33,8 @@ class Flags:
 
     model: str = "meta-llama/Meta-Llama-3-8B-Instruct"
     """A model whose shape is known (`lora_gen_jax.decoder.pretrained.shapes`), or a directory with a config.json."""
+    weights: Literal["bfloat16", "int8", "nf4"] = "bfloat16"
+    """What the layers' matrices are loaded as."""
     directory: Path | None = None
     """Keep the shards here, or load those that are here already; left out, a temporary directory."""
     load_only: bool = False
@@ -39,16 +44,16 @@ class Flags:
 def main(flags: Flags) -> None:
     if flags.load_only:
         assert flags.directory is not None
-        print(json.dumps(load(flags.directory)))
+        print(json.dumps(load(flags.directory, flags.weights)))
         return
     with tempfile.TemporaryDirectory() as temporary:
         directory = flags.directory or Path(temporary)
         if not (directory / "model.safetensors.index.json").exists():
             write(flags.model, directory)
-        command = [sys.executable, __file__, "--load-only", "--directory", str(directory)]
+        command = [sys.executable, __file__, "--load-only", "--directory", str(directory), "--weights", flags.weights]
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     size = found["weights"]
-    print(f"weights        {size / 1e9:7.2f} GB in bfloat16")
+    print(f"weights        {size / 1e9:7.2f} GB, layers in {flags.weights}")
     print(
         f"own memory     {found['own_peak'] / 1e9:7.2f} GB at its peak, {found['own_peak'] / size:.3f} of the weights"
     )
@@ -90,7 +95,7 @@ def write(model: str, directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-def load(directory: Path) -> dict[str, float]:
+def load(directory: Path, stored: str) -> dict[str, float]:
     """Loads the weights and returns peaks in bytes, sampled every few milliseconds."""
     import jax
     import jax.numpy as jnp
@@ -109,11 +114,13 @@ def load(directory: Path) -> dict[str, float]:
     sampler = threading.Thread(target=sample)
     sampler.start()
     began = time.perf_counter()
-    params = jax.block_until_ready(load_params(str(directory), dtype=jnp.bfloat16))
+    quantized = stored if stored in FORMATS else None
+    params = jax.block_until_ready(load_params(str(directory), dtype=jnp.bfloat16, weights=quantized))
     seconds = time.perf_counter() - began
     done.set()
     sampler.join()
-    weights = sum(x.nbytes for x in jax.tree.leaves(params))
+    # JAX counts a byte for an element of four bits, of which two are stored in one.
+    weights = sum(x.nbytes // (2 if x.dtype == jnp.uint4 else 1) for x in jax.tree.leaves(params))
     own, resident = peaks
     return {"weights": weights, "own_before": before[0], "own_peak": own, "resident_peak": resident, "seconds": seconds}
 

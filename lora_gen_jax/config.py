@@ -23,6 +23,9 @@ class ModelConfig:
         attention: kernel of the training pass: grouped (ours, fastest on a CPU), xla (`jax.nn.dot_product_attention`),
             cudnn (the same through the GPU's flash kernel), splash (the TPU's flash kernel); auto is splash on a TPU,
             grouped on a CPU, xla elsewhere. Calls that a flash kernel cannot do take xla, or grouped with a soft-cap.
+        weights: how the layers' matrices are stored: auto, as dtype says; bfloat16; or quantized, int8 (half of
+            bfloat16's memory) or nf4 (a quarter and a bit). Embeddings, norms and all that is trained are never
+            quantized. Nothing is merged into a quantized edge model: updates are computed beside it.
     """
 
     source: str = "smollm2-135m"
@@ -30,6 +33,7 @@ class ModelConfig:
     remat: Literal["none", "dots", "full"] = "none"
     unroll: int = 1
     attention: Literal["auto", "grouped", "xla", "cudnn", "splash"] = "auto"
+    weights: Literal["auto", "bfloat16", "int8", "nf4"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -96,7 +96,7 @@ def generate_command(flags: Generate) -> None:
 
 
 def _answer_one(flags: Generate, directory: Path) -> None:
-    """Merges the specialization into the edge model and streams its answer."""
+    """Merges the specialization into the edge model, or puts it beside quantized weights, and streams its answer."""
     from lora_gen_jax.adapters.merge import merge_donated
     from lora_gen_jax.adapters.specialization_fit import fitted_adapter
     from lora_gen_jax.data.text_stream import TextStream
@@ -113,9 +113,10 @@ def _answer_one(flags: Generate, directory: Path) -> None:
     edge = load_model(config.edge, evaluation_mesh(config.mesh.fsdp))
     model = edge.plain
     if not flags.base:
-        # The base is not needed any more.
         adapter = fitted_adapter(specialization, loaded.variables, config.generator)
-        model = model.replace(params=merge_donated(edge.params, adapter))
+        # Merged, the base is not needed any more.
+        merged = edge.weights is None
+        model = model.replace(params=merge_donated(edge.params, adapter)) if merged else model.replace(adapter=adapter)
     sampling, stop_ids = Sampling(flags.temperature, flags.top_k, flags.top_p), end_ids(config.edge.source, edge)
     settings = GenerationSettings(flags.max_new_tokens, stop_ids, sampling, flags.seed % 2**32)
     tokens = stream(model, [_ids(edge, text, flags.chat)], settings)

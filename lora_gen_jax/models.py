@@ -22,6 +22,7 @@ from lora_gen_jax.decoder.pretrained import (
     load_tokenizer,
     resolve,
 )
+from lora_gen_jax.decoder.quantized import FORMATS, quantize_layers
 from lora_gen_jax.errors import ConfigError, ModelError
 from lora_gen_jax.generator.cloud import pack_prompts
 from lora_gen_jax.inference.edge_model import EdgeModel
@@ -44,12 +45,14 @@ class Model:
         params: its weights.
         encoder: its tokenizer.
         fingerprint: identifies the weights.
+        weights: the format of its layers' matrices where they are quantized; else None.
     """
 
     decoder: Decoder
     params: Any
     encoder: Encoder
     fingerprint: str
+    weights: str | None = None
 
     @property
     def config(self) -> DecoderConfig:
@@ -111,20 +114,29 @@ def make_decoder(settings: ModelConfig, config: DecoderConfig, platform: str, tr
     return Decoder(config, dtype, settings.remat, settings.unroll, kernel, jnp.bfloat16 if mixed else None)
 
 
-def precision_of(decoder: Decoder) -> str:
-    """What `ModelConfig.dtype` calls the types that a decoder computes in."""
-    return jnp.dtype(decoder.dtype).name if decoder.operands is None else "mixed"
+def precision_of(model: Model) -> str:
+    """What `ModelConfig.dtype` calls the types that a model computes in, and its `ModelConfig.weights` if quantized."""
+    decoder = model.decoder
+    name = jnp.dtype(decoder.dtype).name if decoder.operands is None else "mixed"
+    return name if model.weights is None else f"{name}, {model.weights} weights"
+
+
+def quantization_of(settings: ModelConfig) -> str | None:
+    """The format that a model's layers are quantized to; None for none."""
+    return settings.weights if settings.weights in FORMATS else None
 
 
 def share_weights(config: Config) -> bool:
     """Whether cloud and edge are the same weights, held once."""
-    return (config.cloud.source, config.cloud.dtype) == (config.edge.source, config.edge.dtype)
+    cloud, edge = config.cloud, config.edge
+    return (cloud.source, cloud.dtype, cloud.weights) == (edge.source, edge.dtype, edge.weights)
 
 
 def load_model(settings: ModelConfig, mesh: Mesh | None = None, weights: bool = True, training: bool = False) -> Model:
     """Reads a model's config, weights and tokenizer; without `weights` its `params` are None.
 
-    `training` is as of `make_decoder`. Where products round their operands, the matrices are stored rounded.
+    `training` is as of `make_decoder`. Where products round their operands, the matrices are stored rounded, or
+    quantized as `settings.weights` says.
 
     Raises:
         ModelError: as the functions of `lora_gen_jax.decoder.pretrained`.
@@ -135,9 +147,11 @@ def load_model(settings: ModelConfig, mesh: Mesh | None = None, weights: bool = 
     encoder = Encoder(load_tokenizer(source), config.vocab_size)
     if not weights:
         return Model(decoder, None, encoder, fingerprint(source))
-    shardings = None if mesh is None else param_shardings(mesh, lambda: init_params(decoder))
-    params = load_params(source, config, decoder.dtype, shardings, decoder.operands)
-    return Model(decoder, params, encoder, fingerprint(source))
+    quantized = quantization_of(settings)
+    shardings = None if mesh is None else param_shardings(mesh, lambda: init_params(decoder, weights=quantized))
+    matrices = jnp.bfloat16 if settings.weights == "bfloat16" else decoder.operands
+    params = load_params(source, config, decoder.dtype, shardings, matrices, quantized)
+    return Model(decoder, params, encoder, fingerprint(source), weights=quantized)
 
 
 def end_ids(source: str, model: Model) -> tuple[int, ...]:
@@ -158,9 +172,10 @@ def end_ids(source: str, model: Model) -> tuple[int, ...]:
     return tuple(sorted({i for i in (*ids, model.encoder.end) if i is not None}))
 
 
-def init_params(decoder: Decoder, seed: int = 0) -> Any:
-    """Random parameters, boxed with their logical axes."""
-    return decoder.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+def init_params(decoder: Decoder, seed: int = 0, weights: str | None = None) -> Any:
+    """Random parameters, boxed with their logical axes; `weights` is the format of the layers' matrices, if any."""
+    params = decoder.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+    return params if weights is None else quantize_layers(params, weights)
 
 
 def load_pair(config: Config, mesh: Mesh | None = None, edge_weights: bool = True, training: bool = False) -> Pair:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from lora_gen_jax.adapters.protocol import SITES, Mergeable
+from lora_gen_jax.decoder.quantized import format_of
 from lora_gen_jax.errors import ConfigError
 
 Kernels = dict[str, jax.Array]
@@ -25,7 +26,8 @@ def changed_sites(params: Any, adapter: Mergeable) -> list[str]:
     """The linear layers that the adapter changes.
 
     Raises:
-        ConfigError: when it has another number of layers, or other shapes, than the weights, or changes none of them.
+        ConfigError: when it has another number of layers, or other shapes, than the weights, or changes none of them,
+            or they are quantized.
     """
     leaves, structure = jax.tree.flatten(adapter)
     deltas = _deltas(structure, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves))
@@ -42,6 +44,15 @@ def changed_sites(params: Any, adapter: Mergeable) -> list[str]:
         raise ConfigError(
             f"the adapter changes none of the linear layers {', '.join(SITES)} of these weights", field="adapter"
         )
+    for site, kernel in kernels_of(params, sites).items():
+        if (found := format_of(kernel)) is not None:
+            raise ConfigError(
+                f"edge.weights is {found}: merged into {site}, an update would be rounded to the steps of its codes",
+                field="edge.weights",
+                code="quantized",
+                remedy="load the edge with --edge.weights bfloat16, which the same generator fits, or pass the adapter"
+                " beside the weights",
+            )
     return sites
 
 
@@ -116,7 +127,7 @@ def merge(params: Any, adapter: Mergeable) -> Any:
     `params` stays valid; weights that do not change are shared with it.
 
     Raises:
-        ConfigError: when the adapter holds several prompts, or was made for another model.
+        ConfigError: when the adapter holds several prompts, or was made for another model, or for quantized weights.
     """
     return _merged(_keeping, params, adapter, 1.0)
 

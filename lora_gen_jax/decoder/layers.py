@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from lora_gen_jax.adapters.protocol import Adapter
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.product import kept, product, product_beside
+from lora_gen_jax.decoder.quantized import FORMATS, format_of, quantized_product
 from lora_gen_jax.sharding import constrain, partitioned
 
 RECORDS = "records"
@@ -32,8 +33,8 @@ ACTIVATIONS = {
 class Linear(nn.Module):
     """x·W (+ b) (+ what an adapter adds for the site that this module is named after).
 
-    It computes in `dtype`, with operands rounded to `operands` where that is given (`product`); the result is of
-    `out_dtype`, where that is given, without having been rounded to `dtype`.
+    W is of any float type, or quantized. It computes in `dtype`, with operands rounded to `operands` where that is
+    given (`product`); the result is of `out_dtype`, where that is given, without having been rounded to `dtype`.
     """
 
     features: int
@@ -50,15 +51,23 @@ class Linear(nn.Module):
         kernel = self.param("kernel", init, (x_BTD.shape[-1], self.features))
         if kernel.dtype == jnp.uint16:  # bf16, which the scan over layers sliced as bits
             kernel = jax.lax.bitcast_convert_type(kernel, jnp.bfloat16)
+        quantized = format_of(kernel)
+        if quantized is None:
+            kernel = kernel.astype(self.dtype if self.operands is None else self.operands)
         # Stored in pieces, gathered here: the alternative, partial sums of all rows, moves far more.
-        stored = self.dtype if self.operands is None else self.operands
-        kernel = constrain(kernel.astype(stored), *(None if axis == "embed" else axis for axis in self.axes))
+        whole = tuple(None if axis == "embed" else axis for axis in self.axes)
+        kernel = constrain(kernel, *whole)
         key = None if adapter is None else dropout_key(self)
         low = None
         # Where outputs are fewer, laying both operands out side by side costs more than another pass over the outputs.
-        if adapter is not None and self.operands is not None and self.features > x_BTD.shape[-1]:
+        beside = self.operands is not None and quantized is None and self.features > x_BTD.shape[-1]
+        if adapter is not None and beside:
             low = adapter.lowered(str(self.name), x_BTD, key)
-        if self.operands is None:
+        if quantized is not None:
+            blocks = x_BTD.shape[-1] // FORMATS[quantized].block_of(x_BTD.shape[-1])
+            scales = self.param("scales", nn.initializers.ones_init(), (blocks, self.features))
+            y = quantized_product(x_BTD, kernel, constrain(scales, *whole), self.operands)
+        elif self.operands is None:
             y = jnp.matmul(x_BTD, kernel, preferred_element_type=self.out_dtype)
         elif low is not None:
             y = product_beside(x_BTD, kernel, *low, self.operands)

@@ -130,7 +130,7 @@ def load_subject(settings: Settings) -> EvaluatedModel:
 
 
 def _info(edge: Model, made: dict[str, Any]) -> dict[str, Any]:
-    dtype = precision_of(edge.decoder)
+    dtype = precision_of(edge)
     return {"lora_gen": {**made, "edge": edge.fingerprint, "dtype": dtype}, "versions": versions()}
 
 
@@ -143,8 +143,10 @@ def _with_specialization(settings: Settings) -> EvaluatedModel:
     adapter = fitted_adapter(special, loaded.variables, config.generator)
     made = {"method": "specialization", **special.fingerprints, "gates": content_of(special.tensors)}
     made["prompt"] = digest_of(special.prompt)
-    # The base is not needed any more.
-    answering = edge.plain.replace(params=merge_donated(edge.params, adapter))
+    answering = edge.plain.replace(adapter=adapter)
+    if edge.weights is None:
+        # The base is not needed any more.
+        answering = edge.plain.replace(params=merge_donated(edge.params, adapter))
     ends = end_ids(config.edge.source, edge)
     return EvaluatedModel(identity_of(edge, made), edge, lambda: answering, ends, _info(edge, made))
 

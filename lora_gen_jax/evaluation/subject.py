@@ -61,7 +61,7 @@ def identity_of(edge: Model, made: dict[str, Any]) -> str:
         made: all that the merged weights depend on, as JSON holds it.
     """
     # Another version may tokenize, generate or merge otherwise.
-    known = {**made, "edge": edge.fingerprint, "dtype": precision_of(edge.decoder), "versions": versions()}
+    known = {**made, "edge": edge.fingerprint, "dtype": precision_of(edge), "versions": versions()}
     return digest_of(json.dumps(known | {"tokenizer": edge.encoder.digest}, sort_keys=True))
 
 

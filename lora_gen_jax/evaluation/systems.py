@@ -182,7 +182,7 @@ def description_of(config: Config, pair: Pair, loaded: Loaded) -> dict[str, Any]
         "hub": dataclasses.asdict(hub),
         "packages": {name: version(name) for name in trained_method(trained.method).packages},
         "cloud": pair.cloud.fingerprint,
-        "cloud_dtype": precision_of(pair.cloud.decoder),
+        "cloud_dtype": precision_of(pair.cloud),
         "cloud_tokenizer": pair.cloud.encoder.digest,
     }
 

@@ -133,7 +133,7 @@ def _adapter(flags: Export, made: Made) -> tuple[str, str]:
     if flags.format == "gguf":
         check_gguf(config)
     factors = lora_factors(made.special, made.loaded.variables, made.loaded.config.generator, config.num_layers)
-    adapter = ExportedAdapter(source, config, factors, origin_of(made.special))
+    adapter = ExportedAdapter(source, config, factors, origin_of(made.special, made.edge))
     if flags.format == "gguf":
         _write(out, lambda directory: write_gguf(adapter, directory, flags.dtype))
         return f"llama.cpp adapter of rank {adapter.rank}", f"llama-cli -m EDGE.gguf --lora {out / FILE}"
@@ -156,10 +156,10 @@ def _merged(flags: Export, made: Made | None) -> tuple[str, str]:
     adapter, origin = None, None
     if made is not None and not flags.base:
         adapter = fitted_adapter(made.special, made.loaded.variables, made.loaded.config.generator)
-        origin = origin_of(made.special)
+        origin = origin_of(made.special, made.edge)
     # In the host's memory: a whole model in fp32 need not fit an accelerator.
     with jax.default_device(jax.devices("cpu")[0]):
-        model = load_model(dataclasses.replace(edge, dtype="float32"))
+        model = load_model(dataclasses.replace(edge, dtype="float32", weights="auto"))
         if adapter is not None:
             adapter = jax.device_put(adapter, jax.devices("cpu")[0])
             model = dataclasses.replace(model, params=merge_donated(model.params, adapter))

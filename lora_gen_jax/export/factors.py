@@ -20,9 +20,10 @@ from lora_gen_jax.adapters.lora import PromptLoRA
 from lora_gen_jax.adapters.refined import RefinedPool
 from lora_gen_jax.adapters.specialization import Specialization
 from lora_gen_jax.adapters.specialization_fit import adapter_of
-from lora_gen_jax.config import GeneratorConfig
+from lora_gen_jax.config import GeneratorConfig, ModelConfig
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.pretrained import leaves
+from lora_gen_jax.models import quantization_of
 
 Factors = dict[str, dict[str, np.ndarray]]
 
@@ -123,12 +124,19 @@ def _fp32(values: Any) -> np.ndarray:
     return np.asarray(values, np.float32)
 
 
-def origin_of(specialization: Specialization) -> dict[str, str]:
+def origin_of(specialization: Specialization, edge: ModelConfig) -> dict[str, str]:
     """What a specialization was made from: fingerprints of models and pool, the prompt's hash, versions.
 
-    The prompt's text stays out: whoever gets the export need not read it.
+    The prompt's text stays out: whoever gets the export need not read it. An export belongs to the model that the
+    edge's fingerprint names, as it is stored; if the generator was trained beside quantized weights, that is said.
+
+    Args:
+        specialization: that was made.
+        edge: the generator's edge model.
     """
     versions = ", ".join(f"{name} {number}" for name, number in specialization.versions.items())
     names = {"edge": "edge model", "cloud": "cloud model", "pool": "expert pool"}
     prints = {f"{names[key]} (fingerprint)": value for key, value in sorted(specialization.fingerprints.items())}
+    if (quantized := quantization_of(edge)) is not None:
+        prints["edge model in training"] = f"the same in {quantized}"
     return {**prints, "prompt (SHA-256, first 16 digits)": specialization.digest, "made with": versions}

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from lora_gen_jax.adapters.gated_pool import GatedPool
 from lora_gen_jax.adapters.merge import merge, merge_over
 from lora_gen_jax.buckets import bucket
+from lora_gen_jax.decoder.quantized import quantized_name
 from lora_gen_jax.errors import LoraGenError
 from lora_gen_jax.inference.continuous import with_gates
 from lora_gen_jax.inference.decode import Generation
@@ -60,7 +61,9 @@ def answer_all(
         except LoraGenError as error:
             raise error.within(f"request {i + 1} of {len(works)}") from error
     groups = by_specialization(works)
-    mixed = how == "mixed" or (how == "auto" and mixed_is_better([len(group) for group in groups]))
+    # Nothing is merged into quantized weights.
+    apart = quantized_name(params) is not None or mixed_is_better([len(group) for group in groups])
+    mixed = how == "mixed" or (how == "auto" and apart)
     # Free rows are computed, too: merged, no more are needed than the largest group has.
     most = len(works) if mixed else max(map(len, groups))
     rank = max(factor_rank(work.factors) for work in works)

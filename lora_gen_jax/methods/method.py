@@ -15,6 +15,7 @@ from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.config import Config
 from lora_gen_jax.data.tasks import Example, Task
 from lora_gen_jax.decoder.config import DecoderConfig
+from lora_gen_jax.decoder.quantized import quantized_name
 from lora_gen_jax.generator.trained_module import TrainedModule
 from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.models import Pair, check_variables
@@ -128,7 +129,7 @@ def fixed(build: Build) -> Callable[[Config, Pair, "Loaded | None"], Specialize]
 
 
 def merge_if_possible(model: EdgeModel, adapter: Any) -> EdgeModel:
-    """The model with the adapter merged, where it is a change of weights, else with the adapter beside them."""
-    if hasattr(adapter, "weight_delta"):
+    """The model with the adapter merged, where it is a change of weights; beside them, where not, or if quantized."""
+    if hasattr(adapter, "weight_delta") and quantized_name(model.params) is None:
         return model.replace(params=merge(model.params, adapter))
     return model.replace(adapter=adapter)

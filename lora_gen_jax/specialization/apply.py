@@ -52,7 +52,8 @@ def learning_model(edge: Model, settings: ModelConfig) -> Model:
         return edge
 
     def stored(path: Any, x: jax.Array) -> jax.Array:
-        return x.astype(decoder.operands) if path[-1].key in ("kernel", "embedding") else x
+        matrix = path[-1].key in ("kernel", "embedding") and jnp.issubdtype(x.dtype, jnp.floating)
+        return x.astype(decoder.operands) if matrix else x
 
     params = jax.tree_util.tree_map_with_path(stored, edge.params)
     return dataclasses.replace(edge, decoder=decoder, params=params)

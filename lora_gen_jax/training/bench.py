@@ -60,7 +60,7 @@ def bench(config: Config) -> dict[str, float]:
     parts = ", ".join(f"{name} {value / 1e9:.0f}" for name, value in vars(cost).items())
     print(f"step         {seconds:.2f} s (median of {STEPS}; {min(times):.2f} to {max(times):.2f})")
     print(f"multiply-adds {cost.total / 1e9:.0f} G, forward and backward without recomputation ({parts})")
-    print(f"matmul rate  {rate / 1e9:.0f} GMAC/s in {precision_of(decoder)}, {jax.device_count()} device(s)")
+    print(f"matmul rate  {rate / 1e9:.0f} GMAC/s in {precision_of(pair.edge)}, {jax.device_count()} device(s)")
     print(f"share        {100 * figures['share']:.0f} % of the matmul rate")
     cloud, edge = 100 * figures["cloud_fill"], 100 * figures["edge_fill"]
     print(f"tokens       {cloud:.0f} % of the cloud's slots, {edge:.0f} % of the edge's are not padding")

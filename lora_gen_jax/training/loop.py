@@ -224,7 +224,7 @@ def lengths(config: Config) -> str:
 
 def precisions(pair: Pair) -> str:
     """The types that the two models are computed in, as `ModelConfig.dtype` calls them."""
-    cloud, edge = precision_of(pair.cloud.decoder), precision_of(pair.edge.decoder)
+    cloud, edge = precision_of(pair.cloud), precision_of(pair.edge)
     return cloud if cloud == edge else f"cloud {cloud}, edge {edge}"
 
 

@@ -126,6 +126,24 @@ def test_a_training_steps_flops_agree_with_the_formula(middle):
 
 
 @needs_libtpu
+@pytest.mark.parametrize(("weights", "size"), [("int8", 1.0), ("nf4", 0.5)])
+def test_quantized_weights_are_gathered_as_codes(middle, weights, size):
+    """And not as the floats that they are multiplied as: a byte or half of one for a weight, and the scales."""
+    cloud, edge = (dataclasses.replace(model, weights=weights) for model in (middle.cloud, middle.edge))
+    quantized = dataclasses.replace(middle, cloud=cloud, edge=edge)
+    pair = shapes_pair(quantized)
+    (program,) = build(quantized, pair, get_topology("v5e:2x2").devices, ("train_step",), Sizes())
+    cost = compile_program(program, get_topology("v5e:2x2").chip, 1.0)
+    leaves = jax.tree_util.tree_leaves_with_path([m.params["layers"] for m in (pair.cloud, pair.edge)])
+    codes = sum(x.size * size for path, x in leaves if path[-1].key == "kernel")
+    scales = sum(x.size * x.dtype.itemsize for path, x in leaves if path[-1].key == "scales")
+    # Twice, forward and backward; beside them the edge's unembedding and what is trained.
+    gathered = 2 * (codes + scales) * 3 / 4
+    unembedding = 2048 * 256 * 2 * 3 / 4
+    assert 0.9 * gathered <= cost.collective_bytes["all-gather"] <= 1.1 * (gathered + unembedding)
+
+
+@needs_libtpu
 def test_the_compilers_own_count_of_an_unrolled_step_is_ours(middle, monkeypatch):
     """Without a loop over layers the compiler's count holds too, which has elementwise work (1 %) in it.
 
@@ -189,7 +207,15 @@ def test_the_command_prints_finite_json(tmp_path, capsys):
 
 @needs_libtpu
 @pytest.mark.parametrize(
-    ("topology", "chips", "slices"), [("v5p:2x2x2", 8, 1), ("v6e:2x2", 4, 1), ("v4:2x2x1", 4, 1), ("2*v5e:2x2", 8, 2)]
+    ("topology", "chips", "slices"),
+    [
+        ("v5p:2x2x2", 8, 1),
+        ("v6e:2x2", 4, 1),
+        ("v4:2x2x1", 4, 1),
+        ("2*v5e:2x2", 8, 2),
+        ("v5e:1x1", 1, 1),
+        ("v4:1x1x1", 1, 1),
+    ],
 )
 def test_topologies(topology, chips, slices):
     found = get_topology(topology)

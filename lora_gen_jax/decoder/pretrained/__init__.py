@@ -56,6 +56,7 @@ def load_params(
     dtype: Any = jnp.float32,
     shardings: Any = None,
     matrices: Any = None,
+    weights: str | None = None,
 ) -> dict[str, Any]:
     """The model's parameters as nested dicts of jax arrays.
 
@@ -66,17 +67,20 @@ def load_params(
         shardings: None, one `jax.sharding.Sharding`, or the parameters' tree of them. Each process then reads only the
             slices that its devices hold.
         matrices: dtype of kernels and embedding tables, where it is another.
+        weights: a key of `quantized.FORMATS`, that the layers' kernels are quantized to while they are read, block by
+            block; None leaves them floats.
 
     Returns:
-        Kernels [L, inputs, outputs], norms [L, D], embedding [V, D]; see `leaves` for all of them.
+        Kernels [L, inputs, outputs], norms [L, D], embedding [V, D]; see `leaves` for all of them. Beside a quantized
+        kernel are its scales.
     """
     found = resolve(source)
     config = load_config(found) if config is None else config
-    return assemble(config, _checkpoint(found), dtype, shardings, matrices)
+    return assemble(config, _checkpoint(found), dtype, shardings, matrices, weights)
 
 
 def fingerprint(source: "AnySource") -> str:
-    """16 hex digits that identify the stored weights, whatever dtype or sharding they are loaded with."""
+    """16 hex digits that identify the stored weights, whatever dtype, quantization or sharding they are loaded with."""
     found = resolve(source)
     return fingerprint_of(load_config(found), _checkpoint(found))
 

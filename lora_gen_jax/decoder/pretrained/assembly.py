@@ -1,10 +1,12 @@
 """Builds the parameter tree of a decoder from the tensors of a checkpoint, one leaf at a time.
 
 In: a `DecoderConfig` and a `Checkpoint` (Hugging Face or GGUF). Out: nested dicts of jax arrays, layers stacked on a
-leading axis. Tensors are read in row blocks straight into the target dtype, and a sharded leaf is read one shard at
-a time, any other one layer at a time, so that host memory never holds two copies of a large leaf.
+leading axis. Tensors are read in row blocks straight into the target dtype or format, and a sharded leaf is read one
+shard at a time, any other one layer at a time, so that host memory never holds two copies of a large leaf.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
@@ -15,6 +17,7 @@ import numpy as np
 
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.pretrained.layout import Leaf, leaves
+from lora_gen_jax.decoder.quantized import FORMATS, codes_of, scales_of
 from lora_gen_jax.errors import ModelError
 from lora_gen_jax.untrusted import finite
 
@@ -49,7 +52,12 @@ class Checkpoint(Protocol):
 
 
 def assemble(
-    config: DecoderConfig, checkpoint: Checkpoint, dtype: Any, shardings: Any = None, matrices: Any = None
+    config: DecoderConfig,
+    checkpoint: Checkpoint,
+    dtype: Any,
+    shardings: Any = None,
+    matrices: Any = None,
+    weights: str | None = None,
 ) -> dict[str, Any]:
     """Reads all parameters.
 
@@ -60,9 +68,11 @@ def assemble(
         shardings: None, one `jax.sharding.Sharding`, or the tree of the parameters with a sharding (or None, for the
             default device) at every leaf or in place of a subtree.
         matrices: of kernels and embedding tables, where it is another than `dtype`.
+        weights: the format that the layers' kernels are quantized to; None for none.
 
     Returns:
-        Nested dicts of jax arrays: kernels [L, inputs, outputs], norms [L, D], embedding [V, D].
+        Nested dicts of jax arrays: kernels [L, inputs, outputs], norms [L, D], embedding [V, D]; "scales" beside
+        quantized kernels.
 
     Raises:
         ModelError: a tensor is missing or its shape does not fit the config.
@@ -74,9 +84,14 @@ def assemble(
         node = params
         for key in leaf.path[:-1]:
             node = node.setdefault(key, {})
+        source = _Stacked(checkpoint, leaf, config.num_layers)
+        if weights is not None and leaf.stacked and leaf.path[-1] == "kernel":
+            node |= _quantized(source, weights, shardings)
+            continue
         matrix = matrices is not None and leaf.path[-1] in ("kernel", "embedding")
         stored = np.dtype(matrices if matrix else dtype)
-        node[leaf.path[-1]] = _load_leaf(config, checkpoint, leaf, stored, _sharding_of(shardings, leaf))
+        sharding = _sharding_of(shardings, leaf.path)
+        node[leaf.path[-1]] = _placed(source.shape, stored, leaf.stacked, partial(source.read, dtype=stored), sharding)
     return params
 
 
@@ -114,14 +129,14 @@ def check(config: DecoderConfig, checkpoint: Checkpoint, table: list[Leaf]) -> N
             )
 
 
-def _sharding_of(shardings: Any, leaf: Leaf) -> jax.sharding.Sharding | None:
+def _sharding_of(shardings: Any, path: tuple[str, ...]) -> jax.sharding.Sharding | None:
     node = shardings
-    for key in leaf.path:
+    for key in path:
         if not isinstance(node, Mapping):
             break
         if key not in node:
             raise ModelError(
-                f"shardings has no entry {'/'.join(leaf.path)}",
+                f"shardings has no entry {'/'.join(path)}",
                 field="shardings",
                 remedy="give it the tree of the parameters",
             )
@@ -129,36 +144,89 @@ def _sharding_of(shardings: Any, leaf: Leaf) -> jax.sharding.Sharding | None:
     return node
 
 
-def _load_leaf(
-    config: DecoderConfig,
-    checkpoint: Checkpoint,
-    leaf: Leaf,
-    dtype: np.dtype,
-    sharding: jax.sharding.Sharding | None,
-) -> jax.Array:
-    shape = leaf.full_shape(config.num_layers)
-    names = leaf.tensor_names(config.num_layers)
+@dataclasses.dataclass(frozen=True)
+class _Stacked:
+    """One leaf's tensors in a checkpoint, read as parts of the leaf."""
 
-    def part(index: Index | None) -> np.ndarray:
-        index = index or (slice(None),) * len(shape)
-        bounds = [slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True)]
+    checkpoint: Checkpoint
+    leaf: Leaf
+    layers: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.leaf.full_shape(self.layers)
+
+    def read(self, bounds: Index, dtype: Any, convert: "_Convert | None" = None) -> np.ndarray:
+        """leaf[bounds] in `dtype`; `convert` makes it of a layer's rows, as `_fill` says."""
         out = np.empty([b.stop - b.start for b in bounds], dtype)
-        if not leaf.stacked:
-            _fill(out, checkpoint, names[0], tuple(bounds), leaf.transpose)
+        names = self.leaf.tensor_names(self.layers)
+        if not self.leaf.stacked:
+            _fill(out, self.checkpoint, names[0], bounds, self.leaf.transpose)
         else:
-            for layer, name in enumerate(names[bounds[0]]):
-                _fill(out[layer], checkpoint, name, tuple(bounds[1:]), leaf.transpose)
+            for layer in range(bounds[0].start, bounds[0].stop):
+                rows = None if convert is None else partial(convert, layer)
+                target = out[layer - bounds[0].start]
+                _fill(target, self.checkpoint, names[layer], bounds[1:], self.leaf.transpose, rows)
         return out
 
+
+_Convert = Callable[[int, np.ndarray, slice], np.ndarray]
+
+
+def _quantized(source: _Stacked, weights: str, shardings: Any) -> dict[str, jax.Array]:
+    """A kernel's codes and scales. The file is read twice: a shard's scales may need inputs that it has none of."""
+    format, (layers, inputs, outputs) = FORMATS[weights], source.shape
+    block = format.block_of(inputs)
+    scales_LNO = np.empty((layers, inputs // block, outputs), format.scales)
+    for layer, name in enumerate(source.leaf.tensor_names(layers)):
+        everything = (slice(0, inputs), slice(0, outputs))
+
+        def scales(rows_OI: np.ndarray, _: slice) -> np.ndarray:
+            return scales_of(rows_OI.astype(np.float32).T, format, np).T
+
+        _fill(scales_LNO[layer], source.checkpoint, name, everything, True, scales)
+
+    def codes(bounds: Index) -> np.ndarray:
+        blocks = np.arange(bounds[1].start, bounds[1].stop) // block
+
+        def convert(layer: int, rows_OI: np.ndarray, rows: slice) -> np.ndarray:
+            return codes_of(rows_OI.astype(np.float32).T, scales_LNO[layer, :, rows][blocks], format, np).T
+
+        return source.read(bounds, format.codes, convert)
+
+    def on(name: str) -> jax.sharding.Sharding | None:
+        return _sharding_of(shardings, (*source.leaf.path[:-1], name))
+
+    return {
+        "kernel": _placed(source.shape, np.dtype(format.codes), True, codes, on("kernel")),
+        "scales": _placed(scales_LNO.shape, scales_LNO.dtype, True, lambda bounds: scales_LNO[bounds], on("scales")),
+    }
+
+
+def _placed(
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    stacked: bool,
+    part: Callable[[Index], np.ndarray],
+    sharding: jax.sharding.Sharding | None,
+) -> jax.Array:
+    """The array whose parts `part` reads, by slices with a start and a stop."""
+
+    def bounded(index: Index | None) -> Index:
+        index = index or (slice(None),) * len(shape)
+        return tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True))
+
     if sharding is None or len(sharding.device_set) == 1:
-        return jax.device_put(_layer_by_layer(shape, dtype, part) if leaf.stacked else part(None), sharding)
+        whole = _layer_by_layer(shape, dtype, lambda index: part(bounded(index))) if stacked else part(bounded(None))
+        return jax.device_put(whole, sharding)
     read: dict[Any, np.ndarray] = {}
 
     def once(index: Index | None) -> np.ndarray:
         # Devices that hold copies ask for the same part.
-        key = None if index is None else tuple((s.start, s.stop) for s in index)
+        bounds = bounded(index)
+        key = tuple((s.start, s.stop) for s in bounds)
         if key not in read:
-            read[key] = part(index)
+            read[key] = part(bounds)
         return read[key]
 
     return jax.make_array_from_callback(shape, sharding, once, dtype=dtype)
@@ -178,15 +246,26 @@ def _set_layer(whole: jax.Array, new: jax.Array, layer: int) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(whole, new, layer, axis=0)
 
 
-def _fill(out: np.ndarray, checkpoint: Checkpoint, name: str, index: Index, transpose: bool) -> None:
+def _fill(
+    out: np.ndarray,
+    checkpoint: Checkpoint,
+    name: str,
+    index: Index,
+    transpose: bool,
+    convert: Callable[[np.ndarray, slice], np.ndarray] | None = None,
+) -> None:
+    """Writes tensor[index] into `out`, block by block of the stored rows; `convert` makes of a block what is written.
+
+    `index` has the axes of `out`, which `transpose` turns into those that are stored.
+    """
     # Assigning into a (transposed) view casts, transposes and copies in one pass.
     target, index = (out.T, index[::-1]) if transpose else (out, index)
-    step = max(1, _BLOCK_ELEMENTS // max(1, int(np.prod(target.shape[1:]))))
+    step = max(1, _BLOCK_ELEMENTS // max(1, math.prod(s.stop - s.start for s in index[1:])))
     first, last = index[0].start, index[0].stop
     for start in range(first, last, step):
         stop = min(start + step, last)
         block = checkpoint.read(name, (slice(start, stop), *index[1:]))
-        target[start - first : stop - first] = block
+        target[start - first : stop - first] = block if convert is None else convert(block, slice(start, stop))
         if not finite(block):
             raise ModelError(
                 f"{checkpoint.description}: tensor {name!r} holds values that are not numbers",

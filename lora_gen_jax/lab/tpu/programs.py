@@ -25,11 +25,12 @@ from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.decoder.pretrained import load_config, resolve
 from lora_gen_jax.decoder.pretrained.shapes import KNOWN_SHAPES
+from lora_gen_jax.decoder.quantized import quantize_layers
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.generator.cloud import PackedPrompts
 from lora_gen_jax.inference.edge_model import forward_only, logits_at
 from lora_gen_jax.methods.registry import make_generator
-from lora_gen_jax.models import Model, Pair, init_params, make_decoder, share_weights
+from lora_gen_jax.models import Model, Pair, init_params, make_decoder, quantization_of, share_weights
 from lora_gen_jax.sharding import make_mesh, param_shardings, spec
 from lora_gen_jax.training.optimizer import make_optimizer
 from lora_gen_jax.training.prepare import check_rows
@@ -88,8 +89,11 @@ def shapes_pair(config: Config) -> Pair:
         decoder = decoder_of(settings)
         shapes = nn.unbox(jax.eval_shape(lambda: init_params(decoder)))
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, decoder.dtype), shapes)
+        quantized = quantization_of(settings)
+        if quantized is not None:
+            params = jax.eval_shape(lambda p: quantize_layers(p, quantized), params)
         nothing: Any = None
-        return Model(decoder, params, nothing, "")
+        return Model(decoder, params, nothing, "", weights=quantized)
 
     return Pair(model(config.cloud), model(config.edge))
 
@@ -131,7 +135,7 @@ def on(mesh: Mesh, tree: Any, *axes: str | None) -> Any:
 
 def frozen_on(mesh: Mesh, model: Model) -> Any:
     """A model's weights as shapes, split as training splits them."""
-    shardings = param_shardings(mesh, lambda: init_params(model.decoder))
+    shardings = param_shardings(mesh, lambda: init_params(model.decoder, weights=model.weights))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), model.params, shardings)
 
 
@@ -171,7 +175,10 @@ def _chip_bytes(x: Any) -> float:
 
 
 def specialize(config: Config, pair: Pair, mesh: Mesh) -> Program:
-    """One prompt of data.cloud_length tokens, meta tokens included, to merged edge weights; the base is kept."""
+    """One prompt of data.cloud_length tokens, meta tokens included, to merged edge weights; the base is kept.
+
+    To an adapter where the edge is quantized: nothing is merged into it.
+    """
     if config.method != "lora_gen":
         raise ConfigError(
             f"method {config.method} does not specialize", field="method", remedy="leave specialise out of --programs"
@@ -182,11 +189,17 @@ def specialize(config: Config, pair: Pair, mesh: Mesh) -> Program:
     variables = jax.eval_shape(generator.init, keys, pair.cloud.params, prompts)
     edge = frozen_on(mesh, pair.edge)
 
-    def run(variables: Any, cloud: Any, edge: Any, prompts: Any) -> Any:
-        return merge(edge, generator.apply(variables, cloud, prompts).adapter.select(0))
+    def adapter(variables: Any, cloud: Any, prompts: Any) -> Any:
+        return generator.apply(variables, cloud, prompts).adapter.select(0)
 
-    step = jax.jit(run, out_shardings=jax.tree.map(lambda x: x.sharding, edge))
-    arguments = on(mesh, variables), frozen_on(mesh, pair.cloud), edge, on(mesh, prompts)
+    def merged(variables: Any, cloud: Any, prompts: Any, edge: Any) -> Any:
+        return merge(edge, adapter(variables, cloud, prompts))
+
+    arguments = on(mesh, variables), frozen_on(mesh, pair.cloud), on(mesh, prompts)
+    step = jax.jit(adapter)
+    if pair.edge.weights is None:
+        step = jax.jit(merged, out_shardings=jax.tree.map(lambda x: x.sharding, edge))
+        arguments += (edge,)
     return Program("specialise", mesh, lambda: step.lower(*arguments))
 
 

@@ -99,7 +99,7 @@ class Topology:
 
 
 def get_topology(name: str) -> Topology:
-    """The chips of that name.
+    """The chips of that name; ``v5e:1x1`` is one.
 
     Raises:
         ConfigError: for a name that is not understood or that libtpu does not know, and without libtpu.
@@ -120,6 +120,8 @@ def get_topology(name: str) -> Topology:
 
     slices, chip = int(found[1] or 1), found[2]
     options = _OPTIONS.get(chip, {}) | ({"num_slices": slices} if slices > 1 else {})
+    if set(found[3].split("x")) == {"1"}:  # one chip, where a host has four
+        options |= {"chips_per_host_bounds": [1, 1, 1]}
     try:
         topology = topologies.get_topology_desc(
             platform="tpu",
