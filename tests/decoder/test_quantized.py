@@ -234,7 +234,7 @@ def test_loading_holds_no_float_copy_of_a_matrix(tmp_path, monkeypatch, float32)
         "vocab_size": 64,
         "hidden_size": 256,
         "intermediate_size": 1024,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "tie_word_embeddings": True,
     }
@@ -242,7 +242,7 @@ def test_loading_holds_no_float_copy_of_a_matrix(tmp_path, monkeypatch, float32)
     tensors = {
         name: np.ones(leaf.stored_shape, np.float32)
         for leaf in leaves(DecoderConfig.from_hf(hf))
-        for name in leaf.tensor_names(2)
+        for name in leaf.tensor_names(4)
     }
     save_file(tensors, tmp_path / "model.safetensors")
     one_matrix = 256 * 1024 * 4
@@ -254,5 +254,6 @@ def test_loading_holds_no_float_copy_of_a_matrix(tmp_path, monkeypatch, float32)
         peak = tracemalloc.get_traced_memory()[1] - before
     finally:
         tracemalloc.stop()
-    # The codes of one layer's matrix, a byte each, its scales, and a block with what is made of it on the way.
-    assert peak < 0.9 * one_matrix
+    # Codes of up to three layers that JAX has not copied yet, a byte each, and six times a block on the way to codes
+    # are 1.13 matrices; the floats of one would be another, and its quotients by the scales a third.
+    assert peak < 1.5 * one_matrix
