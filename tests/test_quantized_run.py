@@ -15,7 +15,7 @@ from lora_gen_jax.config_check import check
 from lora_gen_jax.decoder.pretrained import load_params
 from lora_gen_jax.decoder.quantized import quantized_name
 from lora_gen_jax.errors import ConfigError
-from lora_gen_jax.inference.decode import generate
+from lora_gen_jax.inference.decode import GenerationSettings, generate
 from lora_gen_jax.methods.method import Prompt
 from lora_gen_jax.methods.registry import METHODS
 from lora_gen_jax.models import load_pair, precision_of
@@ -70,7 +70,7 @@ def test_an_answer_is_the_side_paths(config, specializer, special, capsys, tmp_p
     edge = specializer.pair.edge
     ids = [edge.encoder.text("what kind is the sun ?")]
     adapter = specializer.adapter(specializer.specialize([PROMPT])[0])
-    (expected,) = generate(edge.decoder, edge.params, ids, max_new_tokens=6, adapter=adapter)
+    (expected,) = generate(edge.plain.replace(adapter=adapter), ids, GenerationSettings(6))
     asked = ["--max-new-tokens", "6"]
     capsys.readouterr()
     main(["generate", "--specialization", str(special), "--input", "what kind is the sun ?", *asked])

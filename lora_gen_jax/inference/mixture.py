@@ -62,7 +62,7 @@ def answer_all(
             raise error.within(f"request {i + 1} of {len(works)}") from error
     groups = by_specialization(works)
     # Nothing is merged into quantized weights.
-    apart = quantized_name(params) is not None or mixed_is_better([len(group) for group in groups])
+    apart = quantized_name(model.params) is not None or mixed_is_better([len(group) for group in groups])
     mixed = how == "mixed" or (how == "auto" and apart)
     # Free rows are computed, too: merged, no more are needed than the largest group has.
     most = len(works) if mixed else max(map(len, groups))

@@ -32,7 +32,7 @@ def _batch():
     return pack_groups(groups, DATA, EDGE.num_layers)
 
 
-BATCH, GENERATOR = _batch(), LoRAGen(CLOUD, EDGE, CONFIG.generator)
+BATCH, GENERATOR = _batch(), LoRAGen(Decoder(CLOUD), EDGE, CONFIG.generator)
 
 
 def _gradient(frozen, variables, batch):
