@@ -131,9 +131,9 @@ def test_quantized_weights_are_gathered_as_codes(middle, weights, size):
     """And not as the floats that they are multiplied as: a byte or half of one for a weight, and the scales."""
     cloud, edge = (dataclasses.replace(model, weights=weights) for model in (middle.cloud, middle.edge))
     quantized = dataclasses.replace(middle, cloud=cloud, edge=edge)
-    pair = shapes_pair(quantized)
-    (program,) = build(quantized, pair, get_topology("v5e:2x2").devices, ("train_step",), Sizes())
-    cost = compile_program(program, get_topology("v5e:2x2").chip, 1.0)
+    topology, pair = get_topology("v5e:2x2"), shapes_pair(quantized)
+    (program,) = build(quantized, pair, topology.devices, ("train_step",), Sizes())
+    cost = compile_program(program, topology, 1.0)
     leaves = jax.tree_util.tree_leaves_with_path([m.params["layers"] for m in (pair.cloud, pair.edge)])
     codes = sum(x.size * size for path, x in leaves if path[-1].key == "kernel")
     scales = sum(x.size * x.dtype.itemsize for path, x in leaves if path[-1].key == "scales")
