@@ -1,5 +1,7 @@
 """What the processor is said to do decides how training computes."""
 
+from types import SimpleNamespace
+
 import jax.numpy as jnp
 import pytest
 from helpers import EDGE
@@ -60,5 +62,5 @@ def test_instructions_that_xla_may_not_use_do_not_count(cpuinfo, monkeypatch, li
 def test_precision(monkeypatch, dtype, platform, training, bf16, expected):
     monkeypatch.setattr(models, "multiplies_bfloat16", lambda: bf16)
     decoder = make_decoder(ModelConfig(dtype=dtype), EDGE, platform, training)
-    assert precision_of(decoder) == expected
+    assert precision_of(SimpleNamespace(decoder=decoder, weights=None)) == expected  # pyright: ignore
     assert decoder.dtype == (jnp.bfloat16 if expected == "bfloat16" else jnp.float32)

@@ -201,7 +201,7 @@ def test_hub_errors(tmp_path, monkeypatch):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     last = result.stderr.strip().splitlines()[-1]
-    assert "ModelError: org/absent " in last
+    assert "ModelError: model org/absent " in last
     assert "HF_HUB_OFFLINE" in last
 
 

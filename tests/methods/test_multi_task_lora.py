@@ -6,12 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import EDGE, OPT, SAME, SETTINGS, filled, logits, raises, random_params, token_rows
+from helpers import EDGE, OPT, SAME, SETTINGS, filled, logits, random_params, token_rows
 
 from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.decoder.model import Decoder
-from lora_gen_jax.errors import ConfigError
-from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.methods.lora import MultiTaskLoRA
 
 pytestmark = pytest.mark.float64
@@ -53,8 +51,3 @@ def test_the_sites_are_the_configs_and_start_at_the_base():
     assert np.any(params["q_a"])
     # OPT's FFN has no gate; a config that names it for all families is no error.
     assert not any(name.startswith("gate") for name in made(OPT)[0])
-
-
-def test_it_cannot_be_specialized_by_a_prompt():
-    with raises(ConfigError, "generator", "MultiTaskLoRA"):
-        specialize(MultiTaskLoRA(EDGE, SETTINGS), {}, None, [[1, 2]])  # pyright: ignore
