@@ -59,7 +59,7 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path, shots: Sequence
     check_output(out)
     if jax.process_count() > 1:
         # The first may have written it before another looks.
-        distributed.barrier("output")
+        distributed.barrier()
     check_methods(config.eval.methods, "eval.methods")
     check_shots(config.eval.methods, shots or [config.eval.shots])
     foreign = [name for name in config.eval.tasks if name.startswith(harness.PREFIX)]

@@ -16,8 +16,10 @@ from types import FrameType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_gen_jax.config import DistributedConfig
 from lora_gen_jax.data.tasks import stable_hash
@@ -95,7 +97,7 @@ def job(config: DistributedConfig) -> Iterator[None]:
 
 def _stop() -> None:
     if jax.distributed.is_initialized():
-        barrier("end")
+        barrier()
         jax.distributed.shutdown()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's handler outlives its service
@@ -144,9 +146,19 @@ class StopSignals:
         return None
 
 
-def barrier(name: str) -> None:
-    """Waits for all processes."""
-    multihost_utils.sync_global_devices(name)
+def barrier() -> None:
+    """Waits for all processes, until none of this one's devices exchanges anything with theirs any longer.
+
+    JAX's own barrier (`sync_global_devices`) waits for one device a process. The others then still listen to processes
+    that may be gone, and this one could not end.
+    """
+    if jax.process_count() == 1:
+        return
+    mesh = Mesh(np.array(jax.devices()), "all")
+    one_each = jax.make_array_from_callback(
+        (mesh.size,), NamedSharding(mesh, PartitionSpec("all")), lambda index: np.ones(1, np.int32)
+    )
+    jax.block_until_ready(jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))(one_each))
 
 
 def differing(text: str) -> list[int]:

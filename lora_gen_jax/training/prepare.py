@@ -164,7 +164,7 @@ def prepare_directory(config: Config) -> None:
             _compare(config.directory / "config.json", new)
             _begin_in_bucket(shared, new)
     if jax.process_count() > 1:
-        distributed.barrier("config.json")
+        distributed.barrier()
         if not shared.exists():
             problem = f"process 0 wrote {shared}, which process {jax.process_index()} does not see"
             raise ConfigError(problem, field="--workdir", remedy=SHARED)

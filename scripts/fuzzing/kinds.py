@@ -73,7 +73,7 @@ def write_specialization(directory: Path) -> None:
     loaded, edge = shipped()
     settings, rng = loaded.config.generator, np.random.default_rng(0)
     logits_LE = rng.standard_normal((edge.num_layers, settings.num_experts))
-    gates = gates_of(logits_LE, settings.routing, settings.top_k, settings.temperature)
+    gates = gates_of(jax.numpy.asarray(logits_LE), settings.routing, settings.top_k, settings.temperature)
     tensors = special.gate_tensors(jax.tree.map(np.asarray, gates), settings)
     for site, (inputs, outputs) in edge.ffn_shapes.items():
         for x, shape in (("a", (inputs, 2)), ("b", (2, outputs))):

@@ -382,7 +382,7 @@ def profiled_run(tmp_path, monkeypatch, steps, fails_at):
     monkeypatch.setattr(loop, "_tokens", lambda batch, prompts: 1)
     state = TrainState(jnp.zeros((), jnp.int32), {}, {}, {})
     quiet = SimpleNamespace(save=lambda *args: None, check=lambda: None, wait=lambda: None, directory=tmp_path)
-    model = SimpleNamespace(decoder=SimpleNamespace(dtype=jnp.float32, operands=None))
+    model = SimpleNamespace(decoder=SimpleNamespace(dtype=jnp.float32, operands=None), weights=None)
     pair = SimpleNamespace(frozen=None, fingerprints={}, cloud=model, edge=model)
     fields = {
         "config": config,

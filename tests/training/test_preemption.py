@@ -48,7 +48,7 @@ def told(told_in, number):
     started = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
     try:
         said = [process.communicate(timeout=240)[0].splitlines() for process in started]
-        own = [[line for line in lines if "[Gloo]" not in line] for lines in said]
+        own = [[line for line in lines if line and "[Gloo]" not in line] for lines in said]
         return [(lines, process.returncode) for lines, process in zip(own, started, strict=True)]
     finally:
         for process in started:
