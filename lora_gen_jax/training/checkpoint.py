@@ -9,7 +9,7 @@ import logging
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 
@@ -17,20 +17,12 @@ from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import from_json, to_json
 from lora_gen_jax.errors import CheckpointError, LoraGenError
 from lora_gen_jax.training.bucket import absolute, is_bucket, location, remote_errors
-from lora_gen_jax.training.portable import SHIPPED, TENSORS, check_generator, load_portable
+from lora_gen_jax.training.portable import SCHEMA, SHIPPED, TENSORS, check_generator, load_portable
 from lora_gen_jax.training.published import fetch_generator
 from lora_gen_jax.untrusted import check_digests, check_fields, digest_of, reason_of
 
 log = logging.getLogger(__name__)
-METADATA = {
-    "step": Annotated[int, 0, 2**53],
-    "config": dict,
-    "fingerprints": dict[str, str],
-    "versions": dict[str, str],
-    "tasks": dict[str, str] | None,
-    "sha256": dict[str, str] | None,
-    "sha256_of_this": str | None,
-}
+METADATA = SCHEMA | {"tasks": dict[str, str] | None, "sha256_of_this": str | None}
 PACKAGES = ("lora_gen_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
 
 

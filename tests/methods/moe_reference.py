@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import filled
+from helpers import EDGE, SAME, filled, padded
 
 from lora_gen_jax.config import DataConfig
 from lora_gen_jax.data.groups import Group
 from lora_gen_jax.data.pipeline import pack_groups
+from lora_gen_jax.decoder.model import Decoder
+from lora_gen_jax.inference.decode import GenerationSettings, generate
+from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.training.step import edge_pass
 
 DATA = DataConfig(
@@ -217,3 +220,15 @@ def losses(module: Any, decoder: Any, frozen: Any, params: Any) -> tuple[jax.Arr
     batch = jax.tree.map(jnp.asarray, BATCH)
     loss, records = edge_pass(decoder, frozen, generated, batch, {})
     return loss, module.apply({"params": params}, generated, records, batch, method="auxiliary")[0]
+
+
+def check_greedy_decoding(frozen, adapter, tokens):
+    """Token by token with a cache, from two prompts; then the same tokens in one pass without: the same in float64."""
+    decoder, prompts = Decoder(EDGE), [tokens[0, :5].tolist(), tokens[1, :3].tolist()]
+    got = generate(EdgeModel(decoder, frozen, adapter=adapter), prompts, GenerationSettings(max_new_tokens=4))
+    read, _ = padded([prompt + one.ids for prompt, one in zip(prompts, got, strict=True)], 9)
+    full = np.asarray(jax.nn.log_softmax(logits(decoder, frozen, read, adapter)))
+    for row, (prompt, one) in enumerate(zip(prompts, got, strict=True)):
+        said = full[row, len(prompt) - 1 : len(prompt) + 3]
+        assert one.ids == said.argmax(-1).tolist()
+        np.testing.assert_allclose(one.logprobs, said.max(-1), **SAME)

@@ -9,16 +9,23 @@ import jax.numpy as jnp
 import moe_reference as reference
 import numpy as np
 import pytest
-from helpers import EDGE, OPT, SAME, SETTINGS, padded, raises, random_params, token_rows
-from moe_reference import BATCH, KNOWLEDGE, logits, losses, plain, quick_jit, random_module_params
+from helpers import EDGE, OPT, SAME, SETTINGS, raises, random_params, token_rows
+from moe_reference import (
+    BATCH,
+    KNOWLEDGE,
+    check_greedy_decoding,
+    logits,
+    losses,
+    plain,
+    quick_jit,
+    random_module_params,
+)
 
 from lora_gen_jax.config import Config, DataConfig, LoRAMoEConfig
 from lora_gen_jax.decoder.layers import RECORDS, records_of
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.inference.cost import Pass, count_pass
-from lora_gen_jax.inference.decode import GenerationSettings, generate
-from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.methods.lora_moe import METHOD, LoRAMoE, LoRAMoEAdapter, balance_loss
 
 pytestmark = pytest.mark.float64
@@ -203,15 +210,7 @@ def test_gradients_stay_fp32_where_activations_are_bf16():
 
 
 def test_greedy_decoding_with_a_cache_is_the_full_forward_pass(frozen):
-    """Token by token with a cache; then the same tokens in one pass without."""
-    adapter, decoder, prompts = made(EDGE)[2], Decoder(EDGE), [TOKENS[0, :5].tolist(), TOKENS[1, :3].tolist()]
-    got = generate(EdgeModel(decoder, frozen, adapter=adapter), prompts, GenerationSettings(max_new_tokens=4))
-    tokens, _ = padded([prompt + one.ids for prompt, one in zip(prompts, got, strict=True)], 9)
-    full = np.asarray(jax.nn.log_softmax(logits(decoder, frozen, tokens, adapter)))
-    for row, (prompt, one) in enumerate(zip(prompts, got, strict=True)):
-        said = full[row, len(prompt) - 1 : len(prompt) + 3]
-        assert one.ids == said.argmax(-1).tolist()
-        np.testing.assert_allclose(one.logprobs, said.max(-1), **SAME)
+    check_greedy_decoding(frozen, made(EDGE)[2], TOKENS)
 
 
 @FAMILIES
