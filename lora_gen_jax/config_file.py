@@ -66,14 +66,6 @@ def config_from_args(program: str, args: Sequence[str]) -> Config:
     return flags_and_config(program, None, args)[1]
 
 
-def overridden(config: Config, program: str, args: Sequence[str]) -> Config:
-    """A config with the values of flags ``--any.field VALUE``, checked.
-
-    Raises ConfigError as `check`, and for flags of several processes where a command has but one.
-    """
-    return _parsed(config, program, None, args)[1]
-
-
 def flags_and_config(program: str, flags_class: Any, args: Sequence[str]) -> tuple[Any, Config]:
     """``CONFIG.py [flags of a command] [--any.field VALUE …]`` as the command's flags and a checked `Config`.
 
