@@ -269,6 +269,8 @@ class TrainConfig:
         beta1, beta2, weight_decay: AdamW's; decay spares norms, embeddings and BatchNorm.
         clip_norm: clip the gradient to this global norm; left out, no clipping.
         router_learning_rate: peak for the router, where it is another one.
+        start_from: a generator that the run begins with, in the place of fresh parameters: as --checkpoint of eval.py
+            names one (a directory, a shipped generator, org/name). No reader is taught then.
         reader_prompts: prompts that are read before the first step, for what the router's input is standardized with
             and for its first layer to learn to tell their tasks apart; 0 for none.
         reader_steps: of that learning; with 0 only the statistics are taken.
@@ -293,6 +295,7 @@ class TrainConfig:
     weight_decay: float = 0.1
     clip_norm: float | None = None
     router_learning_rate: float | None = None
+    start_from: str | None = None
     reader_prompts: int = 0
     reader_steps: int = 300
     seed: int = 0

@@ -198,7 +198,7 @@ def _method_rules(config: Config) -> list[Rule]:
             "train.reader_prompts teaches the router of method lora_gen with generator meta_tokens: set it to 0",
         ),
         (
-            taught or not g.standardize,
+            taught or not g.standardize or config.train.start_from is not None,
             "generator.standardize takes its statistics from train.reader_prompts prompts: set that to a thousand or"
             " more",
         ),

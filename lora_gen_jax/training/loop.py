@@ -1,9 +1,10 @@
 """A training run from config to last checkpoint.
 
 In: a `Config`. Out: the work directory: config.json, metrics.jsonl, tensorboard/, checkpoints/<step>/.
-A run starts in this order: its own checkpoint (resume), else fresh parameters. Running the same command again
-resumes, on other devices and in another number of processes too; another config in the same directory is an error that
-shows the difference. SIGTERM and Ctrl-C end a run after the step they came in, with a checkpoint.
+A run starts in this order: its own checkpoint (resume), else `train.start_from`, else fresh parameters. Running the
+same command again resumes, on other devices and in another number of processes too; another config in the same
+directory is an error that shows the difference. SIGTERM and Ctrl-C end a run after the step they came in, with a
+checkpoint.
 """
 
 import dataclasses
@@ -21,10 +22,17 @@ from lora_gen_jax.data.pipeline import Batch, TrainingBatches, build_batch, vali
 from lora_gen_jax.data.tasks import contents
 from lora_gen_jax.errors import LoraGenError, Stopped
 from lora_gen_jax.methods.registry import make_generator
-from lora_gen_jax.models import Pair, load_pair, precision_of
+from lora_gen_jax.models import Pair, check_variables, load_pair, precision_of
 from lora_gen_jax.sharding import make_mesh
 from lora_gen_jax.training.bucket import BucketOwner, location, run_lock
-from lora_gen_jax.training.checkpoint import check_models, check_tasks, metadata_of
+from lora_gen_jax.training.checkpoint import (
+    Loaded,
+    check_method,
+    check_models,
+    check_tasks,
+    load_checkpoint,
+    metadata_of,
+)
 from lora_gen_jax.training.distributed import StopSignals
 from lora_gen_jax.training.optimizer import make_optimizer
 from lora_gen_jax.training.prepare import (
@@ -96,6 +104,7 @@ def train(config: Config) -> TrainState:
     pair = load_pair(config, mesh, training=True)
     check_shapes(config, pair)
     make_generator(config, pair)
+    start = starting_generator(config, pair)
     shard = shard_of(config, mesh)
     sampler, held_out = (make_sampler(config, pair, tasks, split) for split in ("train", "validation"))
     assert sampler is not None
@@ -106,7 +115,7 @@ def train(config: Config) -> TrainState:
     batches = TrainingBatches(sampler, config.train.seed, config.train.steps, shard)
     # Modules find the mesh in the context, and say there how activations are split.
     with jax.set_mesh(mesh), closing(batches), run_lock(config.directory):
-        run = set_up(config, pair, rows, mesh, batches, place(first, mesh))
+        run = set_up(config, pair, rows, mesh, batches, place(first, mesh), start)
         run.held_out = [place(batch, mesh) for batch in fixed]
         # Signals are noted until the last checkpoint is on disk.
         with StopSignals() as signals, closing(run.checkpoints):
@@ -117,11 +126,18 @@ def train(config: Config) -> TrainState:
 
 
 def set_up(
-    config: Config, pair: Pair, rows: dict[str, str], mesh: Mesh, batches: TrainingBatches, example: Batch
+    config: Config,
+    pair: Pair,
+    rows: dict[str, str],
+    mesh: Mesh,
+    batches: TrainingBatches,
+    example: Batch,
+    start: Loaded | None = None,
 ) -> Run:
     """Compiled steps, and the state: restored, with the place of `batches`, where the directory has a checkpoint.
 
-    `rows` are the `contents` of the tasks, `example` only gives shapes. No batch is held out yet.
+    `rows` are the `contents` of the tasks, `example` only gives shapes, a new run begins with `start`. No batch is held
+    out yet.
 
     Raises:
         CheckpointError: when the checkpoint there was trained on other models or other rows.
@@ -135,12 +151,14 @@ def set_up(
         check_tasks(tasks, rows, f"the run in {config.saved}")
     state = init_state(generator, optimizer, pair.frozen, example, config.train.seed)
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-    if checkpoints.latest is None and config.train.reader_prompts:
-        first_prompts = (place(batch, mesh) for batch in batches.reader_batches(config.train.reader_prompts))
-        state = teach_reader(state, generator, pair.frozen["cloud"], first_prompts, config)
     if checkpoints.latest is not None:
         state, data_state = checkpoints.restore(state)
         batches.set_state(data_state)
+    elif start is not None:
+        state = beginning_with(state, start)
+    elif config.train.reader_prompts:
+        first_prompts = (place(batch, mesh) for batch in batches.reader_batches(config.train.reader_prompts))
+        state = teach_reader(state, generator, pair.frozen["cloud"], first_prompts, config)
     return Run(
         config=config,
         pair=pair,
@@ -155,6 +173,31 @@ def set_up(
         # Not before: a run that cannot start takes nothing from one that goes on.
         bucket_owner=BucketOwner(config),
     )
+
+
+def starting_generator(config: Config, pair: Pair) -> Loaded | None:
+    """The generator that a new run begins with; None for fresh parameters, and for a run that goes on.
+
+    Raises CheckpointError when it cannot be read, or is of another method, shape or pair of models.
+    """
+    if config.train.start_from is None or any((location(config.saved) / "checkpoints").glob("*")):
+        return None
+    loaded = load_checkpoint(config.train.start_from)
+    check_method(loaded, config.method)
+    check_models(loaded.fingerprints, pair.fingerprints, str(loaded.path))
+    check_variables(loaded, make_generator(config, pair), pair)
+    return loaded
+
+
+def beginning_with(state: TrainState, loaded: Loaded) -> TrainState:
+    """A fresh state with the parameters and statistics of another generator."""
+
+    def placed(new: Any, old: jax.Array) -> jax.Array:
+        # A portable generator has its scalars as vectors of one.
+        return jax.device_put(np.asarray(new, old.dtype).reshape(old.shape), old.sharding)
+
+    start = {"params": loaded.variables["params"], "batch_stats": loaded.variables.get("batch_stats", {})}
+    return state.replace(**jax.tree.map(placed, start, state.variables))
 
 
 def loop(run: Run, signals: StopSignals) -> None:

@@ -116,6 +116,27 @@ def test_the_checkpoint_holds_the_trainable_tree_and_says_what_it_belongs_to():
     assert np.any(one.variables["params"]["pool"]["up_b"] != loaded.variables["params"]["pool"]["up_b"])
 
 
+def test_a_run_begins_with_another_generator_which_it_needs_no_more_to_go_on(whole, tmp_path):
+    config, state, _ = whole
+    shutil.copytree(config.directory, tmp_path / "first")
+    # So small a rate moves no parameter: what the run ends with is what it began with.
+    begun = replace(config, "train", steps=1, start_from=str(tmp_path / "first"), learning_rate=1e-30)
+    begun = dataclasses.replace(begun, workdir=tmp_path / "begun")
+    jax.tree.map(np.testing.assert_array_equal, train(begun).params, state.params)
+    shutil.rmtree(tmp_path / "first")
+    assert int(train(begun).step) == 1
+
+
+def test_a_generator_of_another_shape_cannot_be_begun_with(whole, tmp_path):
+    config = whole[0]
+    other = replace(config, "train", start_from=str(config.directory))
+    other = replace(other, "generator", num_experts=config.generator.num_experts + 1)
+    other = dataclasses.replace(other, workdir=tmp_path / "other")
+    with raises(CheckpointError, f"{step_directory(config.directory)}:batch_stats/router/norm/mean"):
+        train(other)
+    assert not other.directory.exists()
+
+
 def test_running_a_finished_run_again_changes_nothing():
     config = trained()
     before, written = lines(config), load_checkpoint(config.directory)
