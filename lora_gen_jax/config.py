@@ -18,7 +18,8 @@ class ModelConfig:
             products round their operands to it, while their sums and everything else stay in float32. "auto" is
             bfloat16 on an accelerator and float32 on a CPU, but mixed for training on a CPU that multiplies bfloat16
             in hardware (AVX512-BF16, AMX).
-        remat: what the backward pass keeps of each layer: none (everything), dots (matmul results), full (nothing).
+        remat: what the backward pass keeps of each layer: none (everything), dots (matmul results), full (nothing), or
+            fit: those matmul results that save most within the memory of a device (on a CPU everything).
         unroll: layers per iteration of the scan over layers; more compile longer.
         attention: kernel of the training pass: grouped (ours, fastest on a CPU), xla (`jax.nn.dot_product_attention`),
             cudnn (the same through the GPU's flash kernel), splash (the TPU's flash kernel); auto is splash on a TPU,
@@ -30,7 +31,7 @@ class ModelConfig:
 
     source: str = "smollm2-135m"
     dtype: Literal["auto", "float32", "bfloat16", "mixed"] = "auto"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "full", "fit"] = "none"
     unroll: int = 1
     attention: Literal["auto", "grouped", "xla", "cudnn", "splash"] = "auto"
     weights: Literal["auto", "bfloat16", "int8", "nf4"] = "auto"

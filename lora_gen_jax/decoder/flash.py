@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+from lora_gen_jax.decoder.remat import ATTENTION
 from lora_gen_jax.sharding import divided_spec, mesh_size
 
 # The kernel works on blocks of this many slots at least.
@@ -68,6 +69,7 @@ def _local(
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=config.attention_softcap,
+        residual_checkpoint_name=ATTENTION,
         interpret=interpret,
     )
     q_BTNH = q_BTNH * jnp.asarray(config.attention_scale, q_BTNH.dtype)

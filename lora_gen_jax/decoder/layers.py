@@ -10,9 +10,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lora_gen_jax.adapters.protocol import Adapter
+from lora_gen_jax.adapters.protocol import SITES, Adapter
 from lora_gen_jax.decoder.config import DecoderConfig
-from lora_gen_jax.decoder.product import kept, product, product_beside
+from lora_gen_jax.decoder.product import KEPT, kept, product, product_beside
 from lora_gen_jax.decoder.quantized import FORMATS, format_of, quantized_product
 from lora_gen_jax.sharding import constrain, partitioned
 
@@ -81,7 +81,7 @@ class Linear(nn.Module):
             delta = adapter.delta(self.name, x_BTD, key) if low is None else None
             y = y if delta is None else y + delta.astype(y.dtype)
             record(self, adapter, self.name, x_BTD)
-        return kept(y)
+        return kept(y, self.name if self.name in SITES else KEPT)
 
 
 def dropout_key(module: nn.Module) -> jax.Array | None:

@@ -11,22 +11,25 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lora_gen_jax.adapters.protocol import Adapter
+from lora_gen_jax.adapters.protocol import SITES, Adapter
 from lora_gen_jax.decoder.attention import KVCache, last_of_context, visible, within_window
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.flash import fits_flash
 from lora_gen_jax.decoder.layer import Context, Layer, PerLayer
 from lora_gen_jax.decoder.layers import RECORDS, Linear, Norm, rotary_angles
 from lora_gen_jax.decoder.product import KEPT, product
+from lora_gen_jax.decoder.remat import NAMES
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.sharding import constrain, partitioned
 
 # What the backward pass keeps of each layer: everything, the results of linear layers, or only the layer's input. The
-# results are named (`kept`): a policy that looks for products does not see those of a custom gradient rule.
+# results are named (`kept`): a policy that looks for products does not see those of a custom gradient rule. Until
+# training has chosen names for "fit", it is "none".
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.save_only_these_names(KEPT),
+    "dots": jax.checkpoint_policies.save_only_these_names(KEPT, *SITES),
     "full": jax.checkpoint_policies.nothing_saveable,
+    "fit": None,
 }
 
 KERNELS = ("auto", "grouped", "xla", "cudnn", "splash")
@@ -41,7 +44,7 @@ class Decoder(nn.Module):
     Attributes:
         config: sizes and switches.
         dtype: of activations; parameters keep their own type.
-        remat: a key of `REMAT_POLICIES`.
+        remat: a key of `REMAT_POLICIES`, or those of `remat.NAMES` that are kept.
         unroll: layers per iteration of the scan.
         attention: one of `KERNELS`; see `attend`. "splash" is the TPU's flash kernel for packed rows, xla for others.
         operands: what large products round their operands to, with results of `dtype` (`product`); None for `dtype`.
@@ -49,14 +52,15 @@ class Decoder(nn.Module):
 
     config: DecoderConfig
     dtype: jax.typing.DTypeLike = float
-    remat: str = "none"
+    remat: str | tuple[str, ...] = "none"
     unroll: int = 1
     attention: str = "auto"
     operands: jax.typing.DTypeLike | None = None
 
     def setup(self):
         c = self.config
-        if self.remat not in REMAT_POLICIES:
+        named = isinstance(self.remat, tuple) and set(self.remat) <= set(NAMES)
+        if not named and self.remat not in REMAT_POLICIES:
             raise ConfigError(
                 f"remat={self.remat!r} is unknown", field="remat", remedy=f"use one of {', '.join(REMAT_POLICIES)}"
             )
@@ -69,8 +73,10 @@ class Decoder(nn.Module):
             rows = c.max_positions + c.learned_position_offset
             self.position_embedding = self.table("positions", (rows, c.width), ("positions", "embed"))
         layer: Any = Layer
-        if self.remat != "none":
-            layer = nn.remat(Layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        if self.remat not in ("none", "fit"):
+            names = jax.checkpoint_policies.save_only_these_names
+            policy = REMAT_POLICIES[self.remat] if isinstance(self.remat, str) else names(*self.remat)
+            layer = nn.remat(Layer, policy=policy, prevent_cse=False)
         layers = nn.scan(
             layer,
             variable_axes={"params": 0, RECORDS: 0},

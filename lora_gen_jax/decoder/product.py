@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 KEPT = "product"
-"""The name of what the backward pass keeps under remat "dots": results of linear layers, adapters' part included."""
+"""The name of results that the backward pass keeps under remat "dots" alone: those of adapters."""
 
 
 def product(x: jax.Array, w: jax.Array, operands: Any = None) -> jax.Array:
@@ -41,9 +41,9 @@ def product_beside(x: jax.Array, w: jax.Array, h: jax.Array, b: jax.Array, opera
     return _beside(jnp.dtype(operands).name, x, w, h, b)
 
 
-def kept(y: jax.Array) -> jax.Array:
-    """Marks a result that remat "dots" keeps for the backward pass."""
-    return checkpoint_name(y, KEPT)
+def kept(y: jax.Array, name: str = KEPT) -> jax.Array:
+    """Names a result that remat "dots" keeps for the backward pass; linear layers' have their site's name."""
+    return checkpoint_name(y, name)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

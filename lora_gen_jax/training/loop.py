@@ -34,6 +34,7 @@ from lora_gen_jax.training.checkpoint import (
     metadata_of,
 )
 from lora_gen_jax.training.distributed import StopSignals
+from lora_gen_jax.training.fit import device_memory, fitted
 from lora_gen_jax.training.optimizer import make_optimizer
 from lora_gen_jax.training.prepare import (
     check_rows,
@@ -72,6 +73,7 @@ class Run:
     held_out: list[Batch]
     checkpoints: Checkpoints
     bucket_owner: BucketOwner
+    kept: str | None = None
 
     def place(self, batch: Batch) -> Batch:
         """This process's part of a batch as global arrays, rows split over the mesh."""
@@ -143,6 +145,7 @@ def set_up(
         CheckpointError: when the checkpoint there was trained on other models or other rows.
         OutputError: when the place of checkpoints cannot be used.
     """
+    pair, kept = fitted(config, pair, mesh, example, device_memory())
     generator, optimizer = make_generator(config, pair), make_optimizer(config.train)
     checkpoints = Checkpoints(location(config.saved) / "checkpoints", config.train.keep_checkpoints)
     if checkpoints.latest is not None:
@@ -172,6 +175,7 @@ def set_up(
         checkpoints=checkpoints,
         # Not before: a run that cannot start takes nothing from one that goes on.
         bucket_owner=BucketOwner(config),
+        kept=kept,
     )
 
 
@@ -253,6 +257,8 @@ def announce(run: Run, recorder: Recorder, start: int) -> None:
         f"{jax.device_count()} {jax.devices()[0].platform} device(s), {precisions(run.pair)},"
         f" into {run.config.directory}" + (f", checkpoints into {run.config.bucket}" if run.config.bucket else "")
     )
+    if run.kept is not None:
+        recorder.say(run.kept)
     t = run.config.train
     if t.warmup != t.warmup_steps:
         recorder.say(f"train.warmup_steps is {t.warmup_steps}, shortened to {t.warmup}: the run has {t.steps} steps")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import EDGE, raises, random_params, token_rows
+from jax.extend.core import jaxprs_in_params
 
 from lora_gen_jax.decoder import layer
 from lora_gen_jax.decoder.flash import fits_flash, flash_attention
@@ -134,6 +135,38 @@ def test_gradients_pass_through_it(interpreted):
     got, want = (jax.grad(total)(embedded, Decoder(EDGE, attention=name)) for name in ("splash", "grouped"))
     assert interpreted
     np.testing.assert_allclose(got[:, :USED], want[:, :USED], atol=2 * LAYERS * float(jnp.max(jnp.abs(want))))
+
+
+def kernels_in(jaxpr):
+    """Flash kernels of a jaxpr, loops counted once; calls without a result are dead code."""
+    count = 0
+    for equation in jaxpr.eqns:
+        if not equation.outvars:
+            continue
+        inner = [] if equation.primitive.name == "pallas_call" else jaxprs_in_params(equation.params)
+        count += (equation.primitive.name == "pallas_call") + sum(map(kernels_in, inner))
+    return count
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_what_it_gave_is_kept_by_its_name(interpreted, devices):
+    """Forward, and two kernels backward; one more where the output is not kept. The gradient is the same."""
+    params, segments = random_params(EDGE), packed()
+    embedded = np.random.default_rng(2).standard_normal((2, 256, EDGE.width)).astype(np.float32)
+
+    def gradient(remat):
+        def total(embedded):
+            hidden, _ = Decoder(EDGE, attention="splash", remat=remat).apply(
+                {"params": params}, embedded, positions_of(segments), segments_BT=segments, packed=True, method="encode"
+            )
+            return jnp.sum(jnp.square(hidden[:, :USED, ::2]))
+
+        return jax.grad(total)
+
+    with jax.set_mesh(make_mesh(devices, 1, 1, devices=jax.devices()[:devices])):
+        kept, repeated = gradient(("attention",)), gradient(())
+        assert [kernels_in(jax.make_jaxpr(f)(embedded).jaxpr) for f in (kept, repeated)] == [3, 4]
+        np.testing.assert_array_equal(jax.jit(kept)(embedded), jax.jit(repeated)(embedded))
 
 
 def test_an_unknown_kernel_is_refused():

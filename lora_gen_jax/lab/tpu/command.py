@@ -14,11 +14,13 @@ import jax
 from lora_gen_jax.config import Config
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.lab.tpu.formulas import lora_ratios, model_flops
-from lora_gen_jax.lab.tpu.programs import NAMES, Program, Sizes, build, shapes_pair
+from lora_gen_jax.lab.tpu.programs import NAMES, Program, Sizes, batch_shapes, build, shapes_pair
 from lora_gen_jax.lab.tpu.report import print_report, program_json
 from lora_gen_jax.lab.tpu.roofline import Costs, costs
 from lora_gen_jax.lab.tpu.topology import Topology, get_topology
 from lora_gen_jax.models import Pair
+from lora_gen_jax.sharding import make_mesh
+from lora_gen_jax.training.fit import fitted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,12 @@ def run(config: Config, flags: CompileFlags) -> dict[str, Any]:
         raise ConfigError("--rows, --input-tokens and --cache-slots must be at least 1", field="--rows")
     topology = get_topology(flags.topology)
     pair = shapes_pair(config)
+    if "train_step" in names:
+        mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=topology.devices)
+        batch = batch_shapes(config, pair.edge.config.num_layers)
+        pair, line = fitted(config, pair, mesh, batch, topology.chip.hbm)
+        if line is not None:
+            print(line, file=sys.stderr, flush=True)
     results: dict[str, tuple[Program, Costs]] = {}
     for program in build(config, pair, topology.devices, names, sizes):
         print(f"compiling {program.name} for {topology.name}", file=sys.stderr, flush=True)
