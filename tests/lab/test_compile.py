@@ -126,6 +126,19 @@ def test_a_training_steps_flops_agree_with_the_formula(middle):
 
 
 @needs_libtpu
+def test_fit_repeats_no_product_where_memory_is_ample_and_says_what_is_kept(middle, capsys):
+    def with_remat(remat):
+        models = {name: dataclasses.replace(getattr(middle, name), remat=remat) for name in ("cloud", "edge")}
+        return dataclasses.replace(middle, **models)
+
+    summary = run(with_remat("fit"), CompileFlags(topology="v5e:2x2", programs="train_step", json=True))
+    assert "cloud's layers q, k, v, o, gate, up, attention" in capsys.readouterr().err
+    unrepeated = with_remat("none")
+    flops = executed_flops(unrepeated, shapes_pair(unrepeated)) / 4
+    assert summary["programs"]["train_step"]["hlo_flops"] == pytest.approx(flops, rel=0.03)
+
+
+@needs_libtpu
 @pytest.mark.parametrize(("weights", "size"), [("int8", 1.0), ("nf4", 0.5)])
 def test_quantized_weights_are_gathered_as_codes(middle, weights, size):
     """And not as the floats that they are multiplied as: a byte or half of one for a weight, and the scales."""
