@@ -20,7 +20,7 @@ from lora_gen_jax.methods.registry import make_generator
 from lora_gen_jax.models import Pair, load_pair, precision_of
 from lora_gen_jax.sharding import make_mesh
 from lora_gen_jax.training.cost import method_cost
-from lora_gen_jax.training.fit import device_memory, fitted
+from lora_gen_jax.training.fit import fitted
 from lora_gen_jax.training.optimizer import make_optimizer
 from lora_gen_jax.training.prepare import check_rows, keep_freed_memory, make_sampler, place, training_tasks
 from lora_gen_jax.training.step import init_state, make_train_step
@@ -74,7 +74,7 @@ def bench(config: Config) -> dict[str, float]:
 def timed_steps(config: Config, pair: Pair, mesh: Mesh, host: Batch) -> tuple[Any, list[float]]:
     """The compiled step, and the seconds of `STEPS` of them after a first one, all on the same batch."""
     batch = place(host, mesh)
-    pair, kept = fitted(config, pair, mesh, batch, device_memory())
+    pair, kept = fitted(config, pair, mesh, batch)
     if kept is not None:
         print(kept)
     generator, optimizer = make_generator(config, pair), make_optimizer(config.train)

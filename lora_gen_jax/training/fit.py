@@ -6,10 +6,12 @@ of "fit", and a line that says which.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from lora_gen_jax.config import Config
@@ -22,28 +24,39 @@ from lora_gen_jax.training.losses import LOGITS_AT_ONCE
 from lora_gen_jax.training.optimizer import make_optimizer
 from lora_gen_jax.training.step import init_state
 
+MEBIBYTE = 2**20
 RESERVED = 0.06
 """The share of a device's memory that is left alone: for the allocator, the program, and what the estimate misses."""
 
 
 def device_memory() -> int | None:
-    """Bytes of a device, the least of this process's; None where it does not say, as on a CPU."""
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
-    return None if None in limits else min(int(x) for x in limits if x is not None)
+    """Bytes of the device that has least, the same in all processes, so that they run one program.
+
+    None where one does not say, as on a CPU.
+    """
+    least = min((device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices()) // MEBIBYTE
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        least = int(np.min(multihost_utils.process_allgather(np.int32(least))))
+    return least * MEBIBYTE or None
 
 
-def fitted(config: Config, pair: Pair, mesh: Mesh, batch: Batch, memory: float | None) -> tuple[Pair, str | None]:
-    """The pair for training; as it is, and no line, where no model has remat "fit" or `memory` is not known.
+def fitted(
+    config: Config, pair: Pair, mesh: Mesh, batch: Batch, memory: Callable[[], float | None] = device_memory
+) -> tuple[Pair, str | None]:
+    """The pair for training; as it is, and no line, where no model has remat "fit" or the memory is not known.
 
     Args:
         config: of the run.
         pair: with weights or with shapes.
         mesh: of the step.
         batch: all rows of a step; only shapes count.
-        memory: bytes of a device.
+        memory: gives the bytes of a device, or None; asked only where a model has remat "fit".
     """
     chosen = [name for name in ("cloud", "edge") if getattr(config, name).remat == "fit"]
-    if not chosen or memory is None:
+    room = memory() if chosen else None
+    if room is None:
         return pair, None
     tokens, lengths = tokens_of(config, pair, mesh, batch)
     results: list[Result] = []
@@ -52,7 +65,7 @@ def fitted(config: Config, pair: Pair, mesh: Mesh, batch: Batch, memory: float |
         flash = decoder.attention == "splash" and fits_flash(lengths[name], decoder.config)
         size = jnp.dtype(decoder.dtype).itemsize
         results += results_of(name, decoder.config, tokens[name], size, lengths[name] if flash else 0)
-    budget = (1 - RESERVED) * memory - needed_bytes(config, pair, mesh, batch)
+    budget = (1 - RESERVED) * room - needed_bytes(config, pair, mesh, batch)
     kept = choose(results, budget)
     changed, said = {}, []
     for name in chosen:

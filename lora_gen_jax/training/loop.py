@@ -34,7 +34,7 @@ from lora_gen_jax.training.checkpoint import (
     metadata_of,
 )
 from lora_gen_jax.training.distributed import StopSignals
-from lora_gen_jax.training.fit import device_memory, fitted
+from lora_gen_jax.training.fit import fitted
 from lora_gen_jax.training.optimizer import make_optimizer
 from lora_gen_jax.training.prepare import (
     check_rows,
@@ -145,7 +145,7 @@ def set_up(
         CheckpointError: when the checkpoint there was trained on other models or other rows.
         OutputError: when the place of checkpoints cannot be used.
     """
-    pair, kept = fitted(config, pair, mesh, example, device_memory())
+    pair, kept = fitted(config, pair, mesh, example)
     generator, optimizer = make_generator(config, pair), make_optimizer(config.train)
     checkpoints = Checkpoints(location(config.saved) / "checkpoints", config.train.keep_checkpoints)
     if checkpoints.latest is not None:

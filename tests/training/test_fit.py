@@ -3,7 +3,9 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from lora_gen_jax.config import Config, DataConfig, GeneratorConfig, MeshConfig, ModelConfig
 from lora_gen_jax.decoder.pretrained.shapes import KNOWN_SHAPES
@@ -51,13 +53,31 @@ def chosen(config, memory):
     pair, mesh = shapes_pair(config), make_mesh(1, 4, 1)
     batch = batch_shapes(config, pair.edge.config.num_layers)
     needed = needed_bytes(config, pair, mesh, batch)
-    pair, line = fitted(config, pair, mesh, batch, None if memory is None else memory(needed))
+    pair, line = fitted(config, pair, mesh, batch, lambda: None if memory is None else memory(needed))
     return pair.cloud.decoder.remat, pair.edge.decoder.remat, line
 
 
 def test_a_cpu_does_not_say_its_memory_and_keeps_everything(config):
     assert device_memory() is None
     assert chosen(config, None) == ("fit", "fit", None)
+
+
+class Device:
+    def __init__(self, limit):
+        self.limit = limit
+
+    def memory_stats(self):
+        return self.limit and {"bytes_limit": self.limit}
+
+
+def test_the_least_memory_of_all_processes_counts(monkeypatch):
+    """Processes that chose apart would run different programs, and wait for each other forever."""
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device(5 << 30), Device(4 << 30)])
+    assert device_memory() == 4 << 30
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for other, expected in ((3 << 10, 3 << 30), (9 << 10, 4 << 30), (0, None)):
+        monkeypatch.setattr(multihost_utils, "process_allgather", lambda x, other=other: np.array([x, other]))
+        assert device_memory() == expected
 
 
 def test_more_memory_keeps_more(config):

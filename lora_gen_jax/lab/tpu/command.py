@@ -66,7 +66,7 @@ def run(config: Config, flags: CompileFlags) -> dict[str, Any]:
     if "train_step" in names:
         mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=topology.devices)
         batch = batch_shapes(config, pair.edge.config.num_layers)
-        pair, line = fitted(config, pair, mesh, batch, topology.chip.hbm)
+        pair, line = fitted(config, pair, mesh, batch, lambda: topology.chip.hbm)
         if line is not None:
             print(line, file=sys.stderr, flush=True)
     results: dict[str, tuple[Program, Costs]] = {}
