@@ -25,7 +25,7 @@ from lora_gen_jax.training.optimizer import make_optimizer
 from lora_gen_jax.training.step import init_state
 
 MEBIBYTE = 2**20
-RESERVED = 0.06
+RESERVED = 0.05
 """The share of a device's memory that is left alone: for the allocator, the program, and what the estimate misses."""
 
 
@@ -110,7 +110,10 @@ def needed_bytes(config: Config, pair: Pair, mesh: Mesh, batch: Batch) -> float:
         gathered = 2 * layer * size / mesh.shape["model"] if pieces > 1 or model.weights is not None else 0
         working.append(gathered + tokens[name] * size * (4 * c.ffn_width + 8 * c.width))
     logits = 2 * 4 * min(LOGITS_AT_ONCE, batch.weight_PS.size * pair.edge.config.vocab_size) / mesh.size
-    return total + max(working) + logits
+    # The edge's unembedding lies whole on every device while it is used.
+    c, size = pair.edge.config, jnp.dtype(pair.edge.decoder.dtype).itemsize
+    unembedding = c.vocab_size * c.width * size / mesh.shape["model"] if pieces > 1 else 0
+    return total + max(working) + logits + unembedding
 
 
 def _bytes(tree: Any) -> int:
