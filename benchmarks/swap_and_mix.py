@@ -23,6 +23,8 @@ from lora_gen_jax.adapters.merge import changed_sites, kernels_of, with_kernels
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.generator.lora_gen import ExpertPool, gated_adapter
 from lora_gen_jax.generator.router import keep_top_k
+from lora_gen_jax.inference.decode import GenerationSettings
+from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.inference.mixture import answer_all
 from lora_gen_jax.inference.work import GenerationRequest
 
@@ -102,9 +104,12 @@ def mixtures(decoder: Decoder, params: Any, adapter: Any, args: argparse.Namespa
     print(f"{QUERIES} queries of {args.query_tokens} tokens, {args.new_tokens} new tokens each; queries/s")
     print(f"{'specializations':>16}{'mixed':>10}{'merged':>10}{'ratio':>8}")
     for count in (1, 2, 4, 8, 16, 32, 64):
-        works = [GenerationRequest(ids, args.new_tokens, gates[i % count]) for i, ids in enumerate(queries)]
+        works = [
+            GenerationRequest(ids, GenerationSettings(args.new_tokens), gates[i % count])
+            for i, ids in enumerate(queries)
+        ]
         runs = {
-            how: functools.partial(answer_all, decoder, params, adapter, works, rows=QUERIES, how=how)
+            how: functools.partial(answer_all, EdgeModel(decoder, params, adapter), works, rows=QUERIES, how=how)
             for how in ("mixed", "merged")
         }
         rates = {name: QUERIES / values[0] for name, values in timed(runs, REPEATS).items()}

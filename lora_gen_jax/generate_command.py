@@ -232,21 +232,18 @@ def _works(
     flags: Generate, edge: "Model", source: str, asked: "list[tuple[str, tuple[Gates, Factors] | None]]"
 ) -> "list[GenerationRequest]":
     """A work for each input and its specialization's gates and factors."""
+    from lora_gen_jax.inference.decode import GenerationSettings
+    from lora_gen_jax.inference.sampling import Sampling
     from lora_gen_jax.inference.work import GenerationRequest
     from lora_gen_jax.models import end_ids
 
-    stop_ids = end_ids(source, edge)
+    stop_ids, sampling = end_ids(source, edge), Sampling(flags.temperature, flags.top_k, flags.top_p)
     return [
         GenerationRequest(
             ids=_ids(edge, text, flags.chat),
-            max_new_tokens=flags.max_new_tokens,
+            settings=GenerationSettings(flags.max_new_tokens, stop_ids, sampling, (flags.seed + i) % 2**32),
             gates=None if flags.base or update is None else update[0],
             factors={} if flags.base or update is None else update[1],
-            stop_ids=stop_ids,
-            temperature=flags.temperature,
-            top_k=flags.top_k,
-            top_p=flags.top_p,
-            seed=(flags.seed + i) % 2**32,
         )
         for i, (text, update) in enumerate(asked)
     ]

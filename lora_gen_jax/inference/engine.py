@@ -201,21 +201,22 @@ class Engine:
             return np.array([*values, *[fill] * (padded - count)], dtype)
 
         stop_RX = np.full((padded, STOPS), -1, np.int32)
-        for i, work in enumerate(works):
-            stop_RX[i, : len(work.stop_ids)] = work.stop_ids
+        settings = [work.settings for work in works]
+        for i, one in enumerate(settings):
+            stop_RX[i, : len(one.stop_ids)] = one.stop_ids
         return Joining(
             tokens_RT=tokens_RT,
             positions_RT=positions_RT,
             row_R=column(rows, self.rows, np.int32),
             gates=self._gates(padded, works),
-            left_R=column([work.max_new_tokens for work in works], 0, np.int32),
+            left_R=column([one.max_new_tokens for one in settings], 0, np.int32),
             stop_RX=stop_RX,
             sampling=Sampling(
-                column([work.temperature for work in works], 0.0, float),
-                column([work.top_k for work in works], 0, np.int32),
-                column([work.top_p for work in works], 1.0, float),
+                column([one.sampling.temperature for one in settings], 0.0, float),
+                column([one.sampling.top_k for one in settings], 0, np.int32),
+                column([one.sampling.top_p for one in settings], 1.0, float),
             ),
-            seed_R=column([work.seed for work in works], 0, np.uint32),
+            seed_R=column([one.seed for one in settings], 0, np.uint32),
             factors=self._factors(padded, works),
         )
 

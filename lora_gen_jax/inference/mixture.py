@@ -53,7 +53,7 @@ def answer_all(
     """
     if not works:
         return []
-    longest = max(len(work.ids) + work.max_new_tokens for work in works)
+    longest = max(len(work.ids) + work.settings.max_new_tokens for work in works)
     slots = min(bucket(longest), model.decoder.config.max_positions)
     for i, work in enumerate(works):
         try:

@@ -13,8 +13,8 @@ from lora_gen_jax.buckets import check_tokens
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.generator.router import Gates
 from lora_gen_jax.inference.continuous import STOPS
+from lora_gen_jax.inference.decode import GenerationSettings
 from lora_gen_jax.inference.edge_model import EdgeModel
-from lora_gen_jax.inference.sampling import Sampling
 
 Factors = Mapping[str, Mapping[str, np.ndarray]]
 
@@ -25,24 +25,16 @@ class GenerationRequest:
 
     Attributes:
         ids: token ids of the prompt.
-        max_new_tokens: at most this many new tokens.
+        settings: how; its seed gives what `generate` gives for this prompt alone, and it has at most `STOPS` stop ids.
         gates: float32 [L, K], of one specialization; None for the base model.
         factors: {site: {"a": [L, inputs, X], "b": [L, X, outputs]}} that stand beside the gates' update, where a
             specialization was refined by a LoRA; empty without.
-        stop_ids: ids that end it, at most `STOPS`.
-        temperature, top_k, top_p: as in `Sampling`.
-        seed: of the draws; the same as `generate` gives with this seed for a prompt alone.
     """
 
     ids: Sequence[int]
-    max_new_tokens: int
+    settings: GenerationSettings
     gates: Gates | None = None
     factors: Factors = dataclasses.field(default_factory=dict)
-    stop_ids: Sequence[int] = ()
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
 
 
 Finish = Literal["stop", "length"]
@@ -75,27 +67,28 @@ def check_work(work: GenerationRequest, model: EdgeModel, slots: int) -> None:
     """
     if len(work.ids) == 0:
         raise DataError("the prompt is empty", field="prompt", code="empty", remedy="give it at least one token")
-    if work.max_new_tokens < 1:
+    settings = work.settings
+    if settings.max_new_tokens < 1:
         raise DataError(
-            f"max_new_tokens={work.max_new_tokens} generates nothing",
+            f"max_new_tokens={settings.max_new_tokens} generates nothing",
             field="max_new_tokens",
             code="range",
             remedy="use at least 1",
         )
-    if len(work.ids) + work.max_new_tokens > slots:
+    if len(work.ids) + settings.max_new_tokens > slots:
         raise DataError(
-            f"the prompt has {len(work.ids)} tokens and max_new_tokens is {work.max_new_tokens}, the context has room"
-            f" for {slots} together",
+            f"the prompt has {len(work.ids)} tokens and max_new_tokens is {settings.max_new_tokens}, the context has"
+            f" room for {slots} together",
             field="max_new_tokens",
             code="too long",
             remedy="shorten the prompt, or ask for fewer new tokens",
         )
     check_tokens(work.ids, model.decoder.config.vocab_size, "prompt")
-    if len(work.stop_ids) > STOPS:
-        raise DataError(f"{len(work.stop_ids)} stop ids were given, there is room for {STOPS}", field="stop_ids")
-    if not 0 <= work.seed < 2**32:
-        raise DataError(f"seed={work.seed} must be 0 to 2^32 - 1", field="seed")
-    Sampling(work.temperature, work.top_k, work.top_p).check()
+    if len(settings.stop_ids) > STOPS:
+        raise DataError(f"{len(settings.stop_ids)} stop ids were given, there is room for {STOPS}", field="stop_ids")
+    if not 0 <= settings.seed < 2**32:
+        raise DataError(f"seed={settings.seed} must be 0 to 2^32 - 1", field="seed")
+    settings.sampling.check()
     if work.gates is not None:
         _check_gates(work.gates, model)
 

@@ -16,6 +16,8 @@ from typing import Any, Literal
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
+from lora_gen_jax.inference.decode import GenerationSettings
+from lora_gen_jax.inference.sampling import Sampling
 from lora_gen_jax.inference.work import GenerationRequest
 from lora_gen_jax.serving.answers import Answering, Piece, Token
 from lora_gen_jax.serving.errors import invalid, too_late
@@ -139,17 +141,13 @@ def make_works(
 ) -> list[GenerationRequest]:
     """The n works of one prompt; each draws with a seed of its own."""
     seed = secrets.randbelow(_SEEDS) if asked.seed is None else asked.seed
+    sampling = Sampling(asked.temperature, max(0, asked.top_k), asked.top_p)
     return [
         GenerationRequest(
             ids=tuple(ids),
-            max_new_tokens=length,
+            settings=GenerationSettings(length, service.stop_ids, sampling, (seed + choice) % _SEEDS),
             gates=None if special is None else special.gates,
             factors={} if special is None else special.factors,
-            stop_ids=service.stop_ids,
-            temperature=asked.temperature,
-            top_k=max(0, asked.top_k),
-            top_p=asked.top_p,
-            seed=(seed + choice) % _SEEDS,
         )
         for choice in range(asked.n)
     ]

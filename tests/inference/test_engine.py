@@ -43,26 +43,27 @@ def offline(model, adapter, work):
     return generate(
         EdgeModel(model.decoder, params),
         [work.ids],
-        GenerationSettings(
-            max_new_tokens=work.max_new_tokens,
-            stop_ids=work.stop_ids,
-            sampling=Sampling(work.temperature, work.top_k, work.top_p),
-            seed=work.seed,
-        ),
+        work.settings,
     )[0]
 
 
+def settings(max_new_tokens, stop_ids=(), seed=0, **sampling):
+    return GenerationSettings(max_new_tokens, stop_ids, Sampling(**sampling), seed)
+
+
 def make_works(config, adapter, count, **options):
-    """Works of many lengths; every fourth is for the base model."""
+    """Works of many lengths; every fourth is for the base model. Options take turns."""
     rng, prompts = np.random.default_rng(3), adapter.prompts
     gates = [jax.tree.map(lambda x, p=p: np.asarray(x)[:, p], adapter.gates) for p in range(prompts)]
     return [
         GenerationRequest(
             ids=rng.integers(2, config.vocab_size, int(rng.integers(1, 16))).tolist(),
-            max_new_tokens=int(rng.integers(1, 10)),
+            settings=settings(
+                max_new_tokens=int(rng.integers(1, 10)),
+                stop_ids=range(3, 67, 8),
+                **{name: values[i % len(values)] for name, values in options.items()},
+            ),
             gates=None if i % 4 == 3 else gates[i % prompts],
-            stop_ids=range(3, 67, 8),
-            **{name: values[i % len(values)] for name, values in options.items()},
         )
         for i in range(count)
     ]
@@ -117,7 +118,7 @@ def test_a_cancelled_row_is_free_and_leaves_nothing_behind(llama):
     adapter = make_gates(llama.decoder.config, prompts=5)
     works = make_works(llama.decoder.config, adapter, 12)
     engine = Engine(llama.edge(adapter), rows=3, slots=SLOTS)
-    rows, _ = engine.admit([dataclasses.replace(work, max_new_tokens=9, stop_ids=()) for work in works[:3]])
+    rows, _ = engine.admit([dataclasses.replace(work, settings=settings(9)) for work in works[:3]])
     engine.step()
     for row in rows:
         engine.cancel(row)
@@ -214,7 +215,7 @@ def test_rows_are_split_over_a_mesh(llama):
 
 def test_without_a_pool_the_base_model_is_served():
     model = make_model(CONFIGS["llama"])
-    work = GenerationRequest([5, 6, 7], 6)
+    work = GenerationRequest([5, 6, 7], settings(6))
     engine = Engine(model.edge(), rows=1, slots=SLOTS)
     assert_same(run(engine, [work]), [offline(model, None, work)])
     with raises(DataError, "gates", "(2, 4)"):
@@ -239,7 +240,9 @@ def test_without_a_pool_the_base_model_is_served():
 def test_a_work_that_cannot_be_done_is_refused(llama, change, error, field, code, facts):
     engine = Engine(llama.edge(make_gates(llama.decoder.config, 1)), rows=1, slots=SLOTS)
     with raises(error, field, *facts, code=code):
-        engine.check(dataclasses.replace(GenerationRequest((5, 6), 4), **change))
+        own = {name: change[name] for name in ("ids", "gates") if name in change}
+        how = {"max_new_tokens": 4} | {name: value for name, value in change.items() if name not in own}
+        engine.check(GenerationRequest(**{"ids": (5, 6)} | own, settings=settings(**how)))
 
 
 @pytest.mark.parametrize(

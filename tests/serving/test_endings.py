@@ -69,9 +69,9 @@ def test_the_default_length_is_at_most_what_is_allowed(build, puppet):
     say_at_once(puppet)
     for limits, expected in (({}, 16), ({"max_new_tokens": 5}, 5)):
         assert post(build(puppet, **limits), {"model": "red", "prompt": "sun", "top_k": -1}).status_code == 200
-        assert (puppet.works[-1].max_new_tokens, puppet.works[-1].top_k) == (expected, 0)
+        assert (puppet.works[-1].settings.max_new_tokens, puppet.works[-1].settings.sampling.top_k) == (expected, 0)
     assert post(build(puppet), {"model": "red", "prompt": [8] * 90}).status_code == 200
-    assert puppet.works[-1].max_new_tokens == puppet.longest - 90
+    assert puppet.works[-1].settings.max_new_tokens == puppet.longest - 90
 
 
 def test_an_answer_that_takes_too_long_is_given_up(build, puppet):

@@ -9,6 +9,7 @@ from helpers import raises
 
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.generator.router import Gates
+from lora_gen_jax.inference.decode import GenerationSettings
 from lora_gen_jax.inference.engine import Engine
 from lora_gen_jax.inference.work import GenerationRequest, Progress
 from lora_gen_jax.serving.scheduler import Closing, Failed, QueueFull, Scheduler
@@ -32,7 +33,7 @@ class Puppet:
         if self.failing == "admit":
             raise MemoryError("no room")
         rows = [self.free.pop() for _ in works]
-        self.working |= {row: work.max_new_tokens for row, work in zip(rows, works, strict=True)}
+        self.working |= {row: work.settings.max_new_tokens for row, work in zip(rows, works, strict=True)}
         self.admitted.set()
         return rows, self._draw(rows)
 
@@ -78,7 +79,7 @@ class Listener(queue.Queue):
 
 def submit(scheduler, count, length=3):
     listeners = [Listener() for _ in range(count)]
-    return listeners, scheduler.submit_all([GenerationRequest([1, 2], length)] * count, listeners)
+    return listeners, scheduler.submit_all([GenerationRequest([1, 2], GenerationSettings(length))] * count, listeners)
 
 
 def test_works_wait_for_rows_and_all_of_them_end():
@@ -100,7 +101,10 @@ def test_all_of_a_request_is_accepted_or_nothing():
         submit(scheduler, 2)
     assert scheduler.waiting == 3
     with raises(DataError, "prompt", code="empty"):
-        scheduler.submit_all([GenerationRequest([1], 2), GenerationRequest([], 2)], [Listener(), Listener()])
+        scheduler.submit_all(
+            [GenerationRequest([1], GenerationSettings(2)), GenerationRequest([], GenerationSettings(2))],
+            [Listener(), Listener()],
+        )
     assert scheduler.waiting == 3
     engine.allowed.release(100)
     assert all(listener.end()[1] == "length" for listener in busy + waiting)
@@ -131,7 +135,9 @@ def test_a_listener_that_raises_loses_its_own_work_alone(caplog):
         raise OSError("gone")
 
     good = Listener()
-    scheduler.submit_all([GenerationRequest([1], 9), GenerationRequest([1], 3)], [broken, good])
+    scheduler.submit_all(
+        [GenerationRequest([1], GenerationSettings(9)), GenerationRequest([1], GenerationSettings(3))], [broken, good]
+    )
     assert good.end() == ([7, 7, 7], "length")
     assert scheduler.close(20)
     assert sorted(engine.free) == [0, 1]
@@ -181,7 +187,9 @@ def test_works_of_a_real_engine_are_checked_before_they_are_accepted(specializer
     edge = specializer.pair.edge
     scheduler = Scheduler(Engine(edge.plain, rows=1, slots=16), queue_limit=2)
     with raises(DataError, "max_new_tokens", 16, code="too long"):
-        scheduler.submit(GenerationRequest([5] * 10, 7), Listener())
+        scheduler.submit(GenerationRequest([5] * 10, GenerationSettings(7)), Listener())
     with raises(DataError, "gates", "(2, 4)"):
-        scheduler.submit(GenerationRequest([5], 2, Gates.of_all(np.zeros((2, 4), np.float32))), Listener())
+        scheduler.submit(
+            GenerationRequest([5], GenerationSettings(2), Gates.of_all(np.zeros((2, 4), np.float32))), Listener()
+        )
     assert scheduler.close(20)
