@@ -27,8 +27,10 @@ def run(tmp_path_factory):
     config = dataclasses.replace(config, workdir=workdir, train=settings, eval=scored)
     # Sixty steps are worth the compiler's optimizations.
     jax.config.update("jax_disable_most_optimizations", False)
-    train(config)
-    jax.config.update("jax_disable_most_optimizations", QUICK)
+    try:
+        train(config)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", QUICK)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lora_gen_jax.evaluation.answers.LATENCY_DOCUMENTS", 1)
         patch.setattr("lora_gen_jax.evaluation.answers.LATENCY_REPEATS", 1)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_gen_jax.data.prompts import behind
-from lora_gen_jax.errors import CheckpointError, DataError, OutputError
+from lora_gen_jax.errors import DataError, OutputError
 from lora_gen_jax.lab.side_by_side.cases import Case, built_in_cases
 
 # After a run that compiles; the best counts, as other work on the machine only adds.
@@ -92,14 +92,12 @@ def side_by_side_command(flags: SideBySide) -> None:
     from lora_gen_jax.evaluation.run import describe, machine
     from lora_gen_jax.files import write_json
     from lora_gen_jax.lab.side_by_side.table import print_comparison
-    from lora_gen_jax.training.checkpoint import load_checkpoint, versions
+    from lora_gen_jax.training.checkpoint import check_method, load_checkpoint, versions
     from lora_gen_jax.training.portable import DEFAULT
 
     given = given_case(flags)
     loaded = load_checkpoint(flags.checkpoint or DEFAULT)
-    if loaded.config.method != "lora_gen":
-        problem = f"{loaded.path} was trained with method {loaded.config.method}, not lora_gen"
-        raise CheckpointError(problem, field="method")
+    check_method(loaded, "lora_gen")
     cases = built_in_cases(loaded.config) if given is None else [given]
     sides = Sides(loaded, flags.max_new_tokens, flags.chat)
     compared = []
