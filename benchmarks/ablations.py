@@ -77,7 +77,7 @@ def main() -> None:
         checkpoints = load_checkpoints(config, methods, None)
         systems = make_systems(config, methods, pair, checkpoints, tasks)
         report = report_of(score_systems(config, pair, systems, tasks), tasks)
-        usage = histogram(gates_of(config, pair, checkpoints["lora_gen"], tasks) or {})
+        usage = histogram(gates_of(config, pair, checkpoints, tasks) or {})
         for method in methods:
             cells = [f"{100 * report[g][method]['accuracy']:.1f}" for g in ("seen", "unseen")]
             table.add_row(title if method == "lora_gen" else "the prompt of another task", *cells, usage)

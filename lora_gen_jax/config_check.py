@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 from lora_gen_jax.adapters.protocol import SITES
 from lora_gen_jax.config import CompressorConfig, Config, DataConfig, DistributedConfig, GeneratorConfig
 from lora_gen_jax.errors import ConfigError
-from lora_gen_jax.methods.registry import METHODS, PROMPT_READING_METHODS, trained_method
+from lora_gen_jax.methods.registry import GENERATOR, METHODS, trained_method
 from lora_gen_jax.untrusted import fits, wanted
 
 Rule = tuple[bool, str]
@@ -182,15 +182,15 @@ def _compressor_rules(config: Config) -> list[Rule]:
             " begin a substep, and no answer would teach the summary tokens; change one of them",
         ),
         (
-            config.method != "autocompressor" or config.data.edge_prompt_length > 0,
-            "data.edge_prompt_length is 0: method autocompressor reads prompts in the edge model's tokens; say how long"
-            " they may be",
+            not METHODS[config.method].edge_prompts or config.data.edge_prompt_length > 0,
+            f"data.edge_prompt_length is 0: method {config.method} reads prompts in the edge model's tokens; say how"
+            " long they may be",
         ),
     ]
 
 
 def _method_rules(config: Config) -> list[Rule]:
-    g, d, own = config.generator, config.data, config.method == "lora_gen"
+    g, d, own = config.generator, config.data, config.method == GENERATOR.key
     taught, gated = config.train.reader_prompts > 0, own and g.generator == "meta_tokens"
     return [
         (
@@ -220,6 +220,7 @@ def _method_rules(config: Config) -> list[Rule]:
 
 def _run_rules(config: Config) -> list[Rule]:
     t, e = config.train, config.eval
+    readers = [key for key, method in METHODS.items() if method.may_read_prompt]
     return [
         (
             re.match(r"[a-z0-9]{2,}:/", str(config.directory)) is None,
@@ -246,8 +247,8 @@ def _run_rules(config: Config) -> list[Rule]:
             "eval.split is validation, but lm_eval/ tasks have a split of their own: leave them out of eval.tasks",
         ),
         (
-            not config.data.edge_reads_prompt or all(METHODS[m].may_read_prompt for m in trained(config)),
-            f"data.edge_reads_prompt is for the methods {', '.join(PROMPT_READING_METHODS)}; the others' edge model"
+            not config.data.edge_reads_prompt or set(trained(config)) <= set(readers),
+            f"data.edge_reads_prompt is for the methods {', '.join(readers)}; the others' edge model"
             " need not read the prompt: leave it out, or the others (method, compare)",
         ),
     ]

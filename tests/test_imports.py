@@ -96,6 +96,40 @@ def test_the_library_never_imports_the_lab():
     assert not {(name, other) for name, others in library.items() for other in others if within(other, LAB)}
 
 
+# Modules whose subject is one method, and words that mean something else there.
+NAMED = {
+    "lab.agent.table": {"lora", "lora_gen"},  # rows of the paper's Table 3, as agent.json names them
+    "specializer": {"lora_gen", "lora"},  # what the package offers: prompts that become gates; factors to refine
+    "serving.command": {"lora_gen"},  # the server mixes gates
+    "training.portable": {"lora_gen"},  # a generator's file
+    "training.published": {"lora_gen", "lora"},  # its card, with the hub's tags
+    "config_check": {"lora"},
+    "config": {"base", "icl", "lora_gen", "lora"},  # defaults; and factors to refine
+    "evaluation.lm_eval_model": {"lora_gen"},  # lm-eval's name of this package
+    "evaluation.lm_eval_command": {"lora_gen"},
+    "evaluation.lm_eval_source": {"lora_gen"},
+    "evaluation.published": {"base"},  # the paper's figures
+    "lab.tables.latency": {"lora_moe"},  # a part of the config
+}
+# gates|lora, what steps are taken on; "refined", a field of specializations; Transformers' "base", a GGUF's type.
+OTHERWISE = ("specialization", "adapters", "serving", "decoder.pretrained", "export", "commands")
+
+
+def test_no_method_is_named_outside_the_methods():
+    """A method is one file and its line in the registry: others ask the registry, and so know new ones, too."""
+    from lora_gen_jax.methods.registry import METHODS
+
+    found = {}
+    for path in ROOT.rglob("*.py"):
+        if within(name := name_of(path), ("methods", *OTHERWISE)) and name not in NAMED:
+            continue
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+        if named := texts & set(METHODS) - NAMED.get(name, set()):
+            found[name] = named
+    assert not found
+
+
 def test_no_module_imports_itself_by_way_of_others():
     # Names of packages are left out: theirs is what every module in them would import first.
     try:

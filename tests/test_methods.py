@@ -17,7 +17,7 @@ from lora_gen_jax.config_check import check
 from lora_gen_jax.data.pipeline import Group, pack_groups
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import ConfigError
-from lora_gen_jax.methods.registry import METHODS, TRAINED, make_generator
+from lora_gen_jax.methods.registry import METHODS, make_generator, trained_methods
 from lora_gen_jax.models import Model, Pair
 from lora_gen_jax.sharding import make_mesh
 from lora_gen_jax.training.optimizer import make_optimizer
@@ -74,7 +74,7 @@ def _three_steps(method, pair, mesh):
     return jax.device_get(state.params), metrics
 
 
-@pytest.mark.parametrize("method", sorted(set(TRAINED) - {"lora", "lora_gen"}))  # these two: tests/training
+@pytest.mark.parametrize("method", sorted(set(trained_methods()) - {"lora", "lora_gen"}))  # these two: tests/training
 def test_every_method_trains_by_the_same_step_on_any_mesh(method):
     pair, devices = _pair(), jax.devices()
     one, metrics = _three_steps(method, pair, make_mesh(devices=devices[:1]))
@@ -91,7 +91,7 @@ def test_every_method_trains_by_the_same_step_on_any_mesh(method):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=CLOSE), one, several)
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", trained_methods())
 def test_no_method_mixes_types_in_the_numbers_that_users_compute_with(method):
     """Traced, not compiled: strict promotion refuses a bfloat16 that would become float32 unnoticed, or the reverse."""
     config, mesh = check(dataclasses.replace(CONFIG, method=method)), make_mesh(devices=jax.devices()[:1])
@@ -107,8 +107,8 @@ def test_no_method_mixes_types_in_the_numbers_that_users_compute_with(method):
 def test_keys_and_titles():
     trained = ("lora", "lora_moe", "mixlora", "lorahub", "autocompressor", "lora_gen")
     steps = ("refined", "refined_lora", "equal_refined", "shots_lora")
-    assert tuple(METHODS) == ("icl", "task_vector", *trained, *steps)
-    assert trained == TRAINED
+    assert tuple(METHODS) == ("base", "icl", "task_vector", *trained, *steps)
+    assert trained == tuple(trained_methods())
     assert len({method.title for method in METHODS.values()}) == len(METHODS)
 
 
@@ -120,7 +120,9 @@ def test_what_is_not_trained_is_no_method_of_a_config():
 
 def test_the_decoder_names_no_method():
     titles = {method.title for method in METHODS.values()}
-    names = "|".join(sorted({*METHODS, *titles, "MoE", "hub_search", "GatedPool", "LoRA"} - {"icl"}, key=len)[::-1])
+    names = "|".join(
+        sorted({*METHODS, *titles, "MoE", "hub_search", "GatedPool", "LoRA"} - {"base", "icl"}, key=len)[::-1]
+    )
     paths = sorted(Path(lora_gen_jax.decoder.__file__).parent.rglob("*.py"))
     assert len(paths) > 10
     for path in paths:
@@ -135,7 +137,6 @@ def test_the_method_of_the_contributors_guide(monkeypatch):
     made: dict = {"__name__": "scales"}
     exec(compile(code.group(1), "CONTRIBUTING.md", "exec"), made)
     monkeypatch.setitem(METHODS, "scales", made["METHOD"])
-    monkeypatch.setattr("lora_gen_jax.methods.registry.TRAINED", (*TRAINED, "scales"))
     pair = _pair()
     params, metrics = _three_steps("scales", pair, make_mesh(devices=jax.devices()[:1]))
     assert metrics[2]["loss"] < metrics[0]["loss"]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from lora_gen_jax.config_file import read_config
 from lora_gen_jax.data.reasoning import SEEN_TASKS
-from lora_gen_jax.lab.tables.spec import KNOWLEDGE, Change, Tables, reads_prompt, variants
+from lora_gen_jax.lab.tables.spec import Change, Tables, reads_prompt, variants
+from lora_gen_jax.methods.lora_moe import KNOWLEDGE
 
 # As in the paper, the edge model of these methods reads the prompt with its shots before the queries, for which it has
 # as much room as the others, in half as many rows of twice the length; the model has 8192 positions.

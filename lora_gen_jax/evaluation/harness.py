@@ -1,8 +1,8 @@
 """Tasks of lm-evaluation-harness inside eval.py, by the same methods as ours.
 
 In: a pair of models, checkpoints and names ``lm_eval/<task>``. Out: results by method and task, as for our own tasks.
-In-context learning, and methods trained to read the prompt, read the task's description and shots before each query,
-LoRA-Gen and AutoCompressors once, the others never; shots are the same for all documents. Latency is not measured here.
+A method whose edge model reads the prompt reads the task's description and shots before each query, one that depends on
+the prompt once, the others never; shots are the same for all documents. Latency is not measured here.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from lora_gen_jax.evaluation.controls import CONTROLS
 from lora_gen_jax.evaluation.lm_eval_source import with_method
 from lora_gen_jax.evaluation.request_cache import RequestCache
 from lora_gen_jax.evaluation.subject import EvaluatedModel, identity_of
-from lora_gen_jax.methods.registry import METHODS
+from lora_gen_jax.methods.registry import BASE, METHODS
 from lora_gen_jax.models import Pair, end_ids
 from lora_gen_jax.training.checkpoint import Loaded
 
@@ -136,13 +136,11 @@ def result_of(task: str, metrics: dict[str, Any], higher_is_better: dict[str, An
 
 def _subject(method: str, config: Config, pair: Pair, checkpoints: dict[str, Loaded]) -> EvaluatedModel:
     ends, edge = end_ids(config.edge.source, pair.edge), pair.edge
-    base = EvaluatedModel(identity_of(edge, {"method": "base"}), edge, None, ends)
-    one = METHODS.get(method)
-    if one is None:  # the edge model as it is, which reads no prompt
-        return dataclasses.replace(base, specialize=lambda prompt: base)
+    base, one = EvaluatedModel(identity_of(edge, {"method": BASE.key}), edge, None, ends), METHODS[method]
     if one.edge_reads_prompt:
         return base
-    loaded = checkpoints[method]
+    if (loaded := checkpoints.get(method)) is None:  # the edge model as it is, which reads no prompt
+        return dataclasses.replace(base, specialize=lambda prompt: base)
     made = with_method(config, pair, loaded)
     # An edge model that was trained to read the prompt reads it like any text.
     reads = one.depends_on_prompt or loaded.config.data.edge_reads_prompt

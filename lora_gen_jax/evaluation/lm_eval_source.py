@@ -16,7 +16,7 @@ from lora_gen_jax.evaluation.subject import EvaluatedModel, content_of, digest_o
 from lora_gen_jax.evaluation.systems import description_of, identifier
 from lora_gen_jax.files import text_argument
 from lora_gen_jax.methods.method import Prompt
-from lora_gen_jax.methods.registry import trained_method
+from lora_gen_jax.methods.registry import BASE, trained_method
 from lora_gen_jax.models import Model, Pair, end_ids, load_model, load_pair, precision_of
 from lora_gen_jax.sharding import evaluation_mesh
 from lora_gen_jax.specializer import read_specialization, relocate
@@ -125,7 +125,7 @@ def load_subject(settings: Settings) -> EvaluatedModel:
     if settings.checkpoint or settings.prompt or settings.prompt_from_task:
         return _with_generator(settings)
     config = ModelConfig(settings.model or "", dtype=settings.dtype or "auto")  # pyright: ignore
-    edge, made = load_model(config, evaluation_mesh()), {"method": "base"}
+    edge, made = load_model(config, evaluation_mesh()), {"method": BASE.key}
     return EvaluatedModel(identity_of(edge, made), edge, None, end_ids(config.source, edge), _info(edge, made))
 
 

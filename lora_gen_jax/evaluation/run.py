@@ -85,7 +85,7 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path, shots: Sequence
         results["checkpoints"] = {method: describe(loaded) for method, loaded in checkpoints.items()}
         if len(by_shots) > 1:
             results["by_shots"] = by_shots
-        gates = gates_of(config, pair, checkpoints["lora_gen"], tasks) if "lora_gen" in checkpoints else None
+        gates = gates_of(config, pair, checkpoints, tasks)
         if jax.process_index() == 0:
             with complete_directory(out) as temporary, writing(out):
                 write_json(temporary / "results.json", results)

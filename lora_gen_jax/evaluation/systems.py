@@ -21,27 +21,27 @@ from lora_gen_jax.evaluation.subject import content_of, digest_of, identity_of
 from lora_gen_jax.evaluation.task import System, task_prompt
 from lora_gen_jax.methods.lora_gen import reader
 from lora_gen_jax.methods.method import Method, Prompt
-from lora_gen_jax.methods.registry import METHODS, trained_method
+from lora_gen_jax.methods.registry import BASE, GENERATOR, METHODS, trained_method
 from lora_gen_jax.models import Pair, precision_of
 from lora_gen_jax.training.bucket import location
 from lora_gen_jax.training.checkpoint import Loaded, check_method, check_models, find_checkpoint, load_checkpoint
 
-# Each system that can be scored with the method whose checkpoint it needs.
-CHECKPOINT_OF: dict[str, str | None] = {
-    "base": None,
-    **{key: method.checkpoint or (key if method.build else None) for key, method in METHODS.items()},
-    **dict.fromkeys(CONTROLS, "lora_gen"),
-}
+
+def checkpoints_needed() -> dict[str, str | None]:
+    """Each system that can be scored, with the method whose checkpoint it needs."""
+    own = {key: method.checkpoint or (key if method.build else None) for key, method in METHODS.items()}
+    return {**own, **dict.fromkeys(CONTROLS, GENERATOR.key)}
 
 
 def check_methods(names: Sequence[str], field: str) -> None:
     """Raises ConfigError for no method or an unknown one."""
+    known = ", ".join(checkpoints_needed())
     if not names:
-        remedy = f"name some of {', '.join(CHECKPOINT_OF)}"
+        remedy = f"name some of {known}"
         raise ConfigError(f"{field} is empty", field=field, code="empty", remedy=remedy)
     for name in names:
-        if name not in CHECKPOINT_OF:
-            problem = f"{field} has {name!r}; the methods are {', '.join(CHECKPOINT_OF)}"
+        if name not in checkpoints_needed():
+            problem = f"{field} has {name!r}; the methods are {known}"
             raise ConfigError(problem, field=field, code="unknown")
 
 
@@ -61,8 +61,8 @@ def load_checkpoints(config: Config, names: Sequence[str], named: Path | None) -
 
     Raises CheckpointError when one is missing, or holds another method.
     """
-    found = {}
-    for method in dict.fromkeys(CHECKPOINT_OF[name] for name in names):
+    found, needed = {}, checkpoints_needed()
+    for method in dict.fromkeys(needed[name] for name in names):
         if method is None:
             continue
         own = method == config.method
@@ -91,7 +91,7 @@ def make_systems(
 
     Args:
         config: for the prompts: eval.shots, eval.seed and eval.prompt_limit.
-        names: keys of `CHECKPOINT_OF`.
+        names: as `checkpoints_needed` has them.
         pair: of models.
         checkpoints: as `load_checkpoints` gives them.
         tasks: that will be scored.
@@ -100,17 +100,15 @@ def make_systems(
         CheckpointError: when a checkpoint was trained on other models.
         ConfigError: as `check_controls`.
     """
-    systems = {}
+    systems, needed = {}, checkpoints_needed()
     check_controls(names, tasks)
     for loaded in checkpoints.values():
         check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")
     for name in names:
-        loaded = checkpoints.get(CHECKPOINT_OF[name] or "")
-        if name == "base":
-            systems[name] = System(lambda task: pair.edge.plain, False, base_identity(pair))
-        elif name in CONTROLS:
+        loaded = checkpoints.get(needed[name] or "")
+        if name in CONTROLS:
             prompts = prompts_under(name, tasks, config.eval, pair.cloud.encoder)
-            systems[name] = system_of(config, pair, METHODS["lora_gen"], loaded, prompts)
+            systems[name] = system_of(config, pair, GENERATOR, loaded, prompts)
         else:
             systems[name] = system_of(config, pair, METHODS[name], loaded)
     return systems
@@ -145,7 +143,7 @@ def system_of(
 
 def base_identity(pair: Pair) -> Callable[[Task], str]:
     """From any task to what identifies the edge model as it is."""
-    identity = identity_of(pair.edge, {"method": "base"})
+    identity = identity_of(pair.edge, {"method": BASE.key})
     return lambda task: identity
 
 
@@ -187,9 +185,13 @@ def description_of(config: Config, pair: Pair, loaded: Loaded) -> dict[str, Any]
     }
 
 
-def gates_of(config: Config, pair: Pair, loaded: Loaded, tasks: Sequence[Task]) -> dict[str, np.ndarray] | None:
-    """The gates [L, E] of every task's prompt; None for a generator without gates."""
-    generate, gates = reader(config, pair, loaded), {}
+def gates_of(
+    config: Config, pair: Pair, checkpoints: Mapping[str, Loaded], tasks: Sequence[Task]
+) -> dict[str, np.ndarray] | None:
+    """The gates [L, E] of every task's prompt; None without a generator, or for one without gates."""
+    if GENERATOR.key not in checkpoints:
+        return None
+    generate, gates = reader(config, pair, checkpoints[GENERATOR.key]), {}
     for task in tasks:
         prompt = task_prompt(task, config.eval)
         if prompt is None:

@@ -24,9 +24,9 @@ from lora_gen_jax.evaluation.harness import PREFIX
 from lora_gen_jax.evaluation.run import describe, evaluated_tasks, gates_json, score_systems, unfinished
 from lora_gen_jax.evaluation.sheet import to_screen
 from lora_gen_jax.evaluation.systems import (
-    CHECKPOINT_OF,
     check_methods,
     check_shots,
+    checkpoints_needed,
     gates_of,
     load_checkpoints,
     make_systems,
@@ -54,7 +54,8 @@ def compare(config: Config) -> dict[str, Any]:
     Raises LoraGenError for tasks that cannot be scored, or as training.
     """
     tasks = evaluated_tasks(config)
-    for method in dict.fromkeys(CHECKPOINT_OF[m] for m in config.compare):
+    needed = checkpoints_needed()
+    for method in dict.fromkeys(needed[m] for m in config.compare):
         if method not in (None, config.method):
             say(f"training {method} on the same batches")
             train(variant(config, method))
@@ -65,7 +66,7 @@ def compare(config: Config) -> dict[str, Any]:
         results = score_systems(config, pair, systems, tasks, journal)
         say(f"scored {len(systems)} methods on {len(tasks)} tasks in {time.monotonic() - began:.0f} s")
         report = report_of(results, tasks)
-        gates = gates_of(config, pair, checkpoints["lora_gen"], tasks) if "lora_gen" in checkpoints else None
+        gates = gates_of(config, pair, checkpoints, tasks)
         if jax.process_index() == 0:
             results["checkpoints"] = {method: describe(loaded) for method, loaded in checkpoints.items()}
             write_json(config.directory / "results.json", results, "--workdir")

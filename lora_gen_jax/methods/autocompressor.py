@@ -11,6 +11,7 @@ stop at its end. What is trained is the LoRA and the embeddings of the summary t
 the mean cross-entropy of the prompts' own tokens, and that of the answers.
 """
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -23,12 +24,14 @@ from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.flash import BLOCK
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.evaluation.timing import timed
 from lora_gen_jax.generator.cloud import PackedPrompts
 from lora_gen_jax.generator.trained_module import Generated, TrainedModule
-from lora_gen_jax.inference.edge_model import EdgeModel
+from lora_gen_jax.inference.edge_model import EdgeModel, Prefix
 from lora_gen_jax.inference.prefix import compress, encode_soft, soft_positions
-from lora_gen_jax.methods.lora import lora_sites
-from lora_gen_jax.methods.method import Method, Prompt, Specialize, Traits, fixed
+from lora_gen_jax.methods.answering import Ready, Setup, untrained
+from lora_gen_jax.methods.lora import PUBLISHED, lora_sites
+from lora_gen_jax.methods.method import Method, Prompt, Specialize, Traits, fixed, merge_if_possible
 from lora_gen_jax.methods.segments import Segment, join, longest_segment, random_shares, segment_lengths, take_segment
 from lora_gen_jax.models import Pair
 from lora_gen_jax.sharding import constrain
@@ -215,6 +218,27 @@ def specialize(config: Config, pair: Pair, loaded: "Loaded | None") -> Specializ
     return specialized
 
 
+def ready(setup: Setup) -> Ready:
+    """The edge model compresses the instruction once; soft tokens stand before every query.
+
+    Where the config is of another method, the instruction is one segment: it is shorter than those that the method's
+    authors compress.
+    """
+    config = setup.config
+    if config.method != METHOD.key:
+        config = dataclasses.replace(config, compressor=dataclasses.replace(config.compressor, segments=2))
+    module = build(config, setup.pair)
+    variables, edge, prompt = untrained(module, setup.pair), setup.pair.edge, setup.work.whole[: setup.work.kept]
+    model = merge_if_possible(edge.plain, module.apply(variables, None, None).adapter)
+
+    def read() -> Prefix:
+        soft_ND = compress(module, variables, edge.params, prompt)
+        return encode_soft(model, soft_ND)
+
+    answering = model.replace(prefix=read())
+    return setup.ready(setup.work.query, answering, once=lambda: {"compress": timed(lambda: read().cache)[1]})
+
+
 METHOD = Method(
     key="autocompressor",
     title="AutoCompressors",
@@ -223,4 +247,11 @@ METHOD = Method(
     specialize=specialize,
     depends_on_prompt=True,
     soft_tokens=soft_tokens,
+    edge_prompts=True,
+    ready=ready,
+    published={
+        "generator": PUBLISHED,
+        "compressor": {"summary_tokens": 50},
+        "data": {"edge_prompt_length": 1536},
+    },
 )

@@ -55,6 +55,8 @@ def build(config: Config, pair: Pair) -> MultiTaskLoRA:
     return MultiTaskLoRA(pair.edge.config, config.generator)
 
 
+PUBLISHED = {"rank": 16, "alpha": 16.0}
+
 METHOD = Method(
     key="lora",
     title="LoRA",
@@ -63,4 +65,5 @@ METHOD = Method(
     specialize=fixed(build),
     may_read_prompt=True,
     token_macs=lambda edge, config: lora_macs(edge, config.generator),
+    published={"generator": PUBLISHED},
 )

@@ -3,11 +3,14 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.config import Config
+from lora_gen_jax.evaluation.timing import timed
 from lora_gen_jax.generator.lora_gen import LoRAGen
 from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.generator.trained_module import Generated
 from lora_gen_jax.inference.edge_model import EdgeModel
+from lora_gen_jax.methods.answering import Ready, Setup
 from lora_gen_jax.methods.method import Method, Prompt, Specialize, Traits, merge_if_possible
 from lora_gen_jax.models import Pair, check_variables
 
@@ -49,11 +52,26 @@ def specializer(config: Config, pair: Pair, loaded: "Loaded | None") -> Speciali
     return specialized
 
 
+def ready(setup: Setup) -> Ready:
+    """The cloud reads the instruction once; the merged edge model reads only the query."""
+    params = setup.pair.edge.params
+
+    def once() -> dict[str, float]:
+        adapter, reading = timed(setup.specialize)
+        _, merging = timed(lambda: merge(params, adapter))
+        return {"cloud": reading, "merge": merging}
+
+    return setup.ready(setup.work.query, merge_if_possible(setup.pair.edge.plain, setup.specialize()), once=once)
+
+
 METHOD = Method(
     key="lora_gen",
     title="LoRA-Gen",
+    label="LoRA-Gen, no prompt",
     traits=Traits(compresses_context=True, merged=True, training_free=True, transfers=True),
     build=build,
     specialize=specializer,
     depends_on_prompt=True,
+    ready=ready,
+    published={},
 )

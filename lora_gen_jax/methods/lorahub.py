@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_gen_jax.adapters.lora import LoRA, PromptLoRA, factor_a_init
+from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.buckets import bucket
 from lora_gen_jax.config import Config, DataConfig, GeneratorConfig, HubConfig
 from lora_gen_jax.data.groups import Group
@@ -27,9 +28,11 @@ from lora_gen_jax.data.tasks import Task, stable_hash
 from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.model import Decoder
 from lora_gen_jax.errors import ConfigError, DataError
+from lora_gen_jax.evaluation.timing import timed
 from lora_gen_jax.generator.cloud import PackedPrompts
 from lora_gen_jax.generator.trained_module import Generated, TrainedModule
 from lora_gen_jax.inference.edge_model import EdgeModel
+from lora_gen_jax.methods.answering import Ready, Setup
 from lora_gen_jax.methods.hub_search import Found, check_budget, require_nevergrad, search
 from lora_gen_jax.methods.lora import SITES, lora_macs, lora_sites
 from lora_gen_jax.methods.method import Method, Prompt, Specialize, Traits, merge_if_possible
@@ -230,6 +233,27 @@ def specialize(config: Config, pair: Pair, loaded: "Loaded | None") -> Specializ
     return specialized
 
 
+def ready(setup: Setup) -> Ready:
+    """A search over the shots composes a LoRA, which is merged; the instruction's tokens stand for the shots."""
+    config, work, edge = setup.config, setup.work, setup.pair.edge
+    module = build(config, setup.pair)
+    first = PackedPrompts(None, None, None, None, None, tasks_P=np.zeros(1, np.int32))
+    variables = module.init(jax.random.key(0), None, first)
+    scale, learned = config.generator.alpha / config.generator.rank, min(work.new_tokens, work.kept - 1)
+    shots = work.whole[: work.kept]
+    losses = loss_by_weights(edge, variables["params"], scale)
+
+    def once() -> dict[str, float]:
+        loss_of = losses([(shots[: -learned or None], shots[-learned:])])
+        found, searching = timed(lambda: search(loss_of, config.hub.modules, config.hub))
+        weights_N = np.float32(found.weights_N)
+        _, merging = timed(lambda: merge(edge.params, compose(variables, weights_N, scale)))
+        return {"search": searching, "merge": merging}
+
+    merged = merge_if_possible(edge.plain, compose(variables, np.zeros(config.hub.modules, np.float32), scale))
+    return setup.ready(work.query, merged, once=once)
+
+
 METHOD = Method(
     key="lorahub",
     title="LoraHub",
@@ -243,4 +267,7 @@ METHOD = Method(
     check=check,
     choose_tasks=choose_tasks,
     packages=("nevergrad", "scipy"),
+    ready=ready,
+    # One for each of the five seen tasks; its authors draw 20 of about two hundred.
+    published={"hub": {"modules": 5}},
 )

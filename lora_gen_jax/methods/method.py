@@ -6,7 +6,7 @@ a task's prompt to the `EdgeModel` that answers. Each method's file ends with it
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.quantized import quantized_name
 from lora_gen_jax.generator.trained_module import TrainedModule
 from lora_gen_jax.inference.edge_model import EdgeModel
+from lora_gen_jax.methods.answering import Ready, Setup, untrained
 from lora_gen_jax.models import Pair, check_variables
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ class Method:
 
     Attributes:
         key: in configs and results.
-        title: in tables.
+        title: in the paper's tables.
+        label: in reports and figures; the title where it is empty.
         traits: for Table 1.
         build: makes the module that training trains; None where nothing is trained.
         specialize: makes the function from prompts to models; it may be slow, what it gives is called once a task.
@@ -85,6 +87,10 @@ class Method:
         choose_tasks: which of the tasks that a config names the method is trained on; left out, all.
         soft_tokens: how many stand before every query, by the config of the run.
         packages: beside those of every run, whose versions decide what `specialize` gives.
+        edge_prompts: the prompt is laid out in the edge model's ids, too (`data.edge_prompt_length`).
+        ready: makes it ready to answer, so that its cost can be measured; a method whose adapter is the same for every
+            prompt needs none of its own.
+        published: what its authors, or the paper, set in a config; None for one without a row in the paper's tables.
     """
 
     key: str
@@ -103,6 +109,17 @@ class Method:
     choose_tasks: Callable[[Config, list[Task]], list[Task]] | None = None
     soft_tokens: Callable[[Config], int] = lambda config: 0
     packages: tuple[str, ...] = ()
+    edge_prompts: bool = False
+    ready: Callable[[Setup], Ready] | None = None
+    published: Mapping[str, Any] | None = None
+    label: str = ""
+
+    @property
+    def answering(self) -> Callable[[Setup], Ready] | None:
+        """`ready`, or that of any method with a fixed adapter; None where the cost cannot be measured."""
+        if self.ready is not None or self.build is None or self.depends_on_prompt:
+            return self.ready
+        return functools.partial(fixed_ready, self)
 
 
 def base(config: Config, pair: Pair, loaded: "Loaded | None" = None) -> Specialize:
@@ -133,3 +150,19 @@ def merge_if_possible(model: EdgeModel, adapter: Any) -> EdgeModel:
     if hasattr(adapter, "weight_delta") and quantized_name(model.params) is None:
         return model.replace(params=merge(model.params, adapter))
     return model.replace(adapter=adapter)
+
+
+def fixed_ready(method: Method, setup: Setup) -> Ready:
+    """A method whose adapter is the same for all tasks, so that none needs anything of its own.
+
+    It is merged when the model is loaded, or stays beside its weights. Trained to read the prompt
+    (`data.edge_reads_prompt`), the edge model reads it before every query.
+    """
+    assert method.build is not None
+    config, pair = dataclasses.replace(setup.config, method=method.key), setup.pair
+    module = method.build(config, pair)
+    model = merge_if_possible(pair.edge.plain, module.apply(untrained(module, pair), None, None).adapter)
+    macs = method.token_macs
+    beside = 0 if model.adapter is None or macs is None else macs(pair.edge.config, config)
+    ids = setup.work.whole if config.data.edge_reads_prompt else setup.work.query
+    return setup.ready(ids, model, adapter_macs=beside)

@@ -204,4 +204,8 @@ METHOD = Method(
     specialize=fixed(_build),
     may_read_prompt=True,
     token_macs=token_macs,
+    published={
+        "generator": {"num_experts": 8, "top_k": 2, "rank": 16, "alpha": 32.0, "balance_coefficient": 0.01},
+        "train": {"learning_rate": 2e-4},
+    },
 )

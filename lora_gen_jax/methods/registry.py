@@ -14,6 +14,7 @@ from lora_gen_jax.models import Pair
 METHODS: dict[str, Method] = {
     method.key: method
     for method in (
+        icl.BASE,
         icl.METHOD,
         task_vector.METHOD,
         lora.METHOD,
@@ -28,10 +29,15 @@ METHODS: dict[str, Method] = {
         refined.SHOTS_LORA,
     )
 }
-TRAINED = tuple(key for key, method in METHODS.items() if method.build is not None)
-"""Those that a config's `method` can name."""
-PROMPT_READING_METHODS = tuple(key for key, method in METHODS.items() if method.may_read_prompt)
-"""Those whose edge model may read the prompt like any text (`data.edge_reads_prompt`)."""
+GENERATOR = lora_gen.METHOD
+"""The method that this project is about: its cloud model, its gates and its pool are measured and drawn."""
+BASE, FULL_PROMPT, BASELINE = icl.BASE, icl.METHOD, lora.METHOD
+"""What others are compared with: the edge model alone, its context with the whole prompt, the usual fine-tuning."""
+
+
+def trained_methods() -> list[str]:
+    """Those that a config's `method` can name."""
+    return [key for key, method in METHODS.items() if method.build is not None]
 
 
 def trained_method(key: str) -> Method:
@@ -40,8 +46,8 @@ def trained_method(key: str) -> Method:
     Raises:
         ConfigError: for one that nothing is trained for.
     """
-    if key not in TRAINED:
-        raise ConfigError(f"method is {key!r}; training can train {', '.join(TRAINED)}", field="method")
+    if key not in (known := trained_methods()):
+        raise ConfigError(f"method is {key!r}; training can train {', '.join(known)}", field="method")
     return METHODS[key]
 
 

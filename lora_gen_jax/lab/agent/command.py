@@ -13,8 +13,9 @@ from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.tasks import Task, stable_hash
 from lora_gen_jax.errors import ConfigError, OutputError
 from lora_gen_jax.lab.agent.function_call_run import score_function_calls
-from lora_gen_jax.lab.agent.run import TRAINED, score_agents
+from lora_gen_jax.lab.agent.run import score_agents
 from lora_gen_jax.lab.agent.table import AGENT_ROWS
+from lora_gen_jax.methods.registry import GENERATOR
 
 PROGRAM = "lora-gen agent"
 
@@ -93,8 +94,8 @@ def scored_tasks(config: Config, flags: AgentFlags, rows_are_seen: bool) -> list
 
 def with_training_rows(config: Config, flags: AgentFlags) -> Config:
     """The config that trains on the user's rows, else on generated ones; they are written to the work directory."""
-    given = ("lora_gen",) if flags.checkpoint else ()
-    if not any(name in flags.methods and name not in given for name in TRAINED):
+    rows = [AGENT_ROWS[name] for name in flags.methods if name in AGENT_ROWS]
+    if not any(row.trained and not (flags.checkpoint and row.method is GENERATOR) for row in rows):
         return config
     text = training_records(flags.train_rows) if flags.train_rows else generated_records(flags.rows_per_toolset)
     # Named by its content, so that a run that was trained on other rows is not taken for this one.

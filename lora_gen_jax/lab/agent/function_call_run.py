@@ -24,8 +24,9 @@ from lora_gen_jax.files import check_output
 from lora_gen_jax.lab.agent.function_calls import CallScore, parse_calls, score_calls, summarize_calls
 from lora_gen_jax.lab.agent.outputs import Writer, Written, check_lengths, context_ids, output_limit
 from lora_gen_jax.lab.agent.run import agent_journal, make_system, write_report
-from lora_gen_jax.lab.agent.table import call_sheet
+from lora_gen_jax.lab.agent.table import AGENT_ROWS, call_sheet
 from lora_gen_jax.lab.comparison import say
+from lora_gen_jax.methods.registry import GENERATOR
 from lora_gen_jax.models import Pair, load_pair
 from lora_gen_jax.sharding import evaluation_mesh
 from lora_gen_jax.training.bucket import location
@@ -38,7 +39,7 @@ from lora_gen_jax.training.checkpoint import (
     versions,
 )
 
-TITLES = {"base_with_tools": "base, functions in context", "lora_gen": "LoRA-Gen, no functions in context"}
+TITLES = {"base_with_tools": "base, functions in context", GENERATOR.key: "LoRA-Gen, no functions in context"}
 
 
 def score_function_calls(
@@ -67,7 +68,7 @@ def score_function_calls(
     report |= {"checkpoint": describe(loaded), "skipped": skipped, "methods": {}, "outputs": {}}
     tokens, journal = output_limit(pair.edge, [row.task for row in fitting]), agent_journal(config)
     for name in TITLES:
-        system = make_system(config, pair, name, None if name == "base_with_tools" else loaded)
+        system = make_system(config, pair, name, None if AGENT_ROWS[name].method is None else loaded)
         writer = Writer(pair.edge, tokens, journal)
         console = Console(file=sys.stderr)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -86,9 +87,9 @@ def score_function_calls(
 
 def find_generator(config: Config, named: Path | None) -> Loaded:
     """The generator that is named, else that of the agent run, else the config's own."""
-    trained = location(config.inside("lora_gen").saved)
+    trained = location(config.inside(GENERATOR.key).saved)
     loaded = load_checkpoint(trained) if named is None and trained.is_dir() else find_checkpoint(config, named)
-    check_method(loaded, "lora_gen")
+    check_method(loaded, GENERATOR.key)
     return loaded
 
 

@@ -41,7 +41,7 @@ from lora_gen_jax.lab.agent.outputs import (
 )
 from lora_gen_jax.lab.agent.table import AGENT_ROWS, PUBLISHED, agent_sheets
 from lora_gen_jax.lab.comparison import say
-from lora_gen_jax.methods.registry import METHODS
+from lora_gen_jax.methods.registry import FULL_PROMPT, GENERATOR, METHODS
 from lora_gen_jax.models import Pair, load_pair
 from lora_gen_jax.sharding import evaluation_mesh
 from lora_gen_jax.training.bucket import location
@@ -49,9 +49,6 @@ from lora_gen_jax.training.checkpoint import Loaded, check_method, check_models,
 from lora_gen_jax.training.loop import train
 from lora_gen_jax.training.portable import SHIPPED
 from lora_gen_jax.training.prepare import prepare_directory, training_tasks, with_steps
-
-TRAINED = ("lora_with_tools", "lora", "lora_gen")
-"""Methods that are trained, each in the directory of its name."""
 
 
 def score_agents(
@@ -87,9 +84,12 @@ def score_agents(
     pair = load_pair(config, evaluation_mesh(config.mesh.fsdp))
     limit = output_limit(pair.edge, tasks)
     check_lengths(pair, tasks, limit, config.eval.prompt_limit, any(AGENT_ROWS[m].reads_prompt for m in methods))
-    loaded = {"lora_gen_untrained": untrained_generator(pair, untrained)} if "lora_gen_untrained" in methods else {}
-    if "lora_gen" in methods and checkpoint is not None:
-        loaded["lora_gen"] = generator_for(pair, load_checkpoint(checkpoint))
+    loaded = {}
+    for name in methods:
+        if AGENT_ROWS[name].method is GENERATOR and not AGENT_ROWS[name].trained:
+            loaded[name] = untrained_generator(pair, untrained)
+        elif AGENT_ROWS[name].method is GENERATOR and checkpoint is not None:
+            loaded[name] = generator_for(pair, load_checkpoint(checkpoint))
     for name, variant in variants(config, pair, [m for m in methods if m not in loaded]).items():
         train_missing(name, variant)
         loaded[name] = load_checkpoint(variant.saved)
@@ -116,12 +116,11 @@ def variants(config: Config, pair: Pair, methods: Sequence[str]) -> dict[str, Co
     With the tools in the edge's context a row has room for them beside the same queries.
     """
     made = {}
-    for name in TRAINED:
-        if name not in methods:
+    for name, row in AGENT_ROWS.items():
+        if name not in methods or row.method is None or not row.trained:
             continue
-        method = "lora_gen" if name == "lora_gen" else "lora"
         data = config.data
-        if name == "lora_with_tools":
+        if row.reads_prompt:
             texts = {text for task in training_tasks(config) for text in task.descriptions if text.strip()}
             longest = max(len(pair.edge.encoder.prompt(text)) for text in texts)
             if longest + data.query_length > pair.edge.config.max_positions:
@@ -133,7 +132,7 @@ def variants(config: Config, pair: Pair, methods: Sequence[str]) -> dict[str, Co
                 )
             length = data.edge_length + bucket(longest)
             data = dataclasses.replace(data, edge_reads_prompt=True, edge_length=length)
-        made[name] = dataclasses.replace(config.inside(name), method=method, compare=(), data=data)
+        made[name] = dataclasses.replace(config.inside(name), method=row.method.key, compare=(), data=data)
     return made
 
 
@@ -159,7 +158,7 @@ def untrained_generator(pair: Pair, named: Path | None) -> Loaded:
 
 def generator_for(pair: Pair, loaded: Loaded) -> Loaded:
     """The checkpoint, when it is a generator for these models."""
-    check_method(loaded, "lora_gen")
+    check_method(loaded, GENERATOR.key)
     check_models(loaded.fingerprints, pair.fingerprints, f"checkpoint {loaded.path}")
     return loaded
 
@@ -167,7 +166,7 @@ def generator_for(pair: Pair, loaded: Loaded) -> Loaded:
 def make_system(config: Config, pair: Pair, name: str, loaded: Loaded | None) -> System:
     """What a row scores, with the tools as the whole prompt."""
     alone = dataclasses.replace(config, eval=dataclasses.replace(config.eval, shots=0))
-    method = METHODS["icl" if loaded is None else loaded.config.method]
+    method = FULL_PROMPT if loaded is None else METHODS[loaded.config.method]
     return dataclasses.replace(system_of(alone, pair, method, loaded), reads_prompt=AGENT_ROWS[name].reads_prompt)
 
 

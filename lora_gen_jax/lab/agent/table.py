@@ -5,13 +5,22 @@ from typing import Any, NamedTuple
 
 from lora_gen_jax.evaluation.published import AGENT, AGENT_COMPRESSION, AgentRow
 from lora_gen_jax.evaluation.sheet import Sheet, average, number, percent, ratio
+from lora_gen_jax.methods.method import Method
+from lora_gen_jax.methods.registry import BASELINE, GENERATOR
 
 
 class Row(NamedTuple):
-    """A row of the table: how it is shown, and the paper's row, Gemma on GPT4Tools."""
+    """A row of the table: how it is shown, the paper's row, Gemma on GPT4Tools, and what is trained for it.
+
+    Attributes:
+        method: whose checkpoint it needs; None for the edge model as it is.
+        trained: here, on tools, in the directory of the row's name.
+    """
 
     title: str
     published: AgentRow
+    method: Method | None = None
+    trained: bool = True
 
     @property
     def reads_prompt(self) -> bool:
@@ -20,11 +29,11 @@ class Row(NamedTuple):
 
 
 AGENT_ROWS = {
-    "base_with_tools": Row("base, tools in context", AGENT[0]),
-    "lora_with_tools": Row("LoRA, tools in context", AGENT[1]),
-    "lora": Row("LoRA, no tools in context", AGENT[2]),
-    "lora_gen_untrained": Row("LoRA-Gen, never saw tools", AGENT[3]),
-    "lora_gen": Row("LoRA-Gen, trained on tools", AGENT[4]),
+    "base_with_tools": Row("base, tools in context", AGENT[0], trained=False),
+    "lora_with_tools": Row("LoRA, tools in context", AGENT[1], BASELINE),
+    "lora": Row("LoRA, no tools in context", AGENT[2], BASELINE),
+    "lora_gen_untrained": Row("LoRA-Gen, never saw tools", AGENT[3], GENERATOR, trained=False),
+    "lora_gen": Row("LoRA-Gen, trained on tools", AGENT[4], GENERATOR),
 }
 PUBLISHED = {
     "source": "the paper's Table 3, Gemma on GPT4Tools: not measured here",

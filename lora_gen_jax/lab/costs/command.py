@@ -18,22 +18,16 @@ from lora_gen_jax.files import check_output, complete_directory, text_argument, 
 from lora_gen_jax.generator.cloud import pack_prompts
 from lora_gen_jax.lab.costs import measure as efficiency
 from lora_gen_jax.lab.costs import transformers_peer
-from lora_gen_jax.lab.costs.methods import (
-    ANSWERING,
-    Ready,
-    Setup,
-    Workload,
-    workload_of_sizes,
-    workload_of_texts,
-)
+from lora_gen_jax.lab.costs.methods import KEPT_PREFIX, UNTRAINED_ROWS, answering, workload_of_sizes, workload_of_texts
 from lora_gen_jax.lab.costs.report import PUBLISHED, derived, disagreements, print_report
 from lora_gen_jax.lab.costs.training import training_costs
-from lora_gen_jax.methods.registry import make_generator
+from lora_gen_jax.methods.answering import Ready, Setup, Workload
+from lora_gen_jax.methods.registry import GENERATOR, make_generator
 from lora_gen_jax.models import Pair, load_pair
 from lora_gen_jax.training.checkpoint import check_method, check_models, find_checkpoint, versions
 
 # What the report compares; a method beside these that cannot run with the config is left out.
-NEEDED = ("base", "icl", "icl_kept_prefix", "lora_gen")
+NEEDED = (*UNTRAINED_ROWS, GENERATOR.key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,10 +112,10 @@ def make_workload(pair: Pair, flags: EfficiencyFlags) -> Workload:
 
 def make_setup(config: Config, pair: Pair, work: Workload, named: Path | None) -> tuple[Setup, str]:
     """The generator, and where it is from; one with untrained weights where none was trained, which costs the same."""
-    config = dataclasses.replace(config, method="lora_gen")
+    config = dataclasses.replace(config, method=GENERATOR.key)
     try:
         loaded = find_checkpoint(config, named)
-        check_method(loaded, "lora_gen")
+        check_method(loaded, GENERATOR.key)
     except CheckpointError:
         if named is not None:
             raise
@@ -153,7 +147,7 @@ def measured(setup: Setup, flags: EfficiencyFlags, batch_sizes: list[int]) -> di
             costs[program] = efficiency.answer_cost(one)
         methods[name] = {"context_tokens": len(one.ids), "kept_tokens": one.kept, "ids": times[name].ids}
         methods[name] |= efficiency.figures(times[name], work.new_tokens) | costs[program]
-    kept = ready["icl_kept_prefix"].model.prefix
+    kept = ready[KEPT_PREFIX].model.prefix
     assert kept is not None
     return {
         "config": to_json(setup.config),
@@ -177,7 +171,7 @@ def made_ready(setup: Setup) -> tuple[dict[str, Ready], dict[str, str]]:
     """Every method ready to answer, and those that are left out with the reason."""
     ready: dict[str, Ready] = {}
     left_out: dict[str, str] = {}
-    for name, make in ANSWERING.items():
+    for name, make in answering().items():
         try:
             ready[name] = make(setup)
         except ConfigError as error:

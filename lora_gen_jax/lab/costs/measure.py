@@ -16,8 +16,8 @@ import jax
 from lora_gen_jax.adapters.merge import merge
 from lora_gen_jax.inference import cost
 from lora_gen_jax.inference.edge_model import forward_only
-from lora_gen_jax.lab.costs.methods import Ready, Setup
 from lora_gen_jax.lab.costs.transformers_peer import TorchSystem
+from lora_gen_jax.methods.answering import Ready, Setup
 
 # After each answer: the other library's idle threads spin for a while before they sleep.
 PAUSE = 0.02

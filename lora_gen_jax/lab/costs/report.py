@@ -11,27 +11,32 @@ from typing import Any
 
 from lora_gen_jax.evaluation.published import COST
 from lora_gen_jax.evaluation.sheet import MISSING, Sheet, si, to_screen
+from lora_gen_jax.lab.costs.methods import KEPT_PREFIX
+from lora_gen_jax.methods.registry import BASE, FULL_PROMPT, GENERATOR, METHODS
 
 # Qwen2-1.5B on an A100, 100 input and 200 instruction tokens, training at batch 8: the paper's Table 13.
 PUBLISHED = {
     "model": "Qwen2-1.5B",
     **{
-        name: {"macs": row.inference_macs, "latency_s": row.inference_s, "step_s": row.training_step_s}
-        for name, row in zip(("lora", "lora_gen"), COST, strict=True)
+        key: {"macs": row.inference_macs, "latency_s": row.inference_s, "step_s": row.training_step_s}
+        for key, method in METHODS.items()
+        for row in COST
+        if row.method == method.title
     },
 }
+OWN, FULL = GENERATOR.key, FULL_PROMPT.key
 # Each with what it says: the first system's time over the second's.
 RATIOS = {
-    ("lora_gen", "icl"): "specialized / full prompt",
-    ("lora_gen", "icl_kept_prefix"): "specialized / kept prefix",
-    ("lora_gen", "transformers_full_prompt"): "specialized / transformers, full prompt",
-    ("lora_gen", "transformers_kept_prefix"): "specialized / transformers, kept prefix",
-    ("base", "transformers_no_prompt"): "same work: base, no prompt",
-    ("icl", "transformers_full_prompt"): "same work: full prompt",
-    ("icl_kept_prefix", "transformers_kept_prefix"): "same work: kept prefix",
+    (OWN, FULL): "specialized / full prompt",
+    (OWN, KEPT_PREFIX): "specialized / kept prefix",
+    (OWN, "transformers_full_prompt"): "specialized / transformers, full prompt",
+    (OWN, "transformers_kept_prefix"): "specialized / transformers, kept prefix",
+    (BASE.key, "transformers_no_prompt"): "same work: base, no prompt",
+    (FULL, "transformers_full_prompt"): "same work: full prompt",
+    (KEPT_PREFIX, "transformers_kept_prefix"): "same work: kept prefix",
 }
 # Pairs that read the same ids with the same weights must write the same.
-SAME_ANSWER = [pair for pair in RATIOS if pair[0] != "lora_gen"]
+SAME_ANSWER = [pair for pair in RATIOS if pair[0] != OWN]
 RATIO_COLUMNS = ("first_token", "per_token", "answer", "first_answer")
 CURVE_QUERIES = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
 
@@ -70,7 +75,7 @@ def derived(results: Mapping[str, Any]) -> dict[str, Any]:
             {"of": a, "to": b, **{k: round(systems[a][f"{k}_ms"] / systems[b][f"{k}_ms"], 4) for k in RATIO_COLUMNS}}
             for a, b in pairs
         ],
-        "break_even": {b: break_even(costs["lora_gen"], costs[b]) for a, b in pairs if a == "lora_gen"},
+        "break_even": {b: break_even(costs[OWN], costs[b]) for a, b in pairs if a == OWN},
         "curve": {
             "queries": list(CURVE_QUERIES),
             "ms": {name: [round(o + n * each, 3) for n in CURVE_QUERIES] for name, (o, each) in costs.items()},
@@ -186,12 +191,11 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
         lines.append(f"Without transformers' times: {results['transformers']['skipped']}")
     lines.append(f"Generator: {results['generator']}.")
     if results["training"]:
-        p = PUBLISHED
-        lines.append(
-            f"Published ({p['model']}, Table 13, A100): inference LoRA {si(p['lora']['macs'])}MACs"
-            f" {p['lora']['latency_s']} s, LoRA-Gen {si(p['lora_gen']['macs'])}MACs {p['lora_gen']['latency_s']} s;"
-            f" training step LoRA {p['lora']['step_s']} s, LoRA-Gen {p['lora_gen']['step_s']} s."
-        )
+        rows = [(METHODS[key].title, row) for key, row in PUBLISHED.items() if key in METHODS]
+        answers = ", ".join(f"{title} {si(row['macs'])}MACs {row['latency_s']} s" for title, row in rows)
+        steps = ", ".join(f"{title} {row['step_s']} s" for title, row in rows)
+        source = f"{PUBLISHED['model']}, Table 13, A100"
+        lines.append(f"Published ({source}): inference {answers}; training step {steps}.")
     bad = disagreements(results)
     lines += [f"DISAGREEMENT of formula and compiler: {line}" for line in bad]
     if not bad:
@@ -202,7 +206,7 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
 def kept_prefix_remark(results: Mapping[str, Any]) -> str:
     """Why a specialized model and a kept prefix are close, in figures."""
     memory, methods = results["kept_prefix"], results["methods"]
-    fewer = 1 - methods["lora_gen"]["macs"]["answer"] / methods["icl_kept_prefix"]["macs"]["answer"]
+    fewer = 1 - methods[OWN]["macs"]["answer"] / methods[KEPT_PREFIX]["macs"]["answer"]
     share = 100 * memory["bytes"] / memory["weight_bytes"]
     return (
         f"Behind a kept prefix an answer takes the same linear layers as a specialized one. Specializing saves"

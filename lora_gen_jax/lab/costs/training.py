@@ -19,7 +19,7 @@ from lora_gen_jax.config import Config
 from lora_gen_jax.data.pipeline import Batch, Group, pack_groups
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.lab.costs.measure import ms, peak_bytes, say
-from lora_gen_jax.methods.registry import make_generator
+from lora_gen_jax.methods.registry import BASELINE, GENERATOR, make_generator
 from lora_gen_jax.models import Pair
 from lora_gen_jax.training.cost import method_cost
 from lora_gen_jax.training.optimizer import make_optimizer
@@ -46,10 +46,11 @@ class Case:
     reads_prompt: bool = False
 
 
+GROUPED = f"{GENERATOR.key}_grouped"
 CASES = {
-    "lora_gen": Case("lora_gen", prompts=QUERIES),
-    "lora_gen_grouped": Case("lora_gen", prompts=1),
-    "lora": Case("lora", prompts=QUERIES, reads_prompt=True),
+    GENERATOR.key: Case(GENERATOR.key, prompts=QUERIES),
+    GROUPED: Case(GENERATOR.key, prompts=1),
+    BASELINE.key: Case(BASELINE.key, prompts=QUERIES, reads_prompt=True),
 }
 
 
@@ -94,7 +95,7 @@ def prepare(config: Config, pair: Pair, case: Case, sizes: tuple[int, int]) -> t
     measured = {
         "prompts": case.prompts,
         "queries": QUERIES,
-        "cloud_tokens": 0 if case.method == "lora" else int(np.sum(batch.prompts.positions_BT >= 0)),
+        "cloud_tokens": 0 if case.reads_prompt else int(np.sum(batch.prompts.positions_BT >= 0)),
         "edge_tokens": int(np.sum(batch.positions_PT >= 0)),
         "macs": cost.total,
         "peak_bytes": peak_bytes(compiled),

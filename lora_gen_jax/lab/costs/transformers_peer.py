@@ -16,7 +16,7 @@ import numpy as np
 from lora_gen_jax.decoder.pretrained import Source, leaves, load_hf_config
 from lora_gen_jax.errors import ConfigError, ModelError
 from lora_gen_jax.evaluation.timing import timed
-from lora_gen_jax.lab.costs.methods import Workload
+from lora_gen_jax.methods.answering import Workload
 from lora_gen_jax.models import Model
 
 

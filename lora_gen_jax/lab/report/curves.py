@@ -10,6 +10,7 @@ import numpy as np
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.lab.report.found import Curve, File, Run
 from lora_gen_jax.lab.report.style import PALETTE, color_of, grid, new_figure, save, title_of
+from lora_gen_jax.methods.registry import GENERATOR
 
 PANELS = {
     "loss": "loss, nats a token",
@@ -125,13 +126,13 @@ def draw_break_even(queries: list[float], lines: Mapping[str, list[float]], path
 def crossings(queries: Sequence[float], lines: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, float]]:
     """Other method → (queries, seconds) from which on LoRA-Gen stays ahead of it; without those it is never behind
     of, or never ahead of at the end."""
-    own = lines.get("lora_gen")
+    own = lines.get(GENERATOR.key)
     found: dict[str, tuple[float, float]] = {}
     if own is None:
         return found
     for method, times in lines.items():
         behind = [i for i, (a, b) in enumerate(zip(own, times, strict=True)) if a >= b]
-        if method == "lora_gen" or not behind or behind[-1] == len(queries) - 1:
+        if method == GENERATOR.key or not behind or behind[-1] == len(queries) - 1:
             continue
         i = behind[-1]
         before, after = own[i] - times[i], own[i + 1] - times[i + 1]

@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_gen_jax.errors import DataError
 from lora_gen_jax.lab.report.found import File
+from lora_gen_jax.methods.registry import METHODS
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,10 @@ class Scores:
 def prompted(method: str, result: Mapping[str, Any]) -> bool:
     """Whether the prompt, and so the number of shots, makes a difference to a method's result.
 
-    Files of earlier versions do not say; they have no methods but these.
+    Files of earlier versions do not say; their edge models read it only where that is the method.
     """
-    return bool(result.get("prompted", method not in ("base", "lora")))
+    own = METHODS.get(method)
+    return bool(result.get("prompted", own is None or own.edge_reads_prompt or own.depends_on_prompt))
 
 
 def gather(files: Sequence[File]) -> list[Scores]:

@@ -10,13 +10,10 @@ from typing import Any, TypeVar
 
 from lora_gen_jax.errors import OutputError
 from lora_gen_jax.evaluation.controls import CONTROLS
-from lora_gen_jax.methods.registry import METHODS, PROMPT_READING_METHODS
+from lora_gen_jax.methods.registry import METHODS
 
-TITLES = {
-    "base": "base, no prompt",
-    **{key: method.title for key, method in METHODS.items()},
-    "icl": "in-context learning",
-    "lora_gen": "LoRA-Gen, no prompt",
+# What is no method: controls, and what only efficiency measures.
+OTHERS = {
     **CONTROLS,
     "icl_kept_prefix": "in-context learning, the prompt's cache kept",
     "transformers_no_prompt": "transformers, no prompt",
@@ -34,13 +31,16 @@ DPI = 110
 
 def title_of(method: str, result: Mapping[str, Any] | None = None) -> str:
     """A method in words; with a result that says so, that the edge model did not read the prompt where it might."""
-    unread = method in PROMPT_READING_METHODS and result is not None and result.get("prompted") is False
-    return TITLES.get(method, method) + ", no prompt" * unread
+    known = METHODS.get(method)
+    if known is None:
+        return OTHERS.get(method, method)
+    unread = known.may_read_prompt and result is not None and result.get("prompted") is False
+    return (known.label or known.title) + ", no prompt" * unread
 
 
 def color_of(method: str) -> str:
     """A method's color, the same in every figure."""
-    order = tuple(TITLES)
+    order = (*METHODS, *OTHERS)
     place = order.index(method) if method in order else sum(method.encode())
     return PALETTE[place % len(PALETTE)]
 

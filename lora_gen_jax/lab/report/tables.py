@@ -8,6 +8,7 @@ from lora_gen_jax.evaluation import published
 from lora_gen_jax.evaluation.sheet import Cell, Sheet, average, number, percent, ratio
 from lora_gen_jax.lab.report.scores import Scores, mean_point, prompted
 from lora_gen_jax.lab.report.style import title_of
+from lora_gen_jax.methods.registry import FULL_PROMPT
 
 PUBLISHED = (published.table_2, published.table_3, published.table_4, published.table_13)
 _TIMES = {
@@ -28,7 +29,7 @@ def score_sheet(scores: Scores) -> Sheet:
     for method, of in scores.methods.items():
         for shots, result in sorted(of.items()):
             point = points[method][shots]
-            full = points.get("icl", {}).get(shots) if prompted(method, result) else None
+            full = points.get(FULL_PROMPT.key, {}).get(shots) if prompted(method, result) else None
             means = [percent(result.get(name)) for name in ("har", "ave_seen", "ave_unseen", "har_unseen")]
             cells: list[Cell] = [title_of(method, result), str(shots), percent(point.accuracy, point.stderr), *means]
             cells += [number(point.context), None, number(point.latency_ms, 2), None]
@@ -63,12 +64,12 @@ def comparison_sheet(report: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> S
     if not all(report.values()):
         raise KeyError("a group has no methods")
     first = report[groups[0]]
-    full = [report[group]["icl"]["context_tokens"] for group in groups] if "icl" in first else []
+    full = [report[group][FULL_PROMPT.key]["context_tokens"] for group in groups] if FULL_PROMPT.key in first else []
     rows = []
     for method in first:
         found = [report[group][method] for group in groups]
         context = statistics.fmean(r["context_tokens"] for r in found)
-        short = full and method != "icl" and prompted(method, found[0])
+        short = full and method != FULL_PROMPT.key and prompted(method, found[0])
         cells = [percent(r["accuracy"], r.get("stderr")) for r in found]
         cells += [number(context), ratio(statistics.fmean(full), context) if short else None]
         rows.append([title_of(method, found[0]), *cells, average((r["latency_ms"] for r in found), 2)])

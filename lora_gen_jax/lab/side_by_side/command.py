@@ -92,12 +92,13 @@ def side_by_side_command(flags: SideBySide) -> None:
     from lora_gen_jax.evaluation.run import describe, machine
     from lora_gen_jax.files import write_json
     from lora_gen_jax.lab.side_by_side.table import print_comparison
+    from lora_gen_jax.methods.registry import GENERATOR
     from lora_gen_jax.training.checkpoint import check_method, load_checkpoint, versions
     from lora_gen_jax.training.portable import DEFAULT
 
     given = given_case(flags)
     loaded = load_checkpoint(flags.checkpoint or DEFAULT)
-    check_method(loaded, "lora_gen")
+    check_method(loaded, GENERATOR.key)
     cases = built_in_cases(loaded.config) if given is None else [given]
     sides = Sides(loaded, flags.max_new_tokens, flags.chat)
     compared = []

@@ -8,29 +8,33 @@ from collections.abc import Iterable, Mapping
 
 from lora_gen_jax.evaluation import published
 from lora_gen_jax.evaluation.sheet import Cell, Sheet, number, ratio, si
+from lora_gen_jax.lab.costs.methods import KEPT_PREFIX
+from lora_gen_jax.lab.costs.training import GROUPED
 from lora_gen_jax.lab.tables import layout
 from lora_gen_jax.lab.tables.layout import Costs, Results, answer, context
+from lora_gen_jax.lab.tables.spec import UNTRAINED
 from lora_gen_jax.methods.method import Traits
+from lora_gen_jax.methods.registry import BASELINE, FULL_PROMPT, GENERATOR
 
 PUBLISHED = {2: published.table_2, 3: published.table_3, 4: published.table_4, 13: published.table_13}
 # The case of `lab.costs.training` that a row shows.
-STEPS = {"lora": "lora", "lora_gen": "lora_gen_grouped"}
+STEPS = {BASELINE.key: BASELINE.key, GENERATOR.key: GROUPED}
 
 
 def table_1(results: Results, costs: Costs, traits: Mapping[str, Traits]) -> Sheet | None:
     """What a method can do, with what was measured about it."""
     # The untrained rows are methods themselves.
     of = {row: results["settings"].get(row, {}).get("method", row) for row in layout.method_rows(results)}
-    rows = [row for row in of if row != "base" and of[row] in traits]
+    rows = [row for row in of if row != UNTRAINED and of[row] in traits]
     if not rows:
         return None
-    full = context(results, "icl")
+    full = context(results, FULL_PROMPT.key)
 
     def cells(row: str) -> list[Cell]:
         own, read, once = traits[of[row]], context(results, row), answer(costs, row, "once_ms")
         yes = [own.compresses_context, own.merged, own.training_free, own.transfers]
         # Others read as little, but then know nothing of the prompt.
-        shorter = full if own.compresses_context or row == "icl" else None
+        shorter = full if own.compresses_context or row == FULL_PROMPT.key else None
         fewer = ratio(shorter and shorter.mean, read and read.mean)
         extra = answer(costs, row, "numbers_beside")
         seconds = None if once is None else number(sum(once.values()) / 1000, 3)
@@ -50,7 +54,7 @@ def table_13(results: Results, costs: Costs) -> Sheet | None:
     """What an answer and a training step cost."""
     if "answers" not in costs:
         return None
-    rows = [row for row in (*layout.method_rows(results), "icl_kept_prefix") if row in costs["answers"]]
+    rows = [row for row in (*layout.method_rows(results), KEPT_PREFIX) if row in costs["answers"]]
     training = costs.get("training", {})
 
     def cells(row: str) -> list[Cell]:
@@ -66,7 +70,7 @@ def table_13(results: Results, costs: Costs) -> Sheet | None:
         f"an answer of {work['new_tokens']} tokens to {work['input_tokens']}, instruction {work['instruction_tokens']}"
         " tokens; medians, all methods taking turns with nothing else running"
     ]
-    if alone := training.get("lora_gen"):
+    if alone := training.get(GENERATOR.key):
         lines.append(
             "a training step takes 8 queries of one instruction, which LoRA-Gen reads once; reading it for every query,"
             f" as published, takes {alone['step_ms']:.1f} ms"

@@ -23,15 +23,15 @@ from lora_gen_jax.evaluation.task import task_prompt
 from lora_gen_jax.files import write_json
 from lora_gen_jax.lab.costs import measure as efficiency
 from lora_gen_jax.lab.costs.command import make_setup
-from lora_gen_jax.lab.costs.methods import ANSWERING, Ready, Workload, workload_of_texts
+from lora_gen_jax.lab.costs.methods import UNTRAINED_ROWS, answering, workload_of_texts
 from lora_gen_jax.lab.costs.training import training_costs
-from lora_gen_jax.lab.tables.spec import UNTRAINED, Tables, config_of, is_method_row
+from lora_gen_jax.lab.tables.spec import GENERATOR, UNTRAINED, Tables, config_of, is_method_row
+from lora_gen_jax.methods.answering import Ready, Workload
+from lora_gen_jax.methods.registry import FULL_PROMPT
 from lora_gen_jax.models import Pair, load_pair
 from lora_gen_jax.training.checkpoint import versions
 
 FILE, REPEATS, TRAINING_REPEATS = "latency.json", 21, 3
-# Rows without a run: the base model reads only the query, the prompt before it, or the prompt once.
-UNTRAINED_ROWS = ("base", "icl", "icl_kept_prefix")
 
 
 def measure_costs(tables: Tables, rows: Sequence[str]) -> dict[str, Any]:
@@ -56,14 +56,14 @@ def measure_costs(tables: Tables, rows: Sequence[str]) -> dict[str, Any]:
 
 def timed_rows(tables: Tables, finished: Container[str]) -> list[str]:
     """The finished runs whose answers are timed: those that stand for a method whose cost can be measured."""
-    methods = {run: config_of(tables, run, tables.seeds[0]).method for run in tables.runs}
-    return [run for run, key in methods.items() if run in finished and key in ANSWERING and is_method_row(run, key)]
+    methods, known = {run: config_of(tables, run, tables.seeds[0]).method for run in tables.runs}, answering()
+    return [run for run, key in methods.items() if run in finished and key in known and is_method_row(run, key)]
 
 
 def timed_configs(tables: Tables, rows: Sequence[str]) -> tuple[dict[str, Config], Config]:
     """(configs of the rows, that of LoRA-Gen, which everything shared is made from)."""
     seed = tables.seeds[0]
-    own = config_of(tables, "lora_gen" if "lora_gen" in tables.runs else UNTRAINED, seed)
+    own = config_of(tables, GENERATOR if GENERATOR in tables.runs else UNTRAINED, seed)
     return {row: config_of(tables, row, seed) for row in rows}, own
 
 
@@ -129,14 +129,17 @@ def answers(config: Config, pair: Pair, works: Mapping[int, Workload], configs: 
     """{"workload", "answers", "specializing"}; rows of in-context learning with fewer shots are called icl_N."""
     most = max(works)
     setup, _ = make_setup(config, pair, works[most], None)
-    ready = {name: ANSWERING[name](setup) for name in UNTRAINED_ROWS}
+    known = answering()
+    ready = {name: known[name](setup) for name in UNTRAINED_ROWS}
     for number in sorted(works):
         if number != most:
-            ready[f"icl_{number}"] = ANSWERING["icl"](dataclasses.replace(setup, work=works[number]))
+            ready[f"{FULL_PROMPT.key}_{number}"] = known[FULL_PROMPT.key](
+                dataclasses.replace(setup, work=works[number])
+            )
     for row, one in configs.items():
         efficiency.say(f"making {row} ready")
         # LoRA-Gen's generator stays, which the other methods do not ask for.
-        ready[row] = ANSWERING[one.method](dataclasses.replace(setup, config=one))
+        ready[row] = known[one.method](dataclasses.replace(setup, config=one))
     new = works[most].new_tokens
     times = efficiency.measure(ready, (1,), REPEATS)
     work = works[most]

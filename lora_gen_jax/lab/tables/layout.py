@@ -15,8 +15,8 @@ from lora_gen_jax.evaluation.means import error_of, standard_error
 from lora_gen_jax.evaluation.sheet import Cell, Figure, Sheet, number, ratio
 from lora_gen_jax.lab.agent.table import AGENT_ROWS, METRICS
 from lora_gen_jax.lab.report.style import title_of
-from lora_gen_jax.lab.tables.spec import AGENT, GENERATOR, UNTRAINED_METHODS, is_method_row
-from lora_gen_jax.methods.registry import METHODS
+from lora_gen_jax.lab.tables.spec import AGENT, GENERATOR, UNTRAINED, UNTRAINED_METHODS, compresses, is_method_row
+from lora_gen_jax.methods.registry import BASELINE, FULL_PROMPT, METHODS
 
 Results = Mapping[str, Any]
 Costs = Mapping[str, Any]
@@ -98,12 +98,12 @@ def answer(costs: Costs, row: str, key: str = "answer_ms") -> Any:
 def latency(costs: Costs, row: str) -> tuple[Cell, Cell]:
     """Milliseconds of an answer, and their ratio to LoRA's."""
     own = answer(costs, row)
-    return number(own, 2), ratio(own, answer(costs, "lora"), 2)
+    return number(own, 2), ratio(own, answer(costs, BASELINE.key), 2)
 
 
 def rows_with_results(results: Results, rows: Sequence[str]) -> list[str]:
     """The rows that were asked for; those without a result yet are shown without figures."""
-    asked = set(results["settings"]) | ({"icl"} if "base" in results["settings"] else set())
+    asked = set(results["settings"]) | ({FULL_PROMPT.key} if UNTRAINED in results["settings"] else set())
     return [row for row in rows if row in asked]
 
 
@@ -172,10 +172,12 @@ def table_3(results: Results) -> Sheet | None:
 
 
 def table_4(results: Results, costs: Costs) -> Sheet | None:
-    """AutoCompressors against LoRA-Gen, on unseen tasks."""
-    rows = rows_with_results(results, ("icl", "autocompressor", GENERATOR))
-    if "autocompressor" not in rows:
+    """Other methods that compress the context against LoRA-Gen, on unseen tasks."""
+    runs = {run: one["method"] for run, one in results["settings"].items() if is_method_row(run, one["method"])}
+    others = [run for run, key in runs.items() if key != GENERATOR and compresses(METHODS[key])]
+    if not others:
         return None
+    rows = rows_with_results(results, (FULL_PROMPT.key, *others, GENERATOR))
 
     def cells(row: str) -> list[Cell]:
         accuracies = (group(results, row, "unseen"), mean(results, row, "ave_unseen"))
@@ -235,12 +237,12 @@ def ablations(results: Results) -> list[Sheet | None]:
 
 def table_8(results: Results, costs: Costs) -> Sheet | None:
     """In-context learning and LoRA-Gen by number of shots."""
-    rows = rows_with_results(results, ("icl", GENERATOR))
+    rows = rows_with_results(results, (FULL_PROMPT.key, GENERATOR))
     counts = {n for row in rows for by_shots in results["runs"].get(row, {}).values() for n in by_shots}
     lines: list[Sequence[Cell]] = []
     for row in rows:
         for shots in sorted(counts, key=int):
-            timed = f"{row}_{shots}" if row == "icl" and shots != results["shots"] else row
+            timed = f"{row}_{shots}" if row == FULL_PROMPT.key and shots != results["shots"] else row
             accuracies = [group(results, row, title, shots) for title in GROUPS]
             averages = [mean(results, row, name, shots) for name in ("ave", "har")]
             read = context(results, row, shots)

@@ -12,18 +12,18 @@ from lora_gen_jax.config import Config
 from lora_gen_jax.config_check import check
 from lora_gen_jax.config_file import made_by, read_config
 from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.lab.agent.table import AGENT_ROWS
+from lora_gen_jax.methods import registry
+from lora_gen_jax.methods.method import Method
 
 # What a run changes: values by field, those of a part in a mapping of their own:
 # {"method": "lora", "generator": {"rank": 8}}.
 Change = Mapping[str, Any]
 # Scored without training: the base model on its own, and with the shots in its context.
-UNTRAINED, UNTRAINED_METHODS = "base", ("base", "icl")
+UNTRAINED, UNTRAINED_METHODS = registry.BASE.key, (registry.BASE.key, registry.FULL_PROMPT.key)
 AGENT = "agent"
 # The run whose variants are the ablations; it is scored with every number of shots, all others with the largest.
-GENERATOR = "lora_gen"
-AGENT_METHODS = ("base_with_tools", "lora_with_tools", "lora", "lora_gen_untrained", "lora_gen")
-# What LoRAMoE counts as questions about the world; the others are about something in the query.
-KNOWLEDGE = ("arc_challenge", "arc_easy", "openbookqa")
+GENERATOR = registry.GENERATOR.key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Tables:
     runs: Mapping[str, Change]
     agent: Config | None = None
     agent_rows: int = 96
-    agent_methods: tuple[str, ...] = AGENT_METHODS
+    agent_methods: tuple[str, ...] = tuple(AGENT_ROWS)
     seeds: tuple[int, ...] = (0, 1, 2)
     shots: tuple[int, ...] = (1, 3, 5)
 
@@ -154,33 +154,26 @@ def paper_tables(path: Path, edge_positions: int, compressor: bool = False) -> T
     # The tables' own file gives the name, and so the work directory.
     base = dataclasses.replace(read_config(path), name="", compare=())
     reading = reads_prompt(base.data.cloud_length, base.data.edge_length, edge_positions)
-    lora = {"rank": 16, "alpha": 16.0}
-    runs: dict[str, Change] = {
-        "lora": {"method": "lora", "generator": lora, "data": reading},
-        "lora_alone": {"method": "lora", "generator": lora},
-        # As in the repository's script, without a balance loss.
-        "lora_moe": {
-            "method": "lora_moe",
-            "generator": {"num_experts": 8, "rank": 4, "alpha": 32.0, "balance_coefficient": 0.0},
-            "data": {**reading, "knowledge_tasks": KNOWLEDGE},
-            "train": {"learning_rate": 2e-4},
-        },
-        "mixlora": {
-            "method": "mixlora",
-            "generator": {"num_experts": 8, "top_k": 2, "rank": 16, "alpha": 32.0, "balance_coefficient": 0.01},
-            "data": reading,
-            "train": {"learning_rate": 2e-4},
-        },
-        # One for each of the five seen tasks; its authors draw 20 of about two hundred.
-        "lorahub": {"method": "lorahub", "hub": {"modules": 5}},
-        GENERATOR: {},
-        **variants(),
-    }
+    rows = [one for key, one in registry.METHODS.items() if one.published is not None and key != GENERATOR]
+    runs: dict[str, Change] = {}
+    for method in rows:
+        if not compresses(method):
+            runs[method.key] = published(method, reading)
+        if method is registry.BASELINE:
+            runs[f"{method.key}_alone"] = published(method, {})
+    runs |= {GENERATOR: {}, **variants()}
     if compressor:
-        runs["autocompressor"] = {
-            "method": "autocompressor",
-            "generator": lora,
-            "compressor": {"summary_tokens": 50},
-            "data": {"edge_prompt_length": 1536},
-        }
+        runs |= {method.key: published(method, reading) for method in rows if compresses(method)}
     return Tables(base, runs)
+
+
+def compresses(method: Method) -> bool:
+    """Whether the edge model gets a whole prompt in fewer tokens: one of those that Table 4 compares."""
+    return method.traits.compresses_context and not method.needs_shots
+
+
+def published(method: Method, reading: Change) -> Change:
+    """The run of a method with its published settings; `reading` is for those whose edge model reads the prompt."""
+    own = method.published or {}
+    data = {**(reading if method.may_read_prompt else {}), **own.get("data", {})}
+    return {"method": method.key, **own, **({"data": data} if data else {})}

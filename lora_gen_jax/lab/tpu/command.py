@@ -18,6 +18,7 @@ from lora_gen_jax.lab.tpu.programs import NAMES, Program, Sizes, batch_shapes, b
 from lora_gen_jax.lab.tpu.report import print_report, program_json
 from lora_gen_jax.lab.tpu.roofline import Costs, costs
 from lora_gen_jax.lab.tpu.topology import Topology, get_topology
+from lora_gen_jax.methods.registry import GENERATOR
 from lora_gen_jax.models import Pair
 from lora_gen_jax.sharding import make_mesh
 from lora_gen_jax.training.fit import fitted
@@ -54,7 +55,7 @@ def run(config: Config, flags: CompileFlags) -> dict[str, Any]:
         raise ConfigError(
             f"--programs is {flags.programs!r}", field="--programs", remedy=f"name some of {', '.join(NAMES)}"
         )
-    if config.method != "lora_gen" and flags.programs == CompileFlags.programs:
+    if config.method != GENERATOR.key and flags.programs == CompileFlags.programs:
         names = tuple(name for name in names if name != "specialise")
     if not flags.topology:
         raise ConfigError("name the chips to compile for: --topology v5e:4x4", field="--topology", code="missing")
@@ -126,6 +127,6 @@ def as_json(
         "collective_bytes_per_s": topology.chip.receive_rate,
         "programs": {name: program_json(program, cost) for name, (program, cost) in results.items()},
     }
-    if config.method == "lora_gen":
+    if config.method == GENERATOR.key:
         summary["flops_over_lora"] = lora_ratios(config, pair)
     return summary

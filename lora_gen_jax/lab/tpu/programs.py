@@ -29,7 +29,7 @@ from lora_gen_jax.decoder.quantized import quantize_layers
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.generator.cloud import PackedPrompts
 from lora_gen_jax.inference.edge_model import forward_only, logits_at
-from lora_gen_jax.methods.registry import make_generator
+from lora_gen_jax.methods.registry import GENERATOR, make_generator
 from lora_gen_jax.models import Model, Pair, init_params, make_decoder, quantization_of, share_weights
 from lora_gen_jax.sharding import make_mesh, param_shardings, spec
 from lora_gen_jax.training.optimizer import make_optimizer
@@ -179,7 +179,7 @@ def specialize(config: Config, pair: Pair, mesh: Mesh) -> Program:
 
     To an adapter where the edge is quantized: nothing is merged into it.
     """
-    if config.method != "lora_gen":
+    if config.method != GENERATOR.key:
         raise ConfigError(
             f"method {config.method} does not specialize", field="method", remedy="leave specialise out of --programs"
         )
