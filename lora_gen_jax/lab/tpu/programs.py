@@ -61,32 +61,38 @@ class Program:
     Attributes:
         name: one of `NAMES`.
         mesh: of the chips.
-        lower: gives its `jax.stages.Lowered`.
+        function: jitted.
+        arguments: of it, as shapes with shardings.
         shared_bytes: arguments on a chip that are passed twice and exist once.
     """
 
     name: str
     mesh: Mesh
-    lower: Callable[[], Any]
+    function: Any
+    arguments: tuple[Any, ...]
     shared_bytes: float = 0.0
 
+    def lower(self) -> jax.stages.Lowered:
+        """Ready to be compiled; inside `jax.set_mesh(mesh)`."""
+        return self.function.lower(*self.arguments)
 
-def decoder_of(settings: ModelConfig) -> Decoder:
-    """The decoder of a model for a TPU; only its config is read, and that of a well-known model is known.
+
+def decoder_of(settings: ModelConfig, platform: str = "tpu") -> Decoder:
+    """The decoder of a model; only its config is read, and that of a well-known model is known.
 
     Raises:
         ModelError: as `load_config`.
     """
     known = KNOWN_SHAPES.get(settings.source)
     config = load_config(resolve(settings.source)) if known is None else DecoderConfig.from_hf(known)
-    return make_decoder(settings, config, "tpu")
+    return make_decoder(settings, config, platform)
 
 
-def shapes_pair(config: Config) -> Pair:
+def shapes_pair(config: Config, platform: str = "tpu") -> Pair:
     """Both models with shapes, in their compute type, in place of weights; they have no tokenizers."""
 
     def model(settings: ModelConfig) -> Model:
-        decoder = decoder_of(settings)
+        decoder = decoder_of(settings, platform)
         shapes = nn.unbox(jax.eval_shape(lambda: init_params(decoder)))
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, decoder.dtype), shapes)
         quantized = quantization_of(settings)
@@ -167,7 +173,7 @@ def train_step(config: Config, pair: Pair, mesh: Mesh) -> Program:
         shared = sum(_chip_bytes(x) for x in jax.tree.leaves(frozen["edge"]))
     arguments = on(mesh, state), frozen, on(mesh, batch, "batch")
     step = make_train_step(generator, pair.edge.decoder, optimizer, config)
-    return Program("train_step", mesh, lambda: step.lower(*arguments), shared)
+    return Program("train_step", mesh, step, arguments, shared)
 
 
 def _chip_bytes(x: Any) -> float:
@@ -200,7 +206,7 @@ def specialize(config: Config, pair: Pair, mesh: Mesh) -> Program:
     if pair.edge.weights is None:
         step = jax.jit(merged, out_shardings=jax.tree.map(lambda x: x.sharding, edge))
         arguments += (edge,)
-    return Program("specialise", mesh, lambda: step.lower(*arguments))
+    return Program("specialise", mesh, step, arguments)
 
 
 def prefill(pair: Pair, mesh: Mesh, sizes: Sizes) -> Program:
@@ -215,15 +221,18 @@ def prefill(pair: Pair, mesh: Mesh, sizes: Sizes) -> Program:
 
     tokens = on(mesh, _ints(rows, sizes.tokens), "batch")
     arguments = on(mesh, pair.edge.params), tokens, tokens
-    return Program("prefill", mesh, lambda: jax.jit(run).lower(*arguments))
+    return Program("prefill", mesh, jax.jit(run), arguments)
 
 
-def decode(pair: Pair, mesh: Mesh, sizes: Sizes) -> Program:
-    """One token of every row against a full cache, which is written in place."""
+def decode(pair: Pair, mesh: Mesh, sizes: Sizes, adapter: Any = None) -> Program:
+    """One token of every row against a full cache, which is written in place.
+
+    `adapter` is one of as many prompts as rows, as shapes, for a batch in which every row has its own specialization.
+    """
     decoder, rows = forward_only(pair.edge.decoder), sizes.rows * mesh.size
 
-    def run(params: Any, tokens_B1: jax.Array, positions_B1: jax.Array, cache: KVCache) -> Any:
-        hidden, cache_after = decoder.apply({"params": params}, tokens_B1, positions_B1, cache=cache)
+    def run(params: Any, tokens_B1: jax.Array, positions_B1: jax.Array, cache: KVCache, adapter: Any) -> Any:
+        hidden, cache_after = decoder.apply({"params": params}, tokens_B1, positions_B1, cache=cache, adapter=adapter)
         assert isinstance(hidden, jax.Array)
         return logits_at(decoder, params, hidden[:, 0]), cache_after
 
@@ -235,5 +244,5 @@ def decode(pair: Pair, mesh: Mesh, sizes: Sizes) -> Program:
         used=on(mesh, cache.used),
     )
     tokens = on(mesh, _ints(rows, 1), "batch")
-    arguments = on(mesh, pair.edge.params), tokens, tokens, cache
-    return Program("decode", mesh, lambda: jax.jit(run, donate_argnums=3).lower(*arguments))
+    arguments = on(mesh, pair.edge.params), tokens, tokens, cache, on(mesh, adapter)
+    return Program("decode", mesh, jax.jit(run, donate_argnums=3), arguments)
