@@ -7,44 +7,23 @@ task from any reader of splits, so that files and TFDS go through the same rules
 import json
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
+from lora_gen_jax.data import rows
 from lora_gen_jax.data.jsonl import Row, map_rows, read_rows, read_text
-from lora_gen_jax.data.rows import ROW_TO_EXAMPLE
+from lora_gen_jax.data.rows import Files, ReasoningTask, Source
 from lora_gen_jax.data.tasks import Example, Task, hash_slice, without_queries
 from lora_gen_jax.errors import DataError
 
 DESCRIPTIONS: dict[str, list[str]] = json.loads(Path(__file__).with_name("descriptions.json").read_text("utf-8"))
 """Five wordings of each task, which keep the generator from keying on one fixed string; evaluation uses the first."""
-SEEN_TASKS = ("arc_challenge", "arc_easy", "openbookqa", "boolq", "social_iqa")
-UNSEEN_TASKS = ("hellaswag", "winogrande", "piqa")
-REASONING_TASKS = SEEN_TASKS + UNSEEN_TASKS
-SCORED_ON_TEST = ("arc_challenge", "arc_easy", "openbookqa")
 DEFAULT_RESERVE = 1000
 """Rows taken from the scored split for shots and training where a task has no train split of its own."""
 _VALIDATION_ROWS = 200
-# The same questions turn up in both sets: two stems of ARC-Easy's train split are in ARC-Challenge's test split.
-_SIBLING = {"arc_easy": "arc_challenge", "arc_challenge": "arc_easy"}
 _log = logging.getLogger(__name__)
 
 ReadSplit = Callable[[str, str], list[Example] | None]
 """(task name, "train" | "validation" | "test") → its examples, or None where the source has no such split."""
-
-
-@dataclass(frozen=True)
-class Files:
-    """Where a task's splits lie: folder names below the data directory, then file names, the first found wins."""
-
-    folders: tuple[str, ...]
-    train: tuple[str, ...] = ()
-    validation: tuple[str, ...] = ()
-    test: tuple[str, ...] = ()
-
-    def names(self, split: str) -> tuple[str, ...]:
-        """File names of a split: ours, then the original release's; for train also any part of it."""
-        own = (f"{split}.jsonl", *getattr(self, split))
-        return (*own, "train_*.jsonl") if split == "train" else own
 
 
 def _arc_files(name: str) -> Files:
@@ -52,20 +31,89 @@ def _arc_files(name: str) -> Files:
     return Files(folders, (f"{name}-Train.jsonl",), (f"{name}-Dev.jsonl",), (f"{name}-Test.jsonl",))
 
 
-FILES: dict[str, Files] = {
-    "arc_challenge": _arc_files("ARC-Challenge"),
-    "arc_easy": _arc_files("ARC-Easy"),
-    "openbookqa": Files(("OpenBookQA-V1-Sep2018", "OpenBookQA"), (), ("dev.jsonl",), ()),
-    "boolq": Files(("BoolQ",), (), ("dev.jsonl", "val.jsonl"), ()),
-    "social_iqa": Files(("socialiqa-train-dev", "socialiqa"), (), ("dev.jsonl",), ()),
-    "hellaswag": Files(("HellaSwag",), ("hellaswag_train.jsonl",), ("hellaswag_val.jsonl",), ()),
-    "winogrande": Files(
-        ("winogrande_1.1",),
-        tuple(f"train_{size}.jsonl" for size in ("xl", "l", "m", "s", "xs")),
-        ("dev.jsonl",),
-    ),
-    "piqa": Files(("physicaliqa-train-dev", "physicaliqa"), (), ("valid.jsonl", "dev.jsonl"), ()),
+def _described(name: str) -> tuple[str, ...]:
+    return tuple(DESCRIPTIONS[name])
+
+
+_SIZES = ("xl", "l", "m", "s", "xs")
+REASONING_TASKS: dict[str, ReasoningTask] = {
+    task.name: task
+    for task in (
+        # The same questions turn up in both: two stems of ARC-Easy's train split are in ARC-Challenge's test split.
+        ReasoningTask(
+            "arc_challenge",
+            rows.arc,
+            _arc_files("ARC-Challenge"),
+            _described("arc_challenge"),
+            seen=True,
+            scored_on="test",
+            tfds=Source("ai2_arc/ARC-Challenge", rows.arc_row),
+            sibling="arc_easy",
+        ),
+        ReasoningTask(
+            "arc_easy",
+            rows.arc,
+            _arc_files("ARC-Easy"),
+            _described("arc_easy"),
+            seen=True,
+            scored_on="test",
+            tfds=Source("ai2_arc/ARC-Easy", rows.arc_row),
+            sibling="arc_challenge",
+        ),
+        ReasoningTask(
+            "openbookqa",
+            rows.openbookqa,
+            Files(("OpenBookQA-V1-Sep2018", "OpenBookQA"), (), ("dev.jsonl",), ()),
+            _described("openbookqa"),
+            seen=True,
+            scored_on="test",
+            tfds=Source("openbookqa", rows.openbookqa_row),
+        ),
+        ReasoningTask(
+            "boolq",
+            rows.boolq,
+            Files(("BoolQ",), (), ("dev.jsonl", "val.jsonl"), ()),
+            _described("boolq"),
+            seen=True,
+            tfds=Source("bool_q", rows.boolq_row),
+            # A train file without passages exists: a bare question is another task, so such rows are useless.
+            usable=lambda row: bool(row.get("passage")),
+        ),
+        ReasoningTask(
+            "social_iqa",
+            rows.social_iqa,
+            Files(("socialiqa-train-dev", "socialiqa"), (), ("dev.jsonl",), ()),
+            _described("social_iqa"),
+            seen=True,
+            # Registered by social_iqa.py.
+            tfds=Source("social_iqa", rows.social_iqa_row),
+        ),
+        # The next two are not found by name in tensorflow-datasets before their module has been imported.
+        ReasoningTask(
+            "hellaswag",
+            rows.hellaswag,
+            Files(("HellaSwag",), ("hellaswag_train.jsonl",), ("hellaswag_val.jsonl",), ()),
+            _described("hellaswag"),
+            tfds=Source("hellaswag", rows.hellaswag_row, module="tensorflow_datasets.text.hellaswag"),
+        ),
+        ReasoningTask(
+            "winogrande",
+            rows.winogrande,
+            Files(("winogrande_1.1",), tuple(f"train_{size}.jsonl" for size in _SIZES), ("dev.jsonl",)),
+            _described("winogrande"),
+            tfds=Source("winogrande", rows.winogrande_row, "train_xl", "tensorflow_datasets.text.winogrande"),
+        ),
+        ReasoningTask(
+            "piqa",
+            rows.piqa,
+            Files(("physicaliqa-train-dev", "physicaliqa"), (), ("valid.jsonl", "dev.jsonl"), ()),
+            _described("piqa"),
+            tfds=Source("piqa", rows.piqa_row),
+        ),
+    )
 }
+"""By name. To add a task, write its file, which ends with a `ReasoningTask`, and its line here."""
+SEEN_TASKS = tuple(name for name, task in REASONING_TASKS.items() if task.seen)
 
 
 def load_reasoning(directory: str | Path, names: Iterable[str], *, reserve: int = DEFAULT_RESERVE) -> dict[str, Task]:
@@ -87,7 +135,7 @@ def load_reasoning(directory: str | Path, names: Iterable[str], *, reserve: int 
 
 def folder_of(directory: str | Path, name: str) -> Path | None:
     """The folder of the reasoning task `name` in `directory`; None where there is none."""
-    candidates = (Path(directory) / folder for folder in (name, *FILES[name].folders))
+    candidates = (Path(directory) / folder for folder in (name, *REASONING_TASKS[name].files.folders))
     return next((folder for folder in candidates if folder.is_dir()), None)
 
 
@@ -101,11 +149,12 @@ def assemble(name: str, read: ReadSplit, *, where: str, reserve: int = DEFAULT_R
     - Train rows whose normalized query is validated or scored on are dropped, validation rows that are scored too.
     Raises DataError: an unknown name or no scored split.
     """
-    if name not in ROW_TO_EXAMPLE:
+    if name not in REASONING_TASKS:
         raise DataError(
             f"unknown reasoning task {name!r}; known: {', '.join(REASONING_TASKS)}", field="data.tasks", code="unknown"
         )
-    split = "test" if name in SCORED_ON_TEST else "validation"
+    task = REASONING_TASKS[name]
+    split = task.scored_on
     scored = read(name, split)
     if not scored:
         problem = f"{where} has no {split} split of the task {name!r}, on which it is scored (--data.dir)"
@@ -120,11 +169,10 @@ def assemble(name: str, read: ReadSplit, *, where: str, reserve: int = DEFAULT_R
         held, train = hash_slice(train, min(_VALIDATION_ROWS, len(train) // share), f"{name}/validation")
     scored_keys = {e.query_key for e in scored}
     held = without_queries(held, scored_keys)
-    kept = without_queries(train, scored_keys | {e.query_key for e in held} | _sibling_keys(name, read))
+    kept = without_queries(train, scored_keys | {e.query_key for e in held} | _sibling_keys(task.sibling, read))
     if len(kept) < len(train):
         _log.info("%s: dropped %d train rows whose query is validated or scored on", name, len(train) - len(kept))
-    seen = name in SEEN_TASKS
-    return Task(name, tuple(DESCRIPTIONS[name]), tuple(kept), tuple(scored), tuple(held), source=name, seen=seen)
+    return Task(name, task.descriptions, tuple(kept), tuple(scored), tuple(held), source=name, seen=task.seen)
 
 
 def _lend(
@@ -143,8 +191,7 @@ def _lend(
     return lent, rest, []
 
 
-def _sibling_keys(name: str, read: ReadSplit) -> set[str]:
-    sibling = _SIBLING.get(name)
+def _sibling_keys(sibling: str | None, read: ReadSplit) -> set[str]:
     if sibling is None:
         return set()
     return {e.query_key for split in ("validation", "test") for e in read(sibling, split) or []}
@@ -155,7 +202,7 @@ def _find(root: Path, name: str, split: str) -> Path | None:
     folder = folder_of(root, name)
     if folder is None:
         return None
-    for pattern in FILES[name].names(split):
+    for pattern in REASONING_TASKS[name].files.names(split):
         found = sorted(folder.glob(pattern)) or sorted(folder.rglob(pattern))
         if found:
             return found[0]
@@ -166,11 +213,10 @@ def _read_split(root: Path, name: str, split: str) -> list[Example] | None:
     path = _find(root, name, split)
     if path is None:
         return None
-    rows = join_labels(path, read_rows(path))
-    # A BoolQ train file without passages exists: a bare question is another task, so such rows are useless.
-    usable = [row for row in rows if name != "boolq" or row[1].get("passage")]
-    if len(usable) < len(rows):
-        _log.info("%s: %d rows of %s have no passage and are left out", name, len(rows) - len(usable), path.name)
+    found = join_labels(path, read_rows(path))
+    usable = [row for row in found if REASONING_TASKS[name].usable(row[1])]
+    if len(usable) < len(found):
+        _log.info("%s: %d rows of %s cannot be used and are left out", name, len(found) - len(usable), path.name)
     return map_rows(path, usable, example_maker(name, split))
 
 
@@ -183,7 +229,7 @@ def example_maker(name: str, split: str) -> Callable[[int, Row], Example]:
         if example_id in taken:
             example_id = f"{example_id}#{split}-{index}"
         taken.add(example_id)
-        return ROW_TO_EXAMPLE[name](example_id, row)
+        return REASONING_TASKS[name].example(example_id, row)
 
     return make
 

@@ -1,4 +1,6 @@
-"""Rows of the eight reasoning tasks to examples. In: a dict in the data set's original schema. Out: an `Example`.
+"""What a reasoning task is, and rows of the eight to examples.
+
+In: a dict in the data set's original schema, or as tensorflow-datasets has it. Out: an `Example`.
 
 Texts are those of lm-evaluation-harness 0.4.13 (`lm_eval/tasks/*`), so that figures compare: a query is `doc_to_text`,
 an option is the target delimiter " " and the choice. Only BoolQ leaves room: the harness reads SuperGLUE's copy,
@@ -7,13 +9,66 @@ whose passages open with "title -- "; rows of the original release are used as t
 
 import re
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from lora_gen_jax.data.tasks import Example
 
 Row = dict[str, Any]
 _BRACKETS = re.compile(r"\[.*?\]")
 _LAST_SENTENCE = re.compile(r"(?s)(.*[.!?][\"')]*)\s+(.*)")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set of tensorflow-datasets: its name, how a record becomes a row, its train split, what registers it."""
+
+    name: str
+    to_row: Callable[[Row], Row]
+    train: str = "train"
+    module: str = ""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where a task's splits lie: folder names below the data directory, then file names, the first found wins."""
+
+    folders: tuple[str, ...]
+    train: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+
+    def names(self, split: str) -> tuple[str, ...]:
+        """File names of a split: ours, then the original release's; for train also any part of it."""
+        own = (f"{split}.jsonl", *getattr(self, split))
+        return (*own, "train_*.jsonl") if split == "train" else own
+
+
+@dataclass(frozen=True)
+class ReasoningTask:
+    """A task that is read from its original release.
+
+    Attributes:
+        name: in configs and results.
+        example: from an id and a row to what is asked. Texts are those of lm-evaluation-harness, where it has the task.
+        files: where its splits lie.
+        descriptions: wordings, one of which is drawn for each training prompt; evaluation uses the first.
+        seen: whether training may use it; others are scored by default, too.
+        scored_on: the split.
+        tfds: the data set of tensorflow-datasets, where there is one.
+        sibling: another task, whose scored rows may stand among its training rows.
+        usable: whether a row of its files can be used.
+    """
+
+    name: str
+    example: Callable[[str, Row], Example]
+    files: Files
+    descriptions: tuple[str, ...]
+    seen: bool = False
+    scored_on: Literal["test", "validation"] = "validation"
+    tfds: Source | None = None
+    sibling: str | None = None
+    usable: Callable[[Row], bool] = lambda row: True
 
 
 def multiple_choice(example_id: str, query: str, choices: list[str], gold: int) -> Example:
@@ -99,18 +154,6 @@ def split_context(ctx: str, source_id: str) -> tuple[str, str]:
     return (found[1], found[2]) if found else (ctx, "")
 
 
-ROW_TO_EXAMPLE: dict[str, Callable[[str, Row], Example]] = {
-    "arc_challenge": arc,
-    "arc_easy": arc,
-    "openbookqa": openbookqa,
-    "boolq": boolq,
-    "social_iqa": social_iqa,
-    "hellaswag": hellaswag,
-    "winogrande": winogrande,
-    "piqa": piqa,
-}
-
-
 def _texts(row: Row, *names: str) -> list[str]:
     values = [row[name] for name in names]
     for name, value in zip(names, values, strict=True):
@@ -140,3 +183,59 @@ def _check_gold(gold: int, choices: list[str] | tuple[str, ...]) -> None:
         raise TypeError("an option is not text")
     if not 0 <= gold < len(choices):
         raise ValueError(f"the label points at option {gold + 1} of {len(choices)}")
+
+
+def arc_row(record: Row) -> Row:
+    """TFDS stores the labels "A" to "E" as 0 to 4."""
+    texts, labels = record["choices"]["text"], record["choices"]["label"]
+    choices = [{"text": plain(t), "label": letter(i)} for t, i in zip(texts, labels, strict=True)]
+    question = {"stem": plain(record["question"]), "choices": choices}
+    return {"id": plain(record["id"]), "question": question, "answerKey": letter(record["answerKey"])}
+
+
+def openbookqa_row(record: Row) -> Row:
+    """TFDS spreads the choices over four fields and keeps no id."""
+    question = record["question"]
+    choices = [{"text": plain(question[f"choice_{letter}"]), "label": letter} for letter in "ABCD"]
+    return {
+        "question": {"stem": plain(question["stem"]), "choices": choices},
+        "answerKey": letter(record["answerKey"]),
+    }
+
+
+def boolq_row(record: Row) -> Row:
+    """The original row."""
+    texts = {name: plain(record[name]) for name in ("question", "title", "passage")}
+    return {**texts, "answer": bool(record["answer"])}
+
+
+def social_iqa_row(record: Row) -> Row:
+    """Our own builder stores the labels "1" to "3" as 0 to 2."""
+    texts = {name: plain(record[name]) for name in ("context", "question", "answerA", "answerB", "answerC")}
+    return {**texts, "label": str(int(record["label"]) + 1)}
+
+
+def hellaswag_row(record: Row) -> Row:
+    """TFDS keeps only ctx, not ctx_a and ctx_b."""
+    texts = {name: plain(record[name]) for name in ("activity_label", "source_id")}
+    endings = [plain(ending) for ending in record["endings"]]
+    return {**texts, "ctx": plain(record["context"]), "endings": endings, "label": int(record["label"])}
+
+
+def winogrande_row(record: Row) -> Row:
+    """TFDS stores the answers "1" and "2" as 0 and 1 and keeps no id."""
+    texts = {name: plain(record[name]) for name in ("sentence", "option1", "option2")}
+    return {**texts, "answer": str(int(record["label"]) + 1)}
+
+
+def piqa_row(record: Row) -> Row:
+    """The original row, its label merged in."""
+    return {**{name: plain(record[name]) for name in ("id", "goal", "sol1", "sol2")}, "label": int(record["label"])}
+
+
+def plain(value: bytes | str) -> str:
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+
+
+def letter(index: Any) -> str:
+    return "ABCDE"[int(index)] if int(index) >= 0 else ""

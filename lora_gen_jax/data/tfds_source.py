@@ -1,13 +1,12 @@
 """The eight reasoning tasks from tensorflow-datasets. In: a TFDS directory. Out: the same `Task`s as from files.
 
-TFDS records become rows of the original schemas and go through `rows.py`: one place for the texts. Reads array_record
+Records become rows of the original schemas (`rows.py`): one place for the texts. Reads array_record
 through `tfds.data_source`, which needs no TensorFlow.
 """
 
 import importlib
 import zipfile
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,84 +14,10 @@ from unittest import mock
 import tensorflow_datasets as tfds
 
 from lora_gen_jax.data.reasoning import DEFAULT_RESERVE, REASONING_TASKS, assemble, example_maker
-from lora_gen_jax.data.rows import Row
-from lora_gen_jax.data.social_iqa import unzip
+from lora_gen_jax.data.rows import Source
+from lora_gen_jax.data.social_iqa import unzip  # which registers Social IQa
 from lora_gen_jax.data.tasks import Example, Task
 from lora_gen_jax.errors import DataError
-
-Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Source:
-    """A TFDS data set: its name, its train split, how a record becomes a row, the module that registers it."""
-
-    name: str
-    to_row: Callable[[Record], Row]
-    train: str = "train"
-    module: str = ""
-
-
-def arc_row(record: Record) -> Row:
-    """TFDS stores the labels "A" to "E" as 0 to 4."""
-    texts, labels = record["choices"]["text"], record["choices"]["label"]
-    choices = [{"text": _text(t), "label": _letter(i)} for t, i in zip(texts, labels, strict=True)]
-    question = {"stem": _text(record["question"]), "choices": choices}
-    return {"id": _text(record["id"]), "question": question, "answerKey": _letter(record["answerKey"])}
-
-
-def openbookqa_row(record: Record) -> Row:
-    """TFDS spreads the choices over four fields and keeps no id."""
-    question = record["question"]
-    choices = [{"text": _text(question[f"choice_{letter}"]), "label": letter} for letter in "ABCD"]
-    return {
-        "question": {"stem": _text(question["stem"]), "choices": choices},
-        "answerKey": _letter(record["answerKey"]),
-    }
-
-
-def boolq_row(record: Record) -> Row:
-    """The original row."""
-    texts = {name: _text(record[name]) for name in ("question", "title", "passage")}
-    return {**texts, "answer": bool(record["answer"])}
-
-
-def social_iqa_row(record: Record) -> Row:
-    """Our own builder stores the labels "1" to "3" as 0 to 2."""
-    texts = {name: _text(record[name]) for name in ("context", "question", "answerA", "answerB", "answerC")}
-    return {**texts, "label": str(int(record["label"]) + 1)}
-
-
-def hellaswag_row(record: Record) -> Row:
-    """TFDS keeps only ctx, not ctx_a and ctx_b."""
-    texts = {name: _text(record[name]) for name in ("activity_label", "source_id")}
-    endings = [_text(ending) for ending in record["endings"]]
-    return {**texts, "ctx": _text(record["context"]), "endings": endings, "label": int(record["label"])}
-
-
-def winogrande_row(record: Record) -> Row:
-    """TFDS stores the answers "1" and "2" as 0 and 1 and keeps no id."""
-    texts = {name: _text(record[name]) for name in ("sentence", "option1", "option2")}
-    return {**texts, "answer": str(int(record["label"]) + 1)}
-
-
-def piqa_row(record: Record) -> Row:
-    """The original row, its label merged in."""
-    return {**{name: _text(record[name]) for name in ("id", "goal", "sol1", "sol2")}, "label": int(record["label"])}
-
-
-SOURCES: dict[str, Source] = {
-    "arc_challenge": Source("ai2_arc/ARC-Challenge", arc_row),
-    "arc_easy": Source("ai2_arc/ARC-Easy", arc_row),
-    "openbookqa": Source("openbookqa", openbookqa_row),
-    "boolq": Source("bool_q", boolq_row),
-    # Registered by the import of social_iqa.py above.
-    "social_iqa": Source("social_iqa", social_iqa_row),
-    # These two are not found by name before their module has been imported.
-    "hellaswag": Source("hellaswag", hellaswag_row, module="tensorflow_datasets.text.hellaswag"),
-    "winogrande": Source("winogrande", winogrande_row, "train_xl", module="tensorflow_datasets.text.winogrande"),
-    "piqa": Source("piqa", piqa_row),
-}
 
 
 def load_tfds(tfds_dir: str | Path | None, names: Iterable[str], *, reserve: int = DEFAULT_RESERVE) -> dict[str, Task]:
@@ -136,13 +61,16 @@ def _download_and_unzip(manager: tfds.download.DownloadManager, urls: Any) -> An
 
 
 def _source(name: str) -> Source:
-    if name not in SOURCES:
+    if name not in REASONING_TASKS:
         raise DataError(
             f"unknown reasoning task {name!r}; known: {', '.join(REASONING_TASKS)}", field="data.tasks", code="unknown"
         )
-    if SOURCES[name].module:
-        importlib.import_module(SOURCES[name].module)
-    return SOURCES[name]
+    if (source := REASONING_TASKS[name].tfds) is None:
+        remedy = "give the original files with --data.dir"
+        raise DataError(f"{name}: tensorflow-datasets has no such data set", field="data.tfds_dir", remedy=remedy)
+    if source.module:
+        importlib.import_module(source.module)
+    return source
 
 
 def _builder(tfds_dir: str | Path | None, name: str) -> Any:
@@ -159,7 +87,7 @@ def _how_to_prepare(tfds_dir: str | Path | None, name: str) -> str:
     where = "" if tfds_dir is None else f", {str(tfds_dir)!r}"
     command = f'python -c "from lora_gen_jax.data.tfds_source import prepare; prepare({name!r}{where})"'
     return (
-        f"{name}: the tensorflow-datasets data set {SOURCES[name].name} is not prepared as array_record in "
+        f"{name}: the tensorflow-datasets data set {_source(name).name} is not prepared as array_record in "
         f"{_builder(tfds_dir, name).data_path}; prepare it with\n  {command}\n"
         "or give the original files with --data.dir"
     )
@@ -181,11 +109,3 @@ def _read_split(tfds_dir: str | Path | None, name: str, split: str) -> list[Exam
 
 def _data_dir(tfds_dir: str | Path | None) -> str | None:
     return None if tfds_dir is None else str(Path(tfds_dir).expanduser())
-
-
-def _text(value: bytes | str) -> str:
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
-
-
-def _letter(index: Any) -> str:
-    return "ABCDE"[int(index)] if int(index) >= 0 else ""

@@ -4,44 +4,26 @@ In: the dictionary of a Hugging Face ``config.json``. Out: a `DecoderConfig`, wh
 """
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
+from lora_gen_jax.decoder.families import FAMILIES
+from lora_gen_jax.decoder.family import FILE, LARGEST_SIZE, POSITIVE, RopeScaling
 from lora_gen_jax.errors import ModelError
 from lora_gen_jax.untrusted import check_fields, shown
 
-FAMILIES = ("llama", "qwen2", "gemma", "gemma2", "opt")
-GEMMA = ("gemma", "gemma2")
-# What a Gemma config means that does not say, whatever its width; the others divide the width by the heads.
-GEMMA_HEAD_DIM = 256
 # Fields of a config.json that count something.
 SIZES = ("vocab_size", "num_hidden_layers", "hidden_size", "intermediate_size", "ffn_dim", "num_attention_heads")
 SIZES += ("num_key_value_heads", "head_dim", "max_position_embeddings")
-LARGEST_SIZE, MOST_LAYERS = 2**31, 10_000
-_POSITIVE = Annotated[float, 1e-30, 1e30]
+MOST_LAYERS = 10_000
 # Its other fields that are read, where it has them.
 _FIELDS = {
-    **dict.fromkeys(("rms_norm_eps", "rope_theta", "query_pre_attn_scalar"), _POSITIVE),
-    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), _POSITIVE | None),
+    **dict.fromkeys(("rms_norm_eps", "rope_theta", "query_pre_attn_scalar"), POSITIVE),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), POSITIVE | None),
     **dict.fromkeys(("rope_parameters", "rope_scaling"), dict | None),
     **dict.fromkeys(("hidden_act", "hidden_activation", "activation_function"), str | None),
     **dict.fromkeys(("sliding_window", "max_window_layers", "word_embed_proj_dim"), int | None),
     "layer_types": list[str] | None,
 }
-_ROPE = {
-    **dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor"), _POSITIVE),
-    "original_max_position_embeddings": Annotated[int, 1, LARGEST_SIZE],
-}
-_FILE = "config.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3's frequency-dependent stretching of rotary wavelengths (`rope_type: llama3`)."""
-
-    factor: float
-    low_frequency_factor: float
-    high_frequency_factor: float
-    original_max_positions: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,9 +150,9 @@ class DecoderConfig:
                 raise ModelError(
                     f"config.json: {field} is {shown(size)}; at most {most}", field=f"config.json:{field}", code="range"
                 )
-        check_fields(hf, {name: hint for name, hint in _FIELDS.items() if name in hf}, _FILE, ModelError)
+        check_fields(hf, {name: hint for name, hint in _FIELDS.items() if name in hf}, FILE, ModelError)
         try:
-            config = _opt(hf) if family == "opt" else _rotary(family, hf)
+            config = cls(family=family, **FAMILIES[family].fields(hf))
         except KeyError as error:
             raise ModelError(
                 f"config.json of this {family} model lacks the field {error.args[0]!r}",
@@ -192,155 +174,10 @@ class DecoderConfig:
                 f" {config.num_kv_heads}",
                 field="config.json:num_key_value_heads",
             )
-        if not hf.get("head_dim") and family not in GEMMA and config.width % config.num_heads:
+        if not hf.get("head_dim") and FAMILIES[family].head_dim is None and config.width % config.num_heads:
             raise ModelError(
                 f"config.json: hidden_size = {config.width} is not a multiple of num_attention_heads ="
                 f" {config.num_heads}, and there is no head_dim",
                 field="config.json:hidden_size",
             )
         return config
-
-
-def _rotary(family: str, hf: dict[str, Any]) -> DecoderConfig:
-    heads, width = hf["num_attention_heads"], hf["hidden_size"]
-    gemma = family in GEMMA
-    head_dim = hf.get("head_dim") or (GEMMA_HEAD_DIM if gemma else width // heads)
-    theta, scaling = _rope(hf)
-    if hf.get("use_bidirectional_attention"):
-        raise ModelError(
-            "config.json: use_bidirectional_attention is set, a model that reads in both directions",
-            field="config.json:use_bidirectional_attention",
-            remedy="use one that writes from left to right",
-        )
-    config = DecoderConfig(
-        family=family,
-        vocab_size=hf["vocab_size"],
-        num_layers=hf["num_hidden_layers"],
-        width=width,
-        ffn_width=hf["intermediate_size"],
-        num_heads=heads,
-        num_kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=head_dim,
-        max_positions=hf.get("max_position_embeddings", 2048),
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
-        norm_offset=1.0 if gemma else 0.0,
-        activation=_activation(hf, "gelu_pytorch_tanh" if gemma else "silu", gemma),
-        qkv_bias=family == "qwen2" or bool(hf.get("attention_bias")),
-        out_bias=family != "qwen2" and bool(hf.get("attention_bias")),
-        ffn_bias=bool(hf.get("mlp_bias")),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        attention_scale=head_dim**-0.5,
-        embedding_scale=width**0.5 if gemma else 1.0,
-        tied_embeddings=hf.get("tie_word_embeddings", gemma),
-    )
-    if family == "qwen2" and hf.get("use_sliding_window"):
-        windowed = _windowed_layers(hf, lambda i: i >= hf.get("max_window_layers", 28))
-        config = dataclasses.replace(config, sliding_window=hf["sliding_window"], windowed_layers=windowed)
-    if family == "gemma2":
-        config = dataclasses.replace(
-            config,
-            post_norms=True,
-            attention_scale=hf.get("query_pre_attn_scalar", 256) ** -0.5,
-            attention_softcap=hf.get("attn_logit_softcapping", 50.0),
-            logit_softcap=hf.get("final_logit_softcapping", 30.0),
-            sliding_window=hf.get("sliding_window", 4096),
-            windowed_layers=_windowed_layers(hf, lambda i: i % 2 == 0),
-        )
-    return config
-
-
-def _opt(hf: dict[str, Any]) -> DecoderConfig:
-    heads, width = hf["num_attention_heads"], hf["hidden_size"]
-    if not hf.get("do_layer_norm_before", True) or (hf.get("word_embed_proj_dim") or width) != width:
-        raise ModelError(
-            "OPT with post-norm layers or projected embeddings (350m) is not supported",
-            field="config.json:do_layer_norm_before",
-            remedy="use another size",
-        )
-    if hf.get("_remove_final_layer_norm"):
-        raise ModelError(
-            "OPT without a final layer norm (_remove_final_layer_norm) is not supported",
-            field="config.json:_remove_final_layer_norm",
-        )
-    if not hf.get("layer_norm_elementwise_affine", True):
-        raise ModelError(
-            "OPT without layer norm parameters (layer_norm_elementwise_affine false) is not supported",
-            field="config.json:layer_norm_elementwise_affine",
-        )
-    bias = hf.get("enable_bias", True)
-    return DecoderConfig(
-        family="opt",
-        vocab_size=hf["vocab_size"],
-        num_layers=hf["num_hidden_layers"],
-        width=width,
-        ffn_width=hf["ffn_dim"],
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=width // heads,
-        max_positions=hf.get("max_position_embeddings", 2048),
-        norm="layer",
-        activation=_activation({"hidden_act": hf.get("activation_function", "relu")}, "relu", False),
-        gated_ffn=False,
-        qkv_bias=bias,
-        out_bias=bias,
-        ffn_bias=bias,
-        rope_theta=None,
-        learned_position_offset=2,
-        attention_scale=(width // heads) ** -0.5,
-        tied_embeddings=hf.get("tie_word_embeddings", True),
-    )
-
-
-def _rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    # transformers 5 writes rope_parameters; transformers 4 wrote rope_theta and rope_scaling.
-    parameters = hf.get("rope_parameters") or {}
-    theta = parameters.get("rope_theta", hf.get("rope_theta", 10_000.0))
-    scaling = parameters or hf.get("rope_scaling") or {}
-    for place in (parameters, scaling):
-        check_fields(place, {name: hint for name, hint in _ROPE.items() if name in place}, _FILE, ModelError)
-    for place in (hf, parameters, scaling):
-        if place.get("partial_rotary_factor") not in (None, 1):
-            raise ModelError(
-                f"config.json: partial_rotary_factor is {place['partial_rotary_factor']!r}, but only heads that are"
-                " rotated whole are supported",
-                field="config.json:partial_rotary_factor",
-                remedy="use another model",
-            )
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise ModelError(
-            f"config.json: rope type {shown(kind)} is not supported",
-            field="config.json:rope_type",
-            remedy="use 'default' or 'llama3'",
-        )
-    return theta, RopeScaling(
-        factor=scaling["factor"],
-        low_frequency_factor=scaling["low_freq_factor"],
-        high_frequency_factor=scaling["high_freq_factor"],
-        original_max_positions=scaling["original_max_position_embeddings"],
-    )
-
-
-def _activation(hf: dict[str, Any], default: str, gemma: bool) -> Any:
-    name = hf.get("hidden_activation") or hf.get("hidden_act") or default
-    # The first Gemma configs say "gelu" and mean the tanh approximation, which transformers applies as well.
-    if gemma and name == "gelu":
-        name = "gelu_pytorch_tanh"
-    names = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
-    if name not in names:
-        raise ModelError(
-            f"config.json: activation {name!r} is not supported",
-            field="config.json:hidden_act",
-            remedy=f"use one of {', '.join(names)}",
-        )
-    return names[name]
-
-
-def _windowed_layers(hf: dict[str, Any], rule: Any) -> tuple[bool, ...]:
-    kinds = hf.get("layer_types")
-    if kinds:
-        return tuple(kind == "sliding_attention" for kind in kinds)
-    return tuple(bool(rule(i)) for i in range(hf["num_hidden_layers"]))

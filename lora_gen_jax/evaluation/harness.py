@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_gen_jax.config import Config
-from lora_gen_jax.data.reasoning import REASONING_TASKS, SEEN_TASKS
+from lora_gen_jax.data.reasoning import REASONING_TASKS
 from lora_gen_jax.errors import ConfigError, DataError
 from lora_gen_jax.evaluation.controls import CONTROLS
 from lora_gen_jax.evaluation.lm_eval_source import with_method
@@ -109,7 +109,7 @@ def _metadata(config: Config) -> dict[str, Any]:
 def seen_of(name: str) -> bool | None:
     """Whether generators are trained on an lm-eval task: None for one that is none of the eight reasoning tasks."""
     own = name.removeprefix(PREFIX).removeprefix("lora_gen_")
-    return own in SEEN_TASKS if own in REASONING_TASKS else None
+    return REASONING_TASKS[own].seen if own in REASONING_TASKS else None
 
 
 def result_of(task: str, metrics: dict[str, Any], higher_is_better: dict[str, Any]) -> dict[str, Any]:

@@ -8,14 +8,25 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+
+from tyro.conf import arg
 
 from lora_gen_jax.config import ModelConfig
 from lora_gen_jax.errors import ConfigError
+from lora_gen_jax.export.formats import FORMATS, format_of
 
 if TYPE_CHECKING:
     from lora_gen_jax.adapters.specialization import Specialization
     from lora_gen_jax.training.checkpoint import Loaded
+
+    Name = str
+else:
+    Name = Literal[("merged", *FORMATS)]
+_HELP = {
+    "merged": "a whole model with the specialization in its weights, for anything that reads Hugging Face directories"
+}
+_HELP |= {name: what for name, (_, what) in FORMATS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +38,7 @@ class Export:
     lora-gen export --specialization special --format peft --out special-peft
     """
 
-    format: Literal["peft", "merged", "gguf"]
-    """peft: a LoRA adapter for transformers with peft, and vLLM. merged: a whole model with the specialization in its
-    weights, for anything that reads Hugging Face directories. gguf: a LoRA adapter for llama.cpp."""
+    format: Annotated[Name, arg(help=" ".join(f"{name}: {what}." for name, what in _HELP.items()))]
     out: Path
     """Directory to write; must not exist, or be empty."""
     specialization: Path | None = None
@@ -121,24 +130,16 @@ def _check_flags(flags: Export) -> None:
 
 def _adapter(flags: Export, made: Made) -> tuple[str, str]:
     """Writes an adapter; returns what it is, and how it is loaded."""
-    import numpy as np
-
     from lora_gen_jax.decoder.pretrained import load_config, resolve
     from lora_gen_jax.export.factors import ExportedAdapter, lora_factors, origin_of
-    from lora_gen_jax.export.gguf import FILE, check_gguf, write_gguf
-    from lora_gen_jax.export.peft import write_peft
 
-    source, out = made.edge.source, flags.out
+    form, source = format_of(flags.format), made.edge.source
     config = load_config(resolve(source))
-    if flags.format == "gguf":
-        check_gguf(config)
+    form.check(config)
     factors = lora_factors(made.special, made.loaded.variables, made.loaded.config.generator, config.num_layers)
     adapter = ExportedAdapter(source, config, factors, origin_of(made.special, made.edge))
-    if flags.format == "gguf":
-        _write(out, lambda directory: write_gguf(adapter, directory, flags.dtype))
-        return f"llama.cpp adapter of rank {adapter.rank}", f"llama-cli -m EDGE.gguf --lora {out / FILE}"
-    _write(out, lambda directory: write_peft(adapter, directory, np.dtype(flags.dtype)))
-    return f"PEFT adapter of rank {adapter.rank}", f"peft.PeftModel.from_pretrained(model, {str(out)!r})"
+    _write(flags.out, lambda directory: form.write(adapter, directory, flags.dtype))
+    return f"{form.title} of rank {adapter.rank}", form.load(flags.out)
 
 
 def _merged(flags: Export, made: Made | None) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.pretrained.save import cast
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.export.factors import ExportedAdapter
+from lora_gen_jax.export.formats import Format
 
 FILE = "adapter.gguf"
 _ARCHITECTURES = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -72,3 +73,6 @@ def _add(writer: gguf.GGUFWriter, name: str, values: np.ndarray, dtype: str) -> 
         writer.add_tensor(name, gguf.quantize(cast(values, np.float32, name), kind), raw_dtype=kind)
     else:
         writer.add_tensor(name, cast(values, np.dtype(dtype), name))
+
+
+FORMAT = Format("llama.cpp adapter", write_gguf, lambda out: f"llama-cli -m EDGE.gguf --lora {out / FILE}", check_gguf)

@@ -5,13 +5,13 @@ In: the factors of an adapter. Out: adapter_config.json, adapter_model.safetenso
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lora_gen_jax.decoder.pretrained.save import cast, write_tensors
 from lora_gen_jax.decoder.pretrained.sources import KNOWN_MODELS, PACKAGED_MODELS, resolve
 from lora_gen_jax.export.factors import ExportedAdapter
+from lora_gen_jax.export.formats import Format
 
 CARD = """---
 base_model: {source}
@@ -45,7 +45,7 @@ def transformers_reads(source: str) -> bool:
     return source not in own_names and resolve(source).kind == "hf"
 
 
-def write_peft(adapter: ExportedAdapter, directory: Path, dtype: Any) -> None:
+def write_peft(adapter: ExportedAdapter, directory: Path, dtype: str) -> None:
     """Writes the adapter into `directory`, which exists.
 
     α is the rank, so that PEFT's scaling α/r is 1.
@@ -59,7 +59,7 @@ def write_peft(adapter: ExportedAdapter, directory: Path, dtype: Any) -> None:
         # PEFT's wrapper is base_model, and the causal language model in it is model.
         for letter, values in (("A", a), ("B", b)):
             key = f"base_model.model.{name}.lora_{letter}.weight"
-            tensors[key] = cast(values, dtype, key)
+            tensors[key] = cast(values, np.dtype(dtype), key)
         modules.append(name.rsplit(".", 1)[-1])
     targets = list(dict.fromkeys(modules))
     config = {
@@ -88,3 +88,6 @@ def write_peft(adapter: ExportedAdapter, directory: Path, dtype: Any) -> None:
         base = f'# {command}\nbase = AutoModelForCausalLM.from_pretrained("base")'
     card = CARD.format(source=adapter.source, base=base, rank=adapter.rank, modules=", ".join(targets), origin=origin)
     (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+FORMAT = Format("PEFT adapter", write_peft, lambda out: f"peft.PeftModel.from_pretrained(model, {str(out)!r})")

@@ -37,7 +37,7 @@ def _assert_clean(task: Task) -> None:
 
 def test_original_releases(release: Path) -> None:
     tasks = load_reasoning(release, REASONING_TASKS)
-    assert tuple(tasks) == REASONING_TASKS
+    assert tuple(tasks) == tuple(REASONING_TASKS)
     for name, task in tasks.items():
         _assert_clean(task)
         assert (task.name, task.source, task.seen, task.chat) == (name, name, name in SEEN_TASKS, False)

@@ -9,7 +9,7 @@ import pytest
 
 from lora_gen_jax.data.prompts import few_shot_context
 from lora_gen_jax.data.reasoning import DESCRIPTIONS, REASONING_TASKS
-from lora_gen_jax.data.rows import ROW_TO_EXAMPLE, split_context
+from lora_gen_jax.data.rows import split_context
 
 # The harness and the libraries it imports warn at import; that is not ours to fix.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -65,9 +65,9 @@ def test_requests_equal_the_harness(name: str, make_row: Callable[[str, int], An
     scored = [make_row(name, i) for i in range(10, 18)]
     description = DESCRIPTIONS[name][0]
     task = _harness_task(name, train, scored, description + "\n\n")
-    shots = [ROW_TO_EXAMPLE[name](str(i), row) for i, row in enumerate(train)]
+    shots = [REASONING_TASKS[name].example(str(i), row) for i, row in enumerate(train)]
     for row, doc in zip(scored, _docs(task), strict=True):
-        example = ROW_TO_EXAMPLE[name]("x", row)
+        example = REASONING_TASKS[name].example("x", row)
         for k in (0, 3):
             context = task.fewshot_context(doc, k)
             requests = task.construct_requests(doc, context, metadata=(name, 0, 1))
@@ -88,7 +88,7 @@ def test_scoring_equals_the_harness(name: str, make_row: Callable[[str, int], An
     task._metric_fn_list = {"acc": None, "acc_norm": None}
     rng = np.random.default_rng(0)
     for row, doc in zip(scored, _docs(task), strict=True):
-        example = ROW_TO_EXAMPLE[name]("x", row)
+        example = REASONING_TASKS[name].example("x", row)
         for _ in range(10):
             scores = rng.normal(-20, 8, len(example.options))
             result = task.process_results(doc, [(score, False) for score in scores])
@@ -99,7 +99,7 @@ def test_scoring_equals_the_harness(name: str, make_row: Callable[[str, int], An
 
 def test_texts_written_out(make_row: Callable[[str, int], Any]) -> None:
     def made(name: str, i: int) -> Any:
-        return ROW_TO_EXAMPLE[name]("x", make_row(name, i))
+        return REASONING_TASKS[name].example("x", make_row(name, i))
 
     wino = made("winogrande", 3)
     assert wino.contexts == ("Ann gave Eve 3 pears because Ann", "Ann gave Eve 3 pears because Eve")
@@ -156,4 +156,4 @@ def test_split_context(ctx: str, source: str, parts: tuple[str, str]) -> None:
 def test_malformed_rows_are_refused(name: str, change: dict[str, Any], make_row: Callable[[str, int], Any]) -> None:
     row = {**make_row(name, 0), **change}
     with pytest.raises((AttributeError, TypeError, ValueError)):
-        ROW_TO_EXAMPLE[name]("x", row)
+        REASONING_TASKS[name].example("x", row)

@@ -11,8 +11,9 @@ from typing import Any
 import gguf
 import numpy as np
 
+from lora_gen_jax.decoder.families import FAMILIES
 from lora_gen_jax.decoder.pretrained.assembly import Index
-from lora_gen_jax.decoder.pretrained.gguf_file import ARCHITECTURES, GGUFFile, open_gguf
+from lora_gen_jax.decoder.pretrained.gguf_file import GGUFFile, open_gguf, readable
 from lora_gen_jax.errors import ModelError
 
 
@@ -24,11 +25,11 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
     """
     file = open_gguf(path)
     family = file.architecture
-    if family not in ARCHITECTURES:
+    if not readable(family):
         raise ModelError(
             f"{path}: architecture {family!r} is not supported",
             field=f"{path.name}:general.architecture",
-            remedy=f"use one of {', '.join(ARCHITECTURES)}",
+            remedy=f"use one of {', '.join(filter(readable, FAMILIES))}",
         )
     if file.get("expert_count", 0):
         raise ModelError(
@@ -47,7 +48,7 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
         )
     special = {key: file.metadata.get(f"tokenizer.ggml.{key}") for key in ("bos_token_id", "eos_token_id")}
     config = {
-        "architectures": [ARCHITECTURES[family]],
+        "architectures": [FAMILIES[family].architecture],
         "model_type": family,
         "vocab_size": int((_shape(_tensor(file, "token_embd.weight")) or (0,))[0]),
         "hidden_size": width,
@@ -65,15 +66,11 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
         **{key: value for key, value in special.items() if value is not None},
         **_rope_scaling(file),
     }
-    if family == "gemma2":
-        config |= {
-            "attn_logit_softcapping": _float32(file.get("attn_logit_softcapping", 50.0)),
-            "final_logit_softcapping": _float32(file.get("final_logit_softcapping", 30.0)),
-            "sliding_window": file.get("attention.sliding_window", 4096),
-            # Not in the metadata. As llama.cpp does: the head size, but the width per head in the 27B (46 layers).
-            "query_pre_attn_scalar": width // heads if config["num_hidden_layers"] == 46 else head_dim,
-        }
-    return config
+
+    def get(key: str, default: Any) -> Any:
+        return _float32(value) if isinstance(value := file.get(key, default), float) else value
+
+    return config | FAMILIES[family].gguf_fields(get, config)
 
 
 class GGUFCheckpoint:
@@ -86,13 +83,13 @@ class GGUFCheckpoint:
     def __init__(self, path: Path):
         self.description = str(path)
         self._file = open_gguf(path)
-        family = self._file.architecture
+        family = FAMILIES[self._file.architecture]
         architectures = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
         # One block more than there is, so that a superfluous layer can be noticed.
-        self._names = gguf.get_tensor_name_map(architectures[family], self._file.get("block_count") + 1)
-        self._norm_offset = 1.0 if family in ("gemma", "gemma2") else 0.0
+        self._names = gguf.get_tensor_name_map(architectures[family.model_type], self._file.get("block_count") + 1)
+        self._norm_offset = family.gguf_norm_offset
         self._permuted_heads = {}
-        if family == "llama":
+        if family.gguf_permuted:
             heads = self._file.get("attention.head_count")
             self._permuted_heads = {"q_proj": heads, "k_proj": self._file.get("attention.head_count_kv", heads)}
 

@@ -12,15 +12,14 @@ from typing import Annotated, Any
 import gguf
 import numpy as np
 
+from lora_gen_jax.decoder.families import FAMILIES
 from lora_gen_jax.errors import ModelError
 from lora_gen_jax.untrusted import check_fields, reason_of
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "gemma": "GemmaForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-}
+
+def readable(architecture: str) -> bool:
+    """Whether files of this `general.architecture` can be read."""
+    return architecture in FAMILIES and FAMILIES[architecture].gguf
 
 
 _SIZE = Annotated[int, 1, 2**31]
@@ -130,7 +129,7 @@ def _parse(path: Path, _modified: int, _size: int) -> GGUFFile:
     metadata = {key: field.contents() for key, field in reader.fields.items()}
     check_fields(metadata, _TOKENIZER, path.name, ModelError)
     file = GGUFFile(path, metadata, {tensor.name: tensor for tensor in reader.tensors})
-    if file.architecture in ARCHITECTURES and (blocks := file.get("block_count")) > len(file.tensors):
+    if readable(file.architecture) and (blocks := file.get("block_count")) > len(file.tensors):
         raise ModelError(
             f"{path}: {file.architecture}.block_count is {blocks}, but the file holds {len(file.tensors)} tensors",
             field=f"{path.name}:{file.architecture}.block_count",

@@ -5,34 +5,10 @@ checkpoint and its shape. Readers use this table to load; an exporter can run it
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from lora_gen_jax.decoder.config import DecoderConfig
-
-_NAMES = {
-    "base": "model.",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "final_norm": "norm",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
-_GEMMA2_NAMES = _NAMES | {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffn_norm": "post_feedforward_layernorm",
-}
-_OPT_NAMES = {
-    "base": "model.decoder.",
-    "attention_norm": "self_attn_layer_norm",
-    "ffn_norm": "final_layer_norm",
-    "final_norm": "final_layer_norm",
-    "o": "self_attn.out_proj",
-    "up": "fc1",
-    "down": "fc2",
-}
+from lora_gen_jax.decoder.families import FAMILIES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +48,7 @@ class Leaf:
 
 def leaves(config: DecoderConfig) -> Iterator[Leaf]:
     """Every parameter of a decoder of this config, in the order embeddings, layers, final norm, unembedding."""
-    names = _OPT_NAMES if config.family == "opt" else _GEMMA2_NAMES if config.post_norms else _NAMES
+    names = FAMILIES[config.family].names
     base, width = names["base"], config.width
     yield Leaf(("embed", "embedding"), base + "embed_tokens.weight", (config.vocab_size, width))
     if config.rope_theta is None:
@@ -84,7 +60,7 @@ def leaves(config: DecoderConfig) -> Iterator[Leaf]:
         yield Leaf(("unembed", "kernel"), "lm_head.weight", (width, config.vocab_size), transpose=True)
 
 
-def _layer_leaves(config: DecoderConfig, names: dict[str, str]) -> Iterator[Leaf]:
+def _layer_leaves(config: DecoderConfig, names: Mapping[str, str]) -> Iterator[Leaf]:
     layer = names["base"] + "layers.{layer}."
     norms = ["attention_norm", "ffn_norm"] + (["post_attention_norm", "post_ffn_norm"] if config.post_norms else [])
     for norm in norms:

@@ -13,18 +13,12 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lora_gen_jax.decoder.config import DecoderConfig
+from lora_gen_jax.decoder.families import FAMILIES
 from lora_gen_jax.decoder.pretrained.layout import Leaf, leaves
 from lora_gen_jax.errors import ConfigError
 
 # transformers' default, which other tools are tested with.
 SHARD_BYTES = 5_000_000_000
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "gemma": "GemmaForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "opt": "OPTForCausalLM",
-}
 
 
 def save_pretrained(directory: Path, hf_config: dict[str, Any], params: Any, tokenizer: Any, dtype: Any) -> None:
@@ -50,7 +44,7 @@ def save_config(directory: Path, hf_config: dict[str, Any], dtype: Any) -> None:
     # Said of the original: where it was, what it was stored in (transformers 4 and 5), how it was compressed.
     stale = ("_name_or_path", "torch_dtype", "quantization_config")
     written = {name: value for name, value in hf_config.items() if name not in stale}
-    written |= {"architectures": [_ARCHITECTURES[hf_config["model_type"]]], "dtype": np.dtype(dtype).name}
+    written |= {"architectures": [FAMILIES[hf_config["model_type"]].architecture], "dtype": np.dtype(dtype).name}
     (directory / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 

@@ -60,12 +60,12 @@ def grouped(names: Sequence[str]) -> dict[str, list[str]]:
 @functools.cache
 def _group(name: str) -> str:
     from lora_gen_jax.data.pocket import suite
-    from lora_gen_jax.data.reasoning import SEEN_TASKS, UNSEEN_TASKS
+    from lora_gen_jax.data.reasoning import REASONING_TASKS
 
-    if name in SEEN_TASKS or name.startswith("agent/seen-"):
-        return "seen tasks"
-    if name in UNSEEN_TASKS or name.startswith("agent/unseen-"):
-        return "unseen tasks"
+    if name in REASONING_TASKS:
+        return "seen tasks" if REASONING_TASKS[name].seen else "unseen tasks"
+    if name.startswith(("agent/seen-", "agent/unseen-")):
+        return f"{name.removeprefix('agent/').partition('-')[0]} tasks"
     if name.startswith(f"{suite.SOURCE}/") and (found := suite.find(name)):
         return "seen tasks" if found[0].seen else "unseen tasks"
     return f"{name.split('/')[0]} tasks" if "/" in name else "tasks"
