@@ -132,7 +132,7 @@ class DecoderConfig:
                 or a size that no model can have.
         """
         family = hf.get("model_type")
-        if family not in FAMILIES:
+        if not isinstance(family, str) or family not in FAMILIES:
             raise ModelError(
                 f"config.json: model_type {shown(family)} is not supported",
                 field="config.json:model_type",
