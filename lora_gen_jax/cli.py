@@ -247,7 +247,7 @@ COMMANDS = {
     "compile": Command("cli:compile_main", "memory, flops and bytes of an experiment's programs on TPUs"),
     "efficiency": Command("cli:efficiency_main", "time, memory and multiply-adds of an answer, by method"),
     "side_by_side": Command(
-        "lab.side_by_side.command:side_by_side_command", "the base with the prompt beside the specialized model without"
+        "lab.side_by_side:side_by_side_command", "the base with the prompt beside the specialized model without"
     ),
     "report": Command("lab.report.command:report_command", "write report.html from what runs and evaluations left"),
 }

@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from lora_gen_jax.errors import ConfigError, DataError
+from lora_gen_jax.specialization.settings import Kind
 
 if TYPE_CHECKING:
     from lora_gen_jax.adapters.specialization import Specialization
@@ -45,7 +46,7 @@ class Specialize:
     examples: Path | None = None
     """A JSONL file with a solved example a line, {"input", "output"}: read as shots behind the --prompt, if there is
     one, and then learned from."""
-    refine: Literal["gates", "lora"] | None = None
+    refine: Kind | None = None
     """What learns from the --examples: only the gates (the default), which keeps the specialization small, or a LoRA
     beside what was generated."""
     steps: int | None = None

@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from lora_gen_jax.data import rows
 from lora_gen_jax.data.jsonl import Row, map_rows, read_rows, read_text
@@ -31,84 +32,77 @@ def _arc_files(name: str) -> Files:
     return Files(folders, (f"{name}-Train.jsonl",), (f"{name}-Dev.jsonl",), (f"{name}-Test.jsonl",))
 
 
-def _described(name: str) -> tuple[str, ...]:
-    return tuple(DESCRIPTIONS[name])
+def _released(
+    name: str, example: Callable[[str, Row], Example], files: Files, tfds: Source, **more: Any
+) -> ReasoningTask:
+    return ReasoningTask(name, example, files, tuple(DESCRIPTIONS[name]), tfds=tfds, **more)
 
 
+_ARC: dict[str, Any] = {"seen": True, "scored_on": "test"}
+_TFDS = "tensorflow_datasets.text"
 _SIZES = ("xl", "l", "m", "s", "xs")
 REASONING_TASKS: dict[str, ReasoningTask] = {
     task.name: task
     for task in (
         # The same questions turn up in both: two stems of ARC-Easy's train split are in ARC-Challenge's test split.
-        ReasoningTask(
+        _released(
             "arc_challenge",
             rows.arc,
             _arc_files("ARC-Challenge"),
-            _described("arc_challenge"),
-            seen=True,
-            scored_on="test",
-            tfds=Source("ai2_arc/ARC-Challenge", rows.arc_row),
+            Source("ai2_arc/ARC-Challenge", rows.arc_row),
             sibling="arc_easy",
+            **_ARC,
         ),
-        ReasoningTask(
+        _released(
             "arc_easy",
             rows.arc,
             _arc_files("ARC-Easy"),
-            _described("arc_easy"),
-            seen=True,
-            scored_on="test",
-            tfds=Source("ai2_arc/ARC-Easy", rows.arc_row),
+            Source("ai2_arc/ARC-Easy", rows.arc_row),
             sibling="arc_challenge",
+            **_ARC,
         ),
-        ReasoningTask(
+        _released(
             "openbookqa",
             rows.openbookqa,
-            Files(("OpenBookQA-V1-Sep2018", "OpenBookQA"), (), ("dev.jsonl",), ()),
-            _described("openbookqa"),
-            seen=True,
-            scored_on="test",
-            tfds=Source("openbookqa", rows.openbookqa_row),
+            Files(("OpenBookQA-V1-Sep2018", "OpenBookQA"), (), ("dev.jsonl",)),
+            Source("openbookqa", rows.openbookqa_row),
+            **_ARC,
         ),
-        ReasoningTask(
+        _released(
             "boolq",
             rows.boolq,
-            Files(("BoolQ",), (), ("dev.jsonl", "val.jsonl"), ()),
-            _described("boolq"),
+            Files(("BoolQ",), (), ("dev.jsonl", "val.jsonl")),
+            Source("bool_q", rows.boolq_row),
             seen=True,
-            tfds=Source("bool_q", rows.boolq_row),
             # A train file without passages exists: a bare question is another task, so such rows are useless.
             usable=lambda row: bool(row.get("passage")),
         ),
-        ReasoningTask(
+        # Registered by social_iqa.py.
+        _released(
             "social_iqa",
             rows.social_iqa,
-            Files(("socialiqa-train-dev", "socialiqa"), (), ("dev.jsonl",), ()),
-            _described("social_iqa"),
+            Files(("socialiqa-train-dev", "socialiqa"), (), ("dev.jsonl",)),
+            Source("social_iqa", rows.social_iqa_row),
             seen=True,
-            # Registered by social_iqa.py.
-            tfds=Source("social_iqa", rows.social_iqa_row),
         ),
         # The next two are not found by name in tensorflow-datasets before their module has been imported.
-        ReasoningTask(
+        _released(
             "hellaswag",
             rows.hellaswag,
-            Files(("HellaSwag",), ("hellaswag_train.jsonl",), ("hellaswag_val.jsonl",), ()),
-            _described("hellaswag"),
-            tfds=Source("hellaswag", rows.hellaswag_row, module="tensorflow_datasets.text.hellaswag"),
+            Files(("HellaSwag",), ("hellaswag_train.jsonl",), ("hellaswag_val.jsonl",)),
+            Source("hellaswag", rows.hellaswag_row, module=f"{_TFDS}.hellaswag"),
         ),
-        ReasoningTask(
+        _released(
             "winogrande",
             rows.winogrande,
             Files(("winogrande_1.1",), tuple(f"train_{size}.jsonl" for size in _SIZES), ("dev.jsonl",)),
-            _described("winogrande"),
-            tfds=Source("winogrande", rows.winogrande_row, "train_xl", "tensorflow_datasets.text.winogrande"),
+            Source("winogrande", rows.winogrande_row, "train_xl", f"{_TFDS}.winogrande"),
         ),
-        ReasoningTask(
+        _released(
             "piqa",
             rows.piqa,
-            Files(("physicaliqa-train-dev", "physicaliqa"), (), ("valid.jsonl", "dev.jsonl"), ()),
-            _described("piqa"),
-            tfds=Source("piqa", rows.piqa_row),
+            Files(("physicaliqa-train-dev", "physicaliqa"), (), ("valid.jsonl", "dev.jsonl")),
+            Source("piqa", rows.piqa_row),
         ),
     )
 }

@@ -34,8 +34,8 @@ from lora_gen_jax.evaluation.systems import (
 from lora_gen_jax.files import write_json
 from lora_gen_jax.lab.report.accuracy import draw_comparison
 from lora_gen_jax.lab.report.command import write_report
+from lora_gen_jax.lab.report.found import prompted
 from lora_gen_jax.lab.report.gates import draw_maps
-from lora_gen_jax.lab.report.scores import prompted
 from lora_gen_jax.lab.report.style import evenly, grid, new_figure, save
 from lora_gen_jax.lab.report.tables import comparison_sheet
 from lora_gen_jax.methods.registry import METHODS

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, PlainValidator, Val
 from pydantic_core import PydanticCustomError, from_json
 
 from lora_gen_jax.serving.errors import ApiError, invalid
+from lora_gen_jax.specialization.settings import Kind
 
 MOST_CHOICES = 8
 _LONGEST_STOP = 1000  # characters
@@ -244,6 +245,6 @@ class NewSpecialization(_Fields):
     description: str | None = None
     shots: Annotated[list[Any], Field(max_length=_MOST_ITEMS)] | None = None
     examples: Annotated[list[Any] | None, PlainValidator(_examples)] = None
-    refine: Literal["gates", "lora"] | None = None
+    refine: Kind | None = None
     steps: int | None = Field(None, ge=0, le=_MOST_STEPS)
     as_chat: bool = False

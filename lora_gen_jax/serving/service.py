@@ -6,29 +6,130 @@ cloud model in one thread of its own, one after the other, so that the loop stay
 
 import asyncio
 import dataclasses
+import hashlib
+import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jinja2
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from lora_gen_jax.adapters.specialization import save_specialization
 from lora_gen_jax.buckets import check_tokens
 from lora_gen_jax.data.encode import Encoder
+from lora_gen_jax.data.prompt_sources import prompt_of, solved_rows
+from lora_gen_jax.data.record_rows import text_field
 from lora_gen_jax.errors import DataError, LoraGenError
 from lora_gen_jax.models import end_ids
 from lora_gen_jax.serving.errors import ApiError, api_error, invalid
-from lora_gen_jax.serving.examples import digest, learned_turns, refinement_of, requested_prompt
-from lora_gen_jax.serving.metrics import Metrics
 from lora_gen_jax.serving.registry import AUTO, AUTOMATIC, BASE, Entry, Registry, Served
-from lora_gen_jax.serving.requests import NewSpecialization
+from lora_gen_jax.serving.requests import NewSpecialization, as_turns
 from lora_gen_jax.serving.scheduler import Scheduler
 from lora_gen_jax.serving.stored import remove_directory
 from lora_gen_jax.specialization.prompt import Prompt
 from lora_gen_jax.specialization.settings import RefineConfig
 from lora_gen_jax.specializer import Specializer
+
+_MOST_CHARACTERS = 65536  # of examples: learning from them takes several times as long as reading
+
+
+def requested_prompt(request: NewSpecialization) -> str | Prompt:
+    """What a request wants a specialization of."""
+    given = request.model_dump(include={"prompt", "shots", "description"}, exclude_none=True)
+    row = given | ({"messages": as_turns(request.messages)} if "messages" in request.model_fields_set else {})
+    if request.examples is None:
+        for name in ("refine", "steps", "as_chat"):
+            if getattr(request, name):
+                raise DataError(f'"{name}" is about "examples"', field=name, remedy="give them, or leave it out")
+        return prompt_of(row)
+    if len(row) > 1 or not row.keys() <= {"prompt", "description"}:
+        problem = '"examples" go with "description" or "prompt" only'
+        raise DataError(problem, field="examples", code="count", remedy="leave the others out")
+    description = text_field(row, next(iter(row))) if row else ""
+    return Prompt(description, solved_rows(request.examples, "example"), request.as_chat)
+
+
+def refinement_of(
+    prompt: str | Prompt, specializer: Specializer, rank: int, request: NewSpecialization | None = None
+) -> RefineConfig | None:
+    """How a prompt's examples are learned from; None where it has none, or no steps are asked for.
+
+    Args:
+        prompt: with examples, or a text.
+        specializer: that reads it.
+        rank: of the factors that a row has room for.
+        request: that asks for a kind and a number of steps; None for a conversation.
+    """
+    if isinstance(prompt, str) or (request is not None and request.steps == 0):
+        return None
+    characters = sum(len(shot.query) + len(shot.response) for shot in prompt.shots)
+    if characters > _MOST_CHARACTERS:
+        message = f"the examples have {characters} characters, the limit is {_MOST_CHARACTERS}: give fewer"
+        raise invalid(message, "messages" if request is None else "examples")
+    config = specializer.refinement() if request is None else specializer.refinement(request.refine, request.steps)
+    if config.kind == "lora" and config.rank > rank:
+        message = f"refine is lora, but this server was started without --refined-rank {config.rank}: use gates"
+        raise invalid(message, "refine", "unsupported_value")
+    return config
+
+
+def learned_turns(system: str, turns: list[dict[str, str]]) -> Prompt:
+    """A conversation whose turns before the last are examples; the last waits for its answer."""
+    roles = [turn["role"] for turn in turns]
+    if roles != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+        message = "turns_as_examples needs a user's and the assistant's turns one after another, the last a user's"
+        raise invalid(message, "messages")
+    texts = [turn["content"] for turn in turns]
+    try:
+        return Prompt(system, list(zip(texts[:-1:2], texts[1::2], strict=True)), chat=True)
+    except DataError as error:
+        raise api_error(error, "messages") from error
+
+
+def digest(prompt: str | Prompt) -> str:
+    """16 hex digits of a system message, and of examples behind it."""
+    text = prompt
+    if isinstance(prompt, Prompt):
+        text = json.dumps([prompt.description, *((shot.query, shot.response) for shot in prompt.shots)])
+    return hashlib.sha256(str(text).encode()).hexdigest()[:16]
+
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+class Metrics:
+    """Counters and histograms of one server; what the scheduler and the registry hold is read when somebody asks."""
+
+    def __init__(self, scheduler: Any, registry: Any):
+        self._scheduler, self._registry = scheduler, registry
+        self._names = own = CollectorRegistry()
+        self.requests = Counter("lora_gen_requests", "Requests.", ["endpoint", "status"], registry=own)
+        self.cancelled = Counter("lora_gen_cancelled", "Sequences that nobody waited for any longer.", registry=own)
+        text = "From a request's head to the end of its answer."
+        self.seconds = Histogram("lora_gen_request_seconds", text, ["endpoint"], buckets=_SECONDS, registry=own)
+        text = "From a request's head to its first token."
+        self.first_token = Histogram("lora_gen_first_token_seconds", text, buckets=_SECONDS, registry=own)
+        own.register(self)  # pyright: ignore[reportArgumentType]
+
+    def text(self) -> bytes:
+        """All of it."""
+        return generate_latest(self._names)
+
+    def collect(self) -> Iterator[Any]:
+        """What is read at the moment of asking."""
+        s = self._scheduler
+        yield GaugeMetricFamily("lora_gen_rows", "Sequences that can be generated at a time.", s.rows)
+        yield GaugeMetricFamily("lora_gen_rows_busy", "Sequences that are being generated.", s.running)
+        yield GaugeMetricFamily("lora_gen_queue_length", "Sequences that wait for a row.", s.waiting)
+        served = len(self._registry)
+        yield GaugeMetricFamily("lora_gen_specializations", "Specializations that can be asked for.", served)
+        yield CounterMetricFamily("lora_gen_read_tokens", "Tokens of prompts.", s.read_tokens)
+        yield CounterMetricFamily("lora_gen_generated_tokens", "New tokens.", s.generated_tokens)
+
 
 Result = TypeVar("Result")
 _LONG_TEXT = 16384  # characters; tokenizing more holds the event loop up for longer than a step of the model

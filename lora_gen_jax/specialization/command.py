@@ -6,7 +6,8 @@ answer at once.
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+
+from lora_gen_jax.specialization.settings import Kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Refine:
     """A JSONL file with a solved example a line, {"input", "output"}."""
     out: Path
     """Directory to write; must not exist, or be empty."""
-    refine: Literal["gates", "lora"] | None = None
+    refine: Kind | None = None
     """What learns: only the gates (the default), which keeps the specialization small, or a LoRA beside what was
     generated."""
     steps: int | None = None

@@ -64,7 +64,7 @@ def started(monkeypatch):
 
     monkeypatch.setattr(command, "run_jobs", run_jobs)
     monkeypatch.setattr(latency, "measure_costs", lambda tables, rows: {"answers": {}, "workload": {}, "rows": rows})
-    monkeypatch.setattr("lora_gen_jax.lab.tables.cost_layout.table_13", lambda results, costs: None)
+    monkeypatch.setattr("lora_gen_jax.lab.tables.layout.table_13", lambda results, costs: None)
     return found
 
 

@@ -7,7 +7,7 @@ import pytest
 from helpers import raises, trained, write_config, write_rows
 
 from lora_gen_jax.errors import CheckpointError, DataError
-from lora_gen_jax.lab.agent import function_call_run
+from lora_gen_jax.lab.agent import function_calls
 from lora_gen_jax.lab.agent.command import agent_main
 from lora_gen_jax.training.checkpoint import load_checkpoint
 
@@ -37,8 +37,8 @@ def test_both_methods_on_every_file(arguments, tmp_path, monkeypatch, capsys):
         found = real(writer, method, tasks, progress)
         return [dataclasses.replace(one, text=f"\nSure.\n\n{made[name]}\n\nUser: more\nsay()") for one in found]
 
-    real = function_call_run.Writer.write
-    monkeypatch.setattr(function_call_run.Writer, "write", write)
+    real = function_calls.Writer.write
+    monkeypatch.setattr(function_calls.Writer, "write", write)
     agent_main([*arguments, "--out", str(tmp_path / "out")])
     report = json.loads((tmp_path / "out" / "bfcl.json").read_text())
     assert report["skipped"] == {"simple": 1}
@@ -63,15 +63,15 @@ def test_both_methods_on_every_file(arguments, tmp_path, monkeypatch, capsys):
 def test_the_generator_of_the_agent_run_is_found_first(tmp_path, monkeypatch):
     asked = []
     loaded = load_checkpoint(trained().directory)
-    monkeypatch.setattr(function_call_run, "load_checkpoint", lambda path: asked.append(path) or loaded)
+    monkeypatch.setattr(function_calls, "load_checkpoint", lambda path: asked.append(path) or loaded)
     config = dataclasses.replace(trained(), workdir=tmp_path)
     (tmp_path / "lora_gen").mkdir()
-    assert function_call_run.find_generator(config, None) is loaded
+    assert function_calls.find_generator(config, None) is loaded
     assert asked == [tmp_path / "lora_gen"]
     other = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, method="lora"))
-    monkeypatch.setattr(function_call_run, "load_checkpoint", lambda path: other)
+    monkeypatch.setattr(function_calls, "load_checkpoint", lambda path: other)
     with raises(CheckpointError, "method", "method lora, not lora_gen"):
-        function_call_run.find_generator(config, None)
+        function_calls.find_generator(config, None)
 
 
 def test_nothing_that_fits_is_an_error(arguments):

@@ -17,8 +17,7 @@ from lora_gen_jax.errors import DataError, OutputError
 from lora_gen_jax.evaluation import published
 from lora_gen_jax.lab.report import curves, gates
 from lora_gen_jax.lab.report.command import write_report
-from lora_gen_jax.lab.report.found import find
-from lora_gen_jax.lab.report.scores import gather, mean_point
+from lora_gen_jax.lab.report.found import find, gather, mean_point
 from lora_gen_jax.lab.report.tables import score_sheet
 
 VOID = {"meta", "img", "br", "hr", "input", "link"}

@@ -10,10 +10,16 @@ from lora_gen_jax.cli import main
 from lora_gen_jax.config import Config, ModelConfig
 from lora_gen_jax.data.pocket.agent import MARKER
 from lora_gen_jax.errors import CheckpointError, DataError, OutputError
-from lora_gen_jax.lab.side_by_side import command as side_by_side
-from lora_gen_jax.lab.side_by_side.cases import Case, built_in_cases
-from lora_gen_jax.lab.side_by_side.command import Comparison, Side, SideBySide, side_by_side_command
-from lora_gen_jax.lab.side_by_side.table import shown_answer
+from lora_gen_jax.lab import side_by_side
+from lora_gen_jax.lab.side_by_side import (
+    Case,
+    Comparison,
+    Side,
+    SideBySide,
+    built_in_cases,
+    shown_answer,
+    side_by_side_command,
+)
 from lora_gen_jax.models import load_model
 from lora_gen_jax.training.checkpoint import load_checkpoint
 from lora_gen_jax.training.portable import SHIPPED

@@ -4,7 +4,7 @@ from table_results import by_seed, cells, costs, generator, results, traits
 
 from lora_gen_jax.evaluation.sheet import to_markdown, to_rich
 from lora_gen_jax.lab.tables import layout
-from lora_gen_jax.lab.tables.cost_layout import all_tables, foot, table_1, table_13
+from lora_gen_jax.lab.tables.layout import all_tables, foot, table_1, table_13
 
 
 def test_characteristics_from_traits_and_measurements():

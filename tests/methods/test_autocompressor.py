@@ -23,9 +23,17 @@ from lora_gen_jax.inference.edge_model import EdgeModel
 from lora_gen_jax.inference.prefix import compress, encode_soft
 from lora_gen_jax.inference.rows import Request
 from lora_gen_jax.inference.scoring import score
-from lora_gen_jax.methods.autocompressor import AutoCompressor, build, specialize
+from lora_gen_jax.methods.autocompressor import (
+    LARGEST,
+    SMALLEST,
+    AutoCompressor,
+    build,
+    longest_segment,
+    segment_lengths,
+    specialize,
+    take_segment,
+)
 from lora_gen_jax.methods.method import Prompt
-from lora_gen_jax.methods.segments import LARGEST, SMALLEST, longest_segment, segment_lengths, take_segment
 from lora_gen_jax.training.optimizer import decayed
 from lora_gen_jax.training.step import objective
 

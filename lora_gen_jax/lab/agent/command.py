@@ -12,7 +12,7 @@ from lora_gen_jax.data.gpt4tools import generated_records, load_gpt4tools, train
 from lora_gen_jax.data.load import load_tasks
 from lora_gen_jax.data.tasks import Task, stable_hash
 from lora_gen_jax.errors import ConfigError, OutputError
-from lora_gen_jax.lab.agent.function_call_run import score_function_calls
+from lora_gen_jax.lab.agent.function_calls import score_function_calls
 from lora_gen_jax.lab.agent.run import score_agents
 from lora_gen_jax.lab.agent.table import AGENT_ROWS
 from lora_gen_jax.methods.registry import GENERATOR

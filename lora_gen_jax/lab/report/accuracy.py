@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_gen_jax.lab.report.scores import Point, Scores, mean_point, task_point
+from lora_gen_jax.lab.report.found import Point, Scores, mean_point, task_point
 from lora_gen_jax.lab.report.style import color_of, evenly, grid, new_figure, save, shortened, title_of
 
 # Small figures side by side.

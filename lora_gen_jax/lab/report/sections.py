@@ -19,8 +19,7 @@ from lora_gen_jax.evaluation import published
 from lora_gen_jax.evaluation.sheet import Sheet, to_html
 from lora_gen_jax.lab.agent.table import agent_sheets
 from lora_gen_jax.lab.report import accuracy, curves, gates, tables
-from lora_gen_jax.lab.report.found import SOURCES, File, Found
-from lora_gen_jax.lab.report.scores import gather, machine_text
+from lora_gen_jax.lab.report.found import SOURCES, File, Found, gather, machine_text
 from lora_gen_jax.lab.report.style import title_of
 
 # A table of more tasks is folded.

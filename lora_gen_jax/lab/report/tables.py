@@ -6,7 +6,7 @@ from typing import Any
 
 from lora_gen_jax.evaluation import published
 from lora_gen_jax.evaluation.sheet import Cell, Sheet, average, number, percent, ratio
-from lora_gen_jax.lab.report.scores import Scores, mean_point, prompted
+from lora_gen_jax.lab.report.found import Scores, mean_point, prompted
 from lora_gen_jax.lab.report.style import title_of
 from lora_gen_jax.methods.registry import FULL_PROMPT
 

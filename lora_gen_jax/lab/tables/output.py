@@ -16,11 +16,10 @@ from lora_gen_jax.evaluation.means import summary
 from lora_gen_jax.evaluation.sheet import Sheet, to_json, to_markdown, to_screen
 from lora_gen_jax.files import complete_directory, write_json, write_text
 from lora_gen_jax.lab.report.accuracy import MOST_TASKS, draw_means, draw_tasks
-from lora_gen_jax.lab.report.scores import Scores
+from lora_gen_jax.lab.report.found import Scores
 from lora_gen_jax.lab.tables import latency
-from lora_gen_jax.lab.tables.cost_layout import all_tables, foot
 from lora_gen_jax.lab.tables.jobs import Job, finished
-from lora_gen_jax.lab.tables.layout import Costs, Results, answer, method_rows, on_task
+from lora_gen_jax.lab.tables.layout import Costs, Results, all_tables, answer, foot, method_rows, on_task
 from lora_gen_jax.lab.tables.run import say
 from lora_gen_jax.lab.tables.spec import AGENT, UNTRAINED, Tables
 from lora_gen_jax.methods.registry import METHODS

@@ -5,13 +5,84 @@ for each case on the screen, and JSON when a file is named.
 """
 
 import dataclasses
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_gen_jax.config import Config
 from lora_gen_jax.data.prompts import behind
 from lora_gen_jax.errors import DataError, OutputError
-from lora_gen_jax.lab.side_by_side.cases import Case, built_in_cases
+from lora_gen_jax.evaluation.sheet import Cell, Sheet, number, ratio, to_screen
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is asked.
+
+    Attributes:
+        name: title of its table.
+        prompt: what the cloud model reads; the base model reads it before the input.
+        input: what both edge models read.
+        remark: what to know before judging the answers.
+    """
+
+    name: str
+    prompt: str
+    input: str
+    remark: str = ""
+
+
+_TOOL_REQUEST = """\
+You are Iris, an assistant that works on pictures and documents with tools. You cannot see a picture yourself.
+TOOLS:
+> Describe Picture: tells what a picture shows. One input: the file of the picture.
+> Remove Background: cuts the main thing out of a picture. One input: the file of the picture. Gives: a new file.
+> Turn Into Painting: paints a picture in a style. Two inputs, with a comma: the file, the style. Gives: a new file.
+> Translate Text: puts a text into another language. Two inputs, with a comma: the language, the text.
+> Weather Forecast: tells tomorrow's weather. One input: the place.
+To use a tool, write:
+Thought: Do I need to use a tool? Yes
+Action: the name of the tool
+Action Input: its inputs, with commas
+Observation: what the tool said
+If no tool is needed, write:
+Thought: Do I need to use a tool? No
+AI: your answer
+Write file names exactly as they are given, and never invent one.
+Previous conversation:
+Human: I have put a photo of my garden into pictures/garden.png.
+AI: Thank you, I have received pictures/garden.png.
+New input: Please tell me what can be seen on pictures/garden.png.
+Now write the next lines."""
+_ROLE = """\
+You are Mirabel Thorne, captain of the mail boat between three small islands. You are seventy, warm and a little proud,
+you speak in short sentences, you call everybody "my dear", and you bring every talk back to your boat, the Blue Heron.
+You have never left the islands and know nothing of computers. Answer as Mirabel would, in at most three sentences."""
+_GUEST = "Guest: Captain, were you never afraid of a storm?\nMirabel Thorne:"
+_ZOO_ROLE = "You are a zoo guide. Name the baby of each animal, in square brackets."
+
+
+def built_in_cases(config: Config) -> list[Case]:
+    """A tool request and a role-play prompt for the models of this config."""
+    from lora_gen_jax.data.pocket.agent import agent_rows, split_instruction, toolsets
+
+    pocket = config.edge.source.startswith("pocket-")
+    # The first row that any test scores: not chosen by what the models make of it.
+    row = agent_rows(toolsets(seen=True)[0], "test", 1)[0]
+    instruction = row["instruction"] if pocket else _TOOL_REQUEST
+    tools = Case("a tool request", *split_instruction(instruction), remark=remark(config))
+    role = Case("a role", _ZOO_ROLE, "owl:") if pocket else Case("a role", _ROLE, _GUEST)
+    return [tools, dataclasses.replace(role, remark=remark(config, tools=False))]
+
+
+def remark(config: Config, tools: bool = True) -> str:
+    """What the generator was trained on, and whether tool calls were among it."""
+    names = [*config.data.tasks, *(path.name for path in config.data.files)]
+    text = f"The generator was trained on {', '.join(names)} in {config.train.steps} steps."
+    called = config.data.files or any("agent" in name for name in names)
+    return text if called or not tools else f"{text} None of these calls tools: a right call would be a surprise."
+
 
 # After a run that compiles; the best counts, as other work on the machine only adds.
 REPEATS = 5
@@ -91,7 +162,6 @@ def side_by_side_command(flags: SideBySide) -> None:
     """Checks what costs nothing first, then loads the models and answers."""
     from lora_gen_jax.evaluation.run import describe, machine
     from lora_gen_jax.files import write_json
-    from lora_gen_jax.lab.side_by_side.table import print_comparison
     from lora_gen_jax.methods.registry import GENERATOR
     from lora_gen_jax.training.checkpoint import check_method, load_checkpoint, versions
     from lora_gen_jax.training.portable import DEFAULT
@@ -209,3 +279,60 @@ class Sides:
             sizes = (len(ids), len(made[-1].ids))
             found.append(Side(text, made[-1].finish, *sizes, 1000 * min(first), 1000 * min(total)))
         return found
+
+
+WIDTH = 110
+# The last lines of a long prompt say least about it.
+_SHOWN_LINES = 6
+_ROWS = ("base model, reads prompt and input", "specialized model, reads the input alone")
+
+
+def print_comparison(found: Comparison) -> None:
+    """The prompt, both answers, and what they cost."""
+    case, sides = found.case, (found.base, found.specialized)
+    print(f"\n{case.name}\n\n{textwrap.indent(shown_prompt(case.prompt), '  ')}\n\ninput:")
+    print(textwrap.indent(case.input.strip(), "  "))
+    for title, side in zip(_ROWS, sides, strict=True):
+        print(f"\n{title}:\n{textwrap.indent(shown_answer(side), '  ')}")
+    print()
+    to_screen(comparison_sheet(found), width=WIDTH)
+    saved = found.pays_after
+    once = found.cloud_ms + found.merge_ms
+    lines = (
+        f"Once for this prompt: {once:.1f} ms; the cloud model reads {found.prompt_tokens} tokens"
+        f" ({found.cloud_ms:.1f} ms), its experts are merged ({found.merge_ms:.1f} ms).",
+        "The prefill saves nothing."
+        if saved is None
+        else f"The saved prefill makes up for it after {saved:.1f} queries.",
+        "Times: best of five, after a run that compiles; an answer takes longer the longer it is.",
+        case.remark,
+    )
+    print(textwrap.fill(" ".join(line for line in lines if line), WIDTH))
+
+
+def comparison_sheet(found: Comparison) -> Sheet:
+    """What both models read, wrote and took, and the first over the second."""
+    left, right = found.base, found.specialized
+    rows: list[Sequence[Cell]] = []
+    for title, side in zip(_ROWS, (left, right), strict=True):
+        times = (number(side.first_token_ms, 2), number(side.answer_ms, 2))
+        rows.append((title, number(side.context_tokens, 0), *times, number(side.new_tokens, 0)))
+    pairs = ("context_tokens", "first_token_ms", "answer_ms")
+    rows.append(("ratio", *(ratio(getattr(left, key), getattr(right, key), 2) for key in pairs), None))
+    columns = ("", "edge context,\ntokens", "first token, ms", "answer, ms", "answer, tokens")
+    return Sheet("What the edge model reads and writes", columns, rows)
+
+
+def shown_answer(side: Side) -> str:
+    """The answer, marked where the limit cut it or where there is none."""
+    text = side.answer.strip()
+    if not text:
+        return "(nothing: it ends at once)" if side.finish == "stop" else "(blank)"
+    return text + (" …" if side.finish == "length" else "")
+
+
+def shown_prompt(prompt: str) -> str:
+    """The first lines of the prompt."""
+    lines = prompt.strip().splitlines()
+    left_out = len(lines) - _SHOWN_LINES
+    return "\n".join(lines[:_SHOWN_LINES]) + (f"\n… {left_out} more lines" if left_out > 0 else "")
