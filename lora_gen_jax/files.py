@@ -112,6 +112,11 @@ def write_json(path: Path, values: Any, flag: str = "--out") -> None:
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n", flag)
 
 
+def listed(text: str | None) -> list[str]:
+    """What stands between the commas of a flag's text."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
 def text_argument(value: str, flag: str) -> str:
     """A flag's text: itself, or the content of the file that ``@FILE`` names.
 

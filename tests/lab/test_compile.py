@@ -20,7 +20,8 @@ from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.inference.hlo import parse as parse_hlo
 from lora_gen_jax.inference.matmuls import matmul_flops
 from lora_gen_jax.lab.tpu.collectives import by_kind, find_collectives
-from lora_gen_jax.lab.tpu.command import CompileFlags, compile_program, lora_ratios, model_flops, run
+from lora_gen_jax.lab.tpu.command import CompileFlags, compile_program, run
+from lora_gen_jax.lab.tpu.formulas import lora_ratios, model_flops
 from lora_gen_jax.lab.tpu.programs import Sizes, build, shapes_pair
 from lora_gen_jax.lab.tpu.topology import get_topology
 from lora_gen_jax.lab.tpu.traffic import hbm_bytes

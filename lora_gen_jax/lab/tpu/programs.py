@@ -9,7 +9,7 @@ evaluation and serving do: rows split over all chips, the weights whole on each 
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -145,7 +145,7 @@ def frozen_on(mesh: Mesh, model: Model) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), model.params, shardings)
 
 
-def build(config: Config, pair: Pair, devices: list[Any], names: tuple[str, ...], sizes: Sizes) -> list[Program]:
+def build(config: Config, pair: Pair, devices: list[Any], names: Sequence[str], sizes: Sizes) -> list[Program]:
     """The named programs.
 
     Raises:
