@@ -152,12 +152,13 @@ def eval_config(arguments: list[str]) -> tuple["Config", EvalFlags, list[int]]:
     Raises ConfigError as `config_from_args`, and for shots that are not numbers.
     """
     from lora_gen_jax.config_file import flags_and_config
+    from lora_gen_jax.files import listed
 
     flags, config = flags_and_config("eval.py", EvalFlags, arguments)
     updates: dict[str, Any] = {} if flags.limit is None else {"limit": flags.limit}
     for name in ("tasks", "methods"):
         if (text := getattr(flags, name)) is not None:
-            updates[name] = tuple(part.strip() for part in text.split(",") if part.strip())
+            updates[name] = tuple(listed(text))
             if not updates[name]:
                 remedy = "give names separated by commas, or leave it out"
                 raise ConfigError(f"eval.{name} is {text!r}", field=f"eval.{name}", remedy=remedy)

@@ -8,8 +8,7 @@ import openai
 import pytest
 from serving_tools import KEY, MAX_NEW_TOKENS, PROMPTS
 
-from lora_gen_jax.serving.answers import Piece, Token
-from lora_gen_jax.serving.replies import Reply
+from lora_gen_jax.serving.replies import Piece, Reply, Token
 
 GREEDY = {"temperature": 0, "max_tokens": 10}
 QUESTION = "what color is the sun ?"

@@ -14,7 +14,7 @@ from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import to_json
 from lora_gen_jax.errors import CheckpointError, ConfigError
 from lora_gen_jax.evaluation.run import machine
-from lora_gen_jax.files import check_output, complete_directory, text_argument, write_json
+from lora_gen_jax.files import check_output, complete_directory, listed, text_argument, write_json
 from lora_gen_jax.generator.cloud import pack_prompts
 from lora_gen_jax.lab.costs import measure as efficiency
 from lora_gen_jax.lab.costs import transformers_peer
@@ -61,7 +61,7 @@ class EfficiencyFlags:
 
 def sizes_of(text: str) -> list[int]:
     """Batch sizes from a flag."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
+    parts = listed(text)
     if not parts or not all(part.isdigit() and int(part) > 0 for part in parts):
         remedy = "give positive numbers separated by commas, as 1,8"
         raise ConfigError(f"--batch-sizes is {text!r}", field="--batch-sizes", remedy=remedy)

@@ -13,7 +13,7 @@ from typing import Annotated
 import tyro
 
 from lora_gen_jax.errors import DataError, OutputError
-from lora_gen_jax.files import write_text
+from lora_gen_jax.files import listed, write_text
 
 PAGE = "report.html"
 
@@ -39,8 +39,7 @@ class Report:
 
 def report_command(flags: Report) -> None:
     """Writes the report and says where it is."""
-    names = tuple(part.strip() for part in (flags.tasks or "").split(",") if part.strip())
-    path = write_report(flags.directories, flags.out, names)
+    path = write_report(flags.directories, flags.out, listed(flags.tasks))
     print(f"report: {path}", file=sys.stderr)
 
 

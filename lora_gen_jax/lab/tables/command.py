@@ -19,7 +19,7 @@ from lora_gen_jax.config import Config
 from lora_gen_jax.config_check import check
 from lora_gen_jax.errors import ConfigError
 from lora_gen_jax.evaluation.systems import check_methods
-from lora_gen_jax.files import check_output
+from lora_gen_jax.files import check_output, listed
 from lora_gen_jax.lab.tables.jobs import Job, chosen, make_jobs, missing, outdated
 from lora_gen_jax.lab.tables.run import do, end_with_parent, run_jobs, say
 from lora_gen_jax.lab.tables.spec import AGENT, Tables, read_tables
@@ -64,7 +64,7 @@ def table_main(arguments: list[str]) -> None:
         check_methods([method], "a run's method")
     # Of all jobs, chosen or not: after hours of training the tables would fail.
     old = outdated(jobs)
-    left = missing(chosen(tables, jobs, split(flags.only)))
+    left = missing(chosen(tables, jobs, listed(flags.only)))
     if others := [job.name for job in old if job not in left]:
         say(f"not in the tables until they are scored again, with other settings or data: {', '.join(others)}")
     from lora_gen_jax.lab.tables.output import write_tables
@@ -105,14 +105,10 @@ def parsed(arguments: Sequence[str]) -> tuple[TableFlags, Tables]:
 
 def numbers(text: str) -> tuple[int, ...]:
     """Numbers between commas."""
-    parts = split(text)
+    parts = listed(text)
     if not parts or not all(part.isdecimal() for part in parts):
         raise ConfigError(f"--seeds is {text!r}", field="--seeds", remedy="give numbers separated by commas, as 0,1,2")
     return tuple(dict.fromkeys(map(int, parts)))
-
-
-def split(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
 def do_job(jobs: Sequence[Job], name: str) -> None:
