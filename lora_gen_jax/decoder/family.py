@@ -73,7 +73,7 @@ class RopeScaling:
 def rotary(hf: HF, head_dim: int | None = None) -> Fields:
     """What the families with rotated heads and gated FFNs have in common: Llama, as its config.json says."""
     heads, width = hf["num_attention_heads"], hf["hidden_size"]
-    head_dim = hf.get("head_dim") or head_dim or width // heads
+    size: int = hf.get("head_dim") or head_dim or width // heads
     theta, scaling = _rope(hf)
     if hf.get("use_bidirectional_attention"):
         raise ModelError(
@@ -88,7 +88,7 @@ def rotary(hf: HF, head_dim: int | None = None) -> Fields:
         "ffn_width": hf["intermediate_size"],
         "num_heads": heads,
         "num_kv_heads": hf.get("num_key_value_heads") or heads,
-        "head_dim": head_dim,
+        "head_dim": size,
         "max_positions": hf.get("max_position_embeddings", 2048),
         "norm_eps": hf.get("rms_norm_eps", 1e-6),
         "activation": activation(hf.get("hidden_activation") or hf.get("hidden_act") or "silu"),
@@ -97,7 +97,7 @@ def rotary(hf: HF, head_dim: int | None = None) -> Fields:
         "ffn_bias": bool(hf.get("mlp_bias")),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "attention_scale": head_dim**-0.5,
+        "attention_scale": size**-0.5,
         "tied_embeddings": hf.get("tie_word_embeddings", False),
     }
 

@@ -317,7 +317,7 @@ def ready(setup: Setup) -> Ready:
     config = setup.config
     if config.method != METHOD.key:
         config = dataclasses.replace(config, compressor=dataclasses.replace(config.compressor, segments=2))
-    module = build(config, setup.pair)
+    module: Any = build(config, setup.pair)
     variables, edge, prompt = untrained(module, setup.pair), setup.pair.edge, setup.work.whole[: setup.work.kept]
     model = merge_if_possible(edge.plain, module.apply(variables, None, None).adapter)
 

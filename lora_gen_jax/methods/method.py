@@ -160,7 +160,7 @@ def fixed_ready(method: Method, setup: Setup) -> Ready:
     """
     assert method.build is not None
     config, pair = dataclasses.replace(setup.config, method=method.key), setup.pair
-    module = method.build(config, pair)
+    module: Any = method.build(config, pair)
     model = merge_if_possible(pair.edge.plain, module.apply(untrained(module, pair), None, None).adapter)
     macs = method.token_macs
     beside = 0 if model.adapter is None or macs is None else macs(pair.edge.config, config)
