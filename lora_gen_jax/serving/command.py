@@ -112,7 +112,7 @@ def serve_command(flags: Serve) -> None:
         hosts = Hosts.of(listener, flags.allowed_hosts)
         specializer = _specializer(flags)
         registry = read_registry(flags, specializer)
-        rank = max([flags.refined_rank, *(factor_rank(entry.factors) for entry in registry.entries)])
+        rank = max([flags.refined_rank, *(factor_rank(entry.made.factors) for entry in registry.entries)])
         scheduler = make_scheduler(specializer, flags.rows, flags.context, flags.queue, rank)
         limits = Limits(flags.max_new_tokens, flags.max_body_kb * 1024, flags.timeout, flags.queue)
         service = Service(scheduler, specializer, registry, limits, key)

@@ -15,7 +15,7 @@ from lora_gen_jax.data.encode import Encoder
 from lora_gen_jax.data.prompt_sources import check_name
 from lora_gen_jax.errors import CheckpointError, DataError
 from lora_gen_jax.generator.router import Gates
-from lora_gen_jax.inference.work import Factors, factor_rank
+from lora_gen_jax.inference.work import factor_rank
 from lora_gen_jax.serving.errors import ApiError, invalid
 from lora_gen_jax.specializer import Specializer
 
@@ -30,25 +30,19 @@ class Entry:
 
     Attributes:
         name: what requests call it.
+        made: with its prompt, how it learned from examples, and factors beside the gates' update where a LoRA did.
         gates: [L, K], fp32.
-        factors: beside the gates' update, where a LoRA has learned from examples; else empty.
-        refined: how it learned from examples; None where it did not.
-        prompt: that it was made of.
-        active: gates of a layer that are not zero by construction, K.
         prompt_tokens: what the cloud model read.
         created: seconds since 1970.
         automatic: made of a system message; the first to go where there are too many.
     """
 
     name: str
+    made: Specialization
     gates: Gates
-    active: int
     prompt_tokens: int
-    created: int = field(default_factory=lambda: int(time.time()))
     automatic: bool = False
-    factors: Factors = field(default_factory=dict)
-    refined: dict[str, Any] | None = None
-    prompt: str = ""
+    created: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def body(self) -> dict[str, Any]:
@@ -58,10 +52,10 @@ class Entry:
             "object": "specialization",
             "created": self.created,
             "prompt_tokens": self.prompt_tokens,
-            "gates": self.active,
+            "gates": self.made.active,
             "layers": len(self.gates.weight),
             "automatic": self.automatic,
-            "refined": self.refined,
+            "refined": self.made.refined,
         }
 
     @property
@@ -71,7 +65,7 @@ class Entry:
         What is made of a conversation keeps its prompt to itself: another client's system message is in it.
         """
         weights = [[round(float(gate), 6) for gate in layer] for layer in self.gates.dense()]
-        return self.body | {"gate_weights": weights, "prompt": None if self.automatic else self.prompt}
+        return self.body | {"gate_weights": weights, "prompt": None if self.automatic else self.made.prompt}
 
 
 class Registry:
@@ -183,10 +177,8 @@ class Served:
             raise CheckpointError(problem, field="--edge", remedy=remedy)
         self.fit.check(s)
         tokens = len(self.encoder.prompt(s.prompt))
-        gates, factors = s.gates(self.fit.experts), s.factors
-        if self.rank is not None and (rank := factor_rank(factors)) > self.rank:
+        if self.rank is not None and (rank := factor_rank(s.factors)) > self.rank:
             problem = f"a LoRA of rank {rank} stands beside its gates, and this server has room for rank {self.rank}"
             remedy = f"start it with --refined-rank {rank}, or refine the gates instead"
             raise CheckpointError(problem, field="--refined-rank", remedy=remedy)
-        learned = {"factors": factors, "refined": s.refined}
-        return Entry(name, gates, s.active, tokens, automatic=automatic, prompt=s.prompt, **learned)
+        return Entry(name, s, s.gates(self.fit.experts), tokens, automatic)

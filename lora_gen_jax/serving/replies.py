@@ -294,7 +294,7 @@ def make_works(
             ids=tuple(ids),
             settings=GenerationSettings(length, service.stop_ids, sampling, (seed + choice) % _SEEDS),
             gates=None if special is None else special.gates,
-            factors={} if special is None else special.factors,
+            factors={} if special is None else special.made.factors,
         )
         for choice in range(asked.n)
     ]

@@ -281,12 +281,13 @@ def test_outputs_come_in_order_whatever_the_batches_are(edge, monkeypatch):
             return EdgeModel(edge.decoder, "all" if shared else task.name)
 
         made, done = System(named, reads, lambda task, named=named: named(task).params, not shared), []
-        written = Writer(edge, 40, RequestCache(None, "")).write(made, tasks, done.append)
+        written = Writer(edge, 40, RequestCache(None, "")).write(made, tasks, lambda *counts, done=done: done.append(counts))
         assert {name for name, _ in asked} == ({"all"} if shared else {task.name for task in tasks})
         # Requests of a bucket go together, in rows of a power of two.
         assert {rows for _, rows in asked} <= {4, 8, 16, 32}
         assert max(rows for _, rows in asked) <= (32 if shared else 16)
-        assert sum(done) == len(written) == 30
+        assert done[-1] == (30, 30)
+        assert len(written) == 30
         for row, (task, document) in zip(written, [(t, d) for t in tasks for d in t.test], strict=True):
             assert (row.task, row.document) == (task, document)
             ids = context_ids(edge, task, document, reads)

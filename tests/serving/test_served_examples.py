@@ -65,7 +65,7 @@ def test_examples_are_read_and_learned_from(wide, specializer, roomy, kind, fiel
     assert told["loss_after"] < told["loss_before"]
     assert complete(wide, name, "the star is") == text
     (kept,) = [x for x in read_store(roomy.registry.store, Served.of(specializer)) if x.name == name]
-    assert (kept.refined, bool(kept.factors)) == (told, kind == "lora")
+    assert (kept.made.refined, bool(kept.made.factors)) == (told, kind == "lora")
 
 
 def test_without_steps_examples_are_only_read(wide):
@@ -124,12 +124,12 @@ def chat(client, **fields):
 
 def test_a_conversation_is_learned_from_only_where_it_asks_for_it(wide, roomy, specializer):
     plain = chat(wide).json()
-    assert roomy.registry.get(plain["model"]).refined is None
+    assert roomy.registry.get(plain["model"]).made.refined is None
     assert chat(wide, turns_as_examples=False).json()["model"] == plain["model"]
     learned = chat(wide, turns_as_examples=True).json()
     assert learned["model"] != plain["model"]
     entry = roomy.registry.get(learned["model"])
-    assert (entry.automatic, entry.refined["examples"]) == (True, 1)
+    assert (entry.automatic, entry.made.refined["examples"]) == (True, 1)
     assert chat(wide, turns_as_examples=True).json()["model"] == learned["model"]
     # The turns that were learned from are not read again.
     assert learned["usage"]["prompt_tokens"] < plain["usage"]["prompt_tokens"]

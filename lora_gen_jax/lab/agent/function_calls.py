@@ -20,7 +20,6 @@ import ast
 import dataclasses
 import re
 import statistics
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,9 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
-
+from lora_gen_jax.commands import bar
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import to_json
 from lora_gen_jax.data.function_calls import NEXT_TURN, FunctionRow, load_function_calls
@@ -267,11 +264,8 @@ def score_function_calls(
     for name in TITLES:
         system = make_system(config, pair, name, None if AGENT_ROWS[name].method is None else loaded)
         writer = Writer(pair.edge, tokens, journal)
-        console = Console(file=sys.stderr)
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            line = bar.add_task(name, total=len(fitting))
-            tasks = [row.task for row in fitting]
-            written = writer.write(system, tasks, lambda done, bar=bar, line=line: bar.advance(line, done))
+        with bar(name, len(fitting)) as progress:
+            written = writer.write(system, [row.task for row in fitting], progress)
         scored = [scored_row(row, one) for row, one in zip(fitting, written, strict=True)]
         report["outputs"][name], report["methods"][name] = scored, by_category(pair, fitting, written, scored)
         say(f"{TITLES[name]}: {len(scored)} rows")

@@ -93,8 +93,8 @@ class Writer:
     def __init__(self, edge: Model, limit: int, journal: RequestCache):
         self.edge, self.limit, self.journal = edge, limit, journal
 
-    def write(self, system: System, tasks: Sequence[Task], progress: Callable[[int], None]) -> list[Written]:
-        """An output for every test document, in order; `progress` is told how many rows each step has finished."""
+    def write(self, system: System, tasks: Sequence[Task], progress: Callable[[int, int], None]) -> list[Written]:
+        """An output for every test document, in order; `progress` is told how many rows of how many are finished."""
         reads = system.reads_prompt
         asked = [(task, d, context_ids(self.edge, task, d, reads)) for task in tasks for d in task.test]
         # Rows of different tasks are written together where the weights are the same.
@@ -102,27 +102,23 @@ class Writer:
         groups = [asked] if not system.depends_on_prompt else [list(rows) for _, rows in by_task]
         written: list[Written] = []
         for group in groups:
-            texts = self._texts(system, group[0][0], [tuple(ids) for _, _, ids in group], progress)
+            task, before = group[0][0], len(written)
+            assert system.identity_for is not None
+            subject = EvaluatedModel(
+                system.identity_for(task), self.edge, lambda task=task: system.specialized_for(task)
+            )
+            runner = Runner(
+                subject,
+                self.journal,
+                EvalConfig().batch_tokens,
+                lambda done, _, before=before: progress(before + done, len(asked)),
+            )
+            end = self.edge.encoder.end
+            made = runner.tokens([tuple(ids) for _, _, ids in group], self.limit, [] if end is None else [end])
+            texts = map(self.edge.encoder.decode, made)
             written += [Written(t, d, len(ids), text) for (t, d, ids), text in zip(group, texts, strict=True)]
+            progress(len(written), len(asked))
         return written
-
-    def _texts(
-        self, system: System, task: Task, contexts: list[tuple[int, ...]], progress: Callable[[int], None]
-    ) -> list[str]:
-        assert system.identity_for is not None
-        subject = EvaluatedModel(system.identity_for(task), self.edge, lambda: system.specialized_for(task))
-        reported = 0
-
-        def report(done: int, total: int) -> None:
-            nonlocal reported
-            progress(done - reported)
-            reported = done
-
-        end = self.edge.encoder.end
-        runner = Runner(subject, self.journal, EvalConfig().batch_tokens, report)
-        made = runner.tokens(contexts, self.limit, [] if end is None else [end])
-        progress(len(contexts) - reported)
-        return [self.edge.encoder.decode(ids) for ids in made]
 
 
 def as_read(text: str, gold: str, end: str | None) -> str:

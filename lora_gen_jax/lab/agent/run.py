@@ -6,17 +6,15 @@ two tables on the screen.
 """
 
 import dataclasses
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
-from rich.progress import Progress
 
 from lora_gen_jax.buckets import bucket
+from lora_gen_jax.commands import bar
 from lora_gen_jax.config import Config
 from lora_gen_jax.config_file import to_json
 from lora_gen_jax.data.tasks import Task
@@ -180,15 +178,13 @@ def score_system(
     writer: Writer, name: str, system: System, tasks: Sequence[Task], timed: bool = True
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metrics and outputs of one method, each {"seen" | "unseen": …}; no latency unless `timed`."""
-    console, metrics, outputs, end = Console(file=sys.stderr), {}, {}, blank_line(tasks)
+    metrics, outputs, end = {}, {}, blank_line(tasks)
     for title, seen in (("seen", True), ("unseen", False)):
         chosen = [task for task in tasks if task.seen == seen]
         if not chosen:
             continue
-        total = sum(len(task.test) for task in chosen)
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            line = bar.add_task(f"{name} {title}", total=total)
-            rows = writer.write(system, chosen, lambda done, bar=bar, line=line: bar.advance(line, done))
+        with bar(f"{name} {title}", sum(len(task.test) for task in chosen)) as progress:
+            rows = writer.write(system, chosen, progress)
         outputs[title] = [score_row(row, end) for row in rows]
         scores = [agent.AgentScore(**row["score"]) for row in outputs[title]]
         context = sum(row.context_tokens for row in rows) / len(rows)
