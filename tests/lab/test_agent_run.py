@@ -281,7 +281,8 @@ def test_outputs_come_in_order_whatever_the_batches_are(edge, monkeypatch):
             return EdgeModel(edge.decoder, "all" if shared else task.name)
 
         made, done = System(named, reads, lambda task, named=named: named(task).params, not shared), []
-        written = Writer(edge, 40, RequestCache(None, "")).write(made, tasks, lambda *counts, done=done: done.append(counts))
+        writer = Writer(edge, 40, RequestCache(None, ""))
+        written = writer.write(made, tasks, lambda *counts, done=done: done.append(counts))
         assert {name for name, _ in asked} == ({"all"} if shared else {task.name for task in tasks})
         # Requests of a bucket go together, in rows of a power of two.
         assert {rows for _, rows in asked} <= {4, 8, 16, 32}
