@@ -47,8 +47,8 @@ class Specialize:
     """A JSONL file with a solved example a line, {"input", "output"}: read as shots behind the --prompt, if there is
     one, and then learned from."""
     refine: Kind | None = None
-    """What learns from the --examples: only the gates (the default), which keeps the specialization small, or a LoRA
-    beside what was generated."""
+    """What learns from the --examples: only the gates (the default), which keeps the specialization small; a LoRA
+    beside what was generated; or both."""
     steps: int | None = None
     """Steps on the --examples, at most; 0 only reads them. Left out, as many as the generator's config says."""
     as_chat: bool = False

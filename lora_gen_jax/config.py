@@ -324,8 +324,8 @@ class EvalConfig:
         tasks: what eval.py scores, and train.py with compare; left out, all eight reasoning tasks. eval.py takes
             lm_eval/NAME for a task of lm-evaluation-harness.
         methods: base, icl, task_vector, lora, lora_moe, mixlora, lorahub, autocompressor, lora_gen; steps on the
-            prompt's own shots: refined, refined_lora, equal_refined, shots_lora; and LoRA-Gen under another prompt:
-            paraphrase, description, shots, shuffled (another task's), gibberish, empty.
+            prompt's own shots: refined, refined_lora, refined_both, equal_refined, shots_lora; and LoRA-Gen under
+            another prompt: paraphrase, description, shots, shuffled (another task's), gibberish, empty.
         shots: shots in the system prompt: read by the cloud, and by the edge for icl.
         split: documents that are scored: test, or validation (held out of training too) for choosing settings.
         limit: documents a task, the first ones; left out, all.
@@ -335,7 +335,7 @@ class EvalConfig:
         latency: measure the time of an answer, too; of no use while other work shares the machine.
         vector_layer: after which share of the edge model's layers task_vector reads and puts its vector.
         refine: steps of methods refined and equal_refined, on gates.
-        refine_lora: steps of method refined_lora, on factors beside the generated update.
+        refine_lora: steps of method refined_lora, on factors beside the generated update, and of refined_both.
         lora_steps, lora_rate: steps and Adam's learning rate of method shots_lora.
     """
 

@@ -106,7 +106,7 @@ def test_no_method_mixes_types_in_the_numbers_that_users_compute_with(method):
 
 def test_keys_and_titles():
     trained = ("lora", "lora_moe", "mixlora", "lorahub", "autocompressor", "lora_gen")
-    steps = ("refined", "refined_lora", "equal_refined", "shots_lora")
+    steps = ("refined", "refined_lora", "refined_both", "equal_refined", "shots_lora")
     assert tuple(METHODS) == ("base", "icl", "task_vector", *trained, *steps)
     assert trained == tuple(trained_methods())
     assert len({method.title for method in METHODS.values()}) == len(METHODS)

@@ -5,6 +5,7 @@ was learned merged. The steps are those of `lora_gen_jax.specialization.refine`:
 
     refined          steps on the gates that the prompt was read as
     refined_lora     steps on factors beside the update that the prompt was read as
+    refined_both     steps on the gates and on such factors together
     equal_refined    steps on gates that no prompt was read for: all experts alike
     shots_lora       steps on factors only: a LoRA trained from scratch
 """
@@ -88,6 +89,12 @@ def method(key: str, title: str, steps: Callable[[EvalConfig], RefineConfig], ch
 
 REFINED = method("refined", "LoRA-Gen, gates refined", lambda e: e.refine, "lora_gen")
 REFINED_LORA = method("refined_lora", "LoRA-Gen, factors refined", lambda e: e.refine_lora, "lora_gen")
+REFINED_BOTH = method(
+    "refined_both",
+    "LoRA-Gen, gates and factors refined",
+    lambda e: dataclasses.replace(e.refine_lora, kind="both"),
+    "lora_gen",
+)
 EQUAL_REFINED = method("equal_refined", "equal gates, refined", lambda e: e.refine, "lora_gen")
 SHOTS_LORA = method(
     "shots_lora",

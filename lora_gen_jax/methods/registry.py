@@ -25,6 +25,7 @@ METHODS: dict[str, Method] = {
         lora_gen.METHOD,
         refined.REFINED,
         refined.REFINED_LORA,
+        refined.REFINED_BOTH,
         refined.EQUAL_REFINED,
         refined.SHOTS_LORA,
     )

@@ -177,7 +177,7 @@ def _specialization(
 ) -> Specialization:
     old, steps = before.specialization, int(refined.steps_P[row])
     tensors, learned = old.tensors, {}
-    if config.kind == "lora":
+    if "factors" in config.rates:
         learned = {
             f"{site}.{x}": np.ascontiguousarray(np.asarray(value)[:, row])
             for site, pair in refined.factors.items()
@@ -190,10 +190,9 @@ def _specialization(
             field="refine.learning_rate",
             remedy=f"lower the learning rate, which is {config.rate:g}",
         )
-    if steps > 0 and config.kind == "gates":
-        tensors = {**tensors, **gate_tensors(gates, settings)}
-    elif steps > 0:
-        tensors = {**tensors, **learned}
+    if steps > 0:
+        own = gate_tensors(gates, settings) if "gates" in config.rates else {}
+        tensors = {**tensors, **own, **learned}
     record = {
         "kind": config.kind,
         "examples": len(before.pairs),

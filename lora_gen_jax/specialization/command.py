@@ -27,8 +27,8 @@ class Refine:
     out: Path
     """Directory to write; must not exist, or be empty."""
     refine: Kind | None = None
-    """What learns: only the gates (the default), which keeps the specialization small, or a LoRA beside what was
-    generated."""
+    """What learns: only the gates (the default), which keeps the specialization small; a LoRA beside what was
+    generated; or both."""
     steps: int | None = None
     """At most so many; left out, as many as the generator's config says."""
     as_chat: bool = False

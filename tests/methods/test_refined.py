@@ -21,7 +21,7 @@ from lora_gen_jax.specialization.settings import RefineConfig
 from lora_gen_jax.training.checkpoint import load_checkpoint
 from lora_gen_jax.training.portable import SHIPPED
 
-METHODS = ("refined", "refined_lora", "equal_refined", "shots_lora")
+METHODS = ("refined", "refined_lora", "refined_both", "equal_refined", "shots_lora")
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +67,8 @@ def shots_loss(pair, params, task, settings):
 
 def test_no_steps_leave_what_each_method_starts_from(config, pair, checkpoints, task):
     """LoRA-Gen's weights, the same for factors beside them, and those of the first K experts in equal parts."""
-    found = params_of(with_steps(config, 0), pair, checkpoints, task, ("lora_gen", *METHODS[:3]))
-    for name in ("refined", "refined_lora"):
+    found = params_of(with_steps(config, 0), pair, checkpoints, task, ("lora_gen", *METHODS[:4]))
+    for name in METHODS[:3]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found[name], found["lora_gen"])
     kernels = {name: np.asarray(params["layers"]["ffn"]["up"]["kernel"]) for name, params in found.items()}
     assert np.abs(kernels["equal_refined"] - kernels["lora_gen"]).max() > 1e-3
@@ -84,7 +84,7 @@ def test_an_empty_pool_adds_nothing(pair):
 
 
 def test_steps_lower_the_loss_of_the_shots(config, pair, checkpoints, task):
-    before = params_of(with_steps(config, 0), pair, checkpoints, task, METHODS[:3])
+    before = params_of(with_steps(config, 0), pair, checkpoints, task, METHODS[:4])
     before["shots_lora"] = pair.edge.params
     after = params_of(config, pair, checkpoints, task, METHODS)
     for name in METHODS:
@@ -101,9 +101,9 @@ def test_what_results_depend_on(config, pair, checkpoints, task):
     one = identities(config)
     assert len(set(one)) == len(METHODS)
     steps = identities(with_steps(config, 3))
-    assert [a == b for a, b in zip(one, steps, strict=True)] == [False, False, False, True]
+    assert [a == b for a, b in zip(one, steps, strict=True)] == [False, False, False, False, True]
     rate = dataclasses.replace(config, eval=dataclasses.replace(config.eval, lora_rate=1e-2))
-    assert [a == b for a, b in zip(one, identities(rate), strict=True)] == [True, True, True, False]
+    assert [a == b for a, b in zip(one, identities(rate), strict=True)] == [True, True, True, True, False]
 
 
 def test_they_need_shots():

@@ -52,7 +52,7 @@ def of_routing(tmp_path_factory):
 
 
 @pytest.mark.parametrize("routing", ["keep_top_k", "linear", "gumbel", "gumbel_top_k"])
-@pytest.mark.parametrize("kind", ["gates", "lora"])
+@pytest.mark.parametrize("kind", ["gates", "lora", "both"])
 def test_refined_while_specializing_is_refined_afterwards(of_routing, routing, kind, tmp_path):
     """Rows of another shape; and logits of stored gates, rounded: Adam makes 1e-4 · rate of 1e-4, in three steps."""
     specializer = of_routing(routing=routing)
@@ -76,7 +76,7 @@ def test_refined_while_specializing_is_refined_afterwards(of_routing, routing, k
         atol = 3 * 1e-4 * 0.2 + 2 * stored
         np.testing.assert_allclose(later.gates(4).dense(), one.gates(4).dense(), atol=atol)
         assert {name: x.shape for name, x in later.tensors.items()} == {n: x.shape for n, x in one.tensors.items()}
-        assert bool(one.factors) == (kind == "lora")
+        assert bool(one.factors) == (kind != "gates")
         save_specialization(one, tmp_path / str(number))
         loaded = load_specialization(tmp_path / str(number))
         assert loaded.refined == one.refined
@@ -88,7 +88,7 @@ def test_refined_while_specializing_is_refined_afterwards(of_routing, routing, k
         # Two float32 programs: two layers of seven sums of 48 products each, and a loss of order 1. Each step moved all
         # gates by about 0.2 / √4 against their slopes; what stored ones are off moves them by so much less.
         fell = one.refined["loss_before"] - one.refined["loss_after"]
-        tolerance = 2 * 2 * 7 * 48 * 2.0**-24 + (4 * fell * stored / (3 * 0.1) if kind == "gates" else 0)
+        tolerance = 2 * 2 * 7 * 48 * 2.0**-24 + (4 * fell * stored / (3 * 0.1) if kind != "lora" else 0)
         assert again.refined["loss_before"] == pytest.approx(one.refined["loss_after"], abs=tolerance)
 
 
@@ -120,7 +120,7 @@ def test_batches_have_a_limit(of_routing, monkeypatch):
 def test_no_step_leaves_the_specialization_as_it_was_read(of_routing):
     specializer = of_routing(routing="keep_top_k")
     (read,) = specializer.specialize(PROMPTS[:1])
-    for kind in ("gates", "lora"):
+    for kind in ("gates", "lora", "both"):
         (kept,) = specializer.specialize(PROMPTS[:1], refine=RefineConfig(kind, steps=0))
         assert kept.tensors.keys() == read.tensors.keys()
         for name, value in read.tensors.items():
@@ -146,6 +146,7 @@ def test_a_generators_config_says_how_its_specializations_learn(of_routing):
     own = Specializer(loaded, specializer.pair)
     assert own.refinement() == own.refinement("gates") == evaluation.refine
     assert own.refinement("lora") == evaluation.refine_lora
+    assert own.refinement("both") == RefineConfig("both", rank=2)
     assert own.refinement("lora", 7) == RefineConfig("lora", rank=2, steps=7)
     (read,) = own.specialize(PROMPTS[:1])
     assert own.refine(read, PROMPTS[0].examples).refined["steps"] == 3

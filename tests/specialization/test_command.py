@@ -35,7 +35,7 @@ def answer(capsys, directory):
     return capsys.readouterr().out.split()[:1]
 
 
-@pytest.mark.parametrize("kind", ["gates", "lora"])
+@pytest.mark.parametrize("kind", ["gates", "both"])
 def test_examples_are_read_and_learned_from(capsys, tmp_path, examples, kind):
     prompt = ("--prompt", "say the color of the sun", "--examples", examples)
     specialize(tmp_path / "read", *prompt, "--steps", 0)
@@ -52,7 +52,7 @@ def test_examples_are_read_and_learned_from(capsys, tmp_path, examples, kind):
     assert made.prompt == read.prompt
     assert made.refined is not None
     assert made.refined["loss_after"] == pytest.approx(float(found[5]), abs=1e-3)
-    assert bool(made.factors) == (kind == "lora")
+    assert bool(made.factors) == (kind == "both")
 
 
 def test_a_specialization_is_refined_again_and_answers_as_its_examples_do(capsys, tmp_path, examples):

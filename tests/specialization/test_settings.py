@@ -10,7 +10,7 @@ from lora_gen_jax.specialization.settings import RefineConfig
 @pytest.mark.parametrize(
     ("changes", "field", "facts"),
     [
-        ({"kind": "weights"}, "kind", ["weights", "gates", "lora"]),
+        ({"kind": "weights"}, "kind", ["weights", "gates", "lora", "both"]),
         ({"stopping": "early"}, "stopping", ["early", "fixed", "folds", "held_out"]),
         ({"steps": -1}, "steps", [-1, 0, 1000]),
         ({"steps": 2.5}, "steps", [2.5]),
@@ -32,4 +32,6 @@ def test_a_value_that_cannot_work_is_named(changes, field, facts):
 def test_each_kind_has_steps_and_a_rate_of_its_own():
     assert (RefineConfig().most_steps, RefineConfig().rate) == (10, 0.2)
     assert (RefineConfig("lora").most_steps, RefineConfig("lora").rate) == (4, 1e-3)
+    assert (RefineConfig("both").most_steps, RefineConfig("both").rates) == (5, {"gates": 0.2, "factors": 1e-3})
+    assert RefineConfig("both", learning_rate=2e-3).rates == {"gates": 0.4, "factors": 2e-3}
     assert (RefineConfig(steps=0).most_steps, RefineConfig(learning_rate=0.0).rate) == (0, 0.0)
