@@ -74,7 +74,10 @@ def harness_scores(
     from lora_gen_jax.evaluation.lm_eval_model import LoraGenLM
 
     use_fixed_shots()
-    manager = _manager(names, _metadata(config))
+    # For the task definitions that read local files: the same shots and descriptions as our own evaluation.
+    given = {"data_dir": config.data.dir, "tfds_dir": config.data.tfds_dir}
+    paths = {name: str(path) for name, path in given.items() if path is not None}
+    manager = _manager(names, {**paths, "shots_seed": config.eval.seed, "descriptions": True})
     # A name may stand for several tasks.
     tasks = {task: one for name in names for task, one in manager.load([name.removeprefix(PREFIX)])["tasks"].items()}
     unprompted = [task for task, one in tasks.items() if not (config.eval.shots or one.config.description)]
@@ -97,13 +100,6 @@ def harness_scores(
             result |= {"n": found["n-samples"][task]["effective"], "context_tokens": round(model.context_tokens(), 1)}
             scored.setdefault(method, {})[PREFIX + task] = result
     return scored
-
-
-def _metadata(config: Config) -> dict[str, Any]:
-    """For the task definitions that read local files: the same shots and descriptions as our own evaluation."""
-    given = {"data_dir": config.data.dir, "tfds_dir": config.data.tfds_dir}
-    paths = {name: str(path) for name, path in given.items() if path is not None}
-    return {**paths, "shots_seed": config.eval.seed, "descriptions": True}
 
 
 def seen_of(name: str) -> bool | None:

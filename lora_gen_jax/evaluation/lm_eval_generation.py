@@ -92,7 +92,9 @@ def texts(
 
     tokenizer = subject.edge.encoder.tokenizer
     sampling = Sampling(wanted.temperature, wanted.top_k, wanted.top_p)
-    stop_ids = [*subject.end_ids, *stop_tokens(tokenizer, wanted.until)]
+    # Stop strings that are tokens of their own, such as the end of a turn: the decoded text leaves them out.
+    own = [i for i, token in tokenizer.added_tokens_decoder.items() if str(token) in wanted.until]
+    stop_ids = [*subject.end_ids, *own]
     steps = stream(model, prompts, GenerationSettings(wanted.tokens, stop_ids, sampling, seed))
     rows: list[list[int]] = [[] for _ in prompts]
     going = set(range(len(prompts)))
@@ -109,8 +111,3 @@ def texts(
         postprocess_generated_text(tokenizer.decode(row, skip_special_tokens=True), list(wanted.until), None)
         for row in rows
     ]
-
-
-def stop_tokens(tokenizer: Any, until: Sequence[str]) -> list[int]:
-    """Ids of stop strings that are tokens of their own, such as the end of a turn: the decoded text leaves them out."""
-    return [i for i, token in tokenizer.added_tokens_decoder.items() if str(token) in until]

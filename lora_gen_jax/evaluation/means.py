@@ -55,16 +55,11 @@ def error_of(scores: Mapping, seen: Mapping[str, bool | None], name: str) -> flo
     return scores[name] ** 2 / len(tasks) * math.hypot(*(s / a**2 for s, a in zip(errors, accuracies, strict=True)))
 
 
-def score_of(result: Mapping) -> float:
-    """A task's score."""
-    return result.get("rouge_l", result["acc"])
-
-
 def scores(tasks: Mapping[str, Mapping], sources: Mapping[str, str]) -> dict[str, dict]:
     """{"mean": of all tasks, "groups": {source: of its tasks}}, each {"score", "interval", "tasks"}."""
     groups: dict[str, list[float]] = {}
     for name, result in tasks.items():
-        groups.setdefault(sources[name], []).append(score_of(result))
+        groups.setdefault(sources[name], []).append(result.get("rouge_l", result["acc"]))
     return {
         "mean": with_interval([score for group in groups.values() for score in group]),
         "groups": {source: with_interval(group) for source, group in groups.items()},

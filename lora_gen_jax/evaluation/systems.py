@@ -128,7 +128,8 @@ def system_of(
     make = method.specialize(config, pair, loaded)
     prompt_of = functools.cache(prompts or functools.partial(task_prompt, settings=config.eval))
     if loaded is None and not method.depends_on_prompt:
-        return System(lambda task: make(None), method.edge_reads_prompt, base_identity(pair))
+        identity = identity_of(pair.edge, {"method": BASE.key})
+        return System(lambda task: make(None), method.edge_reads_prompt, lambda task: identity)
     asks, trained = method.depends_on_prompt, None if loaded is None else loaded.config
     identify = identifier(config, pair, loaded, {"method": method.key, "settings": method.settings(config)})
     return System(
@@ -139,12 +140,6 @@ def system_of(
         0 if trained is None else method.soft_tokens(trained),
         method.traits.transfers,
     )
-
-
-def base_identity(pair: Pair) -> Callable[[Task], str]:
-    """From any task to what identifies the edge model as it is."""
-    identity = identity_of(pair.edge, {"method": BASE.key})
-    return lambda task: identity
 
 
 def identifier(

@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from lora_gen_jax.buckets import bucket
 from lora_gen_jax.config import Config
 from lora_gen_jax.evaluation.timing import timed
-from lora_gen_jax.generator.cloud import pack_prompts
 from lora_gen_jax.generator.specialize import specialize
 from lora_gen_jax.inference.decode import GenerationSettings, generate, stream
 from lora_gen_jax.inference.edge_model import EdgeModel
@@ -59,12 +57,6 @@ class Setup:
 
     def ready(self, ids: list[int], model: EdgeModel, **more: Any) -> "Ready":
         return Ready(ids, model, self.work.new_tokens, **more)
-
-    def packed_prompt(self) -> Any:
-        """The instruction in the shape in which `specialize` hands it to the compiled program."""
-        layers = self.pair.edge.config.num_layers
-        length = bucket(len(self.work.cloud_prompt) + layers)
-        return pack_prompts([self.work.cloud_prompt], layers, 1, length)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

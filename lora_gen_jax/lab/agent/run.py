@@ -6,6 +6,7 @@ two tables on the screen.
 """
 
 import dataclasses
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -207,14 +208,9 @@ def add_compression(methods: dict[str, Any], pair: Pair, tasks: Sequence[Task]) 
     """Edge tokens of a context with the tools over those that the method's edge reads, for every group."""
     for groups in methods.values():
         for title, metrics in groups.items():
-            full = mean_context(pair, [task for task in tasks if task.seen == (title == "seen")])
+            own = [task for task in tasks if task.seen == (title == "seen")]
+            full = statistics.fmean(len(context_ids(pair.edge, t, d, reads_prompt=True)) for t in own for d in t.test)
             metrics["compression"] = round(full / metrics["context_tokens"], 2)
-
-
-def mean_context(pair: Pair, tasks: Sequence[Task]) -> float:
-    """Mean edge tokens of a context with the tools."""
-    lengths = [len(context_ids(pair.edge, task, d, reads_prompt=True)) for task in tasks for d in task.test]
-    return sum(lengths) / len(lengths)
 
 
 def write_report(report: dict[str, Any], directory: Path, out: Path | None, name: str) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 
 from lora_gen_jax.adapters.merge import merge
+from lora_gen_jax.buckets import bucket
+from lora_gen_jax.generator.cloud import pack_prompts
 from lora_gen_jax.inference import cost
 from lora_gen_jax.inference.edge_model import forward_only
 from lora_gen_jax.lab.costs.transformers_peer import TorchSystem
@@ -120,7 +122,9 @@ def answer_cost(ready: Ready) -> dict[str, Any]:
 def specializing_cost(setup: Setup) -> dict[str, Any]:
     """Memory and multiply-adds of the cloud's pass and of merging."""
     pair, config = setup.pair, setup.generator.settings
-    packed, edge = setup.packed_prompt(), pair.edge.config
+    edge, read = pair.edge.config, setup.work.cloud_prompt
+    # In the shape in which `specialize` hands it to the compiled program.
+    packed = pack_prompts([read], edge.num_layers, 1, bucket(len(read) + edge.num_layers))
     cloud = pair.cloud.decoder.clone(unroll=pair.cloud.config.num_layers, remat="none")
     unrolled = setup.generator.clone(decoder=cloud)
 

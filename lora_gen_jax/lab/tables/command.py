@@ -69,7 +69,9 @@ def table_main(arguments: list[str]) -> None:
         say(f"not in the tables until they are scored again, with other settings or data: {', '.join(others)}")
     from lora_gen_jax.lab.tables.output import write_tables
 
-    failed = run_missing(left, arguments)
+    if not left:
+        say("everything is trained and scored")
+    failed = run_jobs(left, lambda job: [*COMMAND, *arguments, JOB, job.name])
     complete = write_tables(tables, jobs, flags.out)
     if failed or not complete:
         names = [job.name for job in failed] or ["the measurement of costs"]
@@ -120,10 +122,3 @@ def do_job(jobs: Sequence[Job], name: str) -> None:
         raise ConfigError(f"--job has {name!r}, which is not a RUN/SEED", field="--job", remedy=remedy)
     end_with_parent()
     do(found[0])
-
-
-def run_missing(left: Sequence[Job], arguments: Sequence[str]) -> list[Job]:
-    """Runs the jobs, each in a process of its own; returns those that failed."""
-    if not left:
-        say("everything is trained and scored")
-    return run_jobs(left, lambda job: [*COMMAND, *arguments, JOB, job.name])

@@ -86,7 +86,7 @@ def find_collectives(module: Module, mesh: Any) -> list[Collective]:
             if key in chains:
                 continue
             chains.add(key)
-        if kind == "all-reduce" and _scatters(module, computation):
+        if kind == "all-reduce" and computation.name in module.fused and "all-reduce-scatter" in computation.name:
             kind = "reduce-scatter"
         group = _group(instruction, mesh.devices.size)
         if len(group) > 1:
@@ -107,10 +107,6 @@ def _between_slices(
     array = (receive if kind == "all-gather" else send).arrays[0]
     moved = runs * _FACTORS[kind](slices) * array.bytes
     return Collective(kind, _shape([array]), runs, moved, moved, "slices", receive.op_name or send.op_name)
-
-
-def _scatters(module: Module, computation: Computation) -> bool:
-    return computation.name in module.fused and "all-reduce-scatter" in computation.name
 
 
 def _moved(kind: str, computation: Computation, instruction: Instruction, chips: int) -> tuple[float, str]:
@@ -137,16 +133,11 @@ def _shape(arrays: Sequence[Array]) -> str:
 def _group(instruction: Instruction, chips: int) -> list[int]:
     # A group among the instruction's own (all are alike), by number in the mesh's order.
     if pairs := _PAIRS.search(instruction.text):
-        numbers = [int(n) for n in re.findall(r"\d+", pairs[1])]
-        return _furthest(numbers)
+        # Of a permutation, its longest single hop: a ring's wrap-around is still along the same axis.
+        hops = [(int(a), int(b)) for a, b in re.findall(r"(\d+),(\d+)", pairs[1])]
+        return sorted(max(hops, key=lambda hop: abs(hop[0] - hop[1])))
     groups = replica_groups(instruction.text)
     return groups[0] if groups else list(range(chips))
-
-
-def _furthest(numbers: list[int]) -> list[int]:
-    # Of a permutation, its longest single hop: a ring's wrap-around is still along the same axis.
-    pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
-    return sorted(max(pairs, key=lambda pair: abs(pair[0] - pair[1])))
 
 
 def replica_groups(text: str) -> list[list[int]]:

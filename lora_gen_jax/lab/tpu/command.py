@@ -205,7 +205,7 @@ def _lines(capacity: float) -> list[tuple[str, Cell]]:
         ("executed Gflop", lambda p: f"{p['hlo_flops'] / 1e9:,.5g}"),
         ("HBM traffic, GB", lambda p: f"{p['hbm_bytes'] / 1e9:.4g}"),
         ("collectives, GB", lambda p: f"{p['collective_bytes'] / 1e9:.4g}"),
-        *((f"  {kind}", _gigabytes(kind)) for kind in KINDS),
+        *((f"  {kind}", lambda p, kind=kind: f"{p['collectives'][kind] / 1e9:.4g}") for kind in KINDS),
         ("  between slices", lambda p: f"{p['dcn_bytes'] / 1e9:.4g}"),
         ("compute, ms", lambda p: f"{1e3 * p['compute_s']:,.3f}"),
         ("memory, ms", lambda p: f"{1e3 * p['memory_s']:,.3f}"),
@@ -215,10 +215,6 @@ def _lines(capacity: float) -> list[tuple[str, Cell]]:
         ("MFU, overlap", lambda p: f"{100 * p['roofline_mfu_overlap']:.1f} %"),
         ("compiled in", lambda p: f"{p['compile_s']:.0f} s"),
     ]
-
-
-def _gigabytes(kind: str) -> Cell:
-    return lambda p: f"{p['collectives'][kind] / 1e9:.4g}"
 
 
 def _collective_sheet(name: str, collectives: list[Collective]) -> Sheet:

@@ -168,16 +168,11 @@ def train_step(config: Config, pair: Pair, mesh: Mesh) -> Program:
     batch = batch_shapes(config, pair.edge.config.num_layers)
     state = jax.eval_shape(lambda f, b: init_state(generator, optimizer, f, b, 0), pair.frozen, batch)
     frozen = {"cloud": frozen_on(mesh, pair.cloud), "edge": frozen_on(mesh, pair.edge)}
-    shared = 0.0
-    if share_weights(config):
-        shared = sum(_chip_bytes(x) for x in jax.tree.leaves(frozen["edge"]))
+    twice = jax.tree.leaves(frozen["edge"]) if share_weights(config) else []
+    shared = float(sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in twice))
     arguments = on(mesh, state), frozen, on(mesh, batch, "batch")
     step = make_train_step(generator, pair.edge.decoder, optimizer, config)
     return Program("train_step", mesh, step, arguments, shared)
-
-
-def _chip_bytes(x: Any) -> float:
-    return float(jnp.dtype(x.dtype).itemsize * math.prod(x.sharding.shard_shape(x.shape)))
 
 
 def specialize(config: Config, pair: Pair, mesh: Mesh) -> Program:
