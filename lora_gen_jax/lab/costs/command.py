@@ -137,16 +137,7 @@ def measured(setup: Setup, flags: EfficiencyFlags, batch_sizes: list[int]) -> di
     ready, left_out = made_ready(setup)
     peers, skipped = make_peers(setup, flags)
     times = efficiency.measure({**ready, **peers}, batch_sizes, flags.repeats)
-    methods: dict[str, Any] = {}
-    # Merged methods that read as much run the same programs.
-    costs: dict[Any, dict[str, Any]] = {}
-    for name, one in ready.items():
-        program = (len(one.ids), one.kept, None if one.model.adapter is None else name)
-        if program not in costs:
-            efficiency.say(f"memory and multiply-adds of {name}")
-            costs[program] = efficiency.answer_cost(one)
-        methods[name] = {"context_tokens": len(one.ids), "kept_tokens": one.kept, "ids": times[name].ids}
-        methods[name] |= efficiency.figures(times[name], work.new_tokens) | costs[program]
+    methods = {name: {"ids": times[name].ids} | one for name, one in efficiency.answers(ready, times).items()}
     kept = ready[KEPT_PREFIX].model.prefix
     assert kept is not None
     return {

@@ -119,6 +119,19 @@ def answer_cost(ready: Ready) -> dict[str, Any]:
     return result
 
 
+def answers(ready: Mapping[str, Ready], times: Mapping[str, Timings]) -> dict[str, dict[str, Any]]:
+    """What an answer of each method reads, takes and costs; merged methods that read as much run the same programs."""
+    found, costs = {}, dict[Any, dict[str, Any]]()
+    for name, one in ready.items():
+        program = (len(one.ids), one.kept, None if one.model.adapter is None else name)
+        if program not in costs:
+            say(f"memory and multiply-adds of {name}")
+            costs[program] = answer_cost(one)
+        sizes = {"context_tokens": len(one.ids), "kept_tokens": one.kept}
+        found[name] = sizes | figures(times[name], one.new_tokens) | costs[program]
+    return found
+
+
 def specializing_cost(setup: Setup) -> dict[str, Any]:
     """Memory and multiply-adds of the cloud's pass and of merging."""
     pair, config = setup.pair, setup.generator.settings

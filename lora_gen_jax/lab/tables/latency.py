@@ -140,7 +140,6 @@ def answers(config: Config, pair: Pair, works: Mapping[int, Workload], configs: 
         efficiency.say(f"making {row} ready")
         # LoRA-Gen's generator stays, which the other methods do not ask for.
         ready[row] = known[one.method](dataclasses.replace(setup, config=one))
-    new = works[most].new_tokens
     times = efficiency.measure(ready, (1,), REPEATS)
     work = works[most]
     return {
@@ -149,25 +148,25 @@ def answers(config: Config, pair: Pair, works: Mapping[int, Workload], configs: 
             "instruction_tokens": work.kept,
             "cloud_tokens": len(work.cloud_prompt),
             "input_tokens": len(work.query),
-            "new_tokens": new,
+            "new_tokens": work.new_tokens,
         },
         "answers": {
-            row: sizes_of(one) | efficiency.figures(times[row], new) | efficiency.answer_cost(one)
-            for row, one in ready.items()
+            row: {"numbers_beside": beside(ready[row])} | found
+            for row, found in efficiency.answers(ready, times).items()
         },
         "specializing": efficiency.specializing_cost(setup),
     }
 
 
-def sizes_of(ready: Ready) -> dict[str, int]:
-    """What the edge model reads for a query, and what a method keeps beside its weights.
+def beside(ready: Ready) -> int:
+    """Numbers that a method keeps beside the edge model's weights.
 
-    That is an adapter's parameters, and the keys and values of soft tokens, which are learned. Those of a prompt's own
-    tokens only save time and are not counted.
+    Those are an adapter's parameters, and the keys and values of soft tokens, which are learned. A prompt's own keys and
+    values only save time and are not counted.
     """
-    beside = sum(x.size for x in jax.tree.leaves(ready.model.adapter))
+    count = sum(x.size for x in jax.tree.leaves(ready.model.adapter))
     if (prefix := ready.model.prefix) is not None and not prefix.ids:
         cache = prefix.cache
         used = np.count_nonzero(np.asarray(cache.position_BS) >= 0)
-        beside += int(used) * sum(x.size // x.shape[2] for x in (cache.k_LBSGH, cache.v_LBSGH))
-    return {"context_tokens": len(ready.ids), "kept_tokens": ready.kept, "numbers_beside": beside}
+        count += int(used) * sum(x.size // x.shape[2] for x in (cache.k_LBSGH, cache.v_LBSGH))
+    return count
