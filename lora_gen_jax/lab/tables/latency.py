@@ -161,8 +161,8 @@ def answers(config: Config, pair: Pair, works: Mapping[int, Workload], configs: 
 def beside(ready: Ready) -> int:
     """Numbers that a method keeps beside the edge model's weights.
 
-    Those are an adapter's parameters, and the keys and values of soft tokens, which are learned. A prompt's own keys and
-    values only save time and are not counted.
+    Those are an adapter's parameters, and the keys and values of soft tokens, which are learned. A prompt's own keys
+    and values only save time and are not counted.
     """
     count = sum(x.size for x in jax.tree.leaves(ready.model.adapter))
     if (prefix := ready.model.prefix) is not None and not prefix.ids:
