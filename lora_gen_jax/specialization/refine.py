@@ -218,7 +218,8 @@ def _step(decoder: Decoder, form: Form, params: Any, fixed: Fixed, state: State,
     state = _noted(form, state, losses)
     # Optax mixes Python and array scalars in ways that strict promotion rejects.
     with jax.numpy_dtype_promotion("standard"):
-        updates, moments = _adam().update(gradients, state.moments)
+        found: Any = _adam().update(gradients, state.moments)
+    updates, moments = found
 
     def moved(rate: jax.Array, x: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:
         return x - rate * (update + pull * (x - start))
