@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from lora_gen_jax.specialization.settings import RefineConfig
+from lora_gen_jax.specialization.settings import Kind, RefineConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,8 +334,8 @@ class EvalConfig:
         prompt_limit: longest system prompt, in cloud tokens; a longer one is an error.
         latency: measure the time of an answer, too; of no use while other work shares the machine.
         vector_layer: after which share of the edge model's layers task_vector reads and puts its vector.
-        refine: steps of methods refined and equal_refined, on gates.
-        refine_lora: steps of method refined_lora, on factors beside the generated update, and of refined_both.
+        refine: steps of methods refined, refined_both and equal_refined, on gates.
+        refine_lora: steps of method refined_lora, on factors beside the generated update.
         lora_steps, lora_rate: steps and Adam's learning rate of method shots_lora.
     """
 
@@ -353,6 +353,12 @@ class EvalConfig:
     refine_lora: RefineConfig = dataclasses.field(default_factory=lambda: RefineConfig("lora"))
     lora_steps: int = 10
     lora_rate: float = 1e-3
+
+    def refining(self, kind: Kind) -> RefineConfig:
+        """How the kind learns; both as `refine` says, with factors of the rank that `refine_lora` has."""
+        if kind == "both":
+            return dataclasses.replace(self.refine, kind=kind, rank=self.refine_lora.rank)
+        return self.refine if kind == "gates" else self.refine_lora
 
 
 @dataclasses.dataclass(frozen=True)

@@ -230,7 +230,7 @@ class Specializer:
         pairs = pairs_of(self.pair.edge.encoder, solved(examples), chat)
         check_refinable(self.pair.edge, settings, [pairs])
         logits_LE = None
-        if "gates" in config.rates:
+        if config.kind != "lora":
             read_LE = None
             if settings.active_experts < settings.num_experts:
                 ids, cloud = [self.ids(specialization.prompt)], self.pair.cloud.params
@@ -244,14 +244,13 @@ class Specializer:
         """How this generator's specializations learn: as its config has it, `eval.refine` or `eval.refine_lora`.
 
         Args:
-            kind: gates, lora or both; gates where left out. Both learn as `eval.refine_lora` says.
+            kind: gates, lora or both; gates where left out.
             steps: at most so many; as the config says where left out.
 
         Raises:
             ConfigError: for a number of steps that cannot be.
         """
-        settings = self.config.eval
-        config = settings.refine if kind in (None, "gates") else dataclasses.replace(settings.refine_lora, kind=kind)
+        config = self.config.eval.refining(kind or "gates")
         return config if steps is None else dataclasses.replace(config, steps=steps)
 
     def fits(self, text: str) -> bool:

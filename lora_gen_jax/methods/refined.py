@@ -5,7 +5,7 @@ was learned merged. The steps are those of `lora_gen_jax.specialization.refine`:
 
     refined          steps on the gates that the prompt was read as
     refined_lora     steps on factors beside the update that the prompt was read as
-    refined_both     steps on the gates and on such factors together
+    refined_both     steps on the gates, then on such factors
     equal_refined    steps on gates that no prompt was read for: all experts alike
     shots_lora       steps on factors only: a LoRA trained from scratch
 """
@@ -91,8 +91,8 @@ REFINED = method("refined", "LoRA-Gen, gates refined", lambda e: e.refine, "lora
 REFINED_LORA = method("refined_lora", "LoRA-Gen, factors refined", lambda e: e.refine_lora, "lora_gen")
 REFINED_BOTH = method(
     "refined_both",
-    "LoRA-Gen, gates and factors refined",
-    lambda e: dataclasses.replace(e.refine_lora, kind="both"),
+    "LoRA-Gen, gates and then factors refined",
+    lambda e: e.refining("both"),
     "lora_gen",
 )
 EQUAL_REFINED = method("equal_refined", "equal gates, refined", lambda e: e.refine, "lora_gen")

@@ -6,7 +6,7 @@ depend on the others'. Edge model and expert pool are read only.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,11 +40,13 @@ class Form(NamedTuple):
     """What decides about the program, beside shapes.
 
     Attributes:
+        kind: of `RefineConfig`.
         routing, top_k, temperature: from trained values to gates.
         variants: U.
         judged: examples are held out.
     """
 
+    kind: str
     routing: Routing
     top_k: int
     temperature: float
@@ -56,7 +58,7 @@ class State(struct.PyTreeNode):
     """What the steps change. V = P·U variants; all values have the axes [L, V, …].
 
     Attributes:
-        value: {"gates": [L, V, E]}, what gates are made of; {"factors": {site: {"a", "b"}}}; or both entries.
+        value: {"gates": [L, V, E]}, what gates are made of; or {site: {"a", "b"}}.
         start: what it was at first.
         moments: Adam's.
         best: the kept variant's value, [L, P, …], at the step that counts; None where none is held out.
@@ -82,8 +84,8 @@ class Refined(struct.PyTreeNode):
     Attributes:
         adapter: with what was learned, for `merge`, `generate` and `score` after `select(p)`.
         gates: [P, L, K], its own; those it began with, where only factors were learned.
-        factors: {site: {"a": [L, P, inputs, X], "b": [L, P, X, outputs]}}; None where only gates were learned and
-            there were none before.
+        factors: {site: {"a": [L, P, inputs, X], "b": [L, P, X, outputs]}}; None where gates were learned and there
+            were none before.
         steps_P: steps that count.
         before_P, after_P: mean cross-entropy in nats a token of the answers learned from, at the start and at the end.
         held_P: the same of those held out, at the end; NaN for a prompt of which none is, None where none is at all.
@@ -119,6 +121,11 @@ def refine(
         ConfigError: for a generator without gates.
         DataError: as `check_examples`, or for another number of prompts than the adapter's.
     """
+    if len(config.stages) > 1:
+        gates, factors = config.stages
+        first = refine(decoder, params, generated, examples, settings, gates)
+        then = refine(decoder, params, generated.replace(adapter=first.adapter), examples, settings, factors)
+        return then.replace(before_P=first.before_P, steps_P=first.steps_P + then.steps_P)
     adapter = generated.adapter
     if not isinstance(adapter, GatedPool | RefinedPool):
         raise ConfigError(
@@ -136,10 +143,10 @@ def refine(
     index = np.concatenate([np.arange(count), np.zeros(P - count, np.int64)])
     rows, U = pack_examples(examples, P, config)
     judged = bool(np.any(rows.held_BS))
-    form = Form(settings.routing, settings.top_k, settings.temperature, U, judged)
+    form = Form(config.kind, settings.routing, settings.top_k, settings.temperature, U, judged)
     start = _start(adapter.take(index), generated, index, config)
     # Factors that are trained stand in the state.
-    beside = adapter.generated if "factors" in start and isinstance(adapter, RefinedPool) else adapter
+    beside = adapter.generated if config.kind == "lora" and isinstance(adapter, RefinedPool) else adapter
     fixed = beside.take(np.repeat(index, U)), place_rows(rows, params)
     with mesh_context(params):
         state = _steps(decoder, params, form, fixed, (start, count), config)
@@ -148,18 +155,16 @@ def refine(
 
 def _start(adapter: Any, generated: Generated, index: np.ndarray, config: RefineConfig) -> Any:
     """The values that training begins with, [L, P, …]."""
-    start: dict[str, Any] = {}
-    if "factors" in config.rates:
-        start["factors"] = _start_factors(adapter, config.rank)
-    if "gates" in config.rates:
-        if generated.logits_PLE is None:
-            raise ConfigError(
-                "refining gates starts from the router's logits",
-                field="generated.logits_PLE",
-                remedy="pass what the generator gave, with them",
-            )
-        start["gates"] = jnp.asarray(generated.logits_PLE, float)[index].transpose(1, 0, 2)
-    return start
+    if config.kind == "lora":
+        return _start_factors(adapter, config.rank)
+    values_PLE = generated.logits_PLE
+    if values_PLE is None:
+        raise ConfigError(
+            "refining gates starts from the router's logits",
+            field="generated.logits_PLE",
+            remedy="pass what the generator gave, with them",
+        )
+    return {"gates": jnp.asarray(values_PLE, float)[index].transpose(1, 0, 2)}
 
 
 def _start_factors(adapter: Any, rank: int) -> dict[str, dict[str, jax.Array]]:
@@ -182,8 +187,7 @@ def _steps(
 ) -> State:
     """The state after the last step, judged. `begin` is what training begins with, and of how many prompts it is."""
     start, count = begin
-    rates = {name: np.float32(rate) for name, rate in config.rates.items()}, np.float32(config.pull)
-    state = _initial(form, start)
+    state, rates = _initial(form, start), (np.float32(config.rate), np.float32(config.pull))
     for step in range(config.most_steps):
         state = _step(decoder, form, params, fixed, state, rates)
         if form.judged and step >= PATIENCE and bool(np.all(_done(state)[:count])):
@@ -212,22 +216,18 @@ def _initial(form: Form, start: Any) -> State:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _step(decoder: Decoder, form: Form, params: Any, fixed: Fixed, state: State, rates: Any) -> State:
     """Looks at the losses of the present values, and takes a step."""
-    rate_of, pull = rates
+    rate, pull = rates
     grad_fn = jax.grad(_objective, argnums=0, has_aux=True)
     gradients, losses = grad_fn(state.value, decoder, form, params, fixed)
     state = _noted(form, state, losses)
     # Optax mixes Python and array scalars in ways that strict promotion rejects.
     with jax.numpy_dtype_promotion("standard"):
-        found: Any = _adam().update(gradients, state.moments)
-    updates, moments = found
+        updates, moments = _adam().update(gradients, state.moments)
 
-    def moved(rate: jax.Array, x: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:
+    def moved(x: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:
         return x - rate * (update + pull * (x - start))
 
-    value = {
-        name: jax.tree.map(functools.partial(moved, rate), state.value[name], updates[name], state.start[name])
-        for name, rate in rate_of.items()
-    }
+    value = jax.tree.map(moved, state.value, updates, state.start)
     return state.replace(value=value, moments=moments, step=state.step + 1)
 
 
@@ -263,21 +263,17 @@ def _objective(value: Any, decoder: Decoder, form: Form, params: Any, fixed: Fix
 
 def _learning(adapter: Any, value: Any, form: Form) -> Any:
     """`with_values` while it learns: the same outputs, and gradients for the experts that are not chosen, too."""
-    return _with(straight_through, adapter, value, form)
+    if form.kind == "lora":
+        return with_values(adapter, value, form)
+    return adapter.with_gates(straight_through(value["gates"], form.routing, form.top_k, form.temperature))
 
 
 def with_values(adapter: Any, value: Any, form: Form) -> Any:
     """An adapter with trained values [L, V, …] in the place of those that it has."""
-    return _with(gates_of, adapter, value, form)
-
-
-def _with(to_gates: Callable[..., Gates], adapter: Any, value: Any, form: Form) -> Any:
-    if "gates" in value:
-        adapter = adapter.with_gates(to_gates(value["gates"], form.routing, form.top_k, form.temperature))
-    if "factors" in value:
+    if form.kind == "lora":
         pool = adapter.generated if isinstance(adapter, RefinedPool) else adapter
-        adapter = RefinedPool.of(pool, kept_factors(value["factors"]))
-    return adapter
+        return RefinedPool.of(pool, kept_factors(value))
+    return adapter.with_gates(gates_of(value["gates"], form.routing, form.top_k, form.temperature))
 
 
 def kept_factors(value: Any) -> Any:

@@ -8,10 +8,10 @@ from lora_gen_jax.errors import ConfigError
 
 Kind = Literal["gates", "lora", "both"]
 Stopping = Literal["fixed", "folds", "held_out"]
-STEPS: dict[Kind, int] = {"gates": 10, "lora": 4, "both": 5}
-RATES: dict[Kind, float] = {"gates": 0.2, "lora": 1e-3, "both": 1e-3}
-GATES_OVER_FACTORS = 200.0
-"""How much faster gates learn than the factors beside them, where both do."""
+STEPS: dict[Kind, int] = {"gates": 10, "lora": 4, "both": 10}
+RATES: dict[Kind, float] = {"gates": 0.2, "lora": 1e-3, "both": 0.2}
+AFTER_GATES = 2
+"""Steps of factors, where gates have learned before them."""
 MOST_STEPS = 1000
 
 
@@ -21,12 +21,11 @@ class RefineConfig:
 
     Attributes:
         kind: gates, which keep a specialization as small as it is; lora: factors beside the generated update, which
-            stays as it is; or both, which learn together.
-        steps: at most so many; left out, 10 for gates, 4 for lora, and 5 for both. 0 leaves the specialization as it
-            was read.
-        learning_rate: of Adam; left out, 0.2 for gates and 1e-3 for factors. Where both learn, it is that of the
-            factors, and gates learn 200 times as fast. Gates of linear routing are trained in units of 1/√E, so that a
-            rate means the same for any number of experts.
+            stays as it is; or both: first gates, then two steps of factors beside them.
+        steps: at most so many; left out, 10 for gates and 4 for lora. 0 leaves the specialization as it was read. Of
+            both, those of gates.
+        learning_rate: of Adam; left out, 0.2 for gates and 1e-3 for lora. Gates of linear routing are trained in units
+            of 1/√E, so that a rate means the same for any number of experts. Of both, that of gates.
         pull: after every step a value goes back by learning_rate · pull of its distance to where it started.
         stopping: fixed takes all steps. folds: the examples are dealt out into folds, each of which is held out once,
             and the step with the lowest held-out loss counts. held_out: every fifth example, or the last of fewer, is
@@ -55,30 +54,33 @@ class RefineConfig:
         _whole("rank", self.rank, 1, 256)
         _number("learning_rate", self.learning_rate, 0.0)
         _number("pull", self.pull, 0.0)
-        if (rate := max(self.rates.values())) * self.pull > 1:
+        if self.rate * self.pull > 1:
             raise ConfigError(
-                f"refine.pull is {self.pull}: times the learning rate {rate:g} it exceeds 1, and a step would"
+                f"refine.pull is {self.pull}: times the learning rate {self.rate} it exceeds 1, and a step would"
                 " overshoot the start",
                 field="refine.pull",
                 remedy="lower it",
             )
 
     @property
+    def stages(self) -> tuple["RefineConfig", ...]:
+        """What is done one after the other: of both, gates and factors."""
+        if self.kind != "both":
+            return (self,)
+        after = dataclasses.replace(
+            self, kind="lora", steps=min(AFTER_GATES, self.most_steps), learning_rate=None, pull=0.0
+        )
+        return dataclasses.replace(self, kind="gates"), after
+
+    @property
     def most_steps(self) -> int:
-        """Steps that are taken at most."""
+        """Steps that are taken at most; of both, those of gates."""
         return STEPS[self.kind] if self.steps is None else self.steps
 
     @property
     def rate(self) -> float:
         """Adam's."""
         return RATES[self.kind] if self.learning_rate is None else self.learning_rate
-
-    @property
-    def rates(self) -> dict[str, float]:
-        """Adam's, of what learns: gates, factors."""
-        if self.kind == "both":
-            return {"gates": GATES_OVER_FACTORS * self.rate, "factors": self.rate}
-        return {"gates" if self.kind == "gates" else "factors": self.rate}
 
 
 def _whole(name: str, value: int | None, least: int, most: int) -> None:

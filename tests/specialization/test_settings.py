@@ -32,6 +32,13 @@ def test_a_value_that_cannot_work_is_named(changes, field, facts):
 def test_each_kind_has_steps_and_a_rate_of_its_own():
     assert (RefineConfig().most_steps, RefineConfig().rate) == (10, 0.2)
     assert (RefineConfig("lora").most_steps, RefineConfig("lora").rate) == (4, 1e-3)
-    assert (RefineConfig("both").most_steps, RefineConfig("both").rates) == (5, {"gates": 0.2, "factors": 1e-3})
-    assert RefineConfig("both", learning_rate=2e-3).rates == {"gates": 0.4, "factors": 2e-3}
+    assert (RefineConfig("both").most_steps, RefineConfig("both").rate) == (10, 0.2)
     assert (RefineConfig(steps=0).most_steps, RefineConfig(learning_rate=0.0).rate) == (0, 0.0)
+
+
+def test_both_are_gates_and_then_two_steps_of_factors():
+    assert RefineConfig("lora", 3).stages == (RefineConfig("lora", 3),)
+    gates, factors = RefineConfig("both", learning_rate=0.1, pull=0.5, rank=2).stages
+    assert gates == RefineConfig("gates", learning_rate=0.1, pull=0.5, rank=2)
+    assert factors == RefineConfig("lora", 2, rank=2)
+    assert [stage.most_steps for stage in RefineConfig("both", 0).stages] == [0, 0]
