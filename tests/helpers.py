@@ -119,23 +119,27 @@ def refused(capsys: pytest.CaptureFixture[str], command: Callable[[list[str]], A
 
 def noise_like(tree: Any, seed: int) -> Any:
     """Standard normal noise in the tree's shapes and types."""
+    return jax.device_put(_noise(tree, seed))
+
+
+def _noise(tree: Any, seed: int) -> Any:
+    """The same in NumPy, which compiles nothing for each shape; nor does `device_put`, as `jnp.asarray` does."""
     leaves, treedef = jax.tree.flatten(tree)
     rng = np.random.default_rng(seed)
-    return jax.tree.unflatten(treedef, [jnp.asarray(rng.standard_normal(x.shape, np.float32), x.dtype) for x in leaves])
+    return jax.tree.unflatten(treedef, [rng.standard_normal(x.shape, np.float32).astype(x.dtype) for x in leaves])
 
 
 def filled(shapes: Any, seed: int) -> Any:
     """Parameters of these shapes, large enough for everything to matter: LoRA's B, biases and norms included."""
 
-    def scaled(path: Any, x: jax.Array) -> jax.Array:
-        name = str(path[-1].key)
-        if name == "scale":
-            return 1 + 0.15 * x
-        if x.ndim < 2 or name.endswith(("embedding", "_b")):
-            return 0.15 * x
-        return x * x.shape[-2] ** -0.5
+    def scaled(path: Any, x: np.ndarray) -> np.ndarray:
+        name, factor = str(path[-1].key), 0.15
+        if name != "scale" and x.ndim > 1 and not name.endswith(("embedding", "_b")):
+            factor = x.shape[-2] ** -0.5
+        x = x * x.dtype.type(factor)
+        return x + x.dtype.type(1) if name == "scale" else x
 
-    return jax.tree_util.tree_map_with_path(scaled, noise_like(shapes, seed))
+    return jax.device_put(jax.tree_util.tree_map_with_path(scaled, _noise(shapes, seed)))
 
 
 def random_params(config: DecoderConfig, seed: int = 0) -> Any:
