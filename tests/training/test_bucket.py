@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import before_jax
 import jax
 import numpy as np
 import pytest
@@ -95,7 +96,8 @@ def packed(root: Path, notes: dict[str, str], checkpoint: str) -> dict[str, Any]
 
 def ran(notes: dict[str, str], *arguments: str | Path) -> str:
     """What a command prints, in a process of its own."""
-    environment = os.environ | {"JAX_ENABLE_X64": "1"} | {name.upper(): value for name, value in notes.items()}
+    environment = os.environ | before_jax.COMPILE_QUICKLY | {"JAX_ENABLE_X64": "1"}
+    environment |= {name.upper(): value for name, value in notes.items()}
     command = [sys.executable, "-m", "lora_gen_jax", *map(str, arguments)]
     return subprocess.run(command, env=environment, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
 
