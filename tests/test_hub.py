@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from before_jax import COMPILE_QUICKLY
 from helpers import experiment, generator_variables, raises, unsaid
 from hub_server import TOKEN, Repository, hub_server
 
@@ -81,6 +82,7 @@ def run(hub, home, commands, **variables):
     nowhere = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
     environment = {
         **{name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")},
+        **COMPILE_QUICKLY,
         **nowhere,
         "NO_PROXY": "127.0.0.1",
         "HF_ENDPOINT": hub.url,
