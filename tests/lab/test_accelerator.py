@@ -44,7 +44,7 @@ def get_config():
 """
 # Each program, with float weights or with codes.
 ONCE = ("train_step int8", "specialise bfloat16", "prefill int8", "decode", "attention", "product", "logits")
-SIZES = ("--repeats", "1", "--rows", "1", "--mixed-rows", "2", "--input-tokens", "8", "--cache-slots", "16")
+SIZES = ("--repeats", "2", "--rows", "1", "--mixed-rows", "2", "--input-tokens", "8", "--cache-slots", "16")
 FLAGS = (*SIZES, "--devices", "1")
 
 
