@@ -153,8 +153,9 @@ def refined(out: Path, make: Callable[[], "Specialization"]) -> None:
     assert record is not None
     save_specialization(made, out)
     size = (out / "specialization.safetensors").stat().st_size
+    learned = "gates and a lora" if record["kind"] == "both" else record["kind"]
     print(
-        f"{out}: {record['examples']} examples, {record['steps']} steps on the {record['kind']}, {seconds:.1f} s; loss"
+        f"{out}: {record['examples']} examples, {record['steps']} steps on the {learned}, {seconds:.1f} s; loss"
         f" {record['loss_before']:.3f} before, {record['loss_after']:.3f} after (nats a token); {size} bytes",
         file=sys.stderr,
     )

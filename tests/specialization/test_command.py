@@ -13,7 +13,7 @@ from lora_gen_jax.cli import main
 THINGS = ("sun", "moon", "star", "cat", "dog", "bird")
 ROWS = [{"input": f"what kind is the {thing} ?", "output": "blue"} for thing in THINGS]
 SAID = (
-    r"(\d+) examples, (\d+) steps on the (\w+), [\d.]+ s; loss ([\d.]+) before, ([\d.]+) after \(nats a token\);"
+    r"(\d+) examples, (\d+) steps on the ([\w ]+), [\d.]+ s; loss ([\d.]+) before, ([\d.]+) after \(nats a token\);"
     r" (\d+) bytes"
 )
 
@@ -46,7 +46,7 @@ def test_examples_are_read_and_learned_from(capsys, tmp_path, examples, kind):
     specialize(tmp_path / "made", *prompt, "--refine", kind, "--steps", 6)
     found = re.search(SAID, capsys.readouterr().err)
     assert found is not None
-    assert found.group(1, 2, 3) == ("6", "8" if kind == "both" else "6", kind)
+    assert found.group(1, 2, 3) == (("6", "8", "gates and a lora") if kind == "both" else ("6", "6", kind))
     assert float(found[5]) < float(found[4])
     made = load_specialization(tmp_path / "made")
     assert made.prompt == read.prompt
