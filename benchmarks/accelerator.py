@@ -34,19 +34,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_gen_jax.adapters.gated_pool import GatedPool
 from lora_gen_jax.config import Config, MeshConfig
 from lora_gen_jax.config_file import flags_and_config
 from lora_gen_jax.data.groups import Group
 from lora_gen_jax.data.pipeline import Batch, pack_groups
 from lora_gen_jax.decoder.attention import KVCache, attend, visible
+from lora_gen_jax.decoder.config import DecoderConfig
 from lora_gen_jax.decoder.flash import fits_flash, flash_attention
 from lora_gen_jax.decoder.quantized import FORMATS, dequantize, quantize, quantized_product
 from lora_gen_jax.errors import ConfigError, LoraGenError
 from lora_gen_jax.evaluation.sheet import Sheet, to_markdown
+from lora_gen_jax.evaluation.timing import timed
 from lora_gen_jax.files import check_output
 from lora_gen_jax.generator.cloud import pack_prompts
 from lora_gen_jax.generator.lora_gen import ExpertPool, gated_adapter
-from lora_gen_jax.generator.router import Gates
+from lora_gen_jax.generator.router import gates_of
 from lora_gen_jax.inference.edge_model import forward_only
 from lora_gen_jax.lab.tpu import programs
 from lora_gen_jax.lab.tpu.formulas import model_flops
@@ -62,6 +65,7 @@ from lora_gen_jax.training.step import init_state
 KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5p": "v5p", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
 # NVIDIA's data sheets: dense bf16 flops a second of the SXM form (half of the figure "with sparsity").
 GPUS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+KERNELS = {"cpu": ("grouped", "xla"), "gpu": ("grouped", "xla", "cudnn"), "tpu": ("xla", "splash")}
 Measure = Callable[[], dict[str, Any]]
 
 
@@ -151,14 +155,9 @@ def full_batch(config: Config, pair: Pair) -> Batch:
     return pack_groups(groups, data, edge.num_layers)
 
 
-def timed(call: Callable[[], Any], repeats: int) -> list[float]:
+def times_of(call: Callable[[], Any], repeats: int) -> list[float]:
     """Seconds of each call, after a first one."""
-    times = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - began)
-    return times[1:]
+    return [timed(call)[1] for _ in range(repeats + 1)][1:]
 
 
 class Runner:
@@ -171,13 +170,13 @@ class Runner:
         self.peak = peak_flops(self.devices[0].device_kind)
         self.rate = 2.0 * matmul_rate(
             size=2048 if jax.default_backend() == "cpu" else 8192,
-            dtype=self._pair(config, "bfloat16").edge.decoder.dtype,
+            dtype=self._pair("bfloat16").edge.decoder.dtype,
         )
 
-    def _pair(self, config: Config, weights: str) -> Pair:
+    def _pair(self, weights: str) -> Pair:
         stored = weights if weights in FORMATS else "auto"
-        models = {name: dataclasses.replace(getattr(config, name), weights=stored) for name in ("cloud", "edge")}
-        return programs.shapes_pair(dataclasses.replace(config, **models), jax.default_backend())
+        models = {name: dataclasses.replace(getattr(self.config, name), weights=stored) for name in ("cloud", "edge")}
+        return programs.shapes_pair(dataclasses.replace(self.config, **models), jax.default_backend())
 
     def measurements(self) -> dict[str, Measure]:
         """By name, in the order in which they run."""
@@ -187,9 +186,7 @@ class Runner:
                 found[f"{name} {weights}"] = functools.partial(self.program, name, weights)
         found["decode as many rows as mixed"] = functools.partial(self.mixed, False)
         found["decode mixed"] = functools.partial(self.mixed, True)
-        for kernel in {"cpu": ("grouped", "xla"), "gpu": ("grouped", "xla", "cudnn"), "tpu": ("xla", "splash")}[
-            jax.default_backend()
-        ]:
+        for kernel in KERNELS[jax.default_backend()]:
             found[f"attention {kernel}"] = functools.partial(self.attention, kernel)
         for weights in ("bfloat16", *FORMATS):
             found[f"product {weights}"] = functools.partial(self.product, weights)
@@ -198,7 +195,7 @@ class Runner:
 
     def program(self, name: str, weights: str) -> dict[str, Any]:
         """One of `programs.NAMES`."""
-        config, pair = self.config, self._pair(self.config, weights)
+        config, pair = self.config, self._pair(weights)
         mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=self.devices)
         kept, layers = None, pair.edge.config.num_layers
         if name == "train_step":
@@ -212,45 +209,35 @@ class Runner:
         }[name]
         flops = model_flops(name, config, pair, self.sizes, len(self.devices))
         with jax.set_mesh(program.mesh):
-            found = self._run(program, self._arguments(name, config, pair, program.arguments))
+            found = self._run(program, self._arguments(name, pair, program.arguments))
         return found | self._rates(found["seconds"], flops, tokens) | ({} if kept is None else {"kept": kept})
 
     def mixed(self, apart: bool) -> dict[str, Any]:
         """Decoding where every row has its own specialization, or with as many rows of one."""
-        pair, settings = self._pair(self.config, "bfloat16"), self.config.generator
+        pair = self._pair("bfloat16")
         sizes = dataclasses.replace(self.sizes, rows=self.flags.mixed_rows)
         mesh, rows = make_mesh(devices=self.devices), self.flags.mixed_rows * len(self.devices)
-        adapter: Any = None
-        if apart:
-            edge, K = pair.edge.config, settings.active_experts
-            experts = ExpertPool(
-                edge.ffn_shapes,
-                settings.num_experts,
-                settings.rank,
-                edge.num_layers if settings.pool == "per_layer" else None,
-            )
-            pool = jax.eval_shape(lambda: experts.apply(experts.init(jax.random.key(0))))
-            shape = (rows, edge.num_layers, K)
-            index = None if K == settings.num_experts else jax.ShapeDtypeStruct(shape, jnp.int32)
-            gates = Gates(index, jax.ShapeDtypeStruct(shape, jnp.float32), settings.num_experts)
-            adapter = jax.eval_shape(lambda g, p: gated_adapter(g, p, settings), gates, pool)
-        program = programs.decode(pair, mesh, sizes, adapter)
+        adapter = jax.jit(self._adapter, static_argnums=(0, 1))(pair.edge.config, rows) if apart else None
+        program = programs.decode(pair, mesh, sizes, jax.eval_shape(lambda: adapter))
         with jax.set_mesh(mesh):
-            arguments = self._arguments("decode", self.config, pair, program.arguments)
-            if apart:
-                rng, made = np.random.default_rng(2), arguments[4]
-                gates, shapes = made.gates, program.arguments[4].gates
-                drawn = rng.random(gates.weight.shape, np.float32)
-                chosen = rng.random((*gates.weight.shape[:-1], gates.experts)).argsort(-1)[..., : gates.active]
-                values = Gates(None if gates.index is None else chosen, drawn, gates.experts)
-                arguments = (*arguments[:4], made.with_gates(placed(values, shapes)))
-            found = self._run(program, arguments)
+            *arguments, _ = self._arguments("decode", pair, program.arguments)
+            found = self._run(program, (*arguments, placed(adapter, program.arguments[4])))
         flops = model_flops("decode", self.config, pair, sizes, len(self.devices))
         return found | self._rates(found["seconds"], flops, rows)
 
+    def _adapter(self, edge: DecoderConfig, rows: int) -> GatedPool:
+        """Of as many prompts as rows, each with experts of its own choice."""
+        s = self.config.generator
+        layers = edge.num_layers if s.pool == "per_layer" else None
+        experts = ExpertPool(edge.ffn_shapes, s.num_experts, s.rank, layers)
+        pool_key, gates_key = jax.random.split(jax.random.key(0))
+        logits_PLE = jax.random.normal(gates_key, (rows, edge.num_layers, s.num_experts))
+        gates = gates_of(logits_PLE, s.routing, s.top_k, s.temperature)
+        return gated_adapter(gates, experts.apply(experts.init(pool_key)), s)
+
     def attention(self, kernel: str) -> dict[str, Any]:
         """One layer's attention over the cloud's rows, two queries' worth of segments each."""
-        model = self._pair(self.config, "bfloat16").cloud
+        model = self._pair("bfloat16").cloud
         c, dtype, T = model.config, model.decoder.dtype, self.config.data.cloud_length
         if kernel == "splash" and not fits_flash(T, c):
             raise ConfigError(f"rows of {T} slots are not whole blocks", field="data.cloud_length")
@@ -278,7 +265,7 @@ class Runner:
         y, gradients = both(kernel, *rounded)
         with jax.default_matmul_precision("highest"):
             y32, gradients32 = both("grouped", *(x.astype(jnp.float32) for x in rounded))
-        seconds = statistics.median(timed(lambda: both(kernel, *rounded), self.flags.repeats))
+        seconds = statistics.median(times_of(lambda: both(kernel, *rounded), self.flags.repeats))
         return {
             "seconds": seconds,
             "error": relative(y, y32),
@@ -287,7 +274,7 @@ class Runner:
 
     def product(self, weights: str) -> dict[str, Any]:
         """A row of the cloud times its largest matrix; the error includes that of the codes."""
-        model = self._pair(self.config, "bfloat16").cloud
+        model = self._pair("bfloat16").cloud
         dtype, (inputs, outputs) = model.decoder.dtype, model.config.site_shape("down")
         keys = jax.random.split(jax.random.key(0))
         x = jax.random.normal(keys[0], (self.config.data.cloud_length, inputs), dtype)
@@ -302,14 +289,14 @@ class Runner:
             of_codes = x.astype(jnp.float32) @ held
         multiply = jax.jit(quantized_product if weights in FORMATS else jnp.matmul)
         y = multiply(x, *stored)
-        seconds = statistics.median(timed(lambda: multiply(x, *stored), self.flags.repeats))
+        seconds = statistics.median(times_of(lambda: multiply(x, *stored), self.flags.repeats))
         flops = 2.0 * len(x) * inputs * outputs
         rates = self._rates(seconds, flops, len(x), devices=1)
         return {"seconds": seconds, "error": relative(y, exact), "kernel_error": relative(y, of_codes), **rates}
 
     def logits(self) -> dict[str, Any]:
         """The edge model's logits in its compute type against float32, the same weights in both."""
-        pair = self._pair(self.config, "bfloat16")
+        pair = self._pair("bfloat16")
         decoder, mesh = forward_only(pair.edge.decoder), make_mesh(devices=self.devices)
         exact = decoder.clone(dtype=jnp.float32, attention="grouped", operands=None)
         with jax.set_mesh(mesh):
@@ -328,9 +315,9 @@ class Runner:
             same = jnp.mean(jnp.argmax(got, -1) == jnp.argmax(wanted, -1))
         return {"error": relative(got, wanted), "same_argmax": float(same)}
 
-    def _arguments(self, name: str, config: Config, pair: Pair, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _arguments(self, name: str, pair: Pair, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
         """The program's arguments, filled: random weights, tokens without padding, a full cache."""
-        cloud, edge = pair.cloud.config, pair.edge.config
+        config, cloud, edge = self.config, pair.cloud.config, pair.edge.config
         if name == "train_step":
             _, frozen_shapes, batch_shapes = shapes
             frozen, batch = filled(frozen_shapes), placed(full_batch(config, pair), batch_shapes)
@@ -353,7 +340,7 @@ class Runner:
             placed(read, cache.position_BS),
             placed(np.asarray(slots - 1), cache.used),
         )
-        return params, ids, placed(np.full(tokens.shape, slots - 1), tokens), full, filled(shapes[4])
+        return params, ids, placed(np.full(tokens.shape, slots - 1), tokens), full, None
 
     def _run(self, program: programs.Program, arguments: tuple[Any, ...]) -> dict[str, Any]:
         """Compiles and times; what a program writes over is passed on to its next call."""
@@ -369,7 +356,7 @@ class Runner:
                 held[3] = out[1]  # full: what follows is written over the last slot
             return out
 
-        times = timed(call, self.flags.repeats)
+        times = times_of(call, self.flags.repeats)
         found: dict[str, Any] = {
             "seconds": statistics.median(times),
             "fastest": min(times),

@@ -230,7 +230,7 @@ class Specializer:
         pairs = pairs_of(self.pair.edge.encoder, solved(examples), chat)
         check_refinable(self.pair.edge, settings, [pairs])
         logits_LE = None
-        if config.kind != "lora":
+        if config.trains_gates:
             read_LE = None
             if settings.active_experts < settings.num_experts:
                 ids, cloud = [self.ids(specialization.prompt)], self.pair.cloud.params

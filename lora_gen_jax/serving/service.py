@@ -71,7 +71,7 @@ def refinement_of(
         message = f"the examples have {characters} characters, the limit is {_MOST_CHARACTERS}: give fewer"
         raise invalid(message, "messages" if request is None else "examples")
     config = specializer.refinement() if request is None else specializer.refinement(request.refine, request.steps)
-    if config.kind != "gates" and config.rank > rank:
+    if config.trains_factors and config.rank > rank:
         message = (
             f"refine is {config.kind}, but this server was started without --refined-rank {config.rank}: use gates"
         )

@@ -177,7 +177,7 @@ def _specialization(
 ) -> Specialization:
     old, steps = before.specialization, int(refined.steps_P[row])
     tensors, learned = old.tensors, {}
-    if config.kind != "gates":
+    if config.trains_factors:
         learned = {
             f"{site}.{x}": np.ascontiguousarray(np.asarray(value)[:, row])
             for site, pair in refined.factors.items()
@@ -191,7 +191,7 @@ def _specialization(
             remedy=f"lower the learning rate, which is {config.rate:g}",
         )
     if steps > 0:
-        own = gate_tensors(gates, settings) if config.kind != "lora" else {}
+        own = gate_tensors(gates, settings) if config.trains_gates else {}
         tensors = {**tensors, **own, **learned}
     record = {
         "kind": config.kind,

@@ -73,6 +73,16 @@ class RefineConfig:
         return dataclasses.replace(self, kind="gates"), after
 
     @property
+    def trains_gates(self) -> bool:
+        """Whether gates are among what learns."""
+        return self.kind != "lora"
+
+    @property
+    def trains_factors(self) -> bool:
+        """Whether factors are among what learns."""
+        return self.kind != "gates"
+
+    @property
     def most_steps(self) -> int:
         """Steps that are taken at most; of both, those of gates."""
         return STEPS[self.kind] if self.steps is None else self.steps
